@@ -1,0 +1,24 @@
+"""Fine-tune language models with forward passes only."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .optimizer import MeZO, NonFiniteLossError, StepRecord
+
+if TYPE_CHECKING:
+    from .trainer import MeZOConfig, MeZOTrainer
+    from .trajectory import StepLog, replay
+
+__version__ = "0.1.0"
+__all__ = ["MeZO", "MeZOConfig", "MeZOTrainer", "NonFiniteLossError", "StepLog", "StepRecord", "replay", "__version__"]
+
+# What needs more than torch is imported when it is first asked for.
+_LAZY = {"MeZOConfig": ".trainer", "MeZOTrainer": ".trainer", "StepLog": ".trajectory", "replay": ".trajectory"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

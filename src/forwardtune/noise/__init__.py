@@ -1,0 +1,129 @@
+"""L0: what z is, and the three sweeps over the weights that use it.
+
+``z = noise(seed, step, probe, tensor, element)`` is a pure function: never stored, never drawn from a global generator,
+the same on every device, dtype, shard layout and parameter order. :mod:`.definition` says what it is, in plain torch;
+:mod:`.cpu` computes the same bits fast. ``docs/noise.md`` is the specification.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import definition
+from .definition import ROUNDING_PROBE, Update
+from .directions import DIRECTIONS, GAUSSIAN, NOISE_VERSION, RADEMACHER, Direction, get_direction
+from .philox import split_seed
+
+__all__ = [
+    "DIRECTIONS",
+    "GAUSSIAN",
+    "NOISE_VERSION",
+    "RADEMACHER",
+    "ROUNDING_PROBE",
+    "Direction",
+    "Noise",
+    "Update",
+    "get_direction",
+]
+
+cpu: ModuleType | None
+try:
+    from . import cpu
+except ImportError:  # Numba is optional for the core
+    cpu = None
+
+
+@dataclass(frozen=True)
+class Noise:
+    """The directions of one run: a seed and a distribution.
+
+    Tensors may have any layout; elements are numbered in row-major order. dtypes: float32, bfloat16, float16, float64.
+    """
+
+    seed: int
+    direction: Direction = GAUSSIAN
+
+    def __post_init__(self) -> None:
+        split_seed(self.seed)
+
+    def z(self, like: Tensor, *, tensor: int, step: int, probe: int) -> Tensor:
+        """The direction of one tensor: float32, in the shape and on the device of ``like``."""
+        flat = definition.directions(
+            self.direction, self.seed, tensor, step, probe, 0, like.numel(), device=like.device
+        )
+        return flat.reshape(like.shape)
+
+    def perturb(
+        self, out: Tensor, source: Tensor, *, tensor: int, step: int, probe: int, scale: float, start: int = 0
+    ) -> None:
+        """``out <- source + scale * z``, added in float32, rounded to nearest. ``out`` may be ``source``.
+
+        ``start`` is the index, in the full tensor, of the first element passed: nonzero for a shard.
+        """
+        flat_out, flat_source = _flat(out), _flat(source)
+        _backend(source).perturb(
+            flat_out, flat_source, self.direction, self.seed, tensor, step, probe, scale, start
+        )
+        _give_back(out, flat_out)
+
+    def perturb_rows(self, source: Tensor, rows: Tensor, *, tensor: int, step: int, probe: int, scale: float) -> Tensor:
+        """Rows ``source[rows] + scale * z[rows]`` of a table, shape ``(*rows.shape, width)``: what an embedding reads."""
+        out = source[rows]
+        numbers = rows.reshape(-1).to(torch.int64)
+        flat = out.reshape(-1, source.shape[-1])
+        backend = _backend(source)
+        if backend is not definition and source.is_contiguous():
+            backend.perturb_rows(
+                flat, source, numbers.contiguous(), self.direction, self.seed, tensor, step, probe, scale
+            )
+        else:
+            width = source.shape[-1]
+            for row, number in zip(flat, numbers.tolist(), strict=True):
+                definition.perturb(
+                    row, row.clone(), self.direction, self.seed, tensor, step, probe, scale, number * width
+                )
+        return out
+
+    def update(self, weight: Tensor, updates: Sequence[Update], *, tensor: int, start: int = 0) -> int:
+        """Apply optimizer steps to ``weight`` in place; half precision is rounded stochastically.
+
+        Returns:
+            How many stored values did not change, summed over the steps.
+        """
+        flat = _flat(weight)
+        unchanged = _backend(weight).update(flat, updates, self.direction, self.seed, tensor, start)
+        _give_back(weight, flat)
+        return int(unchanged)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return tensor.view(-1) if tensor.is_contiguous() else tensor.reshape(-1)
+
+
+def _give_back(tensor: Tensor, flat: Tensor) -> None:
+    if not tensor.is_contiguous():
+        tensor.detach().copy_(flat.view(tensor.shape))
+
+
+_told = False
+
+
+def _backend(tensor: Tensor) -> ModuleType:
+    """The fastest code for this tensor; the plain definition serves whatever has none."""
+    if tensor.device.type == "cpu" and cpu is not None and tensor.dtype in cpu.DTYPES:
+        return cpu
+    global _told
+    if not _told and tensor.dtype != torch.float64:
+        _told = True
+        remedy = "install numba" if tensor.device.type == "cpu" else f"there is no kernel for {tensor.device.type} yet"
+        warnings.warn(
+            f"forwardtune computes its noise with plain torch here: the same bits, but slowly ({remedy})", stacklevel=3
+        )
+    return definition

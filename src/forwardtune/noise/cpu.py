@@ -1,0 +1,329 @@
+"""The noise sweeps for CPU tensors, compiled by Numba: the bits of :mod:`.definition` at the speed of memory.
+
+A sweep walks a tensor in tiles of 512 elements. The half-words of a tile come from 64 Philox blocks computed side by
+side, which the compiler turns into vector instructions; a gather from the scaled table and one float32 addition do the
+rest. Large tensors are cut into one range per torch thread.
+
+bfloat16 storage is seen as uint16 and float16 as int16: the storage type selects the conversions below.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+from torch import Tensor
+
+from .definition import ROUNDING_PROBE, Update
+from .directions import Direction
+from .philox import split_seed
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_BLOCKS = 64
+_TILE = 8 * _BLOCKS
+# Below this many elements a second thread costs more than it saves.
+_MIN_PER_THREAD = 1 << 16
+# Steps fused into one sweep: their tables (16 KiB a term) should stay in the second-level cache.
+_FUSED_STEPS = 16
+
+
+# --- conversions -----------------------------------------------------------------------------------------------------
+# LLVM has the half type and bit casts; Numba does not expose them on CPU. Each intrinsic is a line or two of LLVM.
+
+
+@intrinsic
+def _bits(context, x):  # type: ignore[no-untyped-def]  # Numba's calling convention
+    def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.bitcast(args[0], ir.IntType(32))
+
+    return types.uint32(types.float32), build
+
+
+@intrinsic
+def _from_bits(context, x):  # type: ignore[no-untyped-def]
+    def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.bitcast(args[0], ir.FloatType())
+
+    return types.float32(types.uint32), build
+
+
+@intrinsic
+def _widen(context, x):  # type: ignore[no-untyped-def]
+    """Stored value -> float32, exactly."""
+
+    def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        (value,) = args
+        if x == types.uint16:
+            return builder.bitcast(builder.shl(builder.zext(value, ir.IntType(32)), ir.IntType(32)(16)), ir.FloatType())
+        if x == types.int16:
+            return builder.fpext(builder.bitcast(value, ir.HalfType()), ir.FloatType())
+        return value
+
+    return types.float32(x), build
+
+
+@intrinsic
+def _narrow(context, x, like):  # type: ignore[no-untyped-def]
+    """float32 -> stored value of the type of ``like``, to nearest, ties to even."""
+
+    def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        value = args[0]
+        if like == types.uint16:
+            i32 = ir.IntType(32)
+            bits = builder.bitcast(value, i32)
+            odd = builder.and_(builder.lshr(bits, i32(16)), i32(1))
+            rounded = builder.lshr(builder.add(bits, builder.add(odd, i32(0x7FFF))), i32(16))
+            is_nan = builder.fcmp_unordered("uno", value, value)
+            return builder.trunc(builder.select(is_nan, i32(0x7FC0), rounded), ir.IntType(16))
+        if like == types.int16:
+            return builder.bitcast(builder.fptrunc(value, ir.HalfType()), ir.IntType(16))
+        return value
+
+    return like(types.float32, like), build
+
+
+@intrinsic
+def _dropped_bits(context, like):  # type: ignore[no-untyped-def]
+    """How many mantissa bits of float32 the stored type lacks; 0 for float32 itself."""
+    count = {types.uint16: 16, types.int16: 13}.get(like, 0)
+
+    def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return ir.IntType(32)(count)
+
+    return types.uint32(like), build
+
+
+@numba.njit(inline="always")
+def _round(x, random, like):  # type: ignore[no-untyped-def]
+    dropped = _dropped_bits(like)
+    carry = np.uint32(random) >> (np.uint32(16) - dropped)
+    mask = np.uint32(np.uint32(0xFFFFFFFF) << dropped)
+    rounded = _from_bits(np.uint32(np.uint32(_bits(x) + carry) & mask))
+    if dropped == np.uint32(13):
+        units = abs(x) * np.float32(2.0**24)
+        whole = np.floor(units)
+        up = (np.int32((units - whole) * np.float32(65536.0)) + np.int32(random)) >> np.int32(16)
+        fixed = np.float32(whole + np.float32(up)) * np.float32(2.0**-24)
+        if abs(x) < np.float32(2.0**-14):
+            rounded = np.copysign(fixed, x)
+    return rounded
+
+
+# --- kernels ---------------------------------------------------------------------------------------------------------
+
+
+@numba.njit(inline="always")
+def _fill(words, first, tensor, step, probe, k0, k1):  # type: ignore[no-untyped-def]
+    """The 32-bit words of blocks ``first .. first + 63``."""
+    for b in range(_BLOCKS):
+        c0 = np.uint32(first + np.uint32(b))
+        c1 = tensor
+        c2 = step
+        c3 = probe
+        a0 = k0
+        a1 = k1
+        for _ in range(10):
+            p0 = np.uint64(0xD2511F53) * np.uint64(c0)
+            p1 = np.uint64(0xCD9E8D57) * np.uint64(c2)
+            c0 = np.uint32(np.uint32(p1 >> np.uint64(32)) ^ c1 ^ a0)
+            c1 = np.uint32(p1)
+            c2 = np.uint32(np.uint32(p0 >> np.uint64(32)) ^ c3 ^ a1)
+            c3 = np.uint32(p0)
+            a0 = np.uint32(a0 + np.uint32(0x9E3779B9))
+            a1 = np.uint32(a1 + np.uint32(0xBB67AE85))
+        words[4 * b] = c0
+        words[4 * b + 1] = c1
+        words[4 * b + 2] = c2
+        words[4 * b + 3] = c3
+
+
+@numba.njit(nogil=True, cache=True)
+def _perturb(out, source, table, shift, k0, k1, tensor, step, probe, start, lo, hi):  # type: ignore[no-untyped-def]
+    words = np.empty(4 * _BLOCKS, np.uint32)
+    halves = words.view(np.uint16)
+    position = lo
+    while position < hi:
+        element = start + position
+        tile = element // _TILE
+        _fill(words, np.uint32(tile * _BLOCKS), tensor, step, probe, k0, k1)
+        offset = element - tile * _TILE
+        count = min(_TILE - offset, hi - position)
+        if count == _TILE:
+            target = out[position : position + _TILE]
+            origin = source[position : position + _TILE]
+            for i in range(_TILE):
+                target[i] = _narrow(_widen(origin[i]) + table[halves[i] >> shift], origin[i])
+        else:
+            for i in range(count):
+                value = source[position + i]
+                out[position + i] = _narrow(_widen(value) + table[halves[offset + i] >> shift], value)
+        position += count
+
+
+@numba.njit(nogil=True, cache=True)
+def _perturb_rows(out, source, rows, table, shift, k0, k1, tensor, step, probe, lo, hi):  # type: ignore[no-untyped-def]
+    width = source.shape[1]
+    for i in range(lo, hi):
+        row = rows[i]
+        _perturb(out[i], source[row], table, shift, k0, k1, tensor, step, probe, row * width, 0, width)
+
+
+@numba.njit(nogil=True, cache=True)
+def _update(weight, tables, probes, ends, steps, decays, shift, k0, k1, tensor, start, lo, hi):  # type: ignore[no-untyped-def]
+    words = np.empty(4 * _BLOCKS, np.uint32)
+    halves = words.view(np.uint16)
+    x = np.empty(_TILE, np.float32)
+    before = np.empty(_TILE, np.float32)
+    unchanged = 0
+    half_precision = _dropped_bits(weight[0]) != 0
+    position = lo
+    while position < hi:
+        element = start + position
+        tile = element // _TILE
+        first = np.uint32(tile * _BLOCKS)
+        offset = element - tile * _TILE
+        count = min(_TILE - offset, hi - position)
+        for i in range(count):
+            x[offset + i] = _widen(weight[position + i])
+        term = 0
+        for s in range(steps.shape[0]):
+            before[:] = x
+            if decays[s] != np.float32(1.0):
+                for i in range(_TILE):
+                    x[i] = x[i] * decays[s]
+            while term < ends[s]:
+                _fill(words, first, tensor, steps[s], probes[term], k0, k1)
+                table = tables[term]
+                for i in range(_TILE):
+                    x[i] = x[i] + table[halves[i] >> shift]
+                term += 1
+            if half_precision:
+                _fill(words, first, tensor, steps[s], np.uint32(ROUNDING_PROBE), k0, k1)
+                for i in range(_TILE):
+                    x[i] = _widen(_narrow(_round(x[i], halves[i], weight[0]), weight[0]))
+            for i in range(count):
+                unchanged += x[offset + i] == before[offset + i]
+        for i in range(count):
+            weight[position + i] = _narrow(x[offset + i], weight[0])
+        position += count
+    return unchanged
+
+
+# --- calls -----------------------------------------------------------------------------------------------------------
+
+
+def perturb(
+    out: Tensor, source: Tensor, direction: Direction, seed: int, tensor: int, step: int, probe: int, scale: float,
+    start: int = 0,
+) -> None:  # fmt: skip
+    """See :func:`.definition.perturb`."""
+    arguments = (*_drawn(direction, scale, seed), *_words(tensor, step, probe), start)
+    _spread(partial(_perturb, _array(out), _array(source), *arguments), source.numel(), _TILE)
+
+
+def perturb_rows(
+    out: Tensor, source: Tensor, rows: Tensor, direction: Direction, seed: int, tensor: int, step: int, probe: int,
+    scale: float,
+) -> None:  # fmt: skip
+    """``out[i] <- source[rows[i]] + scale * z[rows[i]]``: the rows of a table that an embedding looks up.
+
+    Args:
+        out: shape ``(len(rows), width)``.
+        source: shape ``(height, width)``.
+        rows: int64 row numbers, each within the table.
+    """
+    arguments = (*_drawn(direction, scale, seed), *_words(tensor, step, probe))
+    kernel = partial(_perturb_rows, _array(out), _array(source), rows.numpy(), *arguments)
+    _spread(kernel, len(rows), 1, source.shape[1])
+
+
+def update(
+    weight: Tensor, updates: Sequence[Update], direction: Direction, seed: int, tensor: int, start: int = 0
+) -> int:
+    """See :func:`.definition.update`. Several steps are applied in one sweep over the weights."""
+    array = _array(weight)
+    active = [item for item in updates if not item.is_empty]
+    unchanged = (len(updates) - len(active)) * weight.numel()
+    for lo in range(0, len(active), _FUSED_STEPS):
+        arguments = (*_plan(active[lo : lo + _FUSED_STEPS], direction, seed), *_words(tensor), start)
+        unchanged += sum(_spread(partial(_update, array, *arguments), weight.numel(), _TILE))
+    return unchanged
+
+
+def _plan(updates: Sequence[Update], direction: Direction, seed: int) -> tuple[Any, ...]:
+    """The steps as arrays: one table and probe number per term, and where each step's terms end."""
+    terms = [[(probe, size) for probe, size in enumerate(item.sizes) if size != 0.0] for item in updates]
+    sizes = torch.tensor([size for step in terms for _, size in step], dtype=torch.float64)
+    return (
+        direction.table(sizes[:, None]).numpy(),
+        np.array([probe for step in terms for probe, _ in step], np.uint32),
+        np.cumsum([len(step) for step in terms]),
+        np.array([item.step for item in updates], np.uint32),
+        np.array([item.decay for item in updates], np.float32),
+        np.uint16(direction.shift),
+        *_words(*split_seed(seed)),
+    )
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    """The storage of a contiguous tensor as an array of the type that selects the conversions."""
+    if tensor.dtype == torch.bfloat16:
+        return tensor.detach().view(torch.uint16).numpy()
+    if tensor.dtype == torch.float16:
+        return tensor.detach().view(torch.int16).numpy()
+    return tensor.detach().numpy()
+
+
+def _drawn(direction: Direction, scale: float, seed: int) -> tuple[Any, ...]:
+    return direction.table(scale).numpy(), np.uint16(direction.shift), *_words(*split_seed(seed))
+
+
+def _words(*values: int) -> tuple[np.uint32, ...]:
+    return tuple(np.uint32(value) for value in values)
+
+
+# --- threads ---------------------------------------------------------------------------------------------------------
+# Plain threads that release the GIL, as many as torch uses and asleep between sweeps: Numba's own thread pool would
+# spin beside torch's on the same cores.
+
+_pool: ThreadPoolExecutor | None = None
+_pool_lock = threading.Lock()
+
+
+def _spread(kernel: Callable[[int, int], Any], count: int, unit: int, elements_per_item: int = 1) -> list[Any]:
+    """Run ``kernel(lo, hi)`` over ``0 .. count`` in one range a thread, each a multiple of ``unit`` long."""
+    threads = min(torch.get_num_threads(), max(1, count * elements_per_item // _MIN_PER_THREAD))
+    if threads == 1:
+        return [kernel(0, count)]
+    length = -(-count // (threads * unit)) * unit
+    ranges = [(lo, min(lo + length, count)) for lo in range(0, count, length)]
+    others = [_threads().submit(kernel, lo, hi) for lo, hi in ranges[1:]]
+    return [kernel(*ranges[0]), *(other.result() for other in others)]
+
+
+def _threads() -> ThreadPoolExecutor:
+    global _pool
+    with _pool_lock:
+        if _pool is None:
+            _pool = ThreadPoolExecutor(max(1, torch.get_num_threads() - 1), thread_name_prefix="forwardtune")
+        return _pool
+
+
+def _forget_threads() -> None:
+    """A forked child has the pool but not its threads."""
+    global _pool
+    _pool = None
+
+
+os.register_at_fork(after_in_child=_forget_threads)

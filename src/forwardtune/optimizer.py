@@ -1,0 +1,339 @@
+"""L3: MeZO, an optimizer that needs no gradient. The method itself is :meth:`MeZO.estimate` and :meth:`MeZO.apply`."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .estimators import SPSA, Estimator
+from .noise import Direction, Noise, get_direction
+from .parameters import TunedParameters
+from .perturbation import PERTURBATIONS, Copy, Perturbation, Scratch
+from .rules import RULES
+
+Closure = Callable[[], "Tensor | float"]
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss was infinite or not a number in too many steps in a row."""
+
+
+class InterruptedUpdateError(RuntimeError):
+    """An earlier update stopped half-way, so the weights belong to no step."""
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one step did: enough to do it again without data.
+
+    Attributes:
+        step: number of the step, from 0; a word of the noise counter.
+        lr: learning rate of every parameter group.
+        weight_decay: weight decay of every parameter group.
+        coefficients: projected gradient of every probe; empty when the step was skipped.
+        losses: the closure's values in the order of the estimator's queries.
+        loss: their mean.
+        unchanged: how many weights the update left at the same stored value.
+        seconds: from the start of the first evaluation to the end of the update.
+    """
+
+    step: int
+    lr: tuple[float, ...]
+    weight_decay: tuple[float, ...]
+    coefficients: tuple[float, ...]
+    losses: tuple[float, ...]
+    loss: float
+    unchanged: int
+    seconds: float
+
+    @property
+    def skipped(self) -> bool:
+        """True when a loss was not finite and the weights were left alone."""
+        return not self.coefficients
+
+
+class MeZO(torch.optim.Optimizer):
+    r"""Memory-efficient zeroth-order SGD.
+
+    One step with minibatch loss L, direction z and n probes:
+
+    .. math::
+        c_k = \frac{L(\theta + \epsilon z_k) - L(\theta - \epsilon z_k)}{2\epsilon}, \qquad
+        \theta \leftarrow (1 - \eta\lambda)\,\theta - \eta \, \frac{1}{n} \sum_k c_k z_k
+
+    No gradient, activation or direction is stored: directions are regenerated from ``(seed, step, probe, tensor)``.
+
+    Example::
+
+        optimizer = MeZO(model, lr=1e-6)
+        for batch in loader:
+            loss = optimizer.step(lambda: model(**batch).loss)
+
+    The closure is called under ``torch.no_grad()``, 2 n times a step, and must return the loss of the *same* minibatch
+    each time: a scalar tensor or any Python number, lower is better. Put the model in evaluation mode, as dropout would
+    differ between the two sides. The first step calls it once or twice more (see ``perturbation``).
+
+    Args:
+        params: a module (all its parameters that require grad are tuned), or parameters, named parameters or parameter
+            groups as for any ``torch.optim`` optimizer. Groups may set ``lr`` and ``weight_decay``.
+        lr: learning rate. MeZO's is constant: 1e-6 or 1e-7 for models of billions of parameters, 1e-5 to 3e-5 for
+            ones of 100M.
+        eps: perturbation scale.
+        probes: n, the directions a step (n-SPSA); ignored when ``estimator`` is given.
+        direction: ``"gaussian"`` or ``"rademacher"``.
+        perturbation: ``"scratch"``, ``"copy"`` or ``"in_place"`` (see :mod:`forwardtune.perturbation`), or ``"auto"``:
+            scratch if the first step's self-check finds that every weight is read through its own module, else copy.
+        weight_decay: decoupled weight decay.
+        seed: 64-bit seed of all directions and of stochastic rounding.
+        clip_coefficient: largest magnitude of a coefficient; larger ones are clipped. ``None``: no clipping.
+        max_skipped: after this many steps in a row with a loss that is not finite, raise.
+        module: the module that holds ``params``, if those are not a module.
+        estimator: an estimator in place of two-sided SPSA.
+
+    Raises:
+        ValueError: an argument out of range, nothing to tune, or a tensor that cannot be perturbed.
+        NonFiniteLossError: from :meth:`step`, after ``max_skipped`` skipped steps in a row.
+        TypeError: from :meth:`step`, when the closure returns no number.
+
+    Half-precision weights (bfloat16, float16) are updated with stochastic rounding; the weights after a step differ from
+    those before by the update alone. torch's global random state is neither read nor changed.
+
+    Source: Malladi et al., "Fine-Tuning Language Models with Just Forward Passes", NeurIPS 2023, algorithm 1.
+    """
+
+    def __init__(
+        self,
+        params: nn.Module | Iterable[Any],
+        lr: float = 1e-6,
+        eps: float = 1e-3,
+        *,
+        probes: int = 1,
+        direction: str | Direction = "gaussian",
+        perturbation: str = "auto",
+        weight_decay: float = 0.0,
+        seed: int = 0,
+        clip_coefficient: float | None = None,
+        max_skipped: int = 10,
+        module: nn.Module | None = None,
+        estimator: Estimator | None = None,
+    ) -> None:
+        if isinstance(params, nn.Module):
+            module = params if module is None else module
+            params = [parameter for parameter in params.parameters() if parameter.requires_grad]
+            if not params:
+                raise ValueError("there is nothing to tune: no parameter of the module has requires_grad=True")
+        if perturbation not in {"auto", *PERTURBATIONS}:
+            raise ValueError(f"unknown perturbation {perturbation!r}: choose auto, {', '.join(PERTURBATIONS)}")
+        if clip_coefficient is not None and not clip_coefficient > 0:
+            raise ValueError(f"clip_coefficient must be positive or None, got {clip_coefficient!r}")
+        self.estimator = SPSA(eps, probes) if estimator is None else estimator
+        self.noise = Noise(seed, get_direction(direction))
+        self.rule = "sgd"
+        self.clip_coefficient = clip_coefficient
+        self.max_skipped = max_skipped
+        self.module = module
+        #: Called with a :class:`StepRecord` after every step; the step log is one of them.
+        self.recorders: list[Callable[[StepRecord], None]] = []
+        self.last: StepRecord | None = None
+        self.next_step = 0
+        self._skipped = 0
+        self._pending: list[float] | None = None
+        self._seconds = 0.0
+        self._interrupted = False
+        self.perturbation: Perturbation | None = None
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        self.tuned = TunedParameters.from_groups(self.param_groups, module)
+        if perturbation == "auto" and module is None:
+            perturbation = "copy"
+        if perturbation != "auto":
+            self.perturbation = PERTURBATIONS[perturbation](self.tuned, self.noise)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters. Only before the first step: afterwards ids, and so directions, would change."""
+        if self.next_step:
+            raise ValueError("parameters cannot be added after the first step: make a new MeZO, with a new step log")
+        for name, at_least in (("lr", "positive"), ("weight_decay", "not negative")):
+            value = param_group.get(name, self.defaults[name])
+            if not (0 <= value < math.inf) or (name == "lr" and value == 0):
+                raise ValueError(f"{name} must be {at_least}, got {value!r}")
+        super().add_param_group(param_group)
+        if hasattr(self, "tuned"):
+            self.tuned = TunedParameters.from_groups(self.param_groups, self.module)
+            if self.perturbation is not None:
+                self.perturbation = type(self.perturbation)(self.tuned, self.noise)
+
+    @torch.no_grad()
+    def step(self, closure: Closure | None = None) -> float:  # type: ignore[override]
+        """Take one step and return the mean of the losses that it saw.
+
+        Args:
+            closure: evaluates the loss of the minibatch. ``None`` applies what :meth:`estimate` has gathered.
+        """
+        if closure is not None:
+            self.estimate(closure)
+        return self.apply()
+
+    @torch.no_grad()
+    def estimate(self, closure: Closure) -> float:
+        """Query the losses of the coming step; they are added to what earlier calls of the same step gathered.
+
+        Calling it for several microbatches whose losses add up to the minibatch loss is gradient accumulation.
+
+        Returns:
+            The mean of this call's losses.
+        """
+        if self._interrupted:
+            raise InterruptedUpdateError(
+                "an earlier update was interrupted, so the weights are between two steps: "
+                "load the base weights again and replay the step log"
+            )
+        began = time.perf_counter()
+        queries = self.estimator.queries()
+        if self.perturbation is None:
+            self._choose_perturbation(closure)
+        perturbation = self.perturbation or Scratch(self.tuned, self.noise)
+        losses = []
+        with perturbation:
+            for probe, scale in queries:
+                perturbation.shift(self.next_step, probe, scale)
+                losses.append(_number(closure()))
+        self._pending = [a + b for a, b in zip(self._pending or [0.0] * len(losses), losses, strict=True)]
+        self._seconds += time.perf_counter() - began
+        return math.fsum(losses) / len(losses) if all(map(math.isfinite, losses)) else math.nan
+
+    @torch.no_grad()
+    def apply(self) -> float:
+        """Move the weights by what was gathered and tell the recorders. Returns the mean loss."""
+        if self._pending is None:
+            raise RuntimeError("there is no loss to step on: call step(closure), or estimate(closure) before step()")
+        began = time.perf_counter()
+        losses, self._pending = self._pending, None
+        coefficients: list[float] = []
+        if all(map(math.isfinite, losses)):
+            limit = self.clip_coefficient or math.inf
+            coefficients = [min(max(c, -limit), limit) for c in self.estimator.coefficients(losses)]
+        unchanged = self._move(coefficients)
+        self.last = StepRecord(
+            step=self.next_step,
+            lr=tuple(float(group["lr"]) for group in self.param_groups),
+            weight_decay=tuple(float(group["weight_decay"]) for group in self.param_groups),
+            coefficients=tuple(coefficients),
+            losses=tuple(losses),
+            loss=sum(losses) / len(losses),
+            unchanged=unchanged,
+            seconds=self._seconds + time.perf_counter() - began,
+        )
+        self._seconds = 0.0
+        self.next_step += 1
+        for recorder in self.recorders:
+            recorder(self.last)
+        self._skipped = self._skipped + 1 if self.last.skipped else 0
+        if self._skipped >= self.max_skipped:
+            raise NonFiniteLossError(
+                f"the loss was not finite in {self._skipped} steps in a row, the last of them step {self.last.step}; "
+                "the weights are as the last good step left them. Lower the learning rate, or eps; in float16 also try "
+                "bfloat16 or float32"
+            )
+        return self.last.loss
+
+    def _move(self, coefficients: Sequence[float]) -> int:
+        """``theta <- rule(theta, c, z)`` for every tuned tensor; nothing when there are no coefficients."""
+        if not coefficients:
+            return self.tuned.numel
+        rule = RULES[self.rule]
+        updates = [
+            rule(self.next_step, coefficients, float(group["lr"]), float(group["weight_decay"]))
+            for group in self.param_groups
+        ]
+        self._interrupted = True
+        unchanged = sum(
+            self.noise.update(tensor.parameter, [updates[tensor.group]], tensor=tensor.id) for tensor in self.tuned
+        )
+        self._interrupted = False
+        return unchanged
+
+    def _choose_perturbation(self, closure: Closure) -> None:
+        """The self-check: scratch, if poisoning every other way to read a weight leaves the loss as it is."""
+        if self.module is not None and self.module.training:
+            if any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.module.modules()):
+                warnings.warn(
+                    "the model is in training mode with dropout, which differs between the evaluations of a step: "
+                    "call model.eval() before step()",
+                    stacklevel=4,
+                )
+        scratch = Scratch(self.tuned, self.noise)
+        probe, scale = self.estimator.queries()[0]
+
+        def evaluate() -> float:
+            scratch.shift(self.next_step, probe, scale)
+            return _number(closure())
+
+        with scratch:
+            loss = evaluate()
+            if not math.isfinite(loss):
+                return  # nothing to compare: ask again at the next step
+            try:
+                with scratch.poisoned():
+                    poisoned = evaluate()
+            except Exception:
+                poisoned = math.nan
+            if poisoned == loss:
+                self.perturbation = scratch
+                return
+            again = evaluate()
+        if math.isfinite(poisoned) and again != loss:
+            warnings.warn(
+                f"the closure is not deterministic: it returned {loss!r} and {again!r} at the same point. It must "
+                "return the loss of the same minibatch at every call, without dropout",
+                stacklevel=4,
+            )
+            self.perturbation = scratch
+            return
+        self.perturbation = Copy(self.tuned, self.noise)
+        gib = sum(t.parameter.numel() * t.parameter.element_size() for t in self.tuned) / 2**30
+        warnings.warn(
+            "the model reads a tuned weight outside the module that owns it, so every step evaluates a perturbed copy "
+            f"of all tuned weights instead (perturbation='copy', {gib:.2f} GiB more memory)",
+            stacklevel=4,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """As for any optimizer, with the step number: the whole state of MeZO."""
+        state = super().state_dict()
+        state["mezo"] = {"next_step": self.next_step, "seed": self.noise.seed, "skipped": self._skipped}
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` gave.
+
+        Raises:
+            ValueError: the state has another seed, or is not MeZO's.
+        """
+        own = state_dict.get("mezo")
+        if own is None:
+            raise ValueError("this is not the state of a MeZO optimizer: it has no step number")
+        if own["seed"] != self.noise.seed:
+            raise ValueError(
+                f"the state was saved with seed {own['seed']}, this optimizer has {self.noise.seed}: use the same seed"
+            )
+        super().load_state_dict(state_dict)
+        self.next_step = own["next_step"]
+        self._skipped = own["skipped"]
+
+
+def _number(loss: Tensor | float) -> float:
+    if isinstance(loss, Tensor):
+        if loss.numel() != 1:
+            raise TypeError(f"the closure returned a tensor of shape {tuple(loss.shape)}: return one number, a mean")
+        return float(loss)
+    try:
+        return float(loss)
+    except (TypeError, ValueError):
+        raise TypeError(f"the closure returned {loss!r}, which is not a number: return the loss") from None

@@ -1,0 +1,147 @@
+"""L1: which tensors are tuned, what they are called, and which number each has in the noise.
+
+A tensor's id is its place among the sorted names of the tuned tensors, so neither the order of construction nor the
+order of parameter groups changes its directions. Tied tensors are one tensor: they count once, under the first of their
+sorted names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_MAX_ELEMENTS = 2**35  # a 32-bit block counter times eight elements a block
+_DIGEST_CHUNK = 1 << 24
+
+
+@dataclass(frozen=True, eq=False)
+class TunedTensor:
+    """One tuned tensor.
+
+    Attributes:
+        name: fully qualified name in the module.
+        id: place among the sorted names; the tensor word of the noise counter.
+        parameter: the parameter itself.
+        group: index of its parameter group, which holds its learning rate and weight decay.
+    """
+
+    name: str
+    id: int
+    parameter: nn.Parameter
+    group: int
+
+
+class TunedParameters(Sequence[TunedTensor]):
+    """The tuned tensors of one run, in the order of their ids."""
+
+    def __init__(self, tensors: Sequence[TunedTensor], module: nn.Module | None = None) -> None:
+        self._tensors = tuple(tensors)
+        self.module = module
+
+    @classmethod
+    def from_groups(cls, groups: Iterable[Mapping[str, Any]], module: nn.Module | None = None) -> TunedParameters:
+        """Collect the parameters of ``torch.optim`` parameter groups.
+
+        Names come from ``module`` if it is given, else from named parameter groups, else from the position
+        (``parameter.000003``).
+
+        Raises:
+            ValueError: no parameter at all, or one that the module does not hold, that has no storage, or whose dtype
+                or size is not supported.
+        """
+        names: dict[int, str] = {}
+        if module is not None:
+            for name, parameter in module.named_parameters(remove_duplicate=False):
+                names[id(parameter)] = min(name, names.get(id(parameter), name))
+        found: dict[str, tuple[nn.Parameter, int]] = {}
+        position = 0
+        for number, group in enumerate(groups):
+            given = group.get("param_names") or [None] * len(group["params"])
+            for parameter, name in zip(group["params"], given, strict=True):
+                if module is not None:
+                    if id(parameter) not in names:
+                        raise ValueError(
+                            f"a parameter of group {number} (shape {tuple(parameter.shape)}) is not in the module: "
+                            "pass the module that holds every tuned parameter"
+                        )
+                    name = names[id(parameter)]
+                name = name or f"parameter.{position:06d}"
+                _check(name, parameter)
+                found[name] = (parameter, number)
+                position += 1
+        if not found:
+            raise ValueError("there is nothing to tune: no parameter has requires_grad=True")
+        return cls([TunedTensor(name, i, *found[name]) for i, name in enumerate(sorted(found))], module)
+
+    @overload
+    def __getitem__(self, index: int) -> TunedTensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[TunedTensor]: ...
+    def __getitem__(self, index: int | slice) -> TunedTensor | Sequence[TunedTensor]:
+        return self._tensors[index]
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __iter__(self) -> Iterator[TunedTensor]:
+        return iter(self._tensors)
+
+    @property
+    def numel(self) -> int:
+        """Number of tuned weights."""
+        return sum(tensor.parameter.numel() for tensor in self)
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Name, shape, dtype and group of every tensor, as the step log's header holds them."""
+        return [
+            {
+                "name": tensor.name,
+                "shape": list(tensor.parameter.shape),
+                "dtype": dtype_name(tensor.parameter.dtype),
+                "group": tensor.group,
+            }
+            for tensor in self
+        ]
+
+    def digest(self) -> str:
+        """SHA-256 over names, dtypes, shapes and row-major little-endian bytes of all tuned tensors, as hex."""
+        state = hashlib.sha256()
+        for tensor in self:
+            parameter = tensor.parameter.detach()
+            state.update(f"{tensor.name}\0{dtype_name(parameter.dtype)}\0{tuple(parameter.shape)}\0".encode())
+            flat = parameter.reshape(-1)
+            for lo in range(0, flat.numel(), _DIGEST_CHUNK):
+                state.update(_raw_bytes(flat[lo : lo + _DIGEST_CHUNK]))
+        return state.hexdigest()
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``torch.bfloat16`` -> ``"bfloat16"``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _raw_bytes(flat: Tensor) -> memoryview | bytes:
+    raw = flat.cpu().contiguous().view(torch.uint8)
+    try:
+        return memoryview(raw.numpy())
+    except RuntimeError:  # torch without NumPy
+        return bytes(raw.tolist())
+
+
+def _check(name: str, parameter: Tensor) -> None:
+    if parameter.dtype not in DTYPES:
+        known = ", ".join(dtype_name(dtype) for dtype in DTYPES)
+        raise ValueError(
+            f"{name} has dtype {dtype_name(parameter.dtype)}, which cannot be perturbed (only {known}): "
+            "set requires_grad=False on it, or tune an adapter instead"
+        )
+    if parameter.device.type == "meta":
+        raise ValueError(f"{name} has no storage (meta device): load the model without offloading before tuning it")
+    if parameter.numel() > _MAX_ELEMENTS:
+        raise ValueError(f"{name} has {parameter.numel()} elements; at most 2**35 are supported in one tensor")

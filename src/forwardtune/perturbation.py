@@ -1,0 +1,325 @@
+"""L2: how the model is evaluated at ``theta + scale * z``.
+
+All three ways are context managers: inside the block :meth:`Perturbation.shift` moves the model to a point, on exit the
+model is back at theta, whatever happened in between.
+
+============  =======================================  =======================  ========================================
+name          how                                      extra memory             afterwards
+============  =======================================  =======================  ========================================
+``scratch``   each module computes on a perturbed      the largest module       bit for bit as before
+              copy of its own weights, made just       that owns weights
+              before it runs, in a reused buffer
+``copy``      all perturbed weights at once, in a      all tuned weights        bit for bit as before
+              second set of tensors
+``in_place``  ``+eps z``, ``-2 eps z``, ``+eps z``     none                     off by rounding, which adds up: in
+              on the weights (the published loop)                               half precision it ruins the weights
+============  =======================================  =======================  ========================================
+
+All three evaluate at the same point: float32 addition, rounded to nearest in the weights' dtype.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .noise import Noise
+from .parameters import TunedParameters, TunedTensor
+
+
+class Perturbation(ABC):
+    """Moves a model to ``theta + scale * z(step, probe)`` and back.
+
+    Use::
+
+        with perturbation:
+            perturbation.shift(step, probe, +eps)
+            plus = loss()
+            perturbation.shift(step, probe, -eps)
+            minus = loss()
+    """
+
+    name: str
+
+    def __init__(self, tuned: TunedParameters, noise: Noise) -> None:
+        self.tuned = tuned
+        self.noise = noise
+
+    @abstractmethod
+    def shift(self, step: int, probe: int, scale: float) -> None:
+        """Evaluate at ``theta + scale * z(step, probe)`` from now on; theta is always the unperturbed point."""
+
+    @abstractmethod
+    def __enter__(self) -> Perturbation: ...
+
+    @abstractmethod
+    def __exit__(self, *exception: object) -> None: ...
+
+
+class InPlace(Perturbation):
+    """The published loop: the weights themselves move, and come back only up to rounding."""
+
+    name = "in_place"
+
+    def __init__(self, tuned: TunedParameters, noise: Noise) -> None:
+        super().__init__(tuned, noise)
+        self._at: tuple[int, int, float] | None = None
+
+    def __enter__(self) -> InPlace:
+        return self
+
+    def shift(self, step: int, probe: int, scale: float) -> None:
+        if self._at is not None and self._at[:2] == (step, probe):
+            self._add(step, probe, scale - self._at[2])
+        else:
+            self._return()
+            self._add(step, probe, scale)
+        self._at = (step, probe, scale)
+
+    def __exit__(self, *exception: object) -> None:
+        self._return()
+
+    def _return(self) -> None:
+        if self._at is not None:
+            step, probe, scale = self._at
+            self._at = None
+            self._add(step, probe, -scale)
+
+    def _add(self, step: int, probe: int, scale: float) -> None:
+        for tensor in self.tuned:
+            weight = tensor.parameter.detach()
+            self.noise.perturb(weight, weight, tensor=tensor.id, step=step, probe=probe, scale=scale)
+
+
+class Copy(Perturbation):
+    """The parameters point to a second set of tensors while the model is evaluated."""
+
+    name = "copy"
+
+    def __init__(self, tuned: TunedParameters, noise: Noise) -> None:
+        super().__init__(tuned, noise)
+        self._shadows: list[Tensor] = []
+        self._originals: list[Tensor] = []
+
+    def __enter__(self) -> Copy:
+        self._originals = [tensor.parameter.data for tensor in self.tuned]
+        if [(s.shape, s.device, s.dtype) for s in self._shadows] != [
+            (o.shape, o.device, o.dtype) for o in self._originals
+        ]:
+            self._shadows = [torch.empty_like(original) for original in self._originals]
+        return self
+
+    def shift(self, step: int, probe: int, scale: float) -> None:
+        for tensor, original, shadow in zip(self.tuned, self._originals, self._shadows, strict=True):
+            self.noise.perturb(shadow, original, tensor=tensor.id, step=step, probe=probe, scale=scale)
+            tensor.parameter.data = shadow
+
+    def __exit__(self, *exception: object) -> None:
+        for tensor, original in zip(self.tuned, self._originals, strict=True):
+            tensor.parameter.data = original
+        self._originals = []
+
+
+class Scratch(Perturbation):
+    """Every module that owns tuned weights computes on a perturbed copy of them, made just before it runs.
+
+    The weights are only read. Hooks exist inside the block alone. A module lends its scratch copy from the moment that
+    it is called until it returns; an embedding computes only the rows that it looks up.
+
+    A weight that is read outside the module that owns it is seen unperturbed: :meth:`poisoned` finds that out.
+    """
+
+    name = "scratch"
+
+    def __init__(self, tuned: TunedParameters, noise: Noise) -> None:
+        super().__init__(tuned, noise)
+        if tuned.module is None:
+            raise ValueError("perturbation='scratch' needs the module: pass MeZO(module, ...) or module=...")
+        by_parameter = {id(tensor.parameter): tensor for tensor in tuned}
+        self._owners = [
+            (module, owned)
+            for module in tuned.module.modules()
+            if (owned := [(k, by_parameter[id(p)]) for k, p in module._parameters.items() if id(p) in by_parameter])
+        ]
+        self._arena = _Arena()
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._lent: list[tuple[nn.Module, list[tuple[str, nn.Parameter]], _Mark]] = []
+        self._point: tuple[int, int, float] | None = None
+        self._hidden: dict[int, Tensor] = {}
+
+    def __enter__(self) -> Scratch:
+        for module, owned in self._owners:
+            self._hooks.append(module.register_forward_pre_hook(self._lender(owned)))
+            self._hooks.append(module.register_forward_hook(self._take_back, always_call=True))
+        return self
+
+    def shift(self, step: int, probe: int, scale: float) -> None:
+        self._point = (step, probe, scale)
+
+    def __exit__(self, *exception: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        # torch runs no hook after KeyboardInterrupt and its like: whatever is still lent comes back here.
+        while self._lent:
+            self._return_last()
+        self._point = None
+
+    @contextmanager
+    def poisoned(self) -> Iterator[None]:
+        """Every tuned weight reads as NaN outside its owner, and scratch memory is NaN once it is given back.
+
+        An evaluation that gives the same loss inside and outside this block reads each tuned weight through its owner
+        alone, which is what makes the scratch path exact. It takes no memory: the NaNs are one element, expanded.
+        """
+        self._hidden = {tensor.id: tensor.parameter.data for tensor in self.tuned}
+        try:
+            for tensor in self.tuned:
+                weight = self._hidden[tensor.id]
+                tensor.parameter.data = weight.new_full((), float("nan")).expand(weight.shape)
+            yield
+        finally:
+            for tensor in self.tuned:
+                tensor.parameter.data = self._hidden[tensor.id]
+            self._hidden = {}
+
+    def _lender(self, owned: list[tuple[str, TunedTensor]]) -> Callable[[nn.Module, Any], None]:
+        def lend(module: nn.Module, args: Any) -> None:
+            if self._point is None:
+                return
+            self._lent.append((module, [(name, tensor.parameter) for name, tensor in owned], self._arena.mark()))
+            for name, tensor in owned:
+                make_rows = isinstance(module, nn.Embedding) and name == "weight"
+                module._parameters[name] = self._looked_up(tensor) if make_rows else self._perturbed(tensor)  # type: ignore[assignment]
+
+        return lend
+
+    def _take_back(self, module: nn.Module, args: Any, output: Any) -> None:
+        # A module that a nested exception left behind is returned together with the one that encloses it.
+        while any(lender is module for lender, _, _ in self._lent):
+            if self._return_last() is module:
+                return
+
+    def _return_last(self) -> nn.Module:
+        module, parameters, mark = self._lent.pop()
+        for name, parameter in parameters:
+            module._parameters[name] = parameter
+        self._arena.release(mark, poison=bool(self._hidden))
+        return module
+
+    def _source(self, tensor: TunedTensor) -> Tensor:
+        return self._hidden[tensor.id] if self._hidden else tensor.parameter.detach()
+
+    def _perturbed(self, tensor: TunedTensor) -> Tensor:
+        assert self._point is not None
+        step, probe, scale = self._point
+        source = self._source(tensor)
+        out = self._arena.take(source)
+        self.noise.perturb(out, source, tensor=tensor.id, step=step, probe=probe, scale=scale)
+        return out
+
+    def _looked_up(self, tensor: TunedTensor) -> Tensor:
+        assert self._point is not None
+        step, probe, scale = self._point
+        source = self._source(tensor)
+
+        def rows(numbers: Tensor) -> Tensor:
+            return self.noise.perturb_rows(
+                source, numbers, tensor=tensor.id, step=step, probe=probe, scale=scale
+            )
+
+        return _LazyTable.wrap(source, rows, lambda: self._perturbed(tensor))
+
+
+class _LazyTable(Tensor):
+    """An embedding's perturbed weight, of which only the rows that are looked up are ever computed.
+
+    A look-up computes its rows; questions about shape, dtype and device are answered from the original; any other use
+    computes the whole table first.
+    """
+
+    _rows: Callable[[Tensor], Tensor]
+    _whole: Callable[[], Tensor]
+
+    @staticmethod
+    def wrap(original: Tensor, rows: Callable[[Tensor], Tensor], whole: Callable[[], Tensor]) -> _LazyTable:
+        table = Tensor._make_subclass(_LazyTable, original)
+        table._rows, table._whole = rows, whole
+        return table
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            if func is F.embedding and kwargs.get("max_norm") is None:
+                numbers, table = args
+                return table._rows(numbers)
+            if func in _METADATA:
+                return func(*args, **kwargs)
+
+        def dense(value: Any) -> Any:
+            if isinstance(value, cls):
+                return value._whole()
+            return type(value)(map(dense, value)) if isinstance(value, (list, tuple)) else value
+
+        return func(*map(dense, args), **{key: dense(value) for key, value in kwargs.items()})
+
+
+_METADATA = {
+    getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_cuda")
+} | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_floating_point, Tensor.element_size}
+
+
+_Mark = dict[torch.device, tuple[int, int]]
+_ALIGNMENT = 64
+
+
+class _Arena:
+    """Reused buffers, handed out as a stack: nested modules lie above their parents. One chunk in the steady state."""
+
+    def __init__(self) -> None:
+        self._chunks: dict[torch.device, list[Tensor]] = {}
+        self._top: _Mark = {}
+        self._peak: dict[torch.device, int] = {}
+
+    def mark(self) -> _Mark:
+        return dict(self._top)
+
+    def take(self, like: Tensor) -> Tensor:
+        """An uninitialised contiguous tensor of the shape, dtype and device of ``like``."""
+        chunks = self._chunks.setdefault(like.device, [])
+        index, offset = self._top.get(like.device, (0, 0))
+        count = like.numel() * like.element_size()
+        size = -(-count // _ALIGNMENT) * _ALIGNMENT
+        while index < len(chunks) and offset + size > chunks[index].numel():
+            index, offset = index + 1, 0
+        if index == len(chunks):
+            with torch.inference_mode(False):
+                chunks.append(torch.empty(size, dtype=torch.uint8, device=like.device))
+        self._top[like.device] = (index, offset + size)
+        used = sum(chunk.numel() for chunk in chunks[:index]) + offset + size
+        self._peak[like.device] = max(used, self._peak.get(like.device, 0))
+        return chunks[index][offset : offset + count].view(like.dtype).view(like.shape)
+
+    def release(self, mark: _Mark, *, poison: bool = False) -> None:
+        """Give back everything taken since the mark."""
+        for device, (index, offset) in list(self._top.items()):
+            keep_index, keep_offset = mark.get(device, (0, 0))
+            chunks = self._chunks[device]
+            if poison:
+                for number in range(keep_index, index + 1):
+                    chunks[number][keep_offset if number == keep_index else 0 :].fill_(0xFF)  # NaN in every dtype
+            self._top[device] = (keep_index, keep_offset)
+            if (keep_index, keep_offset) == (0, 0) and len(chunks) > 1:
+                chunks.clear()  # free first: the old and the new chunk should not exist at the same time
+                with torch.inference_mode(False):
+                    chunks.append(torch.empty(self._peak[device], dtype=torch.uint8, device=device))
+
+
+PERTURBATIONS: dict[str, type[Perturbation]] = {cls.name: cls for cls in (Scratch, Copy, InPlace)}
