@@ -304,6 +304,11 @@ class MeZO(torch.optim.Optimizer):
             stacklevel=4,
         )
 
+    def fast_forward(self, records: Sequence[StepRecord]) -> None:
+        """Take over the bookkeeping of a run whose weights were rebuilt from its records, all from step 0 on."""
+        self.next_step = len(records)
+        self._skipped = next((i for i, record in enumerate(reversed(records)) if not record.skipped), len(records))
+
     def state_dict(self) -> dict[str, Any]:
         """As for any optimizer, with the step number: the whole state of MeZO."""
         state = super().state_dict()

@@ -1,0 +1,151 @@
+"""``forwardtune replay | inspect | export``: what can be done with a step log."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from . import say
+from .session import bar
+
+
+def add_commands(commands: Any) -> None:
+    """Add the commands that work on step logs."""
+    parser = commands.add_parser("replay", help="rebuild tuned weights from base weights and a step log, bit for bit")
+    parser.add_argument("log", help="steps.jsonl or trajectory.safetensors")
+    parser.add_argument("--model", required=True, help="the model that the run began with")
+    parser.add_argument("--output-dir", required=True, help="new folder for the tuned model")
+    parser.add_argument("--steps", type=int, help="replay only this many steps; needed for an unfinished log")
+    parser.add_argument("--device", default="cpu", help="where the weights are rebuilt [cpu]")
+    parser.set_defaults(run=run_replay)
+
+    parser = commands.add_parser("inspect", help="verify a step log and say what it holds")
+    parser.add_argument("log", help="steps.jsonl")
+    parser.add_argument("--json", action="store_true", help="print it as JSON on stdout")
+    parser.set_defaults(run=run_inspect)
+
+    parser = commands.add_parser("export", help="write a run as trajectory.safetensors, four bytes a step and probe")
+    parser.add_argument("log", help="steps.jsonl")
+    parser.add_argument("--output", default="trajectory.safetensors", help="new file [trajectory.safetensors]")
+    parser.set_defaults(run=run_export)
+
+
+def run_replay(options: argparse.Namespace) -> None:
+    """Rebuild the tuned weights and save them as an ordinary model folder."""
+    from ..trajectory import read_log, replay
+    from ..trajectory.export import read_trajectory
+    from ..trajectory.replay import trajectory_of
+
+    is_export = Path(options.log).suffix == ".safetensors"
+    trajectory = read_trajectory(options.log) if is_export else trajectory_of(read_log(options.log))
+    folder = new_folder(options.output_dir)
+
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    from ..models import load_model
+
+    dtypes = {tensor["dtype"] for tensor in trajectory.header["tensors"]}
+    say(f"loading {options.model}")
+    model, tokenizer = load_model(
+        options.model, dtype=dtypes.pop() if len(dtypes) == 1 else "auto", device=options.device
+    )
+    with bar(len(trajectory.header["tensors"]), "replaying", "tensor") as progress:
+        steps = replay(
+            trajectory, model, steps=options.steps, progress=lambda done, total: progress.update(done - progress.n) and None
+        )
+    save_model(model, tokenizer, folder)
+    verified = trajectory.digest is not None and steps == trajectory.steps
+    say(f"{steps} steps replayed{', weights verified against the log' if verified else ''}; the model is in {folder}")
+
+
+def run_inspect(options: argparse.Namespace) -> None:
+    """Verify a log and describe it."""
+    from ..trajectory import read_log
+
+    log = read_log(options.log)
+    losses = [record.loss for record in log.records if math.isfinite(record.loss)]
+    tensors = log.header["tensors"]
+    weights = sum(math.prod(tensor["shape"]) for tensor in tensors)
+    taken = [record for record in log.records if not record.skipped]
+    facts = {
+        "intact": True,
+        "finished": log.end is not None,
+        "torn_last_line": log.torn,
+        "steps": log.steps,
+        "skipped_steps": log.steps - len(taken),
+        "zero_coefficient_steps": sum(1 for record in taken if not any(record.coefficients)),
+        "first_loss": losses[0] if losses else None,
+        "last_loss": losses[-1] if losses else None,
+        "seconds": round(sum(record.seconds for record in log.records), 3),
+        "unchanged_share": sum(record.unchanged for record in taken) / (weights * len(taken)) if taken else None,
+        "learning_rates": sorted({lr for record in log.records for lr in record.lr}),
+        "seed": log.header["seed"],
+        "direction": log.header["direction"],
+        "estimator": log.header["estimator"],
+        "eps": log.header["eps"],
+        "probes": log.header["probes"],
+        "rule": log.header["rule"],
+        "weight_decay": [group["weight_decay"] for group in log.header["groups"]],
+        "tensors": len(tensors),
+        "weights": weights,
+        "dtypes": sorted({tensor["dtype"] for tensor in tensors}),
+        "base_digest": log.header["base"],
+        "tuned_digest": log.end["digest"] if log.end else None,
+        "versions": log.header["versions"],
+        "run": log.header["run"],
+    }
+    if options.json:
+        print(json.dumps(facts))
+        return
+    say(f"{log.path}: every line is intact" + (", but for a torn last one" if log.torn else ""))
+    for name, value in facts.items():
+        if name not in ("intact", "torn_last_line"):
+            say(f"  {name.replace('_', ' ')}: {_short(value)}")
+    if log.end is None:
+        say("  the run did not close its log: it was killed, or is still going. Resume it with forwardtune train --resume")
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list) and len(value) > 6:
+        return f"{value[0]} ... {value[-1]} ({len(value)} values)"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {content}" for key, content in value.items() if content is not None)
+    return str(value)
+
+
+def run_export(options: argparse.Namespace) -> None:
+    """Write the smallest form of a run."""
+    from ..trajectory import export_trajectory, read_log
+
+    log = read_log(options.log)
+    size = export_trajectory(log, options.output)
+    say(f"{options.output}: {size:,} bytes for {log.steps:,} steps")
+
+
+def new_folder(name: str) -> Path:
+    """The path of a folder that does not exist yet, or is empty."""
+    folder = Path(name)
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise InputError(f"{folder} is not empty: choose another --output-dir (nothing was overwritten)")
+    return folder
+
+
+def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write model and tokenizer as an ordinary Hugging Face folder.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    except SafetensorError as error:
+        raise OSError(f"{folder}: the model could not be written ({error})") from None

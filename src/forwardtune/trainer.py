@@ -1,0 +1,328 @@
+"""L6: MeZO inside transformers' Trainer. Public methods are overridden; the training loop is Trainer's own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SchedulerType, TrainOutput
+from transformers.training_args import OptimizerNames
+
+from .optimizer import MeZO
+from .trajectory import LogError, StepLog, read_log
+from .trajectory.log import cut_log, require_same_run
+from .trajectory.replay import apply_records
+from .trajectory.reader import Log
+
+STEP_LOG = "steps.jsonl"
+_TRAINER_STATE = "trainer_state.json"
+_PLATEAU = {SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY}
+
+Objective = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
+
+
+@dataclass
+class MeZOConfig(TrainingArguments):
+    """``TrainingArguments`` with MeZO's settings and defaults.
+
+    The learning rate is 1e-6 and constant, the batch size 16, and there is no gradient to clip. What MeZO cannot honour
+    is refused with what to do instead.
+
+    Raises:
+        ValueError: an argument that has no meaning without gradients.
+    """
+
+    learning_rate: float = field(
+        default=1e-6, metadata={"help": "Constant by default. 1e-6 or 1e-7 for billions of weights, 1e-5 for 100M."}
+    )
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "As in Trainer; the paper's is constant."})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Must stay 0: see clip_coefficient."})
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Examples in a minibatch."})
+    eps: float = field(default=1e-3, metadata={"help": "Perturbation scale (1e-2 for LoRA, 1e-1 for prefixes)."})
+    probes: int = field(default=1, metadata={"help": "Directions a step; each costs two evaluations."})
+    direction: str = field(default="gaussian", metadata={"help": "gaussian or rademacher."})
+    perturbation: str = field(default="auto", metadata={"help": "auto, scratch, copy or in_place."})
+    clip_coefficient: float | None = field(default=None, metadata={"help": "Largest magnitude of a coefficient."})
+    max_skipped: int = field(default=10, metadata={"help": "Stop after so many non-finite losses in a row."})
+
+    def __post_init__(self) -> None:
+        for wrong, remedy in (
+            (self.fp16, "fp16=True scales losses for gradients. Load the model in float16 (dtype=torch.float16) instead"),
+            (self.deepspeed, "DeepSpeed shards gradients and optimizer state, which MeZO does not have. Drop it"),
+            (self.fsdp, "FSDP is not supported. Drop it, or spread a large model with device_map='auto'"),
+            (self.max_grad_norm, "there is no gradient to clip. Leave max_grad_norm at 0 and set clip_coefficient"),
+            (
+                self.gradient_checkpointing or self.activation_checkpointing,
+                "checkpointing saves activations for a backward pass that never comes. Drop it",
+            ),
+            (self.neftune_noise_alpha, "NEFTune perturbs embeddings in training mode, MeZO evaluates. Drop it"),
+            (self.torch_compile, "torch_compile is not supported with perturbed weights. Drop it"),
+            (self.auto_find_batch_size, "auto_find_batch_size restarts training steps. Choose the batch size"),
+        ):
+            if wrong:
+                raise ValueError(f"MeZO cannot honour this: {remedy}.")
+        super().__post_init__()
+        if self.optim != OptimizerNames(TrainingArguments.__dataclass_fields__["optim"].default):
+            raise ValueError(f"MeZO cannot honour optim={self.optim.value!r}: it is the optimizer itself. Drop it.")
+
+
+class MeZOTrainer(Trainer):
+    """``transformers.Trainer`` that tunes with forward passes.
+
+    Takes what Trainer takes, with a :class:`MeZOConfig`. Every step goes to ``steps.jsonl`` in the output folder, and
+    ``train(resume_from_checkpoint=True)`` continues from the last logged step, with or without a checkpoint: pass the
+    base model again.
+
+    Args:
+        objective: ``(model, inputs) -> losses``, one per example or their mean, in place of the model's own loss. It
+            needs no gradient.
+        run: anything to keep in the step log's header, as JSON.
+
+    Raises:
+        ValueError: more than one process or GPU, or an optimizer that is not MeZO.
+        LogError: from :meth:`train`, when the output folder holds another run or a damaged log.
+    """
+
+    args: MeZOConfig
+
+    def __init__(
+        self, *args: Any, objective: Objective | None = None, run: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        self.objective = objective
+        self._run = run
+        super().__init__(*args, **kwargs)
+        if not isinstance(self.args, MeZOConfig):
+            raise ValueError("MeZOTrainer needs args=MeZOConfig(...), whose defaults are MeZO's")
+        if self.args.world_size > 1 or self.args.n_gpu > 1:
+            raise ValueError(
+                "MeZOTrainer runs in one process on one device: set CUDA_VISIBLE_DEVICES=0, or spread a large model "
+                "with device_map='auto'"
+            )
+        if self.optimizer is not None and not isinstance(self.optimizer, MeZO):
+            raise ValueError(f"MeZOTrainer cannot step {type(self.optimizer).__name__}: pass a MeZO, or none")
+        self._own_optimizer = self.optimizer is None
+        self._keeper = _LogKeeper(self)
+        self.add_callback(self._keeper)
+
+    @property
+    def mezo(self) -> MeZO:
+        """The optimizer, without what Trainer wraps around it."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """MeZO over the parameters that require grad, in Trainer's two groups: with and without weight decay."""
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            decayed = set(self.get_decay_parameter_names(model))
+            tuned = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+            groups = [
+                {"params": [p for name, p in tuned if name in decayed], "weight_decay": self.args.weight_decay},
+                {"params": [p for name, p in tuned if name not in decayed], "weight_decay": 0.0},
+            ]
+            self.optimizer = MeZO(
+                [group for group in groups if group["params"]],
+                lr=self.args.learning_rate,
+                eps=self.args.eps,
+                probes=self.args.probes,
+                direction=self.args.direction,
+                perturbation=self.args.perturbation,
+                seed=self.args.seed,
+                clip_coefficient=self.args.clip_coefficient,
+                max_skipped=self.args.max_skipped,
+                module=model,
+            )
+        return self.optimizer
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The mean of the objective over the batch, or without an objective the model's own loss."""
+        if self.objective is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        losses = torch.as_tensor(self.objective(model, inputs), dtype=torch.float32)
+        return (losses.mean(), {"losses": losses.reshape(-1)}) if return_outputs else losses.mean()
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Query the microbatch at the step's probes. Trainer's ``optimizer.step()`` then moves the weights."""
+        model.eval()  # dropout would differ between the two sides of a probe
+        inputs = self._prepare_inputs(inputs)
+        share = 1 if self._scaled_for_accumulation(num_items_in_batch) else self.current_gradient_accumulation_steps
+
+        def closure() -> Tensor:
+            with self.compute_loss_context_manager():
+                loss = self.compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch)
+            return loss / share
+
+        loss = self.mezo.estimate(closure)
+        return torch.tensor(loss, device=self.args.device)
+
+    def _scaled_for_accumulation(self, num_items_in_batch: Tensor | int | None) -> bool:
+        """Whether the loss is already a share of the whole accumulated batch, by Trainer's own rule."""
+        if self.objective is not None:
+            return False
+        stated = getattr(self, "loss_is_scaled_for_ga", None)
+        if stated is not None:
+            return bool(stated)
+        by_model = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        return by_model or self.compute_loss_func is not None
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's. ``True`` resumes from the last logged step, a path from that checkpoint."""
+        if self._own_optimizer:
+            self.optimizer = None
+            self.lr_scheduler = None if getattr(self, "_created_lr_scheduler", True) else self.lr_scheduler
+        if resume_from_checkpoint:
+            log = self._log_to_resume(resume_from_checkpoint)
+            if log.steps >= self._max_steps():
+                return self._already_trained(log)
+            resume_from_checkpoint = self._checkpoint_of(log)
+        try:
+            return super().train(resume_from_checkpoint or None, *args, **kwargs)
+        finally:
+            self._keeper.close()
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As Trainer's, with the magnitude of the last projected gradient in place of a gradient norm."""
+        if logs.pop("grad_norm", None) is not None and self.mezo.last is not None and not self.mezo.last.skipped:
+            coefficients = self.mezo.last.coefficients
+            logs["projected_gradient"] = sum(map(abs, coefficients)) / len(coefficients)
+        if "train_runtime" in logs:  # the closing report comes before the best weights are loaded: the log ends here
+            self._keeper.finish()
+        super().log(logs, *args, **kwargs)
+
+    @property
+    def step_log(self) -> Path:
+        """Where the steps are logged."""
+        return Path(self.args.output_dir) / STEP_LOG
+
+    # --- resuming ------------------------------------------------------------------------------------------------
+
+    def _log_to_resume(self, wanted: str | bool) -> Log:
+        """The log of the run, cut to the step from which it goes on."""
+        log = read_log(self.step_log)
+        steps: int | None = log.steps
+        complete = self._complete_checkpoints()
+        if wanted is not True:
+            steps = _steps_of(Path(wanted))
+            if steps is None or steps > log.steps:
+                raise LogError(f"{wanted} is not a complete checkpoint of the run in {log.path}: choose another one")
+        elif self.args.load_best_model_at_end and log.steps and log.steps not in complete:
+            # The kill may have come before the last step was evaluated and saved: do that step again.
+            steps = log.steps - 1
+        if self.args.lr_scheduler_type in _PLATEAU and steps not in complete:
+            raise LogError(
+                f"lr_scheduler_type={self.args.lr_scheduler_type!r} depends on evaluations, which the step log does not "
+                f"hold: resume from a checkpoint by its path ({complete[max(complete)] if complete else 'there is none'})"
+            )
+        assert steps is not None
+        return cut_log(log, steps) if steps < log.steps else log
+
+    def _checkpoint_of(self, log: Log) -> str | None:
+        """The checkpoint at the log's end, made by replay if there is none; None if no step was taken."""
+        self._keeper.continues = log
+        if log.steps == 0:
+            return None
+        existing = self._complete_checkpoints().get(log.steps)
+        return str(existing) if existing else self._checkpoint_by_replay(log)
+
+    def _already_trained(self, log: Log) -> TrainOutput:
+        """Bring the model to the end of a run that has taken all its steps, and close its log if a kill did not."""
+        optimizer = self.create_optimizer()
+        assert isinstance(optimizer, MeZO)
+        step_log = StepLog.resume(log.path, optimizer)
+        if log.end is None:
+            step_log.finish()
+        step_log.close()
+        self.state.global_step = log.steps
+        losses = [record.loss for record in log.records if not record.skipped]
+        return TrainOutput(log.steps, sum(losses) / max(1, len(losses)), {})
+
+    def _max_steps(self) -> int:
+        return int(self.set_initial_training_values(self.args, self.get_train_dataloader())[-1])
+
+    def _complete_checkpoints(self) -> dict[int, Path]:
+        folders = Path(self.args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        return {steps: folder for folder in folders if (steps := _steps_of(folder)) is not None}
+
+    def _checkpoint_by_replay(self, log: Log) -> str:
+        """Bring the model from its base weights to the log's end, and save that as Trainer would have."""
+        optimizer = self.create_optimizer()
+        assert isinstance(optimizer, MeZO)
+        require_same_run(log, optimizer)
+        apply_records(log, log.records, optimizer.tuned)
+        optimizer.fast_forward(log.records)
+        max_steps = self._max_steps()
+        state = self._state_before(log.steps)
+        state.global_step = log.steps
+        state.compute_steps(self.args, max_steps)
+        state.train_batch_size = self.args.train_batch_size
+        scheduler = self.create_scheduler(max_steps, optimizer)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the optimizer's steps were taken by replay, unseen by the scheduler
+            for _ in range(log.steps):
+                scheduler.step()
+        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{log.steps}"
+        shutil.rmtree(folder, ignore_errors=True)  # what a kill in mid-save left
+        self.save_model(str(folder))
+        torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+        torch.save(scheduler.state_dict(), folder / "scheduler.pt")
+        state.save_to_json(str(folder / _TRAINER_STATE))
+        self.optimizer = self.lr_scheduler = None
+        return str(folder)
+
+    def _state_before(self, steps: int) -> TrainerState:
+        earlier = {s: folder for s, folder in self._complete_checkpoints().items() if s <= steps}
+        if not earlier:
+            return TrainerState()
+        return TrainerState.load_from_json(str(earlier[max(earlier)] / _TRAINER_STATE))
+
+
+class _LogKeeper(TrainerCallback):
+    """Opens the step log when the optimizer is ready, and closes it."""
+
+    def __init__(self, trainer: MeZOTrainer) -> None:
+        self._trainer = trainer
+        self._log: StepLog | None = None
+        self.continues: Log | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        optimizer = self._trainer.mezo
+        if self.continues is not None and optimizer.next_step:
+            self._log = StepLog.append(self.continues, optimizer)
+        elif self.continues is not None:
+            self._log = StepLog.resume(self.continues.path, optimizer)
+        else:
+            self._log = StepLog(self._trainer.step_log, optimizer, self._trainer._run)
+        self.continues = None
+
+    def finish(self) -> None:
+        if self._log is not None:
+            self._log.finish()
+            self.close()
+
+    def close(self) -> None:
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+
+
+def _steps_of(checkpoint: Path) -> int | None:
+    """Steps that a checkpoint holds; None unless it is complete (Trainer writes its state last)."""
+    try:
+        return int(json.loads((checkpoint / _TRAINER_STATE).read_text(encoding="utf-8"))["global_step"])
+    except (OSError, ValueError, KeyError):
+        return None

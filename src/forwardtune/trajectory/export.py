@@ -1,0 +1,118 @@
+"""The smallest form of a run: ``trajectory.safetensors``, four bytes a probe and step.
+
+Tensors: ``sizes`` float32 ``(groups or 1, steps, probes)``, the factors of the directions, NaN for a skipped step;
+``decay`` float32 ``(groups, steps or 1)``, the factors of weight decay, absent when all are 1. Metadata: the log's header
+without versions, deflated, as base64, and the digest of the tuned weights.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import zlib
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..noise import Update
+from .format import LogError
+
+if TYPE_CHECKING:
+    from .reader import Log
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """What replay needs of a run.
+
+    Attributes:
+        path: where it came from, for messages.
+        header: the log's header.
+        updates: for every parameter group, one update a step.
+        digest: of the tuned weights; None when the run did not close its log.
+    """
+
+    path: Path
+    header: dict[str, Any]
+    updates: list[list[Update]]
+    digest: str | None
+
+    @property
+    def steps(self) -> int:
+        """Number of steps, skipped ones included."""
+        return len(self.updates[0])
+
+
+def export_trajectory(log: Log, path: str | PathLike[str]) -> int:
+    """Write a log's trajectory to a new file and return its size in bytes.
+
+    Raises:
+        LogError: the log is unfinished, or the file exists.
+    """
+    from safetensors.torch import save_file
+
+    from .replay import trajectory_of
+
+    trajectory = trajectory_of(log)
+    path = Path(path)
+    if trajectory.digest is None:
+        raise LogError(f"{log.path} has no end line: resume the run and let it finish, then export it")
+    if path.exists():
+        raise LogError(f"{path} exists: choose another name (nothing was overwritten)")
+    probes = log.header["probes"]
+    sizes = torch.tensor(
+        [[update.sizes or (math.nan,) * probes for update in group] for group in trajectory.updates],
+        dtype=torch.float32,
+    )
+    decay = torch.tensor([[update.decay for update in group] for group in trajectory.updates], dtype=torch.float32)
+    # Skipped steps have no decay of their own; for the others one value is enough when it never changes.
+    taken = ~sizes.isnan().any(dim=2)
+    if all(torch.equal(a.nan_to_num(), sizes[0].nan_to_num()) for a in sizes):
+        sizes = sizes[:1]
+    if all((row[mask] == row[mask][:1]).all() for row, mask in zip(decay, taken, strict=True)):
+        decay = torch.stack(
+            [row[mask][:1] if mask.any() else row[:1] for row, mask in zip(decay, taken, strict=True)]
+        )
+    tensors = {"sizes": sizes.contiguous()}
+    if (decay != 1.0).any():
+        tensors["decay"] = decay.contiguous()
+    header = {key: value for key, value in log.header.items() if key != "versions"}
+    packed = base64.b85encode(zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)).decode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path, metadata={"forwardtune": "trajectory", "header": packed, "digest": trajectory.digest})
+    return path.stat().st_size
+
+
+def read_trajectory(path: str | PathLike[str]) -> Trajectory:
+    """Read an exported trajectory.
+
+    Raises:
+        LogError: the file is missing, damaged, or something else.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise LogError(f"{path}: there is no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+        header = json.loads(zlib.decompress(base64.b85decode(metadata["header"])))
+        digest = metadata["digest"]
+    except (SafetensorError, KeyError, ValueError, zlib.error) as error:
+        raise LogError(f"{path} is not an intact exported trajectory ({error}): export it again from the log") from None
+    sizes = tensors["sizes"].expand(len(header["groups"]), -1, -1)
+    decay = tensors.get("decay", torch.ones(1, 1)).expand(len(header["groups"]), sizes.shape[1])
+    updates = [
+        [
+            Update(step, ()) if any(map(math.isnan, row)) else Update(step, tuple(row), factor)
+            for step, (row, factor) in enumerate(zip(rows, factors, strict=True))
+        ]
+        for rows, factors in zip(sizes.tolist(), decay.tolist(), strict=True)
+    ]
+    return Trajectory(path, header, updates, digest)

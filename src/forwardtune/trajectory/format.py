@@ -1,0 +1,118 @@
+"""The step log's lines: JSON objects, each sealed with a checksum that chains it to the lines before it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import platform
+from importlib import metadata
+from typing import Any
+
+from ..noise import NOISE_VERSION
+from ..optimizer import MeZO, StepRecord
+
+FORMAT_VERSION = 1
+_SEAL_DIGITS = 16
+_SEAL_LENGTH = len(',"check":""}') + _SEAL_DIGITS
+
+
+class LogError(ValueError):
+    """A step log that cannot be used; the message says what is wrong with it and what to do."""
+
+
+def seal(previous: str, content: dict[str, Any]) -> tuple[str, str]:
+    """The line for ``content`` (without its newline) and its checksum, given the checksum of the line before.
+
+    The checksum is the first 16 hex digits of SHA-256 over the previous checksum and the line's text without its
+    ``check`` field. It finds accidents and edits; it is no signature.
+    """
+    body = json.dumps(content, separators=(",", ":"), allow_nan=False)
+    check = _check(previous, body)
+    return f'{body[:-1]},"check":"{check}"}}', check
+
+
+def unseal(previous: str, line: str) -> tuple[dict[str, Any], str]:
+    """The content of a sealed line and its checksum.
+
+    Raises:
+        LogError: the line is not the one that was written after the line with checksum ``previous``.
+    """
+    body, tail = line[:-_SEAL_LENGTH] + "}", line[-_SEAL_LENGTH:]
+    check = _check(previous, body)
+    if tail != f',"check":"{check}"}}':
+        raise LogError("its checksum does not fit: it was altered, or lines before it are missing")
+    content = json.loads(body)
+    if not isinstance(content, dict):
+        raise LogError("it is not an object")
+    return content, check
+
+
+def _check(previous: str, body: str) -> str:
+    return hashlib.sha256((previous + body).encode()).hexdigest()[:_SEAL_DIGITS]
+
+
+def header_content(optimizer: MeZO, run: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The header of a run that starts from the optimizer's present weights (which it digests)."""
+    return {**identity(optimizer), "base": optimizer.tuned.digest(), "versions": _versions(), "run": run or {}}
+
+
+def identity(optimizer: MeZO) -> dict[str, Any]:
+    """The part of the header that decides the meaning of the step lines; a resumed run must have the same."""
+    estimator = optimizer.estimator
+    return {
+        "format": FORMAT_VERSION,
+        "noise": NOISE_VERSION,
+        "seed": optimizer.noise.seed,
+        "direction": optimizer.noise.direction.name,
+        "estimator": estimator.name,
+        "eps": estimator.eps,
+        "probes": estimator.probes,
+        "rule": optimizer.rule,
+        "groups": [{"weight_decay": float(group["weight_decay"])} for group in optimizer.param_groups],
+        "tensors": optimizer.tuned.describe(),
+    }
+
+
+def step_content(record: StepRecord) -> dict[str, Any]:
+    """One step's line. Learning rates that are equal in all groups are written once."""
+    return {
+        "step": record.step,
+        "lr": record.lr[0] if len(set(record.lr)) == 1 else list(record.lr),
+        "coefficients": list(record.coefficients),
+        "losses": [_plain(loss) for loss in record.losses],
+        "loss": _plain(record.loss),
+        "unchanged": record.unchanged,
+        "seconds": round(record.seconds, 6),
+    }
+
+
+def step_record(content: dict[str, Any], header: dict[str, Any]) -> StepRecord:
+    """The inverse of :func:`step_content`."""
+    groups = header["groups"]
+    lr = content["lr"]
+    return StepRecord(
+        step=content["step"],
+        lr=tuple(lr) if isinstance(lr, list) else (lr,) * len(groups),
+        weight_decay=tuple(group["weight_decay"] for group in groups),
+        coefficients=tuple(content["coefficients"]),
+        losses=tuple(map(float, content["losses"])),
+        loss=float(content["loss"]),
+        unchanged=content["unchanged"],
+        seconds=content["seconds"],
+    )
+
+
+def _plain(x: float) -> float | str:
+    """JSON has no infinity and no NaN: they are written as strings that ``float`` reads."""
+    return x if math.isfinite(x) else str(x)
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("forwardtune", "torch", "transformers", "numba"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,110 @@
+"""Reading a step log: every line is verified, and every way to be wrong has its message."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from ..noise import DIRECTIONS, NOISE_VERSION
+from ..optimizer import StepRecord
+from ..rules import RULES
+from .format import FORMAT_VERSION, LogError, step_record, unseal
+
+
+@dataclass(frozen=True)
+class Log:
+    """A verified step log.
+
+    Attributes:
+        path: where it was read.
+        header: the first line, without its checksum.
+        records: one for each step, in order from step 0.
+        end: the last line, if the run closed its log: number of steps and digest of the tuned weights.
+        length: bytes up to the end of the last whole line; anything behind it is a torn line.
+        check: checksum of the last whole line.
+        torn: whether the file ends in a torn line.
+    """
+
+    path: Path
+    header: dict[str, Any]
+    records: list[StepRecord]
+    end: dict[str, Any] | None
+    length: int
+    check: str
+    torn: bool
+
+    @property
+    def steps(self) -> int:
+        """Number of steps, skipped ones included."""
+        return len(self.records)
+
+
+def read_log(path: str | PathLike[str]) -> Log:
+    """Read and verify a step log. A torn last line, the trace of a kill in mid-write, is left out.
+
+    Raises:
+        LogError: no such file, not a step log, written by a newer version, altered or incomplete.
+    """
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise LogError(f"{path}: there is no such file") from None
+    except IsADirectoryError:
+        raise LogError(f"{path} is a folder: name the steps.jsonl in it") from None
+    except OSError as error:
+        raise LogError(f"{path} cannot be read: {error.strerror}") from None
+    *lines, rest = data.split(b"\n")
+    if not lines:
+        raise LogError(
+            f"{path}: the first line, which describes the run, is missing or cut off. No step was logged, so nothing "
+            "is lost: delete the file and start again"
+        )
+    header, check = _open(path, 1, "", lines[0])
+    _check_header(path, header)
+    records: list[StepRecord] = []
+    end: dict[str, Any] | None = None
+    for number, line in enumerate(lines[1:], start=2):
+        content, check = _open(path, number, check, line)
+        if "end" in content:
+            end = content
+            continue
+        if content.get("step") != len(records):
+            raise _refused(path, number, f"it holds step {content.get('step')}, but step {len(records)} comes next")
+        records.append(step_record(content, header))
+        end = None
+    return Log(path, header, records, end, len(data) - len(rest), check, torn=bool(rest))
+
+
+def _open(path: Path, number: int, previous: str, line: bytes) -> tuple[dict[str, Any], str]:
+    try:
+        return unseal(previous, line.decode())
+    except LogError as error:
+        raise _refused(path, number, str(error)) from None
+    except (UnicodeDecodeError, json.JSONDecodeError):
+        raise _refused(path, number, "it is not the JSON that was written there") from None
+
+
+def _refused(path: Path, number: int, why: str) -> LogError:
+    return LogError(
+        f"{path}, line {number}: {why}. Restore the file from a copy; the lines before this one are intact "
+        f"(head -n {number - 1} keeps them, at the price of the steps that follow)"
+        if number > 1
+        else f"{path}, line 1: {why}. This is not a step log, or not an intact one: restore the file from a copy"
+    )
+
+
+def _check_header(path: Path, header: dict[str, Any]) -> None:
+    for key, ours, what in (("format", FORMAT_VERSION, "log format"), ("noise", NOISE_VERSION, "noise")):
+        theirs = header.get(key)
+        if theirs != ours:
+            raise LogError(
+                f"{path} has version {theirs} of the {what}, this forwardtune reads version {ours}: "
+                f"use the forwardtune that wrote it ({header.get('versions', {}).get('forwardtune', 'unknown')}), or a newer one"
+            )
+    for key, known in (("direction", DIRECTIONS), ("rule", RULES)):
+        if header[key] not in known:
+            raise LogError(f"{path} uses the {key} {header[key]!r}, which this forwardtune does not know: upgrade it")

@@ -1,0 +1,138 @@
+"""Rebuilding tuned weights from base weights and the step log, without data and without a forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from os import PathLike
+from pathlib import Path
+
+from torch import nn
+
+from ..noise import Noise, Update, get_direction
+from ..optimizer import StepRecord
+from ..parameters import TunedParameters, dtype_name
+from ..rules import RULES
+from .export import Trajectory, read_trajectory
+from .format import LogError
+from .reader import Log, read_log
+
+# Steps handed to one sweep over a tensor; the kernel fuses as many of them as its caches hold.
+_STEPS_PER_SWEEP = 4096
+
+Progress = Callable[[int, int], None]
+
+
+def replay(
+    log: str | PathLike[str] | Log | Trajectory,
+    module: nn.Module,
+    *,
+    steps: int | None = None,
+    progress: Progress | None = None,
+) -> int:
+    """Bring a module from the base weights of a run to its tuned weights, bit for bit.
+
+    Args:
+        log: path of a ``steps.jsonl`` or an exported ``trajectory.safetensors``, or what was read from one.
+        module: holds the base weights, in the dtypes of the run; changed in place.
+        steps: replay this many steps only. Needed for a log without an end line, which may have lost its tail.
+        progress: called with the numbers of tensors done and in all.
+
+    Returns:
+        The number of steps replayed.
+
+    Raises:
+        LogError: the log is damaged or unfinished, or the module does not hold the weights that the run began with;
+            or the result differs from the digest in the log's end line.
+    """
+    if isinstance(log, (str, PathLike)):
+        log = read_trajectory(log) if Path(log).suffix == ".safetensors" else read_log(log)
+    trajectory = log if isinstance(log, Trajectory) else trajectory_of(log)
+    total = trajectory.steps
+    if steps is None and trajectory.digest is None:
+        raise LogError(
+            f"{trajectory.path} has no end line: the run was killed after {total} steps, or the file lost its tail. "
+            f"Resume the run, or replay what is there with steps={total} (--steps {total})"
+        )
+    steps = total if steps is None else steps
+    if not 0 <= steps <= total:
+        raise LogError(f"{trajectory.path} holds {total} steps: {steps} cannot be replayed")
+    tuned = tuned_by_header(trajectory, module)
+    require_base(trajectory, tuned)
+    apply_updates(trajectory, tuned, slice(0, steps), progress)
+    if steps == total and trajectory.digest is not None and tuned.digest() != trajectory.digest:
+        raise LogError(
+            f"the weights rebuilt from {trajectory.path} differ from those that the run ended with, though log and base "
+            "weights are intact. Please report this, with the log's header"
+        )
+    return steps
+
+
+def trajectory_of(log: Log) -> Trajectory:
+    """The updates that a log describes, one list for each parameter group."""
+    return Trajectory(log.path, log.header, _updates(log.header, log.records), log.end["digest"] if log.end else None)
+
+
+def apply_records(log: Log, records: Sequence[StepRecord], tuned: TunedParameters) -> None:
+    """Apply some of a log's steps to tuned weights; if they begin with step 0, those must be the base weights."""
+    trajectory = Trajectory(log.path, log.header, _updates(log.header, records), None)
+    if records and records[0].step == 0:
+        require_base(trajectory, tuned)
+    apply_updates(trajectory, tuned, slice(None), None)
+
+
+def _updates(header: dict, records: Sequence[StepRecord]) -> list[list[Update]]:
+    rule = RULES[header["rule"]]
+    return [
+        [
+            rule(record.step, record.coefficients, record.lr[group], record.weight_decay[group])
+            if not record.skipped
+            else Update(record.step, ())
+            for record in records
+        ]
+        for group in range(len(header["groups"]))
+    ]
+
+
+def apply_updates(trajectory: Trajectory, tuned: TunedParameters, which: slice, progress: Progress | None) -> None:
+    """The sweeps: each tensor takes all its steps while it is in the cache."""
+    noise = Noise(trajectory.header["seed"], get_direction(trajectory.header["direction"]))
+    for done, tensor in enumerate(tuned):
+        updates = trajectory.updates[tensor.group][which]
+        for lo in range(0, len(updates), _STEPS_PER_SWEEP):
+            noise.update(tensor.parameter, updates[lo : lo + _STEPS_PER_SWEEP], tensor=tensor.id)
+        if progress is not None:
+            progress(done + 1, len(tuned))
+
+
+def tuned_by_header(trajectory: Trajectory, module: nn.Module) -> TunedParameters:
+    """The module's tensors that the header names, with the ids and groups of the run."""
+    by_name = dict(module.named_parameters(remove_duplicate=False))
+    groups: list[dict] = [{"params": []} for _ in trajectory.header["groups"]]
+    for described in trajectory.header["tensors"]:
+        parameter = by_name.get(described["name"])
+        if parameter is None:
+            raise LogError(
+                f"{trajectory.path} tunes {described['name']}, which this model does not have: replay it over the model "
+                f"that the run began with ({trajectory.header['run'].get('model', 'not recorded')})"
+            )
+        found = (list(parameter.shape), dtype_name(parameter.dtype))
+        if found != (described["shape"], described["dtype"]):
+            raise LogError(
+                f"{described['name']} is {described['dtype']} {described['shape']} in {trajectory.path}, but "
+                f"{found[1]} {found[0]} in this model: load the run's own base model in its own dtype"
+            )
+        groups[described["group"]]["params"].append(parameter)
+    tuned = TunedParameters.from_groups(groups, module)
+    if [tensor.name for tensor in tuned] != [described["name"] for described in trajectory.header["tensors"]]:
+        raise LogError(f"{trajectory.path}: tensors that are tied in this model were not in the run, or the reverse")
+    return tuned
+
+
+def require_base(trajectory: Trajectory, tuned: TunedParameters) -> None:
+    """Raise LogError unless the tuned tensors hold the run's base weights."""
+    if tuned.digest() != trajectory.header["base"]:
+        raise LogError(
+            f"these are not the weights that the run of {trajectory.path} began with: its names, shapes and dtypes fit, "
+            f"its values do not. Load the same base model ({trajectory.header['run'].get('model', 'not recorded')}), "
+            "untuned"
+        )
