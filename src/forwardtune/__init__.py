@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .trajectory import StepLog, replay
 
 __version__ = "0.1.0"
-__all__ = ["MeZO", "MeZOConfig", "MeZOTrainer", "NonFiniteLossError", "StepLog", "StepRecord", "replay", "__version__"]
+__all__ = ["MeZO", "MeZOConfig", "MeZOTrainer", "NonFiniteLossError", "StepLog", "StepRecord", "__version__", "replay"]
 
 # What needs more than torch is imported when it is first asked for.
 _LAZY = {"MeZOConfig": ".trainer", "MeZOTrainer": ".trainer", "StepLog": ".trajectory", "replay": ".trajectory"}

@@ -62,6 +62,4 @@ class SPSA(Estimator):
         return [Query(probe, sign * self.eps) for probe in range(self.probes) for sign in (+1.0, -1.0)]
 
     def coefficients(self, losses: Sequence[float]) -> list[float]:
-        return [
-            (plus - minus) / (2 * self.eps) for plus, minus in zip(losses[0::2], losses[1::2], strict=True)
-        ]
+        return [(plus - minus) / (2 * self.eps) for plus, minus in zip(losses[0::2], losses[1::2], strict=True)]

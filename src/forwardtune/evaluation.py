@@ -11,7 +11,7 @@ from .objectives import option_cross_entropy, option_scores, target_likelihood
 from .tasks import Task, metrics
 from .tasks.encoding import Encoded, collate
 
-Progress = Callable[[int, int], None]
+Progress = Callable[[int, int], object]
 
 
 @torch.no_grad()

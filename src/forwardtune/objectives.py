@@ -52,7 +52,7 @@ def logits_at(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     if hasattr(getattr(model, "config", None), "use_cache"):
         inputs["use_cache"] = False  # type: ignore[assignment]
     with _head_sees_only(model, batch["positions"]) as selected:
-        logits: Tensor = model(**inputs).logits
+        logits = model(**inputs).logits
     if selected:
         return logits.squeeze(0).float()
     return logits.flatten(0, 1)[batch["positions"]].float()
@@ -61,7 +61,8 @@ def logits_at(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 @contextmanager
 def _head_sees_only(model: nn.Module, positions: Tensor) -> Iterator[bool]:
     """Inside, the vocabulary head works on those positions of the flattened batch; yields False if there is no head."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    find_head: Any = getattr(model, "get_output_embeddings", None)
+    head = find_head() if find_head is not None else None
     if head is None:
         yield False
         return

@@ -261,13 +261,13 @@ class MeZO(torch.optim.Optimizer):
 
     def _choose_perturbation(self, closure: Closure) -> None:
         """The self-check: scratch, if poisoning every other way to read a weight leaves the loss as it is."""
-        if self.module is not None and self.module.training:
-            if any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.module.modules()):
-                warnings.warn(
-                    "the model is in training mode with dropout, which differs between the evaluations of a step: "
-                    "call model.eval() before step()",
-                    stacklevel=4,
-                )
+        modules = self.module.modules() if self.module is not None else ()
+        if any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for m in modules):
+            warnings.warn(
+                "the model is in training mode with dropout, which differs between the evaluations of a step: "
+                "call model.eval() before step()",
+                stacklevel=4,
+            )
         scratch = Scratch(self.tuned, self.noise)
         probe, scale = self.estimator.queries()[0]
 

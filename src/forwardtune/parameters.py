@@ -129,7 +129,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 def _raw_bytes(flat: Tensor) -> memoryview | bytes:
     raw = flat.cpu().contiguous().view(torch.uint8)
     try:
-        return memoryview(raw.numpy())
+        return memoryview(raw.numpy())  # type: ignore[arg-type]  # NumPy's stubs lag behind Buffer
     except RuntimeError:  # torch without NumPy
         return bytes(raw.tolist())
 

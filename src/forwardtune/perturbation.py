@@ -230,9 +230,7 @@ class Scratch(Perturbation):
         source = self._source(tensor)
 
         def rows(numbers: Tensor) -> Tensor:
-            return self.noise.perturb_rows(
-                source, numbers, tensor=tensor.id, step=step, probe=probe, scale=scale
-            )
+            return self.noise.perturb_rows(source, numbers, tensor=tensor.id, step=step, probe=probe, scale=scale)
 
         return _LazyTable.wrap(source, rows, lambda: self._perturbed(tensor))
 
@@ -309,7 +307,7 @@ class _Arena:
 
     def release(self, mark: _Mark, *, poison: bool = False) -> None:
         """Give back everything taken since the mark."""
-        for device, (index, offset) in list(self._top.items()):
+        for device, (index, _) in list(self._top.items()):
             keep_index, keep_offset = mark.get(device, (0, 0))
             chunks = self._chunks[device]
             if poison:

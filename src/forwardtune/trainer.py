@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,8 @@ from transformers.training_args import OptimizerNames
 from .optimizer import MeZO
 from .trajectory import LogError, StepLog, read_log
 from .trajectory.log import cut_log, require_same_run
-from .trajectory.replay import apply_records
 from .trajectory.reader import Log
+from .trajectory.replay import apply_records
 
 STEP_LOG = "steps.jsonl"
 _TRAINER_STATE = "trainer_state.json"
@@ -55,7 +55,10 @@ class MeZOConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         for wrong, remedy in (
-            (self.fp16, "fp16=True scales losses for gradients. Load the model in float16 (dtype=torch.float16) instead"),
+            (
+                self.fp16,
+                "fp16=True scales losses for gradients. Load the model in float16 (dtype=torch.float16) instead",
+            ),
             (self.deepspeed, "DeepSpeed shards gradients and optimizer state, which MeZO does not have. Drop it"),
             (self.fsdp, "FSDP is not supported. Drop it, or spread a large model with device_map='auto'"),
             (self.max_grad_norm, "there is no gradient to clip. Leave max_grad_norm at 0 and set clip_coefficient"),
@@ -92,6 +95,8 @@ class MeZOTrainer(Trainer):
     """
 
     args: MeZOConfig
+    optimizer: Any
+    lr_scheduler: Any
 
     def __init__(
         self, *args: Any, objective: Objective | None = None, run: dict[str, Any] | None = None, **kwargs: Any
@@ -211,7 +216,7 @@ class MeZOTrainer(Trainer):
 
     # --- resuming ------------------------------------------------------------------------------------------------
 
-    def _log_to_resume(self, wanted: str | bool) -> Log:
+    def _log_to_resume(self, wanted: str | Literal[True]) -> Log:
         """The log of the run, cut to the step from which it goes on."""
         log = read_log(self.step_log)
         steps: int | None = log.steps

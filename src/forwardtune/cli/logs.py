@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import InputError
 from . import say
-from .session import bar
+from .session import bar, reach
 
 
 def add_commands(commands: Any) -> None:
@@ -56,9 +56,7 @@ def run_replay(options: argparse.Namespace) -> None:
         options.model, dtype=dtypes.pop() if len(dtypes) == 1 else "auto", device=options.device
     )
     with bar(len(trajectory.header["tensors"]), "replaying", "tensor") as progress:
-        steps = replay(
-            trajectory, model, steps=options.steps, progress=lambda done, total: progress.update(done - progress.n) and None
-        )
+        steps = replay(trajectory, model, steps=options.steps, progress=reach(progress))
     save_model(model, tokenizer, folder)
     verified = trajectory.digest is not None and steps == trajectory.steps
     say(f"{steps} steps replayed{', weights verified against the log' if verified else ''}; the model is in {folder}")
@@ -108,7 +106,9 @@ def run_inspect(options: argparse.Namespace) -> None:
         if name not in ("intact", "torn_last_line"):
             say(f"  {name.replace('_', ' ')}: {_short(value)}")
     if log.end is None:
-        say("  the run did not close its log: it was killed, or is still going. Resume it with forwardtune train --resume")
+        say(
+            "  the run did not close its log: it was killed, or is still going. Resume it with forwardtune train --resume"
+        )
 
 
 def _short(value: Any) -> str:

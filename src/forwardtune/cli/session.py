@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +48,7 @@ class Session:
                 self.splits["test"],
                 batch_size=self.options.batch_size,
                 shared=self.shared,
-                progress=lambda done, total: progress.update(done - progress.n) and None,
+                progress=reach(progress),
             )
 
 
@@ -94,8 +95,19 @@ def bar(total: int, description: str, unit: str, initial: int = 0) -> Any:
 
     interval = 0.2 if sys.stderr.isatty() else 10.0
     return tqdm(
-        total=total, desc=description, unit=unit, initial=initial, mininterval=interval, dynamic_ncols=True, file=sys.stderr
+        total=total,
+        desc=description,
+        unit=unit,
+        initial=initial,
+        mininterval=interval,
+        dynamic_ncols=True,
+        file=sys.stderr,
     )
+
+
+def reach(progress: Any) -> Callable[[int, int], object]:
+    """A function that moves the bar to ``done``."""
+    return lambda done, total: progress.update(done - progress.n)
 
 
 def _load(task: Task, name: str, options: argparse.Namespace) -> Split:

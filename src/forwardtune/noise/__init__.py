@@ -67,9 +67,7 @@ class Noise:
         ``start`` is the index, in the full tensor, of the first element passed: nonzero for a shard.
         """
         flat_out, flat_source = _flat(out), _flat(source)
-        _backend(source).perturb(
-            flat_out, flat_source, self.direction, self.seed, tensor, step, probe, scale, start
-        )
+        _backend(source).perturb(flat_out, flat_source, self.direction, self.seed, tensor, step, probe, scale, start)
         _give_back(out, flat_out)
 
     def perturb_rows(self, source: Tensor, rows: Tensor, *, tensor: int, step: int, probe: int, scale: float) -> Tensor:

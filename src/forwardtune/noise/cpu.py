@@ -148,26 +148,34 @@ def _fill(words, first, tensor, step, probe, k0, k1):  # type: ignore[no-untyped
         words[4 * b + 3] = c3
 
 
+@numba.njit(inline="always")
+def _gather(z, table, halves, shift):  # type: ignore[no-untyped-def]
+    """``z <- table[halves >> shift]``. Apart from the addition, whose loop then vectorises in every dtype."""
+    for i in range(_TILE):
+        z[i] = table[halves[i] >> shift]
+
+
 @numba.njit(nogil=True, cache=True)
 def _perturb(out, source, table, shift, k0, k1, tensor, step, probe, start, lo, hi):  # type: ignore[no-untyped-def]
     words = np.empty(4 * _BLOCKS, np.uint32)
     halves = words.view(np.uint16)
+    z = np.empty(_TILE, np.float32)
     position = lo
     while position < hi:
         element = start + position
         tile = element // _TILE
         _fill(words, np.uint32(tile * _BLOCKS), tensor, step, probe, k0, k1)
+        _gather(z, table, halves, shift)
         offset = element - tile * _TILE
         count = min(_TILE - offset, hi - position)
         if count == _TILE:
             target = out[position : position + _TILE]
             origin = source[position : position + _TILE]
             for i in range(_TILE):
-                target[i] = _narrow(_widen(origin[i]) + table[halves[i] >> shift], origin[i])
+                target[i] = _narrow(_widen(origin[i]) + z[i], origin[i])
         else:
             for i in range(count):
-                value = source[position + i]
-                out[position + i] = _narrow(_widen(value) + table[halves[offset + i] >> shift], value)
+                out[position + i] = _narrow(_widen(source[position + i]) + z[offset + i], source[position + i])
         position += count
 
 
@@ -184,6 +192,7 @@ def _update(weight, tables, probes, ends, steps, decays, shift, k0, k1, tensor, 
     words = np.empty(4 * _BLOCKS, np.uint32)
     halves = words.view(np.uint16)
     x = np.empty(_TILE, np.float32)
+    z = np.empty(_TILE, np.float32)
     before = np.empty(_TILE, np.float32)
     unchanged = 0
     half_precision = _dropped_bits(weight[0]) != 0
@@ -204,9 +213,9 @@ def _update(weight, tables, probes, ends, steps, decays, shift, k0, k1, tensor, 
                     x[i] = x[i] * decays[s]
             while term < ends[s]:
                 _fill(words, first, tensor, steps[s], probes[term], k0, k1)
-                table = tables[term]
+                _gather(z, tables[term], halves, shift)
                 for i in range(_TILE):
-                    x[i] = x[i] + table[halves[i] >> shift]
+                    x[i] = x[i] + z[i]
                 term += 1
             if half_precision:
                 _fill(words, first, tensor, steps[s], np.uint32(ROUNDING_PROBE), k0, k1)

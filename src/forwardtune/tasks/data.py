@@ -101,7 +101,9 @@ def _json_lines(path: Path, lines: Iterator[str]) -> Iterator[Row]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise InputError(f"{path}, line {number} is not JSON ({error.msg}): one object a line is expected") from None
+            raise InputError(
+                f"{path}, line {number} is not JSON ({error.msg}): one object a line is expected"
+            ) from None
         if not isinstance(row, dict):
             raise InputError(f"{path}, line {number} is not a JSON object with named columns")
         yield row

@@ -158,5 +158,7 @@ def collate(
     }
     if seen is not None:
         inputs["position_ids"] = position_ids
-        inputs["attention_mask"] = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)[:, None]
+        inputs["attention_mask"] = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)[
+            :, None
+        ]
     return inputs

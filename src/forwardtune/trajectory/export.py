@@ -74,9 +74,7 @@ def export_trajectory(log: Log, path: str | PathLike[str]) -> int:
     if all(torch.equal(a.nan_to_num(), sizes[0].nan_to_num()) for a in sizes):
         sizes = sizes[:1]
     if all((row[mask] == row[mask][:1]).all() for row, mask in zip(decay, taken, strict=True)):
-        decay = torch.stack(
-            [row[mask][:1] if mask.any() else row[:1] for row, mask in zip(decay, taken, strict=True)]
-        )
+        decay = torch.stack([row[mask][:1] if mask.any() else row[:1] for row, mask in zip(decay, taken, strict=True)])
     tensors = {"sizes": sizes.contiguous()}
     if (decay != 1.0).any():
         tensors["decay"] = decay.contiguous()
@@ -101,7 +99,7 @@ def read_trajectory(path: str | PathLike[str]) -> Trajectory:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
         header = json.loads(zlib.decompress(base64.b85decode(metadata["header"])))
         digest = metadata["digest"]
     except (SafetensorError, KeyError, ValueError, zlib.error) as error:

@@ -148,7 +148,7 @@ class StepLog:
 def cut_log(log: Log, steps: int) -> Log:
     """Keep the first ``steps`` steps of a log; what is cut off is appended to ``*.cut.jsonl`` beside it."""
     lines = log.path.read_bytes()[: log.length].splitlines(keepends=True)
-    is_step = [b'{"step":' == line[:8] for line in lines]
+    is_step = [line[:8] == b'{"step":' for line in lines]
     keep = next((i for i, line in enumerate(is_step) if sum(is_step[:i]) == steps and line), len(lines))
     if keep < len(lines):
         with open(log.path.with_suffix(".cut.jsonl"), "ab") as file:

@@ -19,7 +19,7 @@ from .reader import Log, read_log
 # Steps handed to one sweep over a tensor; the kernel fuses as many of them as its caches hold.
 _STEPS_PER_SWEEP = 4096
 
-Progress = Callable[[int, int], None]
+Progress = Callable[[int, int], object]
 
 
 def replay(

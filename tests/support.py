@@ -1,0 +1,164 @@
+"""Tiny models of real architectures, and a tokenizer, made on the spot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+VOCABULARY = 320
+HALF = (torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, *HALF)
+
+_SIZES = dict(
+    vocab_size=VOCABULARY,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+)
+_ENCODER = dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+
+# family -> (configuration class, model class, configuration)
+FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", "LlamaForCausalLM", {**_SIZES, "tie_word_embeddings": True}),
+    "llama_untied": ("LlamaConfig", "LlamaForCausalLM", {**_SIZES, "tie_word_embeddings": False}),
+    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", _SIZES),
+    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {**_SIZES, "head_dim": 8}),
+    "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", {**_SIZES, "head_dim": 8}),
+    "mistral": ("MistralConfig", "MistralForCausalLM", _SIZES),
+    "mixtral": ("MixtralConfig", "MixtralForCausalLM", {**_SIZES, "num_local_experts": 4}),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        "Qwen3MoeForCausalLM",
+        {**_SIZES, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8},
+    ),
+    "opt": (
+        "OPTConfig",
+        "OPTForCausalLM",
+        {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 32,
+            "word_embed_proj_dim": 32,
+            "ffn_dim": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 256,
+        },
+    ),
+    "gpt2": (
+        "GPT2Config",
+        "GPT2LMHeadModel",
+        {
+            "vocab_size": VOCABULARY,
+            "n_embd": 32,
+            "n_layer": 2,
+            "n_head": 4,
+            "n_positions": 256,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+        },
+    ),
+    "gpt_neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", {**_ENCODER, "max_position_embeddings": 256}),
+    "t5": (
+        "T5Config",
+        "T5ForConditionalGeneration",
+        {"vocab_size": VOCABULARY, "d_model": 32, "d_ff": 48, "num_layers": 2, "num_heads": 4, "d_kv": 8},
+    ),
+    "bert": ("BertConfig", "BertForMaskedLM", _ENCODER),
+    "roberta": ("RobertaConfig", "RobertaForMaskedLM", _ENCODER),
+    "mamba": (
+        "MambaConfig",
+        "MambaForCausalLM",
+        {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
+    ),
+}
+
+
+def tiny_model(family: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+    """A randomly initialised model of a real architecture, in evaluation mode; the global random state is kept."""
+    config_class, model_class, settings = FAMILIES[family]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = getattr(transformers, model_class)(getattr(transformers, config_class)(**settings))
+    return model.to(dtype).eval()
+
+
+def token_batch(rows: int = 3, length: int = 11, seed: int = 0) -> torch.Tensor:
+    """Random token ids, shape (rows, length)."""
+    return torch.randint(5, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def closure_for(model: Any, input_ids: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """A loss of the model that depends on all of its logits."""
+    extra = {"decoder_input_ids": input_ids} if model.config.is_encoder_decoder else {}
+    return lambda: model(input_ids=input_ids, **extra).logits.float().pow(2).mean()
+
+
+def snapshot(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of all parameters and buffers."""
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def assert_same_bits(module: torch.nn.Module, before: dict[str, torch.Tensor]) -> None:
+    """Every parameter and buffer has the bits that it had."""
+    after = module.state_dict()
+    assert after.keys() == before.keys()
+    for name, tensor in before.items():
+        assert same_bits(after[name], tensor), name
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equality of storage, which tells -0 from 0 and NaN payloads apart."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """torch with that many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+TEXT = [
+    "the film was great and it was fun", "the film was terrible and it was slow", "a quick brown fox likes the dog",
+    "yes no maybe true false", "positive negative neutral", "this product broke after one day", "I would buy it again",
+]  # fmt: skip
+
+
+def tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer trained on a few sentences."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<pad>", "<bos>", "<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    raw.train_from_iterator(TEXT, trainer)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
+    )
+
+
+def save_tiny_model(folder: Path, family: str = "llama") -> Path:
+    """A model and its tokenizer in a local folder."""
+    tiny_model(family).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
