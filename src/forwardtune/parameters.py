@@ -73,6 +73,10 @@ class TunedParameters(Sequence[TunedTensor]):
                     name = names[id(parameter)]
                 name = name or f"parameter.{position:06d}"
                 _check(name, parameter)
+                if name in found:
+                    raise ValueError(
+                        f"two parameters have the name {name}: give them distinct names, or pass the module that holds both"
+                    )
                 found[name] = (parameter, number)
                 position += 1
         if not found:

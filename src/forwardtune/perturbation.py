@@ -20,6 +20,7 @@ All three evaluate at the same point: float32 addition, rounded to nearest in th
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -149,7 +150,7 @@ class Scratch(Perturbation):
         ]
         self._arena = _Arena()
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
-        self._lent: list[tuple[nn.Module, list[tuple[str, nn.Parameter]], _Mark]] = []
+        self._lent: list[tuple[nn.Module, list[tuple[str, nn.Parameter]], Any]] = []
         self._point: tuple[int, int, float] | None = None
         self._hidden: dict[int, Tensor] = {}
 
@@ -232,7 +233,7 @@ class Scratch(Perturbation):
         def rows(numbers: Tensor) -> Tensor:
             return self.noise.perturb_rows(source, numbers, tensor=tensor.id, step=step, probe=probe, scale=scale)
 
-        return _LazyTable.wrap(source, rows, lambda: self._perturbed(tensor))
+        return _LazyTable.wrap(source, rows, functools.cache(lambda: self._perturbed(tensor)))
 
 
 class _LazyTable(Tensor):
@@ -274,50 +275,83 @@ _METADATA = {
 } | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_floating_point, Tensor.element_size}
 
 
-_Mark = dict[torch.device, tuple[int, int]]
-_ALIGNMENT = 64
+class _Stack:
+    """Reused memory of one device, handed out in order and given back in the reverse order."""
+
+    _ALIGNMENT = 64
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._chunks: list[Tensor] = []  # one in the steady state
+        self._top = (0, 0, 0)  # chunk, offset in it, bytes handed out in all
+        self._peak = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held."""
+        return sum(chunk.numel() for chunk in self._chunks)
+
+    @property
+    def mark(self) -> tuple[int, int, int]:
+        """Where the stack ends now."""
+        return self._top
+
+    def take(self, like: Tensor) -> Tensor:
+        """An uninitialised contiguous tensor of the shape and dtype of ``like``."""
+        count = like.numel() * like.element_size()
+        size = -(-count // self._ALIGNMENT) * self._ALIGNMENT
+        index, offset, used = self._top
+        if used == 0 and self._chunks and size > self._chunks[0].numel():
+            self._chunks.clear()  # nothing is lent: grow by replacing
+        while index < len(self._chunks) and offset + size > self._chunks[index].numel():
+            index, offset = index + 1, 0
+        if index == len(self._chunks):
+            self._grow(size)
+        self._top = (index, offset + size, used + size)
+        self._peak = max(self._peak, used + size)
+        return self._chunks[index][offset : offset + count].view(like.dtype).view(like.shape)
+
+    def release(self, mark: tuple[int, int, int], *, poison: bool) -> None:
+        """Give back everything taken since the mark; with ``poison`` it becomes NaN in every dtype."""
+        if poison:
+            for number in range(mark[0], self._top[0] + 1):
+                self._chunks[number][mark[1] if number == mark[0] else 0 :].fill_(0xFF)
+        self._top = mark
+        if mark[2] == 0 and len(self._chunks) > 1:
+            self._chunks.clear()  # first: the old chunks and the new one should not exist together
+            self._grow(self._peak)
+            self._top = (0, 0, 0)
+
+    def _grow(self, size: int) -> None:
+        with torch.inference_mode(False):  # the memory outlives the evaluation that first asks for it
+            self._chunks.append(torch.empty(size, dtype=torch.uint8, device=self._device))
 
 
 class _Arena:
-    """Reused buffers, handed out as a stack: nested modules lie above their parents. One chunk in the steady state."""
+    """A stack of scratch memory on every device."""
 
     def __init__(self) -> None:
-        self._chunks: dict[torch.device, list[Tensor]] = {}
-        self._top: _Mark = {}
-        self._peak: dict[torch.device, int] = {}
+        self._stacks: dict[torch.device, _Stack] = {}
 
-    def mark(self) -> _Mark:
-        return dict(self._top)
+    @property
+    def nbytes(self) -> int:
+        """Memory held on all devices."""
+        return sum(stack.nbytes for stack in self._stacks.values())
+
+    def mark(self) -> dict[torch.device, tuple[int, int, int]]:
+        """Where the stacks end now."""
+        return {device: stack.mark for device, stack in self._stacks.items()}
 
     def take(self, like: Tensor) -> Tensor:
         """An uninitialised contiguous tensor of the shape, dtype and device of ``like``."""
-        chunks = self._chunks.setdefault(like.device, [])
-        index, offset = self._top.get(like.device, (0, 0))
-        count = like.numel() * like.element_size()
-        size = -(-count // _ALIGNMENT) * _ALIGNMENT
-        while index < len(chunks) and offset + size > chunks[index].numel():
-            index, offset = index + 1, 0
-        if index == len(chunks):
-            with torch.inference_mode(False):
-                chunks.append(torch.empty(size, dtype=torch.uint8, device=like.device))
-        self._top[like.device] = (index, offset + size)
-        used = sum(chunk.numel() for chunk in chunks[:index]) + offset + size
-        self._peak[like.device] = max(used, self._peak.get(like.device, 0))
-        return chunks[index][offset : offset + count].view(like.dtype).view(like.shape)
+        if like.device not in self._stacks:
+            self._stacks[like.device] = _Stack(like.device)
+        return self._stacks[like.device].take(like)
 
-    def release(self, mark: _Mark, *, poison: bool = False) -> None:
+    def release(self, mark: dict[torch.device, tuple[int, int, int]], *, poison: bool) -> None:
         """Give back everything taken since the mark."""
-        for device, (index, _) in list(self._top.items()):
-            keep_index, keep_offset = mark.get(device, (0, 0))
-            chunks = self._chunks[device]
-            if poison:
-                for number in range(keep_index, index + 1):
-                    chunks[number][keep_offset if number == keep_index else 0 :].fill_(0xFF)  # NaN in every dtype
-            self._top[device] = (keep_index, keep_offset)
-            if (keep_index, keep_offset) == (0, 0) and len(chunks) > 1:
-                chunks.clear()  # free first: the old and the new chunk should not exist at the same time
-                with torch.inference_mode(False):
-                    chunks.append(torch.empty(self._peak[device], dtype=torch.uint8, device=device))
+        for device, stack in self._stacks.items():
+            stack.release(mark.get(device, (0, 0, 0)), poison=poison)
 
 
 PERTURBATIONS: dict[str, type[Perturbation]] = {cls.name: cls for cls in (Scratch, Copy, InPlace)}

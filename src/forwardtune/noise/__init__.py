@@ -72,9 +72,8 @@ class Noise:
 
     def perturb_rows(self, source: Tensor, rows: Tensor, *, tensor: int, step: int, probe: int, scale: float) -> Tensor:
         """Rows ``source[rows] + scale * z[rows]`` of a table, shape ``(*rows.shape, width)``: what an embedding reads."""
-        out = source[rows]
         numbers = rows.reshape(-1).to(torch.int64)
-        flat = out.reshape(-1, source.shape[-1])
+        flat = source.index_select(0, numbers)  # copies, and refuses numbers outside the table
         backend = _backend(source)
         if backend is not definition and source.is_contiguous():
             backend.perturb_rows(
@@ -86,7 +85,7 @@ class Noise:
                 definition.perturb(
                     row, row.clone(), self.direction, self.seed, tensor, step, probe, scale, number * width
                 )
-        return out
+        return flat.view(*rows.shape, source.shape[-1])
 
     def update(self, weight: Tensor, updates: Sequence[Update], *, tensor: int, start: int = 0) -> int:
         """Apply optimizer steps to ``weight`` in place; half precision is rounded stochastically.

@@ -1,0 +1,49 @@
+"""Seconds to replay logged steps, against the seconds that training took.
+
+    python benchmarks/replay.py
+
+A few steps of a model of SmolLM2-135M's shape are trained and timed (batch 16 x 32 tokens, bfloat16); a log of 1,000 steps
+is replayed and timed; both per step.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from machine import write
+from step import BATCH, LENGTH, model_like_smollm2
+from timing import interleave
+
+from forwardtune import MeZO
+from forwardtune.noise import Update
+from forwardtune.objectives import logits_at
+
+STEPS = 1000
+
+
+@torch.no_grad()
+def main() -> None:
+    """Print and save the ratio."""
+    model = model_like_smollm2(torch.bfloat16)
+    input_ids = torch.randint(0, 49152, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": input_ids, "positions": torch.arange(BATCH) * LENGTH + LENGTH - 1}
+    optimizer = MeZO(model, lr=1e-9)
+
+    def loss() -> torch.Tensor:
+        return logits_at(model, batch).logsumexp(dim=-1).mean()
+
+    optimizer.step(loss)
+    training = interleave({"step": lambda: optimizer.step(loss)}, rounds=9)["step"]
+    updates = [Update(step, (1e-7,)) for step in range(STEPS)]
+    began = time.perf_counter()
+    for tensor in optimizer.tuned:
+        optimizer.noise.update(tensor.parameter, updates, tensor=tensor.id)
+    replaying = (time.perf_counter() - began) / STEPS
+    print(f"training {training:.3f} s a step, replay {replaying:.4f} s a step: {replaying / training:.1%}")
+    write("replay", {"training_seconds_per_step": training, "replay_seconds_per_step": replaying,
+                     "replay_over_training": replaying / training})  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,628 @@
+"""The command line, as a user meets it: what it writes, what it says, and how a run survives whatever ends it."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import io
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import support
+from forwardtune.cli import main
+from forwardtune.trajectory import read_log, replay
+
+STEPS = 6
+REVIEWS = [(text, number % 2) for number, text in enumerate(support.TEXT * 2)]
+ABSENT_DEVICE = "mps" if torch.cuda.is_available() else "cuda"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short_collections() -> Iterator[None]:
+    """Trainer collects garbage at every start; what was imported once need not be looked through each time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@dataclass
+class Ran:
+    """What one command did."""
+
+    code: int
+    out: str
+    err: str
+
+
+def cli(*arguments: object) -> Ran:
+    """Run a command in this process. Whatever happens, people see no traceback."""
+    out, err = io.StringIO(), io.StringIO()
+    with warnings.catch_warnings(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as exit:  # argparse
+            code = int(exit.code or 0)
+    assert "Traceback" not in err.getvalue()
+    return Ran(code, out.getvalue(), err.getvalue())
+
+
+def process(*arguments: object) -> subprocess.Popen[str]:
+    """Start a command as a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "forwardtune", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Every file under a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+def write_task(folder: Path, **changes: str | None) -> Path:
+    """A task file with a JSON Lines file to train on and a CSV file to test on."""
+    folder.mkdir(exist_ok=True)
+    rows = [json.dumps({"text": text, "label": label, "reply": text.split()[-1]}) for text, label in REVIEWS]
+    (folder / "train.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    cells = [f"{text},{label},{text.split()[-1]}" for text, label in REVIEWS[:6]]
+    (folder / "test.csv").write_text("\n".join(["text,label,reply", *cells]), encoding="utf-8")
+    keys: dict[str, str | None] = {"prompt": "'{text} It was'", "answers": "{0: terrible, 1: great}"}
+    keys |= {"train": "train.jsonl", "test": "test.csv", **changes}
+    path = folder / "task.yaml"
+    path.write_text("".join(f"{key}: {value}\n" for key, value in keys.items() if value is not None), encoding="utf-8")
+    return path
+
+
+@dataclass
+class Setting:
+    """A model, a task, and a command line that tunes the one on the other."""
+
+    model: Path
+    task: Path
+
+    def train(self, folder: Path, **changes: object) -> list[object]:
+        """Arguments of ``train``; None leaves an option out, True makes it a flag."""
+        options: dict[str, object] = {"model": self.model, "task": self.task, "output_dir": folder}
+        options |= {"steps": STEPS, "batch_size": 4, "lr": 1e-3, "device": "cpu", **changes}
+        return ["train", *_flags(options)]
+
+    def resume(self, folder: Path, **changes: object) -> list[object]:
+        return ["train", *_flags({"output_dir": folder, "resume": True, **changes})]
+
+
+def _flags(options: dict[str, object]) -> list[object]:
+    flags: list[object] = []
+    for name, value in options.items():
+        if value is not None:
+            flags += [f"--{name.replace('_', '-')}"] if value is True else [f"--{name.replace('_', '-')}", value]
+    return flags
+
+
+@pytest.fixture(scope="module")
+def setting(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    return Setting(tiny_folder, write_task(tmp_path_factory.mktemp("task")))
+
+
+@pytest.fixture(scope="module")
+def finished(setting: Setting, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nothing happened to. Tests leave it as it is."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    assert cli(*setting.train(folder)).code == 0
+    return folder
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run, to be damaged."""
+    return Path(shutil.copytree(finished, tmp_path / "copy"))
+
+
+# --- what a run leaves behind ------------------------------------------------------------------------------------
+
+
+def test_train_writes_an_ordinary_model_folder(setting: Setting, finished: Path) -> None:
+    expected = AutoModelForCausalLM.from_pretrained(setting.model)
+    assert replay(finished / "steps.jsonl", expected) == STEPS
+    found = AutoModelForCausalLM.from_pretrained(finished)
+    support.assert_same_bits(found, support.snapshot(expected))
+    assert weights(finished) != weights(setting.model)
+    assert {"config.json", "tokenizer.json", "steps.jsonl", "metrics.json"} <= {
+        path.name for path in finished.iterdir()
+    }
+    assert not list(finished.glob("*.partial"))
+    assert not list(finished.glob("checkpoint-*"))
+
+
+def test_metrics_say_what_the_run_did(setting: Setting, finished: Path) -> None:
+    metrics = json.loads((finished / "metrics.json").read_text(encoding="utf-8"))
+    assert {"seconds", "seconds_per_step", "peak_memory_bytes", "inference_peak_memory_bytes"} <= metrics.keys()
+    log = read_log(finished / "steps.jsonl")
+    assert metrics["seconds"] == pytest.approx(sum(record.seconds for record in log.records))
+    assert metrics["seconds_per_step"] == pytest.approx(metrics["seconds"] / STEPS)
+    assert metrics["peak_memory_bytes"] > 2**20 < metrics["inference_peak_memory_bytes"]
+    for when, model in (("before", setting.model), ("after", finished)):
+        ran = cli("eval", "--model", model, "--task", setting.task, "--batch-size", 4, "--device", "cpu")
+        measured = json.loads(ran.out)
+        assert {name: measured[name] for name in ("accuracy", "loss", "examples")} == metrics[when]
+    assert metrics["before"]["loss"] != metrics["after"]["loss"]
+
+
+def test_stdout_carries_json_alone(setting: Setting, tmp_path: Path) -> None:
+    """In a process of its own, so that nothing any library prints is missed."""
+    with process(*setting.train(tmp_path / "run", json=True)) as train:
+        out, err = train.communicate()
+    assert train.returncode == 0, err
+    assert out.count("\n") == 1
+    assert json.loads(out) == json.loads((tmp_path / "run" / "metrics.json").read_text(encoding="utf-8"))
+    for words in ("before", "after", "peak memory", "s a step", str(tmp_path / "run")):
+        assert words in err
+    assert "Traceback" not in err
+    assert "Warning" not in err
+
+
+@pytest.mark.parametrize("flag", [[], ["--json"]], ids=["plain", "json"])
+def test_eval_prints_one_json_object(setting: Setting, flag: list[str]) -> None:
+    ran = cli("eval", "--model", setting.model, "--task", setting.task, "--device", "cpu", *flag)
+    assert ran.code == 0
+    assert ran.out.count("\n") == 1
+    result = json.loads(ran.out)
+    assert (result["model"], result["task"], result["examples"]) == (str(setting.model), "task", 6)
+    assert 0 <= result["accuracy"] <= 1 < 10 * result["loss"]
+
+
+def test_train_without_json_prints_nothing_on_stdout(setting: Setting, tmp_path: Path) -> None:
+    assert cli(*setting.train(tmp_path / "run", steps=1)).out == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "header"),
+    [
+        ({"dtype": "bfloat16"}, {}),
+        ({"dtype": "float16"}, {}),
+        ({"probes": 2, "direction": "rademacher"}, {"probes": 2, "direction": "rademacher"}),
+        ({"seed": 7, "eps": 1e-2, "perturbation": "copy"}, {"seed": 7, "eps": 1e-2}),
+        ({"lr_scheduler": "linear", "weight_decay": 0.1}, {"groups": [{"weight_decay": 0.1}, {"weight_decay": 0.0}]}),
+    ],
+    ids=lambda value: "-".join(value),
+)
+def test_replay_rebuilds_the_saved_file_bit_for_bit(
+    setting: Setting, tmp_path: Path, changes: dict[str, object], header: dict[str, object]
+) -> None:
+    run, rebuilt = tmp_path / "run", tmp_path / "rebuilt"
+    assert cli(*setting.train(run, **changes)).code == 0
+    log = read_log(run / "steps.jsonl")
+    assert {key: log.header[key] for key in header} == header
+    assert {t["dtype"] for t in log.header["tensors"]} == {changes.get("dtype", "float32")}
+    ran = cli("replay", run / "steps.jsonl", "--model", setting.model, "--output-dir", rebuilt)
+    assert ran.code == 0, ran.err
+    assert "verified" in ran.err
+    assert weights(rebuilt) == weights(run)
+    assert (rebuilt / "tokenizer.json").read_bytes() == (run / "tokenizer.json").read_bytes()
+
+
+def test_export_is_small_and_replays_to_the_same_file(setting: Setting, finished: Path, tmp_path: Path) -> None:
+    exported = tmp_path / "trajectory.safetensors"
+    ran = cli("export", finished / "steps.jsonl", "--output", exported)
+    assert (ran.code, ran.out) == (0, "")
+    assert exported.stat().st_size < (finished / "steps.jsonl").stat().st_size
+    ran = cli("replay", exported, "--model", setting.model, "--output-dir", tmp_path / "rebuilt")
+    assert ran.code == 0
+    assert "verified" in ran.err
+    assert weights(tmp_path / "rebuilt") == weights(finished)
+
+
+def test_replay_of_fewer_steps_is_the_shorter_run(setting: Setting, finished: Path, tmp_path: Path) -> None:
+    assert cli(*setting.train(tmp_path / "short", steps=2)).code == 0
+    log = finished / "steps.jsonl"
+    ran = cli("replay", log, "--model", setting.model, "--output-dir", tmp_path / "rebuilt", "--steps", 2)
+    assert ran.code == 0
+    assert weights(tmp_path / "rebuilt") == weights(tmp_path / "short")
+
+
+def test_inspect_describes_the_log(finished: Path) -> None:
+    ran = cli("inspect", finished / "steps.jsonl", "--json")
+    assert ran.code == 0
+    facts = json.loads(ran.out)
+    log = read_log(finished / "steps.jsonl")
+    assert (facts["intact"], facts["finished"], facts["torn_last_line"]) == (True, True, False)
+    assert (facts["steps"], facts["skipped_steps"], facts["learning_rates"]) == (STEPS, 0, [1e-3])
+    assert (facts["first_loss"], facts["last_loss"]) == (log.records[0].loss, log.records[-1].loss)
+    assert facts["weights"] == sum(p.numel() for p in support.tiny_model().parameters())
+    assert facts["tuned_digest"] == log.end["digest"]
+    human = cli("inspect", finished / "steps.jsonl")
+    assert (human.code, human.out) == (0, "")
+    assert "every line is intact" in human.err
+    for words in (f"steps: {STEPS}", "seed: 0", "direction: gaussian"):
+        assert words in human.err
+
+
+def test_inspect_tells_a_torn_and_unfinished_log(copy: Path) -> None:
+    log = copy / "steps.jsonl"
+    log.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[:4]) + b'{"step":3,"lr"')
+    facts = json.loads(cli("inspect", log, "--json").out)
+    assert (facts["finished"], facts["torn_last_line"], facts["steps"]) == (False, True, 3)
+    human = cli("inspect", log).err
+    assert "torn" in human
+    assert "--resume" in human
+
+
+def test_free_text_task_from_end_to_end(setting: Setting, tmp_path: Path) -> None:
+    task = write_task(tmp_path / "task", answers=None, target="reply", metric="f1", max_new_tokens="4")
+    ran = cli(*setting.train(tmp_path / "run", task=task, json=True))
+    assert ran.code == 0, ran.err
+    metrics = json.loads(ran.out)
+    assert metrics["after"].keys() == {"f1", "exact_match", "loss", "examples"}
+    assert metrics["after"]["loss"] != metrics["before"]["loss"]
+
+
+def test_save_steps_leaves_checkpoints_that_load(setting: Setting, finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert cli(*setting.train(run, save_steps=2)).code == 0
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    assert weights(run) == weights(run / "checkpoint-6") == weights(finished)
+    model = AutoModelForCausalLM.from_pretrained(setting.model)
+    replay(run / "steps.jsonl", model, steps=2)
+    support.assert_same_bits(AutoModelForCausalLM.from_pretrained(run / "checkpoint-2"), support.snapshot(model))
+
+
+def test_sample_of_the_data_is_drawn_by_the_seed(setting: Setting, tmp_path: Path) -> None:
+    def tuned(name: str, **changes: object) -> bytes:
+        assert cli(*setting.train(tmp_path / name, steps=1, train_examples=4, **changes)).code == 0
+        return weights(tmp_path / name)
+
+    assert tuned("a") == tuned("b") != tuned("c", seed=1)
+
+
+# --- interrupted and resumed -------------------------------------------------------------------------------------
+
+
+def wait_for_steps(log: Path, steps: int, running: subprocess.Popen[str]) -> None:
+    """Until the log holds its header and so many steps."""
+    while not log.exists() or log.read_bytes().count(b"\n") < 1 + steps:
+        assert running.poll() is None, running.communicate()[1]
+        time.sleep(0.002)
+
+
+def assert_ends_like_an_uninterrupted_run(setting: Setting, run: Path) -> None:
+    """Resume for a few more steps, and take as many steps at once in another folder."""
+    done = read_log(run / "steps.jsonl").steps
+    ran = cli(*setting.resume(run, steps=done + 2))
+    assert ran.code == 0, ran.err
+    whole = run.parent / "whole"
+    assert cli(*setting.train(whole, steps=done + 2)).code == 0
+    assert weights(run) == weights(whole)
+    logs = [read_log(folder / "steps.jsonl") for folder in (run, whole)]
+    assert [r.losses for r in logs[0].records] == [r.losses for r in logs[1].records]
+    assert logs[0].end == logs[1].end
+    metrics = [json.loads((folder / "metrics.json").read_text(encoding="utf-8")) for folder in (run, whole)]
+    assert [m["before"] for m in metrics[:1]] == [m["before"] for m in metrics[1:]]
+    assert metrics[0]["after"] == metrics[1]["after"]
+
+
+def test_ctrl_c_stops_after_the_step_and_says_how_to_go_on(setting: Setting, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with process(*setting.train(run, steps=10**6)) as running:
+        wait_for_steps(run / "steps.jsonl", 3, running)
+        running.send_signal(signal.SIGINT)
+        out, err = running.communicate()
+    assert (running.returncode, out) == (130, "")
+    assert "Traceback" not in err
+    assert re.search(f"forwardtune train --output-dir {run} --resume", err)
+    done = read_log(run / "steps.jsonl").steps
+    assert re.search(f"after step {done}\\b", err)
+    assert_ends_like_an_uninterrupted_run(setting, run)
+
+
+def test_killed_again_and_again(setting: Setting, tmp_path: Path) -> None:
+    """SIGKILL before the first step (or hardly later), then twice in later steps."""
+    run = tmp_path / "run"
+    arguments = setting.train(run, steps=10**6)
+    for steps in (0, 4, 9):
+        with process(*arguments) as running:
+            wait_for_steps(run / "steps.jsonl", steps, running)
+            running.kill()
+        arguments = setting.resume(run)
+    assert_ends_like_an_uninterrupted_run(setting, run)
+
+
+@pytest.mark.parametrize("saving", [{}, {"save_steps": 2}], ids=["log-alone", "checkpoints"])
+@pytest.mark.parametrize("steps", [0, 1, 3, 6])
+def test_log_cut_after_any_step_resumes_to_the_same_bits(
+    setting: Setting, finished: Path, tmp_path: Path, steps: int, saving: dict[str, object]
+) -> None:
+    """The folder as a kill leaves it right after a step was logged: no later file, and a log without an end."""
+    run = tmp_path / "run"
+    run.mkdir()
+    lines = (finished / "steps.jsonl").read_bytes().splitlines(keepends=True)
+    (run / "steps.jsonl").write_bytes(b"".join(lines[: 1 + steps]))
+    before = json.loads((finished / "metrics.json").read_text(encoding="utf-8"))["before"]
+    (run / "metrics.json").write_text(json.dumps({"before": before}))
+    ran = cli(*setting.resume(run, **saving))
+    assert ran.code == 0, ran.err
+    assert weights(run) == weights(finished)
+    assert read_log(run / "steps.jsonl").end == read_log(finished / "steps.jsonl").end
+
+
+def test_killed_before_the_log_was_opened(setting: Setting, finished: Path, tmp_path: Path) -> None:
+    """The untuned model was measured, and nothing else done: one of the two ways to go on must work."""
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copy(finished / "metrics.json", run)
+    again = [cli(*arguments) for arguments in (setting.resume(run), setting.train(run))]
+    assert 0 in [ran.code for ran in again], [ran.err for ran in again]
+    assert weights(run) == weights(finished)
+
+
+def test_resumed_run_may_not_change_its_settings(setting: Setting, copy: Path) -> None:
+    before = files(copy)
+    for changes, words in (
+        ({"lr": 1e-4}, "--lr 0.001, not 0.0001"),
+        ({"batch_size": 8}, "--batch-size 4, not 8"),
+        ({"seed": 1}, "--seed 0, not 1"),
+        ({"dtype": "bfloat16"}, "--dtype"),
+        ({"task": "reviews"}, "--task"),
+    ):
+        ran = cli(*setting.resume(copy, **changes))
+        assert ran.code == 2
+        assert words in ran.err
+    assert files(copy) == before
+
+
+def test_completed_run_resumed_is_left_as_it_is(setting: Setting, finished: Path) -> None:
+    before = files(finished)
+    ran = cli(*setting.resume(finished, json=True))
+    assert ran.code == 0
+    assert "complete" in ran.err
+    assert json.loads(ran.out) == json.loads(before["metrics.json"])
+    assert files(finished) == before
+
+
+# --- wrong input -------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def refused(folder: Path, words: str, code: int = 2) -> Iterator[Any]:
+    """Inside, one command runs: it ends with the code and one clear message, and touches nothing under the folder."""
+    before = files(folder)
+    ran: list[Ran] = []
+    yield ran.append
+    assert (ran[0].code, ran[0].out) == (code, ""), ran[0].err
+    message = ran[0].err.rpartition("error: ")[2]
+    assert re.search(words, message, re.DOTALL), ran[0].err
+    assert len(message.splitlines()) <= 3
+    assert files(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"lr": 0}, "--lr must be positive"),
+        ({"lr": -1e-3}, "--lr must be positive"),
+        ({"lr": "nan"}, "--lr must be positive"),
+        ({"lr": "inf"}, "--lr must be positive"),
+        ({"lr": "fast"}, "invalid float value"),
+        ({"eps": 0}, "--eps must be positive"),
+        ({"eps": "nan"}, "--eps must be positive"),
+        ({"steps": 0}, "--steps must be positive"),
+        ({"steps": -5}, "--steps must be positive"),
+        ({"batch_size": 0}, "--batch-size must be positive"),
+        ({"probes": 0}, "--probes must be positive"),
+        ({"save_steps": 0}, "--save-steps must be positive"),
+        ({"train_examples": 0}, "--train-examples must be positive"),
+        ({"clip_coefficient": -1}, "--clip-coefficient must be positive"),
+        ({"weight_decay": -1}, "weight.decay must .*not.* negative"),
+        ({"weight_decay": "nan"}, "weight.decay must"),
+        ({"seed": -1}, "--seed must be"),
+        ({"dtype": "int4"}, "unknown dtype 'int4'.*bfloat16"),
+        ({"device": "tpu9"}, "unknown device 'tpu9'.*cpu"),
+        ({"device": ABSENT_DEVICE}, f"no {ABSENT_DEVICE} device.*--device cpu"),
+        ({"direction": "cauchy"}, "invalid choice.*gaussian"),
+        ({"lr_scheduler": "sawtooth"}, "sawtooth"),
+        ({"lr_scheduler": "cosine_with_min_lr"}, "cosine_with_min_lr|min_lr"),
+        ({"lr_scheduler": "reduce_lr_on_plateau"}, "reduce_lr_on_plateau|plateau"),
+        ({"max_length": 2}, "answers take .* tokens.*--max-length"),
+        ({"model": None}, "--model is missing"),
+        ({"task": None}, "--task is missing"),
+        ({"task": "reviws"}, "unknown task 'reviws'.*did you mean reviews"),
+        ({"task": "none.yaml"}, "no such task file"),
+        ({"task": "sst2"}, "hub.*--data-dir"),
+        ({"model": "./none"}, "no such model folder"),
+        ({"model": "smolm2-135m"}, "did you mean smollm2-135m"),
+        ({"model": "none.gguf"}, "no such model file"),
+        ({"data_dir": "none"}, "no train data.*looked for"),
+    ],
+    ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
+)
+def test_wrong_option(setting: Setting, tmp_path: Path, changes: dict[str, object], words: str) -> None:
+    with refused(tmp_path, words) as ran:
+        ran(cli(*setting.train(tmp_path / "run", **changes)))
+
+
+def test_learning_rate_beyond_float32_ends_with_a_message(setting: Setting, tmp_path: Path) -> None:
+    ran = cli(*setting.train(tmp_path / "run", lr=1e300))
+    assert ran.code in (1, 2)
+    assert re.search("learning rate|--lr", ran.err)
+
+
+@pytest.mark.parametrize(
+    ("task", "data", "words"),
+    [
+        ({"train": "none.jsonl"}, "", "no such data file"),
+        ({"prompt": "'{review} It was'"}, None, "no column 'review'.*it has text, label, reply"),
+        ({}, "", "holds no example"),
+        ({}, '{"text": "a", "label": 7}\n', "label '7' is not among the answers"),
+        ({}, '{"text": "", "label": 1}\n', "'text' is empty"),
+        ({}, '{"text": "a", "label": 1}\n{"text"', "line 2 is not JSON"),
+        ({"promt": "x"}, None, "unknown key 'promt'.*did you mean prompt"),
+        ({"answers": "!!python/object/apply:os.getcwd []"}, None, "not valid YAML"),
+        ({"metric": "f1"}, None, "'f1' does not suit"),
+    ],
+)
+def test_wrong_task_or_data(
+    setting: Setting, tmp_path: Path, task: dict[str, str], data: str | None, words: str
+) -> None:
+    path = write_task(tmp_path / "task", **task)
+    if data is not None:
+        (path.parent / "train.jsonl").write_text(data, encoding="utf-8")
+    with refused(tmp_path, words) as ran:
+        ran(cli(*setting.train(tmp_path / "run", task=path)))
+
+
+def test_folder_that_is_no_model(setting: Setting, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{}")
+    for name, words in (("empty", "not a model folder.*no config.json"), ("broken", "could not be loaded")):
+        with refused(tmp_path, words) as ran:
+            ran(cli("eval", "--model", tmp_path / name, "--task", setting.task, "--device", "cpu"))
+
+
+def test_output_folder_that_is_taken(setting: Setting, copy: Path, tmp_path: Path) -> None:
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.tex").write_text("years of work")
+    file = tmp_path / "file"
+    file.write_text("a file")
+    for folder, words, code in (
+        (copy, "holds another run.*--resume.*nothing was overwritten", 2),
+        (tmp_path / "foreign", "not empty.*another --output-dir.*nothing was overwritten", 2),
+        (file, "--output-dir", 2),
+        (file / "below", "file", 1),
+    ):
+        with refused(tmp_path, words, code) as ran:
+            ran(cli(*setting.train(folder)))
+    for folder in (copy, tmp_path / "foreign", file):
+        with refused(tmp_path, "--output-dir") as ran:
+            ran(cli("replay", copy / "steps.jsonl", "--model", setting.model, "--output-dir", folder))
+    with refused(tmp_path, "no run to resume") as ran:
+        ran(cli(*setting.resume(tmp_path / "foreign")))
+    with refused(tmp_path, "exists.*nothing was overwritten") as ran:
+        ran(cli("export", copy / "steps.jsonl", "--output", file))
+
+
+def test_damaged_log_is_refused_by_every_command_that_reads_it(setting: Setting, copy: Path, tmp_path: Path) -> None:
+    log = copy / "steps.jsonl"
+    lines = log.read_bytes().splitlines(keepends=True)
+    lines[2] = lines[2].replace(b'"loss":', b'"lass":')
+    log.write_bytes(b"".join(lines))
+    for arguments in (
+        setting.resume(copy),
+        ["inspect", log],
+        ["inspect", log, "--json"],
+        ["replay", log, "--model", setting.model, "--output-dir", tmp_path / "new"],
+        ["export", log, "--output", tmp_path / "new.safetensors"],
+    ):
+        with refused(tmp_path, "line 3: its checksum does not fit.*Restore") as ran:
+            ran(cli(*arguments))
+
+
+def test_log_that_is_missing_or_something_else(tmp_path: Path) -> None:
+    (tmp_path / "notes.jsonl").write_text('{"a": 1}\n')
+    (tmp_path / "empty.jsonl").write_text("")
+    for name, words in (
+        ("none.jsonl", "no such file"),
+        ("", "is a folder: name the steps.jsonl"),
+        ("notes.jsonl", "not a step log"),
+        ("empty.jsonl", "missing or cut off"),
+    ):
+        with refused(tmp_path, words) as ran:
+            ran(cli("inspect", tmp_path / name))
+
+
+def test_replay_over_the_wrong_model(setting: Setting, finished: Path, tmp_path: Path) -> None:
+    others = {"other": support.tiny_model(seed=1), "gpt2": support.tiny_model("gpt2")}
+    for name, model in others.items():
+        model.save_pretrained(tmp_path / name)
+        support.tokenizer().save_pretrained(tmp_path / name)
+    for model, words in (
+        (tmp_path / "other", f"not the weights.*began with.*{setting.model}"),
+        (tmp_path / "gpt2", "this model does not have"),
+        (finished, "not the weights.*untuned"),
+    ):
+        with refused(tmp_path, words) as ran:
+            ran(cli("replay", finished / "steps.jsonl", "--model", model, "--output-dir", tmp_path / "new"))
+
+
+def test_unfinished_log_is_replayed_only_as_far_as_one_says(setting: Setting, copy: Path, tmp_path: Path) -> None:
+    log = copy / "steps.jsonl"
+    log.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[:4]))
+    replay_it = ["replay", log, "--model", setting.model, "--output-dir", tmp_path / "new"]
+    with refused(tmp_path, "no end line.*--steps 3") as ran:
+        ran(cli(*replay_it))
+    with refused(tmp_path, "holds 3 steps: 4 cannot be replayed") as ran:
+        ran(cli(*replay_it, "--steps", 4))
+    with refused(tmp_path, "no end line.*resume") as ran:
+        ran(cli("export", log, "--output", tmp_path / "new.safetensors"))
+    assert cli(*replay_it, "--steps", 3).code == 0
+
+
+# --- failing runs ------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def files_no_larger_than(size: int) -> Iterator[None]:
+    """Writing beyond it fails, as on a full disk; Python ignores SIGXFSZ."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("where", ["log", "model"])
+def test_full_disk_loses_nothing(setting: Setting, finished: Path, tmp_path: Path, where: str) -> None:
+    run = tmp_path / "run"
+    lines = (finished / "steps.jsonl").read_bytes().splitlines(keepends=True)
+    size = {"log": len(b"".join(lines[:4])) + 20, "model": len(weights(finished)) - 1000}[where]
+    with files_no_larger_than(size):
+        ran = cli(*setting.train(run))
+    assert (ran.code, ran.out) == (1, ""), ran.err
+    assert re.search({"log": "could not be written.*File too large.*resume", "model": "File too large"}[where], ran.err)
+    assert read_log(run / "steps.jsonl").steps == {"log": 3, "model": STEPS}[where]
+    ran = cli(*setting.resume(run))
+    assert ran.code == 0, ran.err
+    assert weights(run) == weights(finished)
+
+
+def test_loss_that_is_not_finite_ends_the_run_with_advice(setting: Setting, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    ran = cli(*setting.train(run, steps=50, lr=1e30, dtype="float16"))
+    assert (ran.code, ran.out) == (1, "")
+    assert re.search("not finite.*Lower the learning rate", ran.err)
+    log = read_log(run / "steps.jsonl")
+    assert log.steps < 50
+    assert not log.torn
+    assert [record.skipped for record in log.records[-11:]] == [False] + [True] * 10
+    assert all(tensor.isfinite().all() for tensor in load_file(setting.model / "model.safetensors").values())
+
+
+def test_version_and_usage() -> None:
+    assert re.fullmatch(r"forwardtune \d+\.\d+.*\n", cli("--version").out)
+    ran = cli()
+    assert (ran.code, ran.out) == (2, "")
+    assert "usage: forwardtune" in ran.err

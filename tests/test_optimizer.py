@@ -1,0 +1,704 @@
+"""MeZO: the mathematics by exact enumeration and transcription, then the promises of an optimizer."""
+
+from __future__ import annotations
+
+import copy
+import io
+import itertools
+import math
+import random
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
+
+from forwardtune import MeZO, NonFiniteLossError, replay
+from forwardtune.estimators import SPSA
+from forwardtune.noise import Noise, definition, get_direction
+from forwardtune.optimizer import InterruptedUpdateError
+from forwardtune.rules import sgd
+from forwardtune.trajectory import StepLog
+from support import DTYPES, assert_same_bits, closure_for, same_bits, snapshot, tiny_model, token_batch
+
+DIRECTIONS = ("gaussian", "rademacher")
+EXACT = ("scratch", "copy")  # they leave the weights bit for bit as they were
+conformance = pytest.mark.parametrize(
+    ("direction", "perturbation", "dtype"),
+    list(itertools.product(DIRECTIONS, (*EXACT, "in_place"), DTYPES)),
+    ids=lambda value: str(value).removeprefix("torch."),
+)
+
+
+class Quadratic(nn.Module):
+    """L(theta) = 1/2 |theta - target|^2, with a target of unit size."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32, size: int = 16) -> None:
+        super().__init__()
+        self.theta = nn.Parameter(torch.zeros(size, dtype=dtype))
+        self.register_buffer("target", torch.randn(size, generator=torch.Generator().manual_seed(3)))
+
+    def forward(self) -> Tensor:
+        return 0.5 * (self.theta.float() - self.target).square().sum()
+
+
+def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)).to(dtype)
+
+
+def loss_of(net: nn.Module) -> Callable[[], Tensor]:
+    inputs = torch.randn(5, 4, generator=torch.Generator().manual_seed(1)).to(next(net.parameters()).dtype)
+    return lambda: (net(inputs) - 1).square().mean()
+
+
+def two_groups(net: nn.Module) -> list[dict[str, Any]]:
+    """Weights with a learning rate and a decay of their own, biases with the defaults."""
+    named = dict(net.named_parameters())
+    return [
+        {"params": [p for name, p in named.items() if name.endswith("weight")], "lr": 3e-2, "weight_decay": 0.125},
+        {"params": [p for name, p in named.items() if name.endswith("bias")]},
+    ]
+
+
+def scripted(*losses: Any) -> Callable[[], Any]:
+    """A closure that returns these values in turn, for ever."""
+    values = itertools.cycle(losses)
+    return lambda: next(values)
+
+
+def run(optimizer: MeZO, closure: Callable[[], Any], steps: int) -> MeZO:
+    for _ in range(steps):
+        optimizer.step(closure)
+    return optimizer
+
+
+# --- the mathematics -------------------------------------------------------------------------------------------------
+
+
+def test_averaging_all_sign_vectors_gives_the_exact_gradient():
+    """On a quadratic, mean_z c(z) z = gradient, and the rule moves by -lr times it: no sampling, no rounding."""
+    rng = random.Random(0)
+    size = 5
+    signs = list(itertools.product((-1, 1), repeat=size))
+    matrix = [[rng.randint(-4, 4) for _ in range(size)] for _ in range(size)]
+    linear, theta = ([rng.randint(-4, 4) for _ in range(size)] for _ in range(2))
+
+    def loss(point: list[Fraction]) -> float:
+        quadratic = sum(matrix[i][j] * point[i] * point[j] for i in range(size) for j in range(size))
+        value = quadratic / 2 + sum(b * x for b, x in zip(linear, point, strict=True))
+        assert Fraction(float(value)) == value  # small dyadic numbers: float64 arithmetic is exact here
+        return float(value)
+
+    gradient = [
+        Fraction(sum((matrix[i][j] + matrix[j][i]) * theta[j] for j in range(size)), 2) + linear[i] for i in range(size)
+    ]
+    estimator = SPSA(eps=2.0**-6, probes=len(signs))
+    losses = [
+        loss([x + Fraction(scale) * z for x, z in zip(theta, signs[probe], strict=True)])
+        for probe, scale in estimator.queries()
+    ]
+    coefficients = estimator.coefficients(losses)
+    update = sgd(0, coefficients, lr=2.0**-3)
+    for i in range(size):
+        assert sum(c * z[i] for c, z in zip(coefficients, signs, strict=True)) / len(signs) == gradient[i]
+        assert sum(c * z[i] for c, z in zip(update.sizes, signs, strict=True)) == -gradient[i] / 8
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_on_a_quadratic_each_coefficient_is_the_gradient_along_its_direction(direction):
+    """c_k = g . z_k, as the even terms of the two sides cancel."""
+    size, probes, eps = 12, 8, 2.0**-8
+    data = torch.Generator().manual_seed(0)
+    root = torch.randn(size, size, generator=data, dtype=torch.float64)
+    matrix, linear = root @ root.T, torch.randn(size, generator=data, dtype=torch.float64)
+    theta = torch.randn(size, generator=data, dtype=torch.float64).requires_grad_()
+    gradient = (matrix @ theta + linear).detach()
+
+    optimizer = MeZO([theta], lr=1e-9, eps=eps, probes=probes, direction=direction, seed=7)
+    optimizer.step(lambda: theta @ matrix @ theta / 2 + linear @ theta)
+
+    # Each loss is a sum of about size^2 products, each rounded to 2^-53; their difference is divided by 2 eps.
+    rounding = size**2 * 2.0**-53 * max(map(abs, optimizer.last.losses)) / eps
+    for probe, coefficient in enumerate(optimizer.last.coefficients):
+        z = definition.directions(get_direction(direction), 7, 0, 0, probe, 0, size).double()
+        assert abs(coefficient - float(gradient @ z)) < rounding
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("probes", [1, 3])
+def test_twenty_steps_follow_the_published_algorithm(probes, direction):
+    """Against a naive float64 transcription of the paper's algorithms 1 (n = 1) and 2 (n-SPSA)."""
+    steps, lr, eps, seed = 20, 1e-2, 1e-3, 2**63 + 5
+    net, naive = network(torch.float64), network(torch.float64)
+    start = snapshot(net)
+    optimizer = MeZO(
+        two_groups(net), module=net, lr=lr, eps=eps, probes=probes, direction=direction, weight_decay=0.25, seed=seed
+    )
+    run(optimizer, loss_of(net), steps)
+
+    loss = loss_of(naive)
+    named = sorted(naive.named_parameters())
+
+    def perturb(step: int, probe: int, scale: float) -> None:
+        for tensor, (_, theta) in enumerate(named):
+            theta.data += scale * z(step, probe, tensor, theta)
+
+    def z(step: int, probe: int, tensor: int, theta: Tensor) -> Tensor:
+        flat = definition.directions(get_direction(direction), seed, tensor, step, probe, 0, theta.numel())
+        return flat.double().view_as(theta)
+
+    for step in range(steps):
+        projected = []
+        for probe in range(probes):
+            perturb(step, probe, eps)
+            plus = loss().item()
+            perturb(step, probe, -2 * eps)
+            minus = loss().item()
+            perturb(step, probe, eps)
+            projected.append((plus - minus) / (2 * eps))
+        for tensor, (name, theta) in enumerate(named):
+            rate, decay = (3e-2, 0.125) if name.endswith("weight") else (lr, 0.25)
+            gradient = sum(c * z(step, probe, tensor, theta) for probe, c in enumerate(projected)) / probes
+            theta.data -= rate * (gradient + decay * theta.data)
+
+    # MeZO rounds a multiple of z, and the factor of the decay, to float32: 2^-24 each, in every step, of numbers that
+    # are no larger than the weights. Any other algorithm is off by the movement itself, which is 10,000 times as much.
+    scale = max(float(tensor.abs().max()) for tensor in start.values())
+    for name, theta in named:
+        torch.testing.assert_close(net.get_parameter(name), theta, rtol=0, atol=steps * 2 * 2.0**-24 * scale)
+        assert (net.get_parameter(name) - start[name]).abs().max().item() > 1e-2
+
+
+def test_scratch_equals_a_loop_with_explicit_perturbed_copies():
+    """Bitwise in float32, on a model with a tied embedding."""
+    steps, lr, eps, seed, probes = 3, 1e-2, 1e-3, 11, 2
+    model, by_hand = tiny_model("llama"), tiny_model("llama")
+    ids = token_batch()
+    run(MeZO(model, lr=lr, eps=eps, seed=seed, probes=probes, perturbation="scratch"), closure_for(model, ids), steps)
+
+    aliases = {name for name, _ in by_hand.named_parameters(remove_duplicate=False)}
+    names = sorted({min(a for a in aliases if by_hand.get_parameter(a) is p) for p in by_hand.parameters()})
+
+    def z(scale: float, tensor: int, step: int, probe: int, like: Tensor) -> Tensor:
+        noise = definition.directions(
+            get_direction("gaussian"), seed, tensor, step, probe, 0, like.numel(), scale=scale
+        )
+        return noise.view_as(like)
+
+    for step in range(steps):
+        losses = []
+        for probe, sign in itertools.product(range(probes), (1, -1)):
+            copied = copy.deepcopy(by_hand)
+            for tensor, name in enumerate(names):
+                weight = copied.get_parameter(name)
+                weight.data = weight.data + z(sign * eps, tensor, step, probe, weight)
+            with torch.no_grad():
+                losses.append(float(closure_for(copied, ids)()))
+        for tensor, name in enumerate(names):
+            weight = by_hand.get_parameter(name)
+            for probe in range(probes):
+                c = (losses[2 * probe] - losses[2 * probe + 1]) / (2 * eps)
+                size = float(np.float32(-lr * c / probes))
+                weight.data = weight.data + z(size, tensor, step, probe, weight)
+    assert_same_bits(model, snapshot(by_hand))
+
+
+# --- conformance: every direction, perturbation and dtype ------------------------------------------------------------
+
+
+def quadratic_run(direction: str, perturbation: str, dtype: torch.dtype, **settings: Any) -> tuple[Quadratic, MeZO]:
+    model = Quadratic(dtype)
+    # 1 / (d + 2) is the best rate on this loss; eps lies well above the spacing of bfloat16.
+    settings = {"lr": 1 / 18, "eps": 0.125, "seed": 1, **settings}
+    return model, MeZO(model, direction=direction, perturbation=perturbation, **settings)
+
+
+@conformance
+def test_it_converges_on_a_quadratic(direction, perturbation, dtype):
+    """The squared error falls by 1 - 1/18 a step on average; the rounding of the weights keeps it above 1e-4."""
+    model, optimizer = quadratic_run(direction, perturbation, dtype)
+    start = model().item()
+    run(optimizer, model, 150)
+    assert model().item() < 1e-2 * start
+
+
+@conformance
+def test_it_evaluates_twice_a_probe(direction, perturbation, dtype):
+    model, optimizer = quadratic_run(direction, perturbation, dtype, probes=3)
+    calls = itertools.count()
+    run(optimizer, lambda: (next(calls), model())[1], 2)
+    assert next(calls) == 2 * 2 * 3
+
+
+@conformance
+def test_estimation_leaves_the_weights_alone(direction, perturbation, dtype):
+    model, optimizer = quadratic_run(direction, perturbation, dtype)
+    run(optimizer, model, 3)
+    before = snapshot(model)
+    optimizer.estimate(model)
+    if perturbation in EXACT:
+        assert_same_bits(model, before)
+    else:  # it walks there and back: each of three additions rounds by half a spacing of numbers below 4
+        spacing = 4 * torch.finfo(dtype).eps
+        torch.testing.assert_close(model.theta, before["theta"], rtol=0, atol=1.5 * spacing)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("perturbation", EXACT)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_its_log_replays_bitwise(direction, perturbation, dtype, tmp_path):
+    model, optimizer = quadratic_run(direction, perturbation, dtype, probes=2, weight_decay=0.1)
+    with StepLog(tmp_path / "steps.jsonl", optimizer):
+        run(optimizer, model, 10)
+    base = Quadratic(dtype)
+    assert replay(tmp_path / "steps.jsonl", base) == 10
+    assert_same_bits(base, snapshot(model))
+
+
+@conformance
+def test_a_restored_state_goes_on_bitwise(direction, perturbation, dtype):
+    """Weights and ``state_dict()``, through a file, are all there is to a run."""
+    model, optimizer = quadratic_run(direction, perturbation, dtype, weight_decay=0.1)
+    run(optimizer, model, 4)
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    run(optimizer, model, 4)
+
+    restored, other = quadratic_run(direction, perturbation, dtype, lr=0.5)  # the saved learning rate wins
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    restored.load_state_dict(saved["model"])
+    other.load_state_dict(saved["optimizer"])
+    run(other, restored, 4)
+    assert other.next_step == 8
+    assert_same_bits(restored, snapshot(model))
+
+
+# --- how it is called ------------------------------------------------------------------------------------------------
+
+
+def test_the_self_check_costs_two_evaluations_in_the_first_step_only():
+    net = network()
+    calls = itertools.count()
+    optimizer, loss = MeZO(net), loss_of(net)
+    run(optimizer, lambda: (next(calls), loss())[1], 3)
+    assert next(calls) == 2 + 3 * 2
+    assert optimizer.perturbation.name == "scratch"
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        lambda net: net,
+        lambda net: list(net.parameters()),
+        lambda net: net.parameters(),
+        lambda net: net.named_parameters(),
+        two_groups,
+    ],
+    ids=["module", "list", "generator", "named", "groups"],
+)
+def test_any_form_of_parameters_can_be_tuned(params):
+    net = network()
+    loss = loss_of(net)
+    before = loss().item()
+    run(MeZO(params(net), lr=3e-2), loss, 60)
+    assert loss().item() < 0.5 * before
+
+
+def test_bare_tensors_can_be_tuned():
+    theta = torch.zeros(16, requires_grad=True)
+    data = theta.data_ptr()
+    run(MeZO([theta], lr=1 / 18), lambda: (theta - 1).square().sum() / 2, 100)
+    assert (theta - 1).abs().max().item() < 0.1
+    assert theta.data_ptr() == data
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda net: MeZO(net.named_parameters(), lr=1e-2),
+        lambda net: MeZO(list(net.parameters()), lr=1e-2, module=net),
+        lambda net: MeZO([{"params": [p]} for p in reversed(list(net.parameters()))], lr=1e-2, module=net),
+    ],
+    ids=["named", "module given", "other order"],
+)
+def test_directions_depend_on_names_alone(make):
+    net, same = network(), network()
+    run(MeZO(net, lr=1e-2), loss_of(net), 3)
+    run(make(same), loss_of(same), 3)
+    assert_same_bits(same, snapshot(net))
+
+
+@pytest.mark.parametrize("kind", [float, torch.tensor, np.float64, lambda x: torch.tensor([[x]]), np.asarray])
+def test_the_closure_may_return_any_number(kind):
+    model, other = Quadratic(), Quadratic()
+    run(MeZO(model, lr=1e-2), lambda: model().item(), 3)
+    run(MeZO(other, lr=1e-2), lambda: kind(other().item()), 3)
+    # torch.tensor rounds to float32, which these losses already are.
+    assert_same_bits(other, snapshot(model))
+
+
+@pytest.mark.parametrize("plus_minus", [(3, 1), (True, False), (np.int64(3), np.float32(1.0)), (3.0, torch.tensor(1))])
+def test_the_closure_may_return_whole_numbers(plus_minus):
+    """An accuracy, a count, a success: ``c = (plus - minus) / (2 eps)``."""
+    plus, minus = map(float, plus_minus)
+    optimizer = MeZO(network(), eps=0.5, perturbation="copy")
+    assert optimizer.step(scripted(*plus_minus)) == (plus + minus) / 2
+    assert optimizer.last.losses == (plus, minus)
+    assert optimizer.last.coefficients == (plus - minus,)
+
+
+WRONG = [None, "low", "0.5", torch.ones(2), np.ones(2), [1.0], 1 + 2j]
+
+
+@pytest.mark.parametrize("perturbation", ["auto", *EXACT])
+@pytest.mark.parametrize("wrong", WRONG, ids=repr)
+def test_the_closure_must_return_a_number(wrong, perturbation):
+    net = network()
+    before = snapshot(net)
+    with pytest.raises(TypeError, match="the closure returned"):
+        MeZO(net, perturbation=perturbation).step(lambda: wrong)
+    assert_same_bits(net, before)
+
+
+def test_microbatches_add_up_to_the_batch():
+    """``estimate()`` for each part, then ``step()``, is the step of the whole, bit for bit."""
+    batch = torch.randn(6, 16, generator=torch.Generator().manual_seed(0))
+
+    def loss(model: Quadratic, rows: Tensor) -> Tensor:
+        # Squares are float32 and their sum is float64, so that it is exact in any order.
+        return (model.theta - rows).square().double().sum()
+
+    whole, parts = Quadratic(), Quadratic()
+    one, many = (MeZO(model, lr=1e-3, probes=2, perturbation="copy") for model in (whole, parts))
+    for _ in range(3):
+        one.step(lambda: loss(whole, batch))
+        for rows in batch.split([1, 2, 3]):
+            many.estimate(lambda rows=rows: loss(parts, rows))
+        assert many.step() == one.last.loss
+        assert many.last.losses == one.last.losses
+    assert_same_bits(parts, snapshot(whole))
+
+
+def test_a_step_needs_a_loss():
+    with pytest.raises(RuntimeError, match=r"estimate\(closure\) before step\(\)"):
+        MeZO(network()).step()
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "expected"),
+    [
+        (lambda optimizer: LambdaLR(optimizer, lambda step: step / 4), [0.0, 0.25e-2, 0.5e-2, 0.75e-2]),
+        (
+            lambda optimizer: CosineAnnealingLR(optimizer, T_max=4),
+            [1e-2 * (1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)],
+        ),
+    ],
+    ids=["LambdaLR", "CosineAnnealingLR"],
+)
+def test_torch_schedulers_set_the_learning_rate(scheduler, expected):
+    """Warnings are errors in this suite, so a scheduler that distrusts the optimizer would fail here."""
+    net = network()
+    optimizer, loss = MeZO(net, lr=1e-2), loss_of(net)
+    schedule = scheduler(optimizer)
+    seen = []
+    for _ in range(4):
+        optimizer.step(loss)
+        schedule.step()
+        seen += optimizer.last.lr
+    assert seen == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_record_names_every_group_and_counts_unchanged_weights():
+    net = network()
+    optimizer = MeZO(two_groups(net), module=net, lr=1e-2, weight_decay=0.25, probes=2)
+    loss = optimizer.step(loss_of(net))
+    record = optimizer.last
+    assert (record.step, record.lr, record.weight_decay) == (0, (3e-2, 1e-2), (0.125, 0.25))
+    assert (len(record.coefficients), len(record.losses)) == (2, 4)
+    assert record.loss == loss == pytest.approx(math.fsum(record.losses) / 4, rel=1e-15)
+    assert not record.skipped
+
+    before = snapshot(net)
+    run(optimizer, scripted(1.0), 1)  # no slope: the decay moves weights that are not 0, nothing else
+    after = net.state_dict()
+    assert optimizer.last.unchanged == sum(int((after[name] == before[name]).sum()) for name in before)
+
+
+def test_a_coefficient_is_clipped_to_the_limit():
+    optimizer = MeZO(network(), eps=0.5, probes=3, perturbation="copy", clip_coefficient=5.0)
+    optimizer.step(scripted(9.0, 1.0, 0.0, 6.0, 2.0, 0.0))
+    assert optimizer.last.coefficients == (5.0, -5.0, 2.0)
+
+
+# --- what must not happen --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        *({"lr": value} for value in (0, -1e-6, math.nan, math.inf)),
+        *({"weight_decay": value} for value in (-0.1, math.nan, math.inf)),
+        *({"eps": value} for value in (0, -1e-3, math.nan, math.inf, "small")),
+        *({"probes": value} for value in (0, -1, 1.5)),
+        *({"clip_coefficient": value} for value in (0.0, -1.0, math.nan)),
+        *({"seed": value} for value in (-1, 2**64, 1.5)),
+        {"max_skipped": 0},
+        {"perturbation": "magic"},
+        {"direction": "north"},
+    ],
+    ids=str,
+)
+def test_a_bad_argument_is_refused_by_name(bad):
+    (name,) = bad
+    with pytest.raises(ValueError, match=name):
+        MeZO(network(), **bad)
+
+
+@pytest.mark.parametrize("bad", [{"lr": -1.0}, {"lr": math.nan}, {"weight_decay": -1.0}], ids=str)
+def test_a_bad_group_is_refused(bad):
+    net = network()
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        MeZO([{"params": list(net.parameters()), **bad}])
+
+
+def test_nothing_to_tune_is_refused():
+    with pytest.raises(ValueError, match="nothing to tune"):
+        MeZO(network().requires_grad_(False))
+
+
+def test_two_parameters_of_one_name_are_refused():
+    """Without the module, names may collide; one of the two would never be tuned."""
+    with pytest.raises(ValueError, match=r"0\.weight"):
+        MeZO([{"params": list(network().named_parameters())}, {"params": list(network().named_parameters())}])
+
+
+def test_groups_can_be_added_before_the_first_step():
+    net, same = network(), network()
+    first, second = two_groups(same)
+    optimizer = MeZO([first], lr=1e-2, module=same)
+    optimizer.add_param_group(second)
+    run(MeZO(two_groups(net), lr=1e-2, module=net), loss_of(net), 3)
+    run(optimizer, loss_of(same), 3)
+    assert_same_bits(same, snapshot(net))
+
+
+@pytest.mark.parametrize("begin", [MeZO.step, MeZO.estimate], ids=["after a step", "after an estimate"])
+def test_groups_cannot_be_added_later(begin):
+    """Ids, and so directions, would change under the coefficients."""
+    net = network()
+    first, second = two_groups(net)
+    optimizer = MeZO([first], lr=1e-2, module=net)
+    begin(optimizer, loss_of(net))
+    with pytest.raises(ValueError, match=r"after the first step|estimate"):
+        optimizer.add_param_group(second)
+
+
+def test_a_refused_group_leaves_the_optimizer_as_it_was():
+    net, same = network(), network()
+    optimizer = MeZO(same, lr=1e-2)
+    with pytest.raises(ValueError, match="not in the module"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
+    run(MeZO(net, lr=1e-2), loss_of(net), 2)
+    run(optimizer, loss_of(same), 2)
+    assert optimizer.last.lr == (1e-2,)
+    assert_same_bits(same, snapshot(net))
+
+
+@pytest.mark.parametrize(("state", "message"), [({"seed": 1}, "seed 0.*has 1"), (None, "not the state of a MeZO")])
+def test_a_foreign_state_is_refused(state, message):
+    net = network()
+    saved = torch.optim.SGD(net.parameters()).state_dict() if state is None else MeZO(net).state_dict()
+    with pytest.raises(ValueError, match=message):
+        MeZO(net, **(state or {})).load_state_dict(saved)
+
+
+@pytest.mark.parametrize("perturbation", ["auto", *EXACT, "in_place"])
+@pytest.mark.usefixtures("random_state_untouched")
+def test_no_global_random_state_is_touched(perturbation):
+    net = network()
+    states = random.getstate(), np.random.get_state()
+    run(MeZO(net, lr=1e-2, probes=2, perturbation=perturbation), loss_of(net), 3)
+    assert random.getstate() == states[0]
+    np.testing.assert_equal(np.random.get_state(), states[1])
+
+
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_step_without_a_finite_loss_is_skipped(bad, side):
+    """Not even weight decay moves the weights; the step is counted and recorded."""
+    net = network()
+    before = snapshot(net)
+    optimizer = MeZO(net, lr=1e-2, weight_decay=0.5)
+    losses = [1.0, 1.0]
+    losses[side] = bad
+    optimizer.perturbation = MeZO(net, perturbation="scratch").perturbation
+    assert not math.isfinite(optimizer.step(scripted(*losses)))
+    assert_same_bits(net, before)
+    assert optimizer.last.skipped
+    assert optimizer.last.coefficients == ()
+    assert optimizer.last.unchanged == sum(p.numel() for p in net.parameters())
+    assert optimizer.next_step == 1
+
+
+@pytest.mark.parametrize("losses", [(1e308, -1e308), (1e300, 0.0)], ids=["coefficient", "size"])
+def test_a_step_too_large_for_float32_is_skipped(losses):
+    """Finite losses whose difference is not, or whose update is not: the weights stay finite."""
+    net = network()
+    before = snapshot(net)
+    optimizer = MeZO(net, perturbation="copy")
+    optimizer.step(scripted(*losses))
+    assert_same_bits(net, before)
+    assert optimizer.last.skipped
+
+
+def test_too_many_skipped_steps_in_a_row_raise():
+    net = network()
+    before = snapshot(net)
+    optimizer = MeZO(net, max_skipped=3)
+    run(optimizer, lambda: math.nan, 2)
+    run(optimizer, scripted(1.0), 1)  # a good step starts the count anew
+    run(optimizer, lambda: math.nan, 2)
+    with pytest.raises(NonFiniteLossError, match="3 steps in a row, the last of them step 5"):
+        optimizer.step(lambda: math.nan)
+    assert_same_bits(net, before)
+
+
+def test_skipped_steps_are_counted_across_a_restored_state():
+    net = network()
+    first, second = MeZO(net, max_skipped=3), MeZO(net, max_skipped=3)
+    run(first, lambda: math.nan, 2)
+    second.load_state_dict(first.state_dict())
+    with pytest.raises(NonFiniteLossError, match="3 steps in a row"):
+        second.step(lambda: math.nan)
+
+
+def test_the_self_check_waits_for_a_finite_loss():
+    net = network()
+    optimizer = MeZO(net)
+    optimizer.step(lambda: math.nan)
+    assert optimizer.perturbation is None
+    optimizer.step(loss_of(net))
+    assert optimizer.perturbation.name == "scratch"
+
+
+def test_dropout_in_training_mode_is_told():
+    net = nn.Sequential(network(), nn.Dropout(0.5))
+    optimizer, loss = MeZO(net), loss_of(net)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        with pytest.warns(UserWarning, match="not deterministic"), pytest.warns(UserWarning, match=r"model\.eval\(\)"):
+            optimizer.step(loss)
+        optimizer.step(loss)  # once is enough
+
+
+def test_dropout_in_evaluation_mode_is_fine():
+    net = nn.Sequential(network(), nn.Dropout(0.5)).eval()
+    run(MeZO(net), loss_of(net), 2)
+
+
+def test_a_closure_that_is_not_deterministic_is_told():
+    net = network()
+    noise, loss = random.Random(0), loss_of(net)
+    optimizer = MeZO(net)
+    with pytest.warns(UserWarning, match="closure is not deterministic"):
+        optimizer.step(lambda: loss() + noise.random())
+    assert optimizer.perturbation.name == "scratch"
+
+
+class Fuse(nn.Linear):
+    """Raises in its n-th forward pass: inside a module that owns tuned weights, while they are perturbed."""
+
+    def __init__(self, linear: nn.Linear, error: type[BaseException], at: int) -> None:
+        super().__init__(linear.in_features, linear.out_features)
+        self.load_state_dict(linear.state_dict())
+        self.error, self.left = error, at
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.left -= 1
+        if self.left == -1:
+            raise self.error("blown")
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("perturbation", "error", "at"),
+    [
+        *itertools.product(EXACT, (RuntimeError, KeyboardInterrupt), (0, 1)),
+        *itertools.product(["auto"], (RuntimeError, KeyboardInterrupt), (0, 2, 3)),
+        ("auto", KeyboardInterrupt, 1),  # with the weights poisoned, where other errors are an answer
+    ],
+)
+def test_an_exception_inside_the_closure_does_no_harm(perturbation, error, at):
+    """The weights keep their bits and their identity, no hook stays, and the optimizer can go on."""
+    whole = network()
+    run(MeZO(whole, lr=1e-2), loss_of(whole), 2)
+
+    net = network()
+    net[2] = Fuse(net[2], error, at)
+    parameters, before = list(net.parameters()), snapshot(net)
+    optimizer, loss = MeZO(net, lr=1e-2, perturbation=perturbation), loss_of(net)
+    with pytest.raises(error, match="blown"):
+        optimizer.step(loss)
+    assert_same_bits(net, before)
+    assert all(a is b for a, b in zip(net.parameters(), parameters, strict=True))
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
+    assert optimizer.next_step == 0
+
+    run(optimizer, loss, 2)
+    assert_same_bits(net, snapshot(whole))
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("at", range(4))
+def test_an_update_that_stopped_half_way_is_not_built_upon(at, error, monkeypatch):
+    net = network()
+    optimizer, loss = MeZO(net, lr=1e-2), loss_of(net)
+    optimizer.step(loss)
+    with monkeypatch.context() as patch:
+        calls, update = itertools.count(), Noise.update
+
+        def breaking(self: Noise, *args: Any, **kwargs: Any) -> int:
+            if next(calls) == at:
+                raise error
+            return update(self, *args, **kwargs)
+
+        patch.setattr(Noise, "update", breaking)
+        with pytest.raises(error):
+            optimizer.step(loss)
+    between = snapshot(net)
+    for _ in range(2):
+        with pytest.raises(InterruptedUpdateError, match="replay the step log"):
+            optimizer.step(loss)
+    assert_same_bits(net, between)
+
+
+# --- half precision --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_updates_far_below_the_spacing_are_kept_on_average(dtype):
+    """Each step moves every weight by 1/64 of the spacing along z: rounding to nearest would lose every one."""
+    size, steps, start = 2**14, 16, 1.5
+    spacing = torch.finfo(dtype).eps  # between 1 and 2
+    move = spacing / 64
+    assert torch.tensor(start + move).to(dtype) == start
+    weight = torch.full((size,), start, dtype=dtype, requires_grad=True)
+    # c = 1 / eps = 2, so the update is -2 lr z.
+    optimizer = MeZO([weight], lr=move / 2, eps=0.5, direction="rademacher")
+    along = 0.0
+    for step in range(steps):
+        before = weight.detach().double()
+        optimizer.step(scripted(1.0, -1.0))
+        z = definition.directions(get_direction("rademacher"), 0, 0, step, 0, 0, size).double()
+        along += float(-z @ (weight.detach().double() - before)) / (size * steps)
+    # A weight jumps by the spacing with probability 1/64, so the relative deviation of the mean of 2^18 jumps is
+    # sqrt(63 / 2^18) = 1.6%. Six of them: false alarm 2e-9, over all seeds.
+    assert along == pytest.approx(move, rel=6 * math.sqrt(63 / (size * steps)))
+    assert same_bits(weight.detach() * 0, torch.zeros(size, dtype=dtype))

@@ -1,0 +1,573 @@
+"""MeZOTrainer is transformers' Trainer around a MeZO loop that one can write by hand, and resumes to the same bits."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
+
+import support
+from forwardtune import MeZO
+from forwardtune.trainer import MeZOConfig, MeZOTrainer
+from forwardtune.trajectory import LogError, read_log, replay
+
+STEPS = 7
+DATA = [{"input_ids": row, "labels": row} for row in support.token_batch(12, 6).tolist()]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short_collections() -> Iterator[None]:
+    """Trainer collects garbage at every start; what was imported once need not be looked through each time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+class KilledError(Exception):
+    """Stands for anything that ends a run between two steps."""
+
+
+class Kill(TrainerCallback):
+    """Ends the run right after a step was logged, before anything is saved for it."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.after:
+            raise KilledError
+
+
+def squares(model: Any, inputs: Any) -> torch.Tensor:
+    """An objective with one loss an example, shape (batch,)."""
+    return model(input_ids=inputs["input_ids"]).logits.float().pow(2).mean(dim=(1, 2)) * 100
+
+
+def config(folder: Path, **changes: Any) -> MeZOConfig:
+    quiet = {"report_to": [], "disable_tqdm": True, "logging_strategy": "no", "save_strategy": "no", "use_cpu": True}
+    small = {"max_steps": STEPS, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "seed": 3}
+    return MeZOConfig(**{"output_dir": str(folder), **quiet, **small, **changes})
+
+
+def make(folder: Path, *, model: Any = None, objective: Any = squares, data: Any = DATA, **changes: Any) -> MeZOTrainer:
+    """A trainer on the base model; callbacks, optimizers and run go to the trainer, the rest to its configuration."""
+    own = {key: changes.pop(key) for key in ("callbacks", "optimizers", "run", "data_collator") if key in changes}
+    model = support.tiny_model() if model is None else model
+    args = config(folder, **changes)
+    return MeZOTrainer(model=model, args=args, train_dataset=data, eval_dataset=data[:4], objective=objective, **own)
+
+
+def trained(folder: Path, **changes: Any) -> MeZOTrainer:
+    trainer = make(folder, **changes)
+    trainer.train()
+    return trainer
+
+
+def killed(folder: Path, after: int, **changes: Any) -> None:
+    with pytest.raises(KilledError):
+        trained(folder, callbacks=[Kill(after)], **changes)
+
+
+def resumed(folder: Path, wanted: Any = True, **changes: Any) -> MeZOTrainer:
+    trainer = make(folder, **changes)
+    trainer.train(resume_from_checkpoint=wanted)
+    return trainer
+
+
+def log_lines(folder: Path) -> list[dict[str, Any]]:
+    """The step log without its times, and so without its checksums."""
+    lines = [json.loads(line) for line in (folder / "steps.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [{key: value for key, value in line.items() if key not in ("seconds", "check")} for line in lines]
+
+
+def by_hand(optimizer: MeZO, model: Any, trainer: MeZOTrainer, loss: Callable[[Any, Any], Any], steps: int) -> None:
+    """The loop that a user would write over the same batches."""
+    loader, epoch = trainer.get_train_dataloader(), 0
+    while optimizer.next_step < steps:
+        loader.set_epoch(epoch)
+        for batch in loader:
+            if optimizer.next_step < steps:
+                optimizer.step(lambda batch=batch: loss(model, batch))
+        epoch += 1
+
+
+# --- the loop ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", support.DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"probes": 2, "direction": "rademacher"}, {"perturbation": "copy", "eps": 1e-2, "clip_coefficient": 0.5}],
+    ids=lambda settings: "-".join(settings) or "default",
+)
+def test_trainer_is_the_hand_written_loop(tmp_path: Path, dtype: torch.dtype, settings: dict[str, Any]) -> None:
+    trainer = trained(tmp_path, model=support.tiny_model(dtype=dtype), **settings)
+    model = support.tiny_model(dtype=dtype)
+    optimizer = MeZO(model, lr=1e-3, seed=3, **settings)
+    by_hand(optimizer, model, make(tmp_path), lambda model, batch: squares(model, batch).mean(), STEPS)
+    support.assert_same_bits(trainer.model, support.snapshot(model))
+    assert not torch.equal(model.lm_head.weight, support.tiny_model(dtype=dtype).lm_head.weight)
+    assert optimizer.last.coefficients == read_log(trainer.step_log).records[-1].coefficients
+
+
+def test_without_an_objective_the_models_own_loss_is_lowered(tmp_path: Path) -> None:
+    trainer = trained(tmp_path, objective=None)
+    model = support.tiny_model()
+    by_hand(MeZO(model, lr=1e-3, seed=3), model, make(tmp_path), lambda model, batch: model(**batch).loss, STEPS)
+    # Trainer divides the sum of the token losses by their number, the model itself takes their mean. The two differ
+    # in the last bit of a loss of 6, so by up to 5e-7 / (2 eps) = 2.4e-4 in a coefficient; times lr, steps and |z| < 4.
+    for ours, theirs in zip(model.parameters(), trainer.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2.4e-4 * 1e-3 * STEPS * 4)
+
+
+def test_model_is_evaluated_without_dropout(tmp_path: Path) -> None:
+    model = support.tiny_model("gpt2")  # dropout 0.1 by default
+    assert any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in model.modules())
+    modes: set[bool] = set()
+
+    def objective(model: Any, inputs: Any) -> torch.Tensor:
+        modes.add(model.training)
+        return squares(model, inputs)
+
+    trained(tmp_path, model=model.train(), objective=objective, max_steps=2)
+    assert modes == {False}
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        lambda model, inputs: squares(model, inputs).mean().item(),
+        lambda model, inputs: squares(model, inputs).mean(),
+        squares,
+    ],
+    ids=["float", "scalar", "per-example"],
+)
+def test_objective_may_return_a_number_or_losses(tmp_path: Path, objective: Any) -> None:
+    trainer = trained(tmp_path, objective=objective, max_steps=3)
+    reference = trained(tmp_path / "reference", max_steps=3)
+    support.assert_same_bits(trainer.model, support.snapshot(reference.model))
+    batch = trainer.data_collator(DATA[:4])
+    with torch.no_grad():
+        expected = float(squares(trainer.model, batch).mean())
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-6)  # float32 means in another order
+
+
+def test_objective_without_gradient_is_tuned_as_well(tmp_path: Path) -> None:
+    """Accuracy of the next token: a step function, computed without tensors that carry a graph."""
+
+    def errors(model: Any, inputs: Any) -> float:
+        predicted = model(input_ids=inputs["input_ids"]).logits[:, :-1].argmax(-1)
+        return 1 - (predicted == inputs["input_ids"][:, 1:]).double().mean().item()
+
+    trainer = trained(tmp_path, objective=errors, eps=0.05, max_steps=3)
+    assert any(any(record.coefficients) for record in read_log(trainer.step_log).records)
+    assert all(p.grad is None for p in trainer.model.parameters())
+
+
+def test_bf16_runs_the_model_under_autocast(tmp_path: Path) -> None:
+    trainer = trained(tmp_path, bf16=True, max_steps=3)
+    model = support.tiny_model()
+
+    def loss(model: Any, batch: Any) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return squares(model, batch).mean()
+
+    by_hand(MeZO(model, lr=1e-3, seed=3), model, make(tmp_path), loss, 3)
+    support.assert_same_bits(trainer.model, support.snapshot(model))
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    full = trained(tmp_path / "full", max_steps=3)
+    assert not torch.equal(full.model.lm_head.weight, model.lm_head.weight)
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_optimizer_made_by_hand_is_used(tmp_path: Path, scheduled: bool) -> None:
+    model = support.tiny_model()
+    mezo = MeZO(model, lr=1e-3, eps=1e-2, seed=9)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(mezo, lambda step: 1 / (1 + step)) if scheduled else None
+    trainer = trained(tmp_path, model=model, optimizers=(mezo, scheduler))
+    assert trainer.mezo is mezo
+    log = read_log(trainer.step_log)
+    assert (log.header["eps"], log.header["seed"], log.steps) == (1e-2, 9, STEPS)
+    expected = [1e-3 / (1 + step) if scheduled else 1e-3 for step in range(STEPS)]
+    assert [record.lr[0] for record in log.records] == pytest.approx(expected, rel=1e-12)
+
+
+# --- gradient accumulation ---------------------------------------------------------------------------------------
+
+
+def test_accumulation_is_estimate_over_the_microbatches(tmp_path: Path) -> None:
+    """Ten examples in microbatches of two, two a step: the third step of an epoch has one microbatch alone."""
+    settings = {"per_device_train_batch_size": 2, "data": DATA[:10]}
+    trainer = trained(tmp_path, gradient_accumulation_steps=2, num_train_epochs=2, max_steps=-1, **settings)
+    assert read_log(trainer.step_log).steps == 6
+    model = support.tiny_model()
+    optimizer = MeZO(model, lr=1e-3, seed=3)
+    loader = make(tmp_path, **settings).get_train_dataloader()
+    for epoch in range(2):
+        loader.set_epoch(epoch)
+        microbatches = list(loader)
+        for step in (microbatches[:2], microbatches[2:4], microbatches[4:]):
+            share = len(step)
+            for batch in step:
+                optimizer.estimate(lambda batch=batch, share=share: squares(model, batch).mean() / share)
+            optimizer.step()
+    support.assert_same_bits(trainer.model, support.snapshot(model))
+
+
+@pytest.mark.parametrize("objective", [squares, None], ids=["objective", "own-loss"])
+def test_accumulation_equals_the_large_batch(tmp_path: Path, objective: Any) -> None:
+    """With the model's own loss also where microbatches have different numbers of target tokens."""
+    uneven = [{**row, "labels": [-100] * (i % 4) + row["labels"][i % 4 :]} for i, row in enumerate(DATA)]
+    settings = {"objective": objective, "data": uneven, "max_steps": 3}
+    large = trained(tmp_path / "large", per_device_train_batch_size=4, **settings)
+    small = trained(tmp_path / "small", per_device_train_batch_size=1, gradient_accumulation_steps=4, **settings)
+    logs = [read_log(trainer.step_log) for trainer in (large, small)]
+    for a, b in zip(*(log.records for log in logs), strict=True):
+        # float32 sums in another order: a few units in the last place of a loss of 6
+        assert a.losses == pytest.approx(b.losses, abs=4e-6)
+        assert len(set(a.losses)) == 2
+
+
+# --- settings ----------------------------------------------------------------------------------------------------
+
+
+def test_defaults_are_mezos(tmp_path: Path) -> None:
+    args = MeZOConfig(output_dir=str(tmp_path))
+    assert (args.learning_rate, args.eps, args.probes, args.direction) == (1e-6, 1e-3, 1, "gaussian")
+    assert (args.lr_scheduler_type, args.per_device_train_batch_size) == ("constant", 16)
+    assert (args.max_grad_norm, args.weight_decay, args.clip_coefficient) == (0, 0, None)
+    assert (args.perturbation, args.max_skipped) == ("auto", 10)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"fp16": True}, "fp16.*dtype=torch.float16"),
+        ({"deepspeed": {"zero_optimization": {"stage": 2}}}, "DeepSpeed.*Drop it"),
+        ({"fsdp": True}, "FSDP.*device_map"),
+        ({"max_grad_norm": 1.0}, "no gradient to clip.*clip_coefficient"),
+        ({"gradient_checkpointing": True}, "checkpointing.*Drop it"),
+        ({"neftune_noise_alpha": 5.0}, "NEFTune.*Drop it"),
+        ({"torch_compile": True}, "torch_compile.*Drop it"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size.*Choose the batch size"),
+        ({"optim": "sgd"}, "optim='sgd'.*Drop it"),
+        ({"optim": "adafactor"}, "optim='adafactor'.*Drop it"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_what_cannot_be_honoured_is_refused_with_the_remedy(
+    tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ValueError, match=f"MeZO cannot honour.*{words}"):
+        config(tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"eps": 0.0}, "eps must be a positive"),
+        ({"probes": 0}, "probes must be"),
+        ({"direction": "cauchy"}, "cauchy.*gaussian"),
+        ({"perturbation": "none"}, "perturbation 'none'.*scratch"),
+        ({"clip_coefficient": -1.0}, "clip_coefficient must be positive"),
+        ({"learning_rate": -1.0}, "lr must be positive"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_settings_out_of_range_are_refused_before_the_first_step(
+    tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        trained(tmp_path, **changes)
+    assert not (tmp_path / "steps.jsonl").exists()
+
+
+def test_trainer_needs_a_mezo_config_and_a_mezo(tmp_path: Path) -> None:
+    plain = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
+    with pytest.raises(ValueError, match="args=MeZOConfig"):
+        MeZOTrainer(model=support.tiny_model(), args=plain, train_dataset=DATA)
+    model = support.tiny_model()
+    with pytest.raises(ValueError, match="cannot step SGD: pass a MeZO"):
+        make(tmp_path, model=model, optimizers=(torch.optim.SGD(model.parameters()), None))
+
+
+def cosine(step: int) -> float:
+    return step / 2 if step < 2 else (1 + math.cos(math.pi * (step - 2) / (STEPS - 2))) / 2
+
+
+@pytest.mark.parametrize(
+    ("schedule", "factor"),
+    [
+        ({}, lambda step: 1.0),
+        ({"lr_scheduler_type": "linear"}, lambda step: 1 - step / STEPS),
+        ({"lr_scheduler_type": "cosine", "warmup_steps": 2}, cosine),
+    ],
+    ids=["constant", "linear", "cosine-with-warmup"],
+)
+def test_schedules_put_their_learning_rate_into_the_log(
+    tmp_path: Path, schedule: dict[str, Any], factor: Callable[[int], float]
+) -> None:
+    trainer = trained(tmp_path, **schedule)
+    logged = [record.lr[0] for record in read_log(trainer.step_log).records]
+    assert logged == pytest.approx([1e-3 * factor(step) for step in range(STEPS)], rel=1e-12)
+
+
+def test_weight_decay_spares_norms_and_biases(tmp_path: Path) -> None:
+    """Coefficients are clipped to nothing, so that decay is all that moves the weights."""
+    changes = {"weight_decay": 0.5, "learning_rate": 0.1, "clip_coefficient": 1e-30, "max_steps": 1}
+    trainer = trained(tmp_path, model=support.tiny_model("gpt2"), **changes)
+    header = read_log(trainer.step_log).header
+    assert header["groups"] == [{"weight_decay": 0.5}, {"weight_decay": 0.0}]
+    spared = {tensor["name"] for tensor in header["tensors"] if tensor["group"] == 1}
+    after = dict(trainer.model.named_parameters())
+    for name, before in support.tiny_model("gpt2").named_parameters():
+        assert (name in spared) == ("ln" in name or name.endswith("bias"))
+        # 1e-30 * lr * |z| is all that the direction adds, also to a bias of zero.
+        factor = 1.0 if name in spared else 0.95
+        torch.testing.assert_close(after[name].data, before.data * factor, rtol=1e-6, atol=1e-30)
+
+
+# --- what Trainer offers -----------------------------------------------------------------------------------------
+
+EVALUATED = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+BEST = {**EVALUATED, "load_best_model_at_end": True, "max_steps": 6}
+
+
+def test_best_model_is_loaded_at_the_end_and_the_log_still_holds_the_last(tmp_path: Path) -> None:
+    trainer = trained(tmp_path, **BEST)
+    evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert [entry["step"] for entry in evaluations] == [2, 4, 6]
+    best = min(evaluations, key=lambda entry: entry["eval_loss"])
+    assert best["step"] != 6  # the learning rate is so large that the loss rises
+    assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{best['step']}")
+    for steps in (best["step"], 6):
+        model = support.tiny_model()
+        assert replay(trainer.step_log, model, steps=steps) == steps
+        saved = load_file(tmp_path / f"checkpoint-{steps}" / "model.safetensors")
+        assert all(support.same_bits(model.state_dict()[name], tensor) for name, tensor in saved.items())
+        if steps == best["step"]:
+            support.assert_same_bits(trainer.model, support.snapshot(model))
+    assert read_log(trainer.step_log).end is not None
+
+
+def test_early_stopping_and_other_callbacks_work(tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            seen.append(state.global_step)
+
+    # No improvement is as large as the threshold, so the second evaluation ends the run.
+    stopping = EarlyStoppingCallback(early_stopping_patience=1, early_stopping_threshold=1e9)
+    trainer = trained(tmp_path, callbacks=[stopping, Watch()], **{**BEST, "max_steps": 10})
+    assert seen == [1, 2, 3, 4]
+    log = read_log(trainer.step_log)
+    assert (log.steps, log.end["end"]) == (4, 4)
+
+
+def test_checkpoints_are_limited_in_number(tmp_path: Path) -> None:
+    trained(tmp_path, save_strategy="steps", save_steps=2, save_total_limit=2)
+    assert sorted(folder.name for folder in tmp_path.glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-7"]
+
+
+def test_reports_carry_the_projected_gradient_and_no_gradient_norm(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trainer = trained(tmp_path, report_to=["tensorboard"], logging_strategy="steps", logging_steps=1)
+    records = read_log(trainer.step_log).records
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["projected_gradient"] for entry in entries] == [abs(record.coefficients[0]) for record in records]
+    # Trainer rounds what it logs to four digits or more.
+    assert [entry["loss"] for entry in entries] == pytest.approx([record.loss for record in records], abs=1e-4)
+    assert not any("grad_norm" in entry for entry in entries)
+    (file,) = tmp_path.rglob("events.out.tfevents.*")
+    events = EventAccumulator(str(file))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {"train/loss", "train/projected_gradient", "train/learning_rate"} <= tags
+    assert not any("grad_norm" in tag for tag in tags)
+    assert [event.step for event in events.Scalars("train/projected_gradient")] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.parametrize("dtype", support.DTYPES, ids=str)
+def test_replay_of_the_log_equals_the_trained_weights(tmp_path: Path, dtype: torch.dtype) -> None:
+    changes = {"weight_decay": 0.1, "lr_scheduler_type": "linear", "probes": 2}
+    trainer = trained(tmp_path, model=support.tiny_model(dtype=dtype), run={"model": "tiny"}, **changes)
+    model = support.tiny_model(dtype=dtype)
+    assert replay(trainer.step_log, model) == STEPS
+    support.assert_same_bits(model, support.snapshot(trainer.model))
+    assert read_log(trainer.step_log).header["run"] == {"model": "tiny"}
+
+
+# --- resuming ----------------------------------------------------------------------------------------------------
+
+# Everything that changes from step to step: position in the data (three steps an epoch), schedule, checkpoints.
+LONG = {"lr_scheduler_type": "linear", "weight_decay": 0.1, "probes": 2}
+SAVED = {"save_strategy": "steps", "save_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+    """Weights and log of the run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    trainer = trained(folder, **LONG)
+    return support.snapshot(trainer.model), log_lines(folder)
+
+
+@pytest.mark.parametrize("saving", [{}, SAVED], ids=["log-alone", "checkpoints"])
+@pytest.mark.parametrize("after", [1, 2, 3, 4, 7])
+def test_interrupted_run_ends_in_the_same_bits(
+    tmp_path: Path, uninterrupted: Any, saving: dict[str, Any], after: int
+) -> None:
+    killed(tmp_path, after, **LONG, **saving)
+    assert read_log(tmp_path / "steps.jsonl").steps == after
+    trainer = resumed(tmp_path, **LONG, **saving)
+    weights, lines = uninterrupted
+    support.assert_same_bits(trainer.model, weights)
+    assert log_lines(tmp_path) == lines
+    assert trainer.state.global_step == STEPS
+
+
+def test_run_interrupted_again_and_again_ends_in_the_same_bits(tmp_path: Path, uninterrupted: Any) -> None:
+    killed(tmp_path, 2, **LONG, **SAVED)
+    for after in (3, 5):
+        trainer = make(tmp_path, callbacks=[Kill(after)], **LONG, **SAVED)
+        with pytest.raises(KilledError):
+            trainer.train(resume_from_checkpoint=True)
+    trainer = resumed(tmp_path, **LONG, **SAVED)
+    support.assert_same_bits(trainer.model, uninterrupted[0])
+    assert log_lines(tmp_path) == uninterrupted[1]
+
+
+def test_same_trainer_resumes_once_its_model_is_the_base_again(tmp_path: Path, uninterrupted: Any) -> None:
+    trainer = make(tmp_path, callbacks=[Kill(3)], **LONG)
+    with pytest.raises(KilledError):
+        trainer.train()
+    trainer.pop_callback(Kill)
+    trainer.model.load_state_dict(support.tiny_model().state_dict())
+    trainer.train(resume_from_checkpoint=True)
+    support.assert_same_bits(trainer.model, uninterrupted[0])
+    assert log_lines(tmp_path) == uninterrupted[1]
+
+
+def test_torn_last_line_is_a_step_not_taken(tmp_path: Path, uninterrupted: Any) -> None:
+    killed(tmp_path, 4, **LONG)
+    log = tmp_path / "steps.jsonl"
+    log.write_bytes(log.read_bytes()[:-20])
+    trainer = resumed(tmp_path, **LONG)
+    support.assert_same_bits(trainer.model, uninterrupted[0])
+    assert log_lines(tmp_path) == uninterrupted[1]
+
+
+def test_checkpoint_cut_short_by_the_kill_is_not_used(tmp_path: Path, uninterrupted: Any) -> None:
+    killed(tmp_path, 5, **LONG, **SAVED)
+    (tmp_path / "checkpoint-5").mkdir()
+    (tmp_path / "checkpoint-5" / "model.safetensors").write_bytes(b"torn")
+    trainer = resumed(tmp_path, **LONG, **SAVED)
+    support.assert_same_bits(trainer.model, uninterrupted[0])
+
+
+def test_resuming_from_a_checkpoint_cuts_the_log_and_keeps_what_it_cuts(tmp_path: Path, uninterrupted: Any) -> None:
+    killed(tmp_path, 6, **LONG, **SAVED)
+    before = (tmp_path / "steps.jsonl").read_bytes().splitlines(keepends=True)
+    trainer = resumed(tmp_path, str(tmp_path / "checkpoint-2"), **LONG, **SAVED)
+    assert (tmp_path / "steps.cut.jsonl").read_bytes() == b"".join(before[1 + 2 :])
+    support.assert_same_bits(trainer.model, uninterrupted[0])
+    assert log_lines(tmp_path) == uninterrupted[1]
+
+
+@pytest.mark.parametrize("name", ["checkpoint-3", "elsewhere"])
+def test_what_is_no_checkpoint_of_the_run_is_refused(tmp_path: Path, name: str) -> None:
+    killed(tmp_path, 5, **SAVED)
+    before = (tmp_path / "steps.jsonl").read_bytes()
+    with pytest.raises(LogError, match=f"{name} is not a complete checkpoint"):
+        resumed(tmp_path, str(tmp_path / name), **SAVED)
+    assert (tmp_path / "steps.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("end_line", [True, False], ids=["closed", "killed-before-the-end-line"])
+def test_completed_run_takes_no_further_step(tmp_path: Path, uninterrupted: Any, end_line: bool) -> None:
+    trained(tmp_path, **LONG)
+    log = tmp_path / "steps.jsonl"
+    whole = log.read_bytes()
+    if not end_line:
+        log.write_bytes(b"".join(whole.splitlines(keepends=True)[:-1]))
+    trainer = resumed(tmp_path, **LONG)
+    support.assert_same_bits(trainer.model, uninterrupted[0])
+    assert trainer.state.global_step == STEPS
+    assert log.read_bytes() == whole
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_completed_run_is_extended_by_more_steps(tmp_path: Path) -> None:
+    trained(tmp_path / "a", max_steps=3)
+    longer = resumed(tmp_path / "a", max_steps=STEPS)
+    support.assert_same_bits(longer.model, support.snapshot(trained(tmp_path / "b").model))
+    steps = [line["step"] for line in log_lines(tmp_path / "a") if "step" in line]
+    assert steps == list(range(STEPS))
+    replayed = support.tiny_model()
+    replay(longer.step_log, replayed)
+    support.assert_same_bits(replayed, support.snapshot(longer.model))
+
+
+@pytest.mark.parametrize("after", [3, 4, 6])
+def test_best_model_survives_a_kill_between_a_step_and_its_checkpoint(tmp_path: Path, after: int) -> None:
+    whole = trained(tmp_path / "whole", **BEST)
+    killed(tmp_path / "killed", after, **BEST)
+    trainer = resumed(tmp_path / "killed", **BEST)
+    support.assert_same_bits(trainer.model, support.snapshot(whole.model))
+    assert log_lines(tmp_path / "killed") == log_lines(tmp_path / "whole")
+    losses = [[e["eval_loss"] for e in t.state.log_history if "eval_loss" in e] for t in (whole, trainer)]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 3
+    assert trainer.state.best_metric == whole.state.best_metric
+    assert Path(trainer.state.best_model_checkpoint).name == Path(whole.state.best_model_checkpoint).name
+
+
+def test_completed_run_resumed_still_ends_in_its_best_model(tmp_path: Path) -> None:
+    whole = trained(tmp_path, **BEST)
+    trainer = resumed(tmp_path, **BEST)
+    support.assert_same_bits(trainer.model, support.snapshot(whole.model))
+
+
+def test_folder_with_another_run_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    killed(tmp_path, 2)
+    before = (tmp_path / "steps.jsonl").read_bytes()
+    with pytest.raises(LogError, match=r"already holds a run.*nothing was overwritten"):
+        trained(tmp_path)
+    for changes, words in (
+        ({"eps": 1e-2}, "belongs to another run: eps is 0.001 in the log, 0.01 here"),
+        ({"seed": 4}, "belongs to another run: seed"),
+        ({"weight_decay": 0.5}, "belongs to another run: groups"),
+        ({"model": support.tiny_model(dtype=torch.bfloat16)}, "belongs to another run: .* is float32"),
+        ({"model": support.tiny_model(seed=1)}, "not the weights that the run .* began with"),
+    ):
+        with pytest.raises(LogError, match=words):
+            resumed(tmp_path, **changes)
+    assert (tmp_path / "steps.jsonl").read_bytes() == before
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_nothing_to_resume(tmp_path: Path) -> None:
+    with pytest.raises(LogError, match="no such file"):
+        resumed(tmp_path)
+
+
+def test_schedule_that_depends_on_evaluations_resumes_from_checkpoints_alone(tmp_path: Path) -> None:
+    plateau = {**EVALUATED, "lr_scheduler_type": "reduce_lr_on_plateau", "max_steps": 6}
+    whole = trained(tmp_path / "whole", **plateau)
+    folder = tmp_path / "killed"
+    killed(folder, 5, **plateau)
+    with pytest.raises(LogError, match=r"depends on evaluations.*checkpoint-4"):
+        resumed(folder, **plateau)
+    trainer = resumed(folder, str(folder / "checkpoint-4"), **plateau)
+    support.assert_same_bits(trainer.model, support.snapshot(whole.model))
