@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .estimators import SPSA, Estimator
-from .noise import Direction, Noise, get_direction
+from .noise import Direction, Noise, Update, get_direction
 from .parameters import TunedParameters
 from .perturbation import PERTURBATIONS, Copy, Perturbation, Scratch
 from .rules import RULES
@@ -78,7 +78,7 @@ class MeZO(torch.optim.Optimizer):
 
     The closure is called under ``torch.no_grad()``, 2 n times a step, and must return the loss of the *same* minibatch
     each time: a scalar tensor or any Python number, lower is better. Put the model in evaluation mode, as dropout would
-    differ between the two sides. The first step calls it once or twice more (see ``perturbation``).
+    differ between the two sides. With ``perturbation="auto"`` the first step calls it two or three times more.
 
     Args:
         params: a module (all its parameters that require grad are tuned), or parameters, named parameters or parameter
@@ -133,6 +133,8 @@ class MeZO(torch.optim.Optimizer):
             raise ValueError(f"unknown perturbation {perturbation!r}: choose auto, {', '.join(PERTURBATIONS)}")
         if clip_coefficient is not None and not clip_coefficient > 0:
             raise ValueError(f"clip_coefficient must be positive or None, got {clip_coefficient!r}")
+        if not (isinstance(max_skipped, int) and max_skipped >= 1):
+            raise ValueError(f"max_skipped must be an integer of at least 1, got {max_skipped!r}")
         self.estimator = SPSA(eps, probes) if estimator is None else estimator
         self.noise = Noise(seed, get_direction(direction))
         self.rule = "sgd"
@@ -157,15 +159,21 @@ class MeZO(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters. Only before the first step: afterwards ids, and so directions, would change."""
-        if self.next_step:
-            raise ValueError("parameters cannot be added after the first step: make a new MeZO, with a new step log")
+        if self.next_step or self._pending is not None:
+            raise ValueError(
+                "parameters cannot be added after the first estimate: make a new MeZO, with a new step log"
+            )
         for name, at_least in (("lr", "positive"), ("weight_decay", "not negative")):
             value = param_group.get(name, self.defaults[name])
             if not (0 <= value < math.inf) or (name == "lr" and value == 0):
                 raise ValueError(f"{name} must be {at_least}, got {value!r}")
         super().add_param_group(param_group)
         if hasattr(self, "tuned"):
-            self.tuned = TunedParameters.from_groups(self.param_groups, self.module)
+            try:
+                self.tuned = TunedParameters.from_groups(self.param_groups, self.module)
+            except ValueError:
+                self.param_groups.pop()
+                raise
             if self.perturbation is not None:
                 self.perturbation = type(self.perturbation)(self.tuned, self.noise)
 
@@ -189,11 +197,7 @@ class MeZO(torch.optim.Optimizer):
         Returns:
             The mean of this call's losses.
         """
-        if self._interrupted:
-            raise InterruptedUpdateError(
-                "an earlier update was interrupted, so the weights are between two steps: "
-                "load the base weights again and replay the step log"
-            )
+        self.require_whole_weights()
         began = time.perf_counter()
         queries = self.estimator.queries()
         if self.perturbation is None:
@@ -219,7 +223,13 @@ class MeZO(torch.optim.Optimizer):
         if all(map(math.isfinite, losses)):
             limit = self.clip_coefficient or math.inf
             coefficients = [min(max(c, -limit), limit) for c in self.estimator.coefficients(losses)]
-        unchanged = self._move(coefficients)
+            if not all(map(math.isfinite, coefficients)):
+                coefficients = []
+        try:
+            updates = self._updates(coefficients)
+        except OverflowError:  # a learning rate or a loss so large that the step does not fit float32
+            coefficients, updates = [], []
+        unchanged = self._move(updates)
         self.last = StepRecord(
             step=self.next_step,
             lr=tuple(float(group["lr"]) for group in self.param_groups),
@@ -243,21 +253,34 @@ class MeZO(torch.optim.Optimizer):
             )
         return self.last.loss
 
-    def _move(self, coefficients: Sequence[float]) -> int:
-        """``theta <- rule(theta, c, z)`` for every tuned tensor; nothing when there are no coefficients."""
+    def _updates(self, coefficients: Sequence[float]) -> list[Update]:
+        """What the rule makes of the coefficients, for each parameter group; nothing for a skipped step."""
         if not coefficients:
-            return self.tuned.numel
+            return []
         rule = RULES[self.rule]
-        updates = [
+        return [
             rule(self.next_step, coefficients, float(group["lr"]), float(group["weight_decay"]))
             for group in self.param_groups
         ]
+
+    def _move(self, updates: Sequence[Update]) -> int:
+        """Apply its group's update to every tuned tensor; returns how many weights kept their value."""
+        if not updates:
+            return self.tuned.numel
         self._interrupted = True
         unchanged = sum(
             self.noise.update(tensor.parameter, [updates[tensor.group]], tensor=tensor.id) for tensor in self.tuned
         )
         self._interrupted = False
         return unchanged
+
+    def require_whole_weights(self) -> None:
+        """Raise InterruptedUpdateError if an update stopped half-way."""
+        if self._interrupted:
+            raise InterruptedUpdateError(
+                "an earlier update was interrupted, so the weights are between two steps: "
+                "load the base weights again and replay the step log"
+            )
 
     def _choose_perturbation(self, closure: Closure) -> None:
         """The self-check: scratch, if poisoning every other way to read a weight leaves the loss as it is."""
@@ -282,6 +305,8 @@ class MeZO(torch.optim.Optimizer):
             try:
                 with scratch.poisoned():
                     poisoned = evaluate()
+            except (MemoryError, torch.OutOfMemoryError):
+                raise
             except Exception:
                 poisoned = math.nan
             if poisoned == loss:
@@ -329,6 +354,7 @@ class MeZO(torch.optim.Optimizer):
                 f"the state was saved with seed {own['seed']}, this optimizer has {self.noise.seed}: use the same seed"
             )
         super().load_state_dict(state_dict)
+        self._pending = None
         self.next_step = own["next_step"]
         self._skipped = own["skipped"]
 
@@ -339,6 +365,8 @@ def _number(loss: Tensor | float) -> float:
             raise TypeError(f"the closure returned a tensor of shape {tuple(loss.shape)}: return one number, a mean")
         return float(loss)
     try:
+        if isinstance(loss, (str, bytes)):
+            raise TypeError
         return float(loss)
     except (TypeError, ValueError):
         raise TypeError(f"the closure returned {loss!r}, which is not a number: return the loss") from None

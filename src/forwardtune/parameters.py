@@ -28,6 +28,7 @@ class TunedTensor:
         name: fully qualified name in the module.
         id: place among the sorted names; the tensor word of the noise counter.
         parameter: the parameter itself.
+        aliases: its other names, if it is tied.
         group: index of its parameter group, which holds its learning rate and weight decay.
     """
 
@@ -35,6 +36,7 @@ class TunedTensor:
     id: int
     parameter: nn.Parameter
     group: int
+    aliases: tuple[str, ...] = ()
 
 
 class TunedParameters(Sequence[TunedTensor]):
@@ -55,10 +57,10 @@ class TunedParameters(Sequence[TunedTensor]):
             ValueError: no parameter at all, or one that the module does not hold, that has no storage, or whose dtype
                 or size is not supported.
         """
-        names: dict[int, str] = {}
+        names: dict[int, list[str]] = {}
         if module is not None:
             for name, parameter in module.named_parameters(remove_duplicate=False):
-                names[id(parameter)] = min(name, names.get(id(parameter), name))
+                names.setdefault(id(parameter), []).append(name)
         found: dict[str, tuple[nn.Parameter, int]] = {}
         position = 0
         for number, group in enumerate(groups):
@@ -70,7 +72,7 @@ class TunedParameters(Sequence[TunedTensor]):
                             f"a parameter of group {number} (shape {tuple(parameter.shape)}) is not in the module: "
                             "pass the module that holds every tuned parameter"
                         )
-                    name = names[id(parameter)]
+                    name = min(names[id(parameter)])
                 name = name or f"parameter.{position:06d}"
                 _check(name, parameter)
                 if name in found:
@@ -81,7 +83,10 @@ class TunedParameters(Sequence[TunedTensor]):
                 position += 1
         if not found:
             raise ValueError("there is nothing to tune: no parameter has requires_grad=True")
-        return cls([TunedTensor(name, i, *found[name]) for i, name in enumerate(sorted(found))], module)
+        aliases = {min(all_names): tuple(sorted(all_names)[1:]) for all_names in names.values()}
+        return cls(
+            [TunedTensor(name, i, *found[name], aliases.get(name, ())) for i, name in enumerate(sorted(found))], module
+        )
 
     @overload
     def __getitem__(self, index: int) -> TunedTensor: ...
@@ -102,13 +107,14 @@ class TunedParameters(Sequence[TunedTensor]):
         return sum(tensor.parameter.numel() for tensor in self)
 
     def describe(self) -> list[dict[str, Any]]:
-        """Name, shape, dtype and group of every tensor, as the step log's header holds them."""
+        """Name, shape, dtype and group of every tensor, as the step log's header holds them; other names of tied ones."""
         return [
             {
                 "name": tensor.name,
                 "shape": list(tensor.parameter.shape),
                 "dtype": dtype_name(tensor.parameter.dtype),
                 "group": tensor.group,
+                **({"tied": list(tensor.aliases)} if tensor.aliases else {}),
             }
             for tensor in self
         ]

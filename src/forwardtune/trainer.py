@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SchedulerType, TrainOutput
 from transformers.training_args import OptimizerNames
 
@@ -49,7 +50,7 @@ class MeZOConfig(TrainingArguments):
     eps: float = field(default=1e-3, metadata={"help": "Perturbation scale (1e-2 for LoRA, 1e-1 for prefixes)."})
     probes: int = field(default=1, metadata={"help": "Directions a step; each costs two evaluations."})
     direction: str = field(default="gaussian", metadata={"help": "gaussian or rademacher."})
-    perturbation: str = field(default="auto", metadata={"help": "auto, scratch, copy or in_place."})
+    perturbation: str = field(default="auto", metadata={"help": "auto, scratch or copy."})
     clip_coefficient: float | None = field(default=None, metadata={"help": "Largest magnitude of a coefficient."})
     max_skipped: int = field(default=10, metadata={"help": "Stop after so many non-finite losses in a row."})
 
@@ -68,6 +69,10 @@ class MeZOConfig(TrainingArguments):
             ),
             (self.neftune_noise_alpha, "NEFTune perturbs embeddings in training mode, MeZO evaluates. Drop it"),
             (self.torch_compile, "torch_compile is not supported with perturbed weights. Drop it"),
+            (
+                self.perturbation == "in_place",
+                "perturbation='in_place' drifts and cannot be replayed. Use 'auto', or MeZO without Trainer",
+            ),
             (self.auto_find_batch_size, "auto_find_batch_size restarts training steps. Choose the batch size"),
         ):
             if wrong:
@@ -252,7 +257,10 @@ class MeZOTrainer(Trainer):
         if log.end is None:
             step_log.finish()
         step_log.close()
+        self.state = self._state_before(log.steps)
         self.state.global_step = log.steps
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            self._load_best_model()
         losses = [record.loss for record in log.records if not record.skipped]
         return TrainOutput(log.steps, sum(losses) / max(1, len(losses)), {})
 
@@ -290,9 +298,11 @@ class MeZOTrainer(Trainer):
         return str(folder)
 
     def _state_before(self, steps: int) -> TrainerState:
+        """Trainer's own state at the last checkpoint, or a new one."""
         earlier = {s: folder for s, folder in self._complete_checkpoints().items() if s <= steps}
         if not earlier:
-            return TrainerState()
+            stateful = [*self.callback_handler.callbacks, self.control]
+            return TrainerState(stateful_callbacks=[item for item in stateful if isinstance(item, ExportableState)])
         return TrainerState.load_from_json(str(earlier[max(earlier)] / _TRAINER_STATE))
 
 
@@ -306,9 +316,7 @@ class _LogKeeper(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         optimizer = self._trainer.mezo
-        if self.continues is not None and optimizer.next_step:
-            self._log = StepLog.append(self.continues, optimizer)
-        elif self.continues is not None:
+        if self.continues is not None:
             self._log = StepLog.resume(self.continues.path, optimizer)
         else:
             self._log = StepLog(self._trainer.step_log, optimizer, self._trainer._run)

@@ -16,7 +16,7 @@ from typing import Any
 from .. import __version__
 from ..errors import InputError
 from ..optimizer import NonFiniteLossError
-from ..trajectory.format import LogError
+from ..trajectory.format import LogError, LogWriteError
 
 _DESCRIPTION = "Fine-tune language models with forward passes only (MeZO)."
 
@@ -27,10 +27,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _quiet_libraries()
     try:
         return int(options.run(options) or 0)
+    except (NonFiniteLossError, LogWriteError) as error:
+        return _fail(error, 1)
     except (InputError, LogError) as error:
         return _fail(error, 2)
-    except NonFiniteLossError as error:
-        return _fail(error, 1)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except MemoryError as error:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..optimizer import NonFiniteLossError
 from ..trajectory import Log, read_log
 from . import add_model_options, positive, say
 from .logs import save_model
@@ -29,6 +30,7 @@ DEFAULTS: dict[str, Any] = {
     "save_steps": None,
     "train_examples": 1000,
 }
+_SCHEDULERS = ("constant", "linear", "cosine", "inverse_sqrt", "polynomial")
 # What a resumed run takes from its log, and may not change. The rest (device, steps, checkpoints) may differ.
 _FIXED = [key for key in ("model", "task", *DEFAULTS) if key not in ("device", "steps", "save_steps")]
 
@@ -43,9 +45,9 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--eps", type=float, help="perturbation scale [1e-3]")
     parser.add_argument("--probes", type=int, help="directions a step; each costs two forward passes [1]")
     parser.add_argument("--direction", choices=("gaussian", "rademacher"), help="distribution of directions [gaussian]")
-    parser.add_argument("--perturbation", choices=("auto", "scratch", "copy", "in_place"), help="how to perturb [auto]")
+    parser.add_argument("--perturbation", choices=("auto", "scratch", "copy"), help="how to perturb [auto]")
     parser.add_argument("--weight-decay", type=float, help="decoupled, not on norms and biases [0]")
-    parser.add_argument("--lr-scheduler", help="constant, linear, cosine or any other of transformers [constant]")
+    parser.add_argument("--lr-scheduler", choices=_SCHEDULERS, help="course of the learning rate [constant]")
     parser.add_argument("--clip-coefficient", type=float, help="largest magnitude of a projected gradient [none]")
     parser.add_argument("--train-examples", type=int, help="tune on at most this many, drawn by --seed [1000]")
     parser.add_argument("--save-steps", type=int, help="also save a checkpoint every so many steps [none]")
@@ -59,8 +61,8 @@ def run(options: argparse.Namespace) -> int:
     log = _resumed(options, folder) if options.resume else None
     fill(options, DEFAULTS)
     positive(options, "steps", "lr", "eps", "probes", "train_examples", "save_steps", "clip_coefficient")
-    if options.weight_decay < 0:
-        raise InputError(f"--weight-decay must not be negative, got {options.weight_decay}")
+    if not 0 <= options.weight_decay < float("inf"):
+        raise InputError(f"--weight-decay must be a number that is not negative, got {options.weight_decay}")
     if log is None:
         _refuse_other_run(folder)
     metrics = _read_metrics(folder) if log else {}
@@ -74,6 +76,11 @@ def run(options: argparse.Namespace) -> int:
     measured = _train(session, folder, log, metrics)
     if measured is None:
         return 130
+    if measured["skipped_steps"] == measured["steps"]:
+        raise NonFiniteLossError(
+            f"the loss or the step was not finite in all {measured['steps']} steps: nothing was learnt. Lower the "
+            "learning rate (--lr)"
+        )
     metrics["after"] = session.evaluate("after")
     save_model(session.model, session.tokenizer, folder)
     metrics.update(measured)
@@ -198,7 +205,9 @@ def _refuse_other_run(folder: Path) -> None:
             f"{folder} holds another run: add --resume to go on with it, or choose another --output-dir "
             "(nothing was overwritten)"
         )
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+    # A run that was killed before its first step leaves its first evaluation behind, and nothing else.
+    leftover = {"metrics.json", "metrics.json.partial"}
+    if folder.is_file() or (folder.is_dir() and any(path.name not in leftover for path in folder.iterdir())):
         raise InputError(f"{folder} is not empty: choose another --output-dir (nothing was overwritten)")
 
 

@@ -19,7 +19,7 @@ WORD = 0xFFFFFFFF
 
 def split_seed(seed: int) -> tuple[int, int]:
     """The two 32-bit key words of a 64-bit seed, low word first."""
-    if not 0 <= seed < 2**64:
+    if not isinstance(seed, int) or not 0 <= seed < 2**64:
         raise ValueError(f"the seed must be an integer from 0 to 2**64 - 1, got {seed}")
     return seed & WORD, seed >> 32
 

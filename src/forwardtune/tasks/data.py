@@ -110,6 +110,7 @@ def _json_lines(path: Path, lines: Iterator[str]) -> Iterator[Row]:
 
 
 def _csv(path: Path, lines: Iterator[str]) -> Iterator[Row]:
+    csv.field_size_limit(2**31 - 1)  # the default refuses cells of more than 128 KiB
     reader = csv.DictReader(lines)
     try:
         for row in reader:

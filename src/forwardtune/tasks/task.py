@@ -63,7 +63,7 @@ class Task:
     @property
     def columns(self) -> list[str]:
         """The columns that the prompt and the label need."""
-        return [*dict.fromkeys(name for name in _PLACEHOLDER.findall(self.prompt) if name), self.label]
+        return [*dict.fromkeys(_placeholders(self.prompt)), self.label]
 
     def example(self, row: Mapping[str, Any], where: str) -> Example:
         """The example of one row; ``where`` names the row in messages.
@@ -77,7 +77,7 @@ class Task:
                     f"{where} has no column {column!r}, which task {self.name} needs (it has {', '.join(map(str, row))})"
                     f"{nearest(column, map(str, row))}"
                 )
-            if row[column] is None or row[column] == "":
+            if row[column] is None or not str(row[column]).strip():
                 raise InputError(f"{where}: column {column!r} is empty; fill it or drop the row")
 
         def substitute(match: re.Match[str]) -> str:
@@ -97,6 +97,11 @@ class Task:
             )
         options = tuple(joint + text for text in self.answers.values())
         return Example(prompt, options, list(self.answers).index(value))
+
+
+def _placeholders(prompt: str) -> list[str]:
+    """The columns that a template names; an escaped brace names none."""
+    return [match[1] for match in _PLACEHOLDER.finditer(prompt) if match[1] is not None]
 
 
 def task_names() -> list[str]:
@@ -143,36 +148,47 @@ def read_task(path: Path) -> Task:
     for key in content:
         if key not in _KEYS:
             raise fail(f"unknown key {key!r} (known: {', '.join(_KEYS)}){nearest(str(key), _KEYS)}")
+    for key in ("name", "label", "target", "metric", "train", "test", "stop"):
+        if not isinstance(content.get(key, ""), str):
+            raise fail(f"{key} must be text, got {content[key]!r}: put it in quotes")
     prompt = content.get("prompt")
-    if not isinstance(prompt, str) or not [name for name in _PLACEHOLDER.findall(prompt) if name]:
+    if not isinstance(prompt, str) or not _placeholders(prompt):
         raise fail('prompt must be text with at least one {column} in it, such as "{text} It was"')
+    if "" in _placeholders(prompt):
+        raise fail("prompt has a {} without the name of a column: name one, or write {{}} for braces")
     if "target" in content and ("answers" in content or "label" in content):
         raise fail("give either label and answers, or target (free text), not both")
     answers = content.get("answers")
     if "target" not in content:
-        if not isinstance(answers, dict) or len(answers) < 2 or not all(str(text).strip() for text in answers.values()):
-            raise fail("answers must map at least two label values to texts, such as {0: terrible, 1: great}")
-        answers = {str(value): str(text).strip() for value, text in answers.items()}
+        if not isinstance(answers, dict) or len({str(value) for value in answers}) < max(2, len(answers)):
+            raise fail("answers must map at least two different label values to texts, such as {0: terrible, 1: great}")
+        for value, text in answers.items():
+            if not isinstance(text, str) or not text.strip():
+                raise fail(f"the answer for {value!r} is {text!r}, not text: put it in quotes (YAML reads no as false)")
+        answers = {str(value): text.strip() for value, text in answers.items()}
         if len(set(answers.values())) < len(answers):
             raise fail("two answers have the same text, so the model could not tell them apart")
     metrics = CHOICE_METRICS if answers else TEXT_METRICS
     metric = content.get("metric", metrics[0])
     if metric not in metrics:
         raise fail(f"metric {metric!r} does not suit it: choose {' or '.join(metrics)}")
-    files = {split: path.parent / str(content[split]) for split in ("train", "test") if split in content}
+    files = {split: path.parent / content[split] for split in ("train", "test") if split in content}
     hub = content.get("hub")
     if (hub is None) == (not files):
         raise fail("give either files (train: and test:) or a data set of the hub (hub:)")
     if hub is not None and not (isinstance(hub, dict) and {"path", "train", "test"} <= set(hub)):
         raise fail("hub must be {path: ..., train: ..., test: ...}, with name: ... for a configuration")
+    max_new_tokens = content.get("max_new_tokens", 50)
+    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise fail(f"max_new_tokens must be a whole number of at least 1, got {max_new_tokens!r}")
     return Task(
-        name=str(content.get("name", path.stem)),
+        name=content.get("name", path.stem),
         prompt=prompt,
         label=str(content.get("target", content.get("label", "label"))),
         answers=answers,
         metric=metric,
         files=files,
         hub={key: str(value) for key, value in hub.items()} if hub else None,
-        stop=str(content.get("stop", "\n")),
-        max_new_tokens=int(content.get("max_new_tokens", 50)),
+        stop=content.get("stop", "\n"),
+        max_new_tokens=max_new_tokens,
     )

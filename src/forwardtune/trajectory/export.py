@@ -20,6 +20,7 @@ import torch
 
 from ..noise import Update
 from .format import LogError
+from .reader import check_header
 
 if TYPE_CHECKING:
     from .reader import Log
@@ -63,18 +64,19 @@ def export_trajectory(log: Log, path: str | PathLike[str]) -> int:
         raise LogError(f"{log.path} has no end line: resume the run and let it finish, then export it")
     if path.exists():
         raise LogError(f"{path} exists: choose another name (nothing was overwritten)")
-    probes = log.header["probes"]
+    probes, groups, steps = log.header["probes"], len(trajectory.updates), trajectory.steps
     sizes = torch.tensor(
         [[update.sizes or (math.nan,) * probes for update in group] for group in trajectory.updates],
         dtype=torch.float32,
-    )
+    ).reshape(groups, steps, probes)
     decay = torch.tensor([[update.decay for update in group] for group in trajectory.updates], dtype=torch.float32)
-    # Skipped steps have no decay of their own; for the others one value is enough when it never changes.
+    # Skipped steps have no decay of their own; one value is enough for the others when it never changes.
     taken = ~sizes.isnan().any(dim=2)
-    if all(torch.equal(a.nan_to_num(), sizes[0].nan_to_num()) for a in sizes):
+    values = [row[mask].unique() for row, mask in zip(decay, taken, strict=True)]
+    if all(len(value) <= 1 for value in values):
+        decay = torch.stack([value if len(value) else torch.ones(1) for value in values])
+    if all(torch.equal(group.nan_to_num(), sizes[0].nan_to_num()) for group in sizes):
         sizes = sizes[:1]
-    if all((row[mask] == row[mask][:1]).all() for row, mask in zip(decay, taken, strict=True)):
-        decay = torch.stack([row[mask][:1] if mask.any() else row[:1] for row, mask in zip(decay, taken, strict=True)])
     tensors = {"sizes": sizes.contiguous()}
     if (decay != 1.0).any():
         tensors["decay"] = decay.contiguous()
@@ -102,10 +104,14 @@ def read_trajectory(path: str | PathLike[str]) -> Trajectory:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
         header = json.loads(zlib.decompress(base64.b85decode(metadata["header"])))
         digest = metadata["digest"]
-    except (SafetensorError, KeyError, ValueError, zlib.error) as error:
+        groups = len(header["groups"])
+        sizes = tensors["sizes"].expand(groups, -1, header["probes"])
+        decay = tensors.get("decay", torch.ones(1, 1)).expand(groups, sizes.shape[1])
+        if {sizes.dtype, decay.dtype} != {torch.float32}:
+            raise ValueError("its numbers are not float32")
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, zlib.error) as error:
         raise LogError(f"{path} is not an intact exported trajectory ({error}): export it again from the log") from None
-    sizes = tensors["sizes"].expand(len(header["groups"]), -1, -1)
-    decay = tensors.get("decay", torch.ones(1, 1)).expand(len(header["groups"]), sizes.shape[1])
+    check_header(path, {"versions": {}, **header})
     updates = [
         [
             Update(step, ()) if any(map(math.isnan, row)) else Update(step, tuple(row), factor)

@@ -21,6 +21,10 @@ class LogError(ValueError):
     """A step log that cannot be used; the message says what is wrong with it and what to do."""
 
 
+class LogWriteError(LogError):
+    """The step log could not be written, as on a full disk; everything before it is intact."""
+
+
 def seal(previous: str, content: dict[str, Any]) -> tuple[str, str]:
     """The line for ``content`` (without its newline) and its checksum, given the checksum of the line before.
 

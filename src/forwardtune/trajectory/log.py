@@ -9,7 +9,8 @@ from types import TracebackType
 from typing import IO, Any
 
 from ..optimizer import MeZO, StepRecord
-from .format import LogError, header_content, identity, seal, step_content
+from ..perturbation import InPlace
+from .format import LogError, LogWriteError, header_content, identity, seal, step_content
 from .reader import Log, read_log
 from .replay import apply_records
 
@@ -39,59 +40,69 @@ class StepLog:
     """
 
     def __init__(self, path: str | PathLike[str], optimizer: MeZO, run: dict[str, Any] | None = None) -> None:
+        _require_exact(optimizer)
+        header, check = seal("", header_content(optimizer, run))
         self._open(Path(path), optimizer, new=True)
-        self._write(header_content(optimizer, run))
+        try:
+            self._write(header, check)
+        except LogError:
+            self.close()
+            self.path.unlink()
+            raise
         optimizer.recorders.append(self.record)
 
     @classmethod
     def resume(cls, path: str | PathLike[str], optimizer: MeZO) -> StepLog:
         """Go on with a log: bring the optimizer's weights, which must be the base weights, to its last step.
 
-        A torn last line is cut off. The optimizer must be set up as at the start (its learning rate may differ).
+        A torn last line is cut off. The optimizer must be set up as at the start (its learning rate may differ). If it has
+        taken the log's steps already, its weights are left as they are.
 
         Raises:
-            LogError: the log is damaged, or belongs to other weights or settings.
+            LogError: the log is damaged, in use, or belongs to other weights or settings.
         """
-        log = read_log(path)
-        require_same_run(log, optimizer)
-        if optimizer.next_step == 0:
-            apply_records(log, log.records, optimizer.tuned)
-            optimizer.fast_forward(log.records)
+        _require_exact(optimizer)
         self = cls.__new__(cls)
-        self._continue(log, optimizer)
-        return self
-
-    @classmethod
-    def append(cls, log: Log, optimizer: MeZO) -> StepLog:
-        """Go on with a log whose steps the optimizer's weights already hold."""
-        require_same_run(log, optimizer)
-        self = cls.__new__(cls)
-        self._continue(log, optimizer)
-        return self
-
-    def _continue(self, log: Log, optimizer: MeZO) -> None:
-        if optimizer.next_step != log.steps:
-            raise LogError(
-                f"{log.path} holds {log.steps} steps, the optimizer has taken {optimizer.next_step}: "
-                "resume from the base weights, or from a checkpoint of the log's last step"
-            )
-        self._open(log.path, optimizer, new=False)
-        self._file.truncate(log.length)
+        self._open(Path(path), optimizer, new=False)
+        try:
+            log = read_log(path)  # after the lock: nobody else writes to it now
+            require_same_run(log, optimizer)
+            if optimizer.next_step == 0:
+                apply_records(log, log.records, optimizer.tuned)
+                optimizer.fast_forward(log.records)
+            if optimizer.next_step != log.steps:
+                raise LogError(
+                    f"{log.path} holds {log.steps} steps, the optimizer has taken {optimizer.next_step}: "
+                    "resume from the base weights, or from a checkpoint of the log's last step"
+                )
+            self._file.truncate(log.length)
+            self._file.seek(0, os.SEEK_END)
+        except BaseException:
+            self.close()
+            raise
         self._check = log.check
         optimizer.recorders.append(self.record)
+        return self
 
     def _open(self, path: Path, optimizer: MeZO, *, new: bool) -> None:
         self.path = path
         self._optimizer = optimizer
         self._check = ""
-        self._weight_decay: tuple[float, ...] = tuple(float(g["weight_decay"]) for g in optimizer.param_groups)
+        self._failed = False
+        self._weight_decay = tuple(float(group["weight_decay"]) for group in optimizer.param_groups)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file: IO[str] = open(path, "x" if new else "a", encoding="utf-8", newline="\n")
+        except OSError as error:
+            raise LogError(f"{path} cannot be written: {path.parent}: {error.strerror}") from None
+        try:
+            # Unbuffered: what could not be written must not be written later, behind other lines.
+            self._file: IO[bytes] = open(path, "xb" if new else "r+b", buffering=0)
         except FileExistsError:
             raise LogError(
                 f"{path} already holds a run: resume that run, or choose another folder (nothing was overwritten)"
             ) from None
+        except FileNotFoundError:
+            raise LogError(f"{path}: there is no such file") from None
         except OSError as error:
             raise LogError(f"{path} cannot be written: {error.strerror}") from None
         if fcntl is not None:
@@ -102,18 +113,21 @@ class StepLog:
                 raise LogError(f"{path} is being written by another process: wait for it, or stop it first") from None
 
     def record(self, record: StepRecord) -> None:
-        """Write one step. Raises LogError when the file cannot take it (a full disk)."""
+        """Write one step. Raises LogWriteError when the file cannot take it, as on a full disk."""
         if record.weight_decay != self._weight_decay:
             raise LogError("weight decay changed during the run, which a step log cannot hold: start a new run")
-        self._write(step_content(record))
+        self._write(*seal(self._check, step_content(record)))
 
-    def _write(self, content: dict[str, Any]) -> None:
-        line, check = seal(self._check, content)
+    def _write(self, line: str, check: str) -> None:
+        if self._failed:
+            raise LogWriteError(f"{self.path} lacks a step that could not be written: resume the run from it")
+        data = (line + "\n").encode()
         try:
-            self._file.write(line + "\n")
-            self._file.flush()
+            while data:
+                data = data[self._file.write(data) :]
         except OSError as error:
-            raise LogError(
+            self._failed = True
+            raise LogWriteError(
                 f"{self.path} could not be written: {error.strerror}. Every earlier step is in it: make room, then "
                 "resume the run"
             ) from None
@@ -121,18 +135,21 @@ class StepLog:
 
     def finish(self) -> None:
         """Write the end line, with the digest of the tuned weights: a log without one is unfinished."""
-        self._write({"end": self._optimizer.next_step, "digest": self._optimizer.tuned.digest()})
+        self._optimizer.require_whole_weights()
+        self._write(*seal(self._check, {"end": self._optimizer.next_step, "digest": self._optimizer.tuned.digest()}))
 
     def close(self) -> None:
         """Stop recording. Does not write the end line."""
         if self.record in self._optimizer.recorders:
             self._optimizer.recorders.remove(self.record)
-        if not self._file.closed:
-            try:
-                os.fsync(self._file.fileno())
-                self._file.close()
-            except OSError:  # a full disk was reported by the write itself
-                pass
+        if self._file.closed:
+            return
+        try:
+            os.fsync(self._file.fileno())
+        except OSError:  # a full disk was reported by the write itself
+            pass
+        finally:
+            self._file.close()
 
     def __enter__(self) -> StepLog:
         return self
@@ -140,9 +157,18 @@ class StepLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            self.finish()
-        self.close()
+        try:
+            if kind is None:
+                self.finish()
+        finally:
+            self.close()
+
+
+def _require_exact(optimizer: MeZO) -> None:
+    if isinstance(optimizer.perturbation, InPlace):
+        raise LogError(
+            "perturbation='in_place' moves the weights by rounding errors that no log holds: use 'auto', 'scratch' or 'copy'"
+        )
 
 
 def cut_log(log: Log, steps: int) -> Log:

@@ -64,7 +64,7 @@ def read_log(path: str | PathLike[str]) -> Log:
             "is lost: delete the file and start again"
         )
     header, check = _open(path, 1, "", lines[0])
-    _check_header(path, header)
+    check_header(path, header)
     records: list[StepRecord] = []
     end: dict[str, Any] | None = None
     for number, line in enumerate(lines[1:], start=2):
@@ -74,7 +74,10 @@ def read_log(path: str | PathLike[str]) -> Log:
             continue
         if content.get("step") != len(records):
             raise _refused(path, number, f"it holds step {content.get('step')}, but step {len(records)} comes next")
-        records.append(step_record(content, header))
+        try:
+            records.append(step_record(content, header))
+        except (KeyError, TypeError, ValueError):
+            raise _refused(path, number, "a field of the step is missing or of another kind") from None
         end = None
     return Log(path, header, records, end, len(data) - len(rest), check, torn=bool(rest))
 
@@ -97,7 +100,8 @@ def _refused(path: Path, number: int, why: str) -> LogError:
     )
 
 
-def _check_header(path: Path, header: dict[str, Any]) -> None:
+def check_header(path: Path, header: dict[str, Any]) -> None:
+    """Raise LogError unless this version of the package can read what the header announces."""
     for key, ours, what in (("format", FORMAT_VERSION, "log format"), ("noise", NOISE_VERSION, "noise")):
         theirs = header.get(key)
         if theirs != ours:

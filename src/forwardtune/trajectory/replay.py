@@ -73,10 +73,9 @@ def trajectory_of(log: Log) -> Trajectory:
 
 
 def apply_records(log: Log, records: Sequence[StepRecord], tuned: TunedParameters) -> None:
-    """Apply some of a log's steps to tuned weights; if they begin with step 0, those must be the base weights."""
+    """Apply a log's first steps to tuned weights, which must be the base weights."""
     trajectory = Trajectory(log.path, log.header, _updates(log.header, records), None)
-    if records and records[0].step == 0:
-        require_base(trajectory, tuned)
+    require_base(trajectory, tuned)
     apply_updates(trajectory, tuned, slice(None), None)
 
 
@@ -108,24 +107,29 @@ def tuned_by_header(trajectory: Trajectory, module: nn.Module) -> TunedParameter
     """The module's tensors that the header names, with the ids and groups of the run."""
     by_name = dict(module.named_parameters(remove_duplicate=False))
     groups: list[dict] = [{"params": []} for _ in trajectory.header["groups"]]
+    missing = [described["name"] for described in trajectory.header["tensors"] if described["name"] not in by_name]
+    if missing:
+        raise LogError(
+            f"{trajectory.path} tunes {missing[0]}, which this model does not have: replay it over the model "
+            f"that the run began with ({trajectory.header['run'].get('model', 'not recorded')})"
+        )
     for described in trajectory.header["tensors"]:
-        parameter = by_name.get(described["name"])
-        if parameter is None:
-            raise LogError(
-                f"{trajectory.path} tunes {described['name']}, which this model does not have: replay it over the model "
-                f"that the run began with ({trajectory.header['run'].get('model', 'not recorded')})"
-            )
+        parameter = by_name[described["name"]]
         found = (list(parameter.shape), dtype_name(parameter.dtype))
         if found != (described["shape"], described["dtype"]):
             raise LogError(
                 f"{described['name']} is {described['dtype']} {described['shape']} in {trajectory.path}, but "
                 f"{found[1]} {found[0]} in this model: load the run's own base model in its own dtype"
             )
+        tied = sorted(name for name, other in by_name.items() if other is parameter)
+        if tied != [described["name"], *described.get("tied", ())]:
+            raise LogError(
+                f"{described['name']} is tied to {', '.join(described.get('tied', ())) or 'nothing'} in {trajectory.path}, "
+                f"but to {', '.join(n for n in tied if n != described['name']) or 'nothing'} in this model: load the run's "
+                "own base model, with the same tied weights"
+            )
         groups[described["group"]]["params"].append(parameter)
-    tuned = TunedParameters.from_groups(groups, module)
-    if [tensor.name for tensor in tuned] != [described["name"] for described in trajectory.header["tensors"]]:
-        raise LogError(f"{trajectory.path}: tensors that are tied in this model were not in the run, or the reverse")
-    return tuned
+    return TunedParameters.from_groups(groups, module)
 
 
 def require_base(trajectory: Trajectory, tuned: TunedParameters) -> None:
