@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ def evaluate(
     batch_size: int = 16,
     shared: bool = True,
     progress: Progress | None = None,
+    outcomes: list[float] | None = None,
 ) -> dict[str, float]:
     """The task's metric and mean loss.
 
@@ -31,6 +33,7 @@ def evaluate(
         examples: encoded examples of the task.
         shared: whether options share their prompt's computation (:func:`forwardtune.tasks.encoding.collate`).
         progress: called with the numbers of examples done and in all.
+        outcomes: filled with the task's metric for every example, in their order.
 
     Returns:
         ``{"accuracy": ..., "loss": ..., "examples": ...}`` for answers, ``{"f1", "exact_match", "loss", "examples"}``
@@ -39,13 +42,33 @@ def evaluate(
     model.eval()
     by_length = sorted(range(len(examples)), key=lambda i: examples[i].length)
     totals: dict[str, float] = {}
+    by_example = [0.0] * len(examples)
     for lo in range(0, len(examples), batch_size):
-        batch = [examples[i] for i in by_length[lo : lo + batch_size]]
+        numbers = by_length[lo : lo + batch_size]
+        batch = [examples[i] for i in numbers]
         for name, values in _measure(model, tokenizer, task, batch, shared).items():
             totals[name] = totals.get(name, 0.0) + sum(values)
+            if name == task.metric:
+                for i, value in zip(numbers, values, strict=True):
+                    by_example[i] = value
         if progress is not None:
             progress(lo + len(batch), len(examples))
+    if outcomes is not None:
+        outcomes[:] = by_example
     return {**{name: total / len(examples) for name, total in totals.items()}, "examples": len(examples)}
+
+
+def sign_test(before: Sequence[float], after: Sequence[float]) -> dict[str, float]:
+    """How many examples came out better and worse, and how likely chance alone makes a split at least so uneven.
+
+    Returns:
+        ``{"better": ..., "worse": ..., "p_value": ...}``: the exact two-sided sign test over the examples that changed.
+    """
+    better = sum(b < a for b, a in zip(before, after, strict=True))
+    worse = sum(b > a for b, a in zip(before, after, strict=True))
+    changed = better + worse
+    tail = sum(math.comb(changed, k) for k in range(min(better, worse) + 1)) / 2**changed
+    return {"better": better, "worse": worse, "p_value": min(1.0, 2 * tail)}
 
 
 def prepare(model: Any, tokenizer: Any, batch: Sequence[Encoded], *, shared: bool = True) -> dict[str, torch.Tensor]:

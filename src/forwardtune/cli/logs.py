@@ -38,7 +38,7 @@ def run_replay(options: argparse.Namespace) -> None:
     """Rebuild the tuned weights and save them as an ordinary model folder."""
     from ..trajectory import read_log, replay
     from ..trajectory.export import read_trajectory
-    from ..trajectory.replay import trajectory_of
+    from ..trajectory.updates import trajectory_of
 
     is_export = Path(options.log).suffix == ".safetensors"
     trajectory = read_trajectory(options.log) if is_export else trajectory_of(read_log(options.log))

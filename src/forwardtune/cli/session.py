@@ -36,8 +36,8 @@ class Session:
     shared: bool
     options: argparse.Namespace
 
-    def evaluate(self, what: str) -> dict[str, float]:
-        """The task's metric and loss on the test split, with a progress bar."""
+    def evaluate(self, what: str, outcomes: list[float] | None = None) -> dict[str, float]:
+        """The task's metric and loss on the test split, with a progress bar; ``outcomes`` gets them by example."""
         from ..evaluation import evaluate
 
         with bar(len(self.splits["test"]), what, "example") as progress:
@@ -49,6 +49,7 @@ class Session:
                 batch_size=self.options.batch_size,
                 shared=self.shared,
                 progress=reach(progress),
+                outcomes=outcomes,
             )
 
 

@@ -65,15 +65,22 @@ def run(options: argparse.Namespace) -> int:
         raise InputError(f"--weight-decay must be a number that is not negative, got {options.weight_decay}")
     if log is None:
         _refuse_other_run(folder)
-    metrics = _read_metrics(folder) if log else {}
+    metrics = _read_json(folder / "metrics.json") if log else {}
     if log and "after" in metrics and log.end and log.steps >= options.steps:
         say(f"the run in {folder} is complete after {log.steps} steps: nothing to do (more --steps would extend it)")
         return _report(metrics, options)
 
     session = open_session(options, "train", "test")
-    if "before" not in metrics:
-        metrics = {"before": session.evaluate("before")}
-    measured = _train(session, folder, log, metrics)
+    from ..evaluation import sign_test
+
+    outcomes: dict[str, list[float]] = _read_json(folder / "outcomes.json") if log else {}
+    if "before" not in metrics or "before" not in outcomes:
+        outcomes = {"before": []}
+        metrics = {"before": session.evaluate("before", outcomes["before"])}
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_json(folder / "metrics.json", metrics)
+        _write_json(folder / "outcomes.json", outcomes)
+    measured = _train(session, folder, log)
     if measured is None:
         return 130
     if measured["skipped_steps"] == measured["steps"]:
@@ -81,14 +88,17 @@ def run(options: argparse.Namespace) -> int:
             f"the loss or the step was not finite in all {measured['steps']} steps: nothing was learnt. Lower the "
             "learning rate (--lr)"
         )
-    metrics["after"] = session.evaluate("after")
+    outcomes["after"] = []
+    metrics["after"] = session.evaluate("after", outcomes["after"])
+    metrics["sign_test"] = sign_test(outcomes["before"], outcomes["after"])
     save_model(session.model, session.tokenizer, folder)
+    _write_json(folder / "outcomes.json", outcomes)
+    _write_json(folder / "metrics.json", {**metrics, **measured})
     metrics.update(measured)
-    _write_metrics(folder, metrics)
     return _report(metrics, options)
 
 
-def _train(session: Session, folder: Path, log: Log | None, metrics: dict[str, Any]) -> dict[str, Any] | None:
+def _train(session: Session, folder: Path, log: Log | None) -> dict[str, Any] | None:
     """Run the trainer; None when Ctrl-C stopped it."""
     from .. import memory
     from ..evaluation import training_objective
@@ -137,8 +147,6 @@ def _train(session: Session, folder: Path, log: Log | None, metrics: dict[str, A
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
             trainer.remove_callback(callback)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_metrics(folder, metrics)
     done = log.steps if log else 0
     say(f"tuning for {options.steps} steps{f', {done} of them done' if done else ''}; steps go to {trainer.step_log}")
     memory.reset_peak(options.device)
@@ -206,23 +214,24 @@ def _refuse_other_run(folder: Path) -> None:
             "(nothing was overwritten)"
         )
     # A run that was killed before its first step leaves its first evaluation behind, and nothing else.
-    leftover = {"metrics.json", "metrics.json.partial"}
-    if folder.is_file() or (folder.is_dir() and any(path.name not in leftover for path in folder.iterdir())):
+    leftover = ("metrics.json", "outcomes.json")
+    if folder.is_file() or (folder.is_dir() and not all(path.name.startswith(leftover) for path in folder.iterdir())):
         raise InputError(f"{folder} is not empty: choose another --output-dir (nothing was overwritten)")
 
 
-def _read_metrics(folder: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
+    """What the file holds; nothing if it is missing or damaged, as then it is made again."""
     try:
-        content = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
 
 
-def _write_metrics(folder: Path, metrics: dict[str, Any]) -> None:
-    partial_file = folder / "metrics.json.partial"
-    partial_file.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial_file, folder / "metrics.json")
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    partial_file = path.with_name(f"{path.name}.partial")
+    partial_file.write_text(json.dumps(content, indent=None if path.stem == "outcomes" else 2) + "\n", encoding="utf-8")
+    os.replace(partial_file, path)
 
 
 def _report(metrics: dict[str, Any], options: argparse.Namespace) -> int:
@@ -234,6 +243,8 @@ def _report(metrics: dict[str, Any], options: argparse.Namespace) -> int:
     for name in after:
         if name != "examples":
             say(f"{name:24}{before[name]:12.4f}{after[name]:12.4f}")
+    test = metrics["sign_test"]
+    say(f"{test['better']} examples came out better, {test['worse']} worse: p = {test['p_value']:.1e} by the sign test")
     mib = {key: metrics[f"{key}peak_memory_bytes"] / 2**20 for key in ("", "inference_")}
     say(f"peak memory {mib['']:,.0f} MiB; inference on the same batch size {mib['inference_']:,.0f} MiB")
     say(f"{metrics['seconds']:.0f} s in {metrics['steps']} steps, {metrics['seconds_per_step']:.2f} s a step")

@@ -11,41 +11,15 @@ import base64
 import json
 import math
 import zlib
-from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..noise import Update
 from .format import LogError
-from .reader import check_header
-
-if TYPE_CHECKING:
-    from .reader import Log
-
-
-@dataclass(frozen=True)
-class Trajectory:
-    """What replay needs of a run.
-
-    Attributes:
-        path: where it came from, for messages.
-        header: the log's header.
-        updates: for every parameter group, one update a step.
-        digest: of the tuned weights; None when the run did not close its log.
-    """
-
-    path: Path
-    header: dict[str, Any]
-    updates: list[list[Update]]
-    digest: str | None
-
-    @property
-    def steps(self) -> int:
-        """Number of steps, skipped ones included."""
-        return len(self.updates[0])
+from .reader import Log, check_header
+from .updates import Trajectory, trajectory_of
 
 
 def export_trajectory(log: Log, path: str | PathLike[str]) -> int:
@@ -55,8 +29,6 @@ def export_trajectory(log: Log, path: str | PathLike[str]) -> int:
         LogError: the log is unfinished, or the file exists.
     """
     from safetensors.torch import save_file
-
-    from .replay import trajectory_of
 
     trajectory = trajectory_of(log)
     path = Path(path)

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from torch import nn
 
-from ..noise import Noise, Update, get_direction
+from ..noise import Noise, get_direction
 from ..optimizer import StepRecord
 from ..parameters import TunedParameters, dtype_name
-from ..rules import RULES
-from .export import Trajectory, read_trajectory
+from .export import read_trajectory
 from .format import LogError
 from .reader import Log, read_log
+from .updates import Trajectory, trajectory_of, updates_of
 
 # Steps handed to one sweep over a tensor; the kernel fuses as many of them as its caches hold.
 _STEPS_PER_SWEEP = 4096
@@ -67,29 +67,11 @@ def replay(
     return steps
 
 
-def trajectory_of(log: Log) -> Trajectory:
-    """The updates that a log describes, one list for each parameter group."""
-    return Trajectory(log.path, log.header, _updates(log.header, log.records), log.end["digest"] if log.end else None)
-
-
 def apply_records(log: Log, records: Sequence[StepRecord], tuned: TunedParameters) -> None:
     """Apply a log's first steps to tuned weights, which must be the base weights."""
-    trajectory = Trajectory(log.path, log.header, _updates(log.header, records), None)
+    trajectory = Trajectory(log.path, log.header, updates_of(log.header, records), None)
     require_base(trajectory, tuned)
     apply_updates(trajectory, tuned, slice(None), None)
-
-
-def _updates(header: dict, records: Sequence[StepRecord]) -> list[list[Update]]:
-    rule = RULES[header["rule"]]
-    return [
-        [
-            rule(record.step, record.coefficients, record.lr[group], record.weight_decay[group])
-            if not record.skipped
-            else Update(record.step, ())
-            for record in records
-        ]
-        for group in range(len(header["groups"]))
-    ]
 
 
 def apply_updates(trajectory: Trajectory, tuned: TunedParameters, which: slice, progress: Progress | None) -> None:
