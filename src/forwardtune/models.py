@@ -29,13 +29,15 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "cpu") -> tuple[
     Raises:
         InputError: no such model, one that is not a causal language model, or a device that is not there.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     if dtype != "auto" and dtype not in DTYPES:
         raise InputError(f"unknown dtype {dtype!r}: choose auto, {', '.join(DTYPES)}")
     require_device(device)
     where, options = _locate(name)
     try:
+        if not Path(where).is_dir():
+            AutoConfig.from_pretrained(where)  # asks the hub once; a tokenizer would look for many files first
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
         model = AutoModelForCausalLM.from_pretrained(where, dtype=DTYPES.get(dtype, "auto"), **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
