@@ -354,7 +354,8 @@ def test_unchanged_counts_the_weights_that_an_update_left_alone(dtype):
 
 @every_dtype
 @pytest.mark.parametrize("count", [1, 2])
-def test_threads_and_shards_give_the_bits_of_the_whole(dtype, count):
+def test_threads_and_shards_give_the_bits_of_the_whole(dtype, count, monkeypatch):
+    monkeypatch.setattr(cpu, "_MIN_PER_THREAD_IN_FORWARD", cpu._MIN_PER_THREAD)
     source = hostile(dtype, THREADED)
     updates = run_of_updates()[:3]
     table, rows = source[: THREADED // 77 * 77].view(-1, 77), torch.arange(THREADED // 77 - 1, -1, -1)
@@ -384,7 +385,7 @@ def test_threads_and_shards_give_the_bits_of_the_whole(dtype, count):
 def test_large_tensors_really_run_in_two_threads():
     ranges = []
     with support.threads(2):
-        cpu._spread(lambda lo, hi: ranges.append((lo, hi)), THREADED, 512)
+        cpu._spread(lambda lo, hi: ranges.append((lo, hi)), THREADED, 512, cpu._MIN_PER_THREAD)
     (first, middle), (start, last) = sorted(ranges)
     assert (first, last) == (0, THREADED)
     assert middle == start

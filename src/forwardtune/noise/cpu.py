@@ -32,8 +32,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _BLOCKS = 64
 _TILE = 8 * _BLOCKS
-# Below this many elements a second thread costs more than it saves.
+# Below so many elements a thread, another thread costs more than it saves. It costs much more between two modules of a
+# forward pass: torch's own threads still spin on the other cores there, waiting for the next operation.
 _MIN_PER_THREAD = 1 << 16
+_MIN_PER_THREAD_IN_FORWARD = 1 << 22
 # Steps fused into one sweep: their tables (16 KiB a term) should stay in the second-level cache.
 _FUSED_STEPS = 16
 
@@ -189,13 +191,15 @@ def _perturb_rows(out, source, rows, table, shift, k0, k1, tensor, step, probe, 
 
 @numba.njit(nogil=True, cache=True)
 def _update(weight, tables, probes, ends, steps, decays, shift, k0, k1, tensor, start, lo, hi):  # type: ignore[no-untyped-def]
+    # Whole tiles have loops of their own, of a length that the compiler knows: that halves the time.
     words = np.empty(4 * _BLOCKS, np.uint32)
     halves = words.view(np.uint16)
     x = np.empty(_TILE, np.float32)
     z = np.empty(_TILE, np.float32)
     before = np.empty(_TILE, np.float32)
+    like = weight[0]
+    half_precision = _dropped_bits(like) != 0
     unchanged = 0
-    half_precision = _dropped_bits(weight[0]) != 0
     position = lo
     while position < hi:
         element = start + position
@@ -203,11 +207,17 @@ def _update(weight, tables, probes, ends, steps, decays, shift, k0, k1, tensor, 
         first = np.uint32(tile * _BLOCKS)
         offset = element - tile * _TILE
         count = min(_TILE - offset, hi - position)
-        for i in range(count):
-            x[offset + i] = _widen(weight[position + i])
+        part = weight[position : position + count]
+        if count == _TILE:
+            for i in range(_TILE):
+                x[i] = _widen(part[i])
+        else:
+            for i in range(count):
+                x[offset + i] = _widen(part[i])
         term = 0
         for s in range(steps.shape[0]):
-            before[:] = x
+            for i in range(_TILE):
+                before[i] = x[i]
             if decays[s] != np.float32(1.0):
                 for i in range(_TILE):
                     x[i] = x[i] * decays[s]
@@ -220,11 +230,21 @@ def _update(weight, tables, probes, ends, steps, decays, shift, k0, k1, tensor, 
             if half_precision:
                 _fill(words, first, tensor, steps[s], np.uint32(ROUNDING_PROBE), k0, k1)
                 for i in range(_TILE):
-                    x[i] = _widen(_narrow(_round(x[i], halves[i], weight[0]), weight[0]))
+                    x[i] = _widen(_narrow(_round(x[i], halves[i], like), like))
+            same = np.int32(0)
+            if count == _TILE:
+                for i in range(_TILE):
+                    same += np.int32(x[i] == before[i])
+            else:
+                for i in range(offset, offset + count):
+                    same += np.int32(x[i] == before[i])
+            unchanged += same
+        if count == _TILE:
+            for i in range(_TILE):
+                part[i] = _narrow(x[i], like)
+        else:
             for i in range(count):
-                unchanged += x[offset + i] == before[offset + i]
-        for i in range(count):
-            weight[position + i] = _narrow(x[offset + i], weight[0])
+                part[i] = _narrow(x[offset + i], like)
         position += count
     return unchanged
 
@@ -238,7 +258,8 @@ def perturb(
 ) -> None:  # fmt: skip
     """See :func:`.definition.perturb`."""
     arguments = (*_drawn(direction, scale, seed), *_words(tensor, step, probe), start)
-    _spread(partial(_perturb, _array(out), _array(source), *arguments), source.numel(), _TILE)
+    kernel = partial(_perturb, _array(out), _array(source), *arguments)
+    _spread(kernel, source.numel(), _TILE, _MIN_PER_THREAD_IN_FORWARD)
 
 
 def perturb_rows(
@@ -254,7 +275,7 @@ def perturb_rows(
     """
     arguments = (*_drawn(direction, scale, seed), *_words(tensor, step, probe))
     kernel = partial(_perturb_rows, _array(out), _array(source), rows.numpy(), *arguments)
-    _spread(kernel, len(rows), 1, source.shape[1])
+    _spread(kernel, len(rows), 1, _MIN_PER_THREAD_IN_FORWARD // source.shape[1])
 
 
 def update(
@@ -266,7 +287,7 @@ def update(
     unchanged = (len(updates) - len(active)) * weight.numel()
     for lo in range(0, len(active), _FUSED_STEPS):
         arguments = (*_plan(active[lo : lo + _FUSED_STEPS], direction, seed), *_words(tensor), start)
-        unchanged += sum(_spread(partial(_update, array, *arguments), weight.numel(), _TILE))
+        unchanged += sum(_spread(partial(_update, array, *arguments), weight.numel(), _TILE, _MIN_PER_THREAD))
     return unchanged
 
 
@@ -310,9 +331,9 @@ _pool: ThreadPoolExecutor | None = None
 _pool_lock = threading.Lock()
 
 
-def _spread(kernel: Callable[[int, int], Any], count: int, unit: int, elements_per_item: int = 1) -> list[Any]:
-    """Run ``kernel(lo, hi)`` over ``0 .. count`` in one range a thread, each a multiple of ``unit`` long."""
-    threads = min(torch.get_num_threads(), max(1, count * elements_per_item // _MIN_PER_THREAD))
+def _spread(kernel: Callable[[int, int], Any], count: int, unit: int, least: int) -> list[Any]:
+    """Run ``kernel(lo, hi)`` over ``0 .. count``: a range of at least ``least``, a multiple of ``unit``, for each thread."""
+    threads = min(torch.get_num_threads(), max(1, count // max(1, least)))
     if threads == 1:
         return [kernel(0, count)]
     length = -(-count // (threads * unit)) * unit
