@@ -37,7 +37,7 @@ _TILE = 8 * _BLOCKS
 _MIN_PER_THREAD = 1 << 16
 _MIN_PER_THREAD_IN_FORWARD = 1 << 22
 # Steps fused into one sweep: their tables (16 KiB a term) should stay in the second-level cache.
-_FUSED_STEPS = 16
+_FUSED_STEPS = 8
 
 
 # --- conversions -----------------------------------------------------------------------------------------------------
@@ -127,27 +127,30 @@ def _round(x, random, like):  # type: ignore[no-untyped-def]
 
 @numba.njit(inline="always")
 def _fill(words, first, tensor, step, probe, k0, k1):  # type: ignore[no-untyped-def]
-    """The 32-bit words of blocks ``first .. first + 63``."""
+    """The output of blocks ``first .. first + 63``, two 32-bit words in each 64-bit one.
+
+    A counter word lives in the low half of a 64-bit lane, whatever the high half holds: the vector multiplication reads
+    low halves only and leaves both halves of the product where they are wanted. In 32-bit lanes it took twice as long.
+    """
+    low = np.uint64(0xFFFFFFFF)
     for b in range(_BLOCKS):
-        c0 = np.uint32(first + np.uint32(b))
-        c1 = tensor
-        c2 = step
-        c3 = probe
-        a0 = k0
-        a1 = k1
+        c0 = np.uint64(first) + np.uint64(b)
+        c1 = np.uint64(tensor)
+        c2 = np.uint64(step)
+        c3 = np.uint64(probe)
+        a0 = np.uint64(k0)
+        a1 = np.uint64(k1)
         for _ in range(10):
-            p0 = np.uint64(0xD2511F53) * np.uint64(c0)
-            p1 = np.uint64(0xCD9E8D57) * np.uint64(c2)
-            c0 = np.uint32(np.uint32(p1 >> np.uint64(32)) ^ c1 ^ a0)
-            c1 = np.uint32(p1)
-            c2 = np.uint32(np.uint32(p0 >> np.uint64(32)) ^ c3 ^ a1)
-            c3 = np.uint32(p0)
-            a0 = np.uint32(a0 + np.uint32(0x9E3779B9))
-            a1 = np.uint32(a1 + np.uint32(0xBB67AE85))
-        words[4 * b] = c0
-        words[4 * b + 1] = c1
-        words[4 * b + 2] = c2
-        words[4 * b + 3] = c3
+            p0 = np.uint64(0xD2511F53) * (c0 & low)
+            p1 = np.uint64(0xCD9E8D57) * (c2 & low)
+            c0 = (p1 >> np.uint64(32)) ^ (c1 & low) ^ a0
+            c1 = p1
+            c2 = (p0 >> np.uint64(32)) ^ (c3 & low) ^ a1
+            c3 = p0
+            a0 = (a0 + np.uint64(0x9E3779B9)) & low
+            a1 = (a1 + np.uint64(0xBB67AE85)) & low
+        words[2 * b] = (c0 & low) | (c1 << np.uint64(32))
+        words[2 * b + 1] = (c2 & low) | (c3 << np.uint64(32))
 
 
 @numba.njit(inline="always")
@@ -159,7 +162,7 @@ def _gather(z, table, halves, shift):  # type: ignore[no-untyped-def]
 
 @numba.njit(nogil=True, cache=True)
 def _perturb(out, source, table, shift, k0, k1, tensor, step, probe, start, lo, hi):  # type: ignore[no-untyped-def]
-    words = np.empty(4 * _BLOCKS, np.uint32)
+    words = np.empty(2 * _BLOCKS, np.uint64)
     halves = words.view(np.uint16)
     z = np.empty(_TILE, np.float32)
     position = lo
@@ -192,7 +195,7 @@ def _perturb_rows(out, source, rows, table, shift, k0, k1, tensor, step, probe, 
 @numba.njit(nogil=True, cache=True)
 def _update(weight, tables, probes, ends, steps, decays, shift, k0, k1, tensor, start, lo, hi):  # type: ignore[no-untyped-def]
     # Whole tiles have loops of their own, of a length that the compiler knows: that halves the time.
-    words = np.empty(4 * _BLOCKS, np.uint32)
+    words = np.empty(2 * _BLOCKS, np.uint64)
     halves = words.view(np.uint16)
     x = np.empty(_TILE, np.float32)
     z = np.empty(_TILE, np.float32)
@@ -294,9 +297,11 @@ def update(
 def _plan(updates: Sequence[Update], direction: Direction, seed: int) -> tuple[Any, ...]:
     """The steps as arrays: one table and probe number per term, and where each step's terms end."""
     terms = [[(probe, size) for probe, size in enumerate(item.sizes) if size != 0.0] for item in updates]
-    sizes = torch.tensor([size for step in terms for _, size in step], dtype=torch.float64)
+    sizes = np.array([size for step in terms for _, size in step], np.float64)
+    # The same arithmetic as Direction.table, in NumPy: torch would wake its threads for it, which then spin beside ours.
+    tables = (direction.values.numpy().astype(np.float64) * sizes[:, None]).astype(np.float32)
     return (
-        direction.table(sizes[:, None]).numpy(),
+        tables,
         np.array([probe for step in terms for probe, _ in step], np.uint32),
         np.cumsum([len(step) for step in terms]),
         np.array([item.step for item in updates], np.uint32),

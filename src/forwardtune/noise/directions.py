@@ -39,10 +39,10 @@ class Direction:
         """How far a half-word is shifted right to index the table."""
         return 16 - self.bits
 
-    def table(self, scale: float | Tensor) -> Tensor:
+    def table(self, scale: float) -> Tensor:
         """``scale * values`` as float32: one multiplication in float64, one rounding.
 
-        Every platform with IEEE arithmetic computes the same bits. Scales of shape ``(n, 1)`` give ``n`` tables.
+        Every platform with IEEE arithmetic computes the same bits.
         """
         return (self.values.double() * scale).float()
 
