@@ -9,6 +9,8 @@ sequence is computed, as for a task with one-token answers. ``reference`` transc
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from machine import write
 from timing import interleave
@@ -57,6 +59,14 @@ def reference_step(model: LlamaForCausalLM, input_ids: torch.Tensor, last: torch
     add_noise(-lr * (plus - minus) / (2 * EPS))
 
 
+def perturbed(optimizer: MeZO, loss: Callable[[], torch.Tensor]) -> None:
+    """One evaluation at theta + eps z."""
+    assert optimizer.perturbation is not None
+    with optimizer.perturbation as perturbation:
+        perturbation.shift(0, 0, EPS)
+        loss()
+
+
 def main() -> None:
     """Print and save the ratios."""
     input_ids = torch.randint(0, 49152, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
@@ -78,6 +88,7 @@ def main() -> None:
         seconds = interleave(
             {
                 "forward": loss,
+                "perturbed_forward": lambda optimizer=optimizer, loss=loss: perturbed(optimizer, loss),
                 "step": lambda optimizer=optimizer, loss=loss: optimizer.step(loss),
                 "reference": lambda model=model: reference_step(model, input_ids, last, 1e-9, 0),
             },

@@ -9,6 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..models import load_model
+from ..trajectory import export_trajectory, read_log, replay
+from ..trajectory.export import read_trajectory
+from ..trajectory.updates import trajectory_of
 from . import say
 from .session import bar, reach
 
@@ -36,10 +40,6 @@ def add_commands(commands: Any) -> None:
 
 def run_replay(options: argparse.Namespace) -> None:
     """Rebuild the tuned weights and save them as an ordinary model folder."""
-    from ..trajectory import read_log, replay
-    from ..trajectory.export import read_trajectory
-    from ..trajectory.updates import trajectory_of
-
     is_export = Path(options.log).suffix == ".safetensors"
     trajectory = read_trajectory(options.log) if is_export else trajectory_of(read_log(options.log))
     folder = new_folder(options.output_dir)
@@ -48,8 +48,6 @@ def run_replay(options: argparse.Namespace) -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    from ..models import load_model
-
     dtypes = {tensor["dtype"] for tensor in trajectory.header["tensors"]}
     say(f"loading {options.model}")
     model, tokenizer = load_model(
@@ -64,8 +62,6 @@ def run_replay(options: argparse.Namespace) -> None:
 
 def run_inspect(options: argparse.Namespace) -> None:
     """Verify a log and describe it."""
-    from ..trajectory import read_log
-
     log = read_log(options.log)
     losses = [record.loss for record in log.records if math.isfinite(record.loss)]
     tensors = log.header["tensors"]
@@ -121,8 +117,6 @@ def _short(value: Any) -> str:
 
 def run_export(options: argparse.Namespace) -> None:
     """Write the smallest form of a run."""
-    from ..trajectory import export_trajectory, read_log
-
     log = read_log(options.log)
     size = export_trajectory(log, options.output)
     say(f"{options.output}: {size:,} bytes for {log.steps:,} steps")

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from ..errors import InputError
+from ..evaluation import can_share_prompts, evaluate
+from ..models import context_length, load_model
 from ..tasks import Split, Task, get_task, load_split
 from ..tasks.encoding import Encoded, Encoder
 from . import positive, say
@@ -38,8 +42,6 @@ class Session:
 
     def evaluate(self, what: str, outcomes: list[float] | None = None) -> dict[str, float]:
         """The task's metric and loss on the test split, with a progress bar; ``outcomes`` gets them by example."""
-        from ..evaluation import evaluate
-
         with bar(len(self.splits["test"]), what, "example") as progress:
             return evaluate(
                 self.model,
@@ -64,14 +66,10 @@ def open_session(options: argparse.Namespace, *split_names: str) -> Session:
     task = get_task(options.task)
     splits = {name: _load(task, name, options) for name in split_names}
 
-    import torch
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    from ..evaluation import can_share_prompts
-    from ..models import context_length, load_model
-
     if options.device is None:
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
     say(f"loading {options.model}")
@@ -92,8 +90,6 @@ def open_session(options: argparse.Namespace, *split_names: str) -> Session:
 
 def bar(total: int, description: str, unit: str, initial: int = 0) -> Any:
     """A progress bar on stderr: speed and time left; rarely redrawn when nobody watches."""
-    import sys
-
     interval = 0.2 if sys.stderr.isatty() else 10.0
     return tqdm(
         total=total,

@@ -9,8 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from .. import memory
 from ..errors import InputError
+from ..evaluation import sign_test, training_objective
+from ..objectives import logits_at
 from ..optimizer import NonFiniteLossError
+from ..tasks.encoding import collate
 from ..trajectory import Log, read_log
 from . import add_model_options, positive, say
 from .logs import save_model
@@ -71,8 +77,6 @@ def run(options: argparse.Namespace) -> int:
         return _report(metrics, options)
 
     session = open_session(options, "train", "test")
-    from ..evaluation import sign_test
-
     outcomes: dict[str, list[float]] = _read_json(folder / "outcomes.json") if log else {}
     if "before" not in metrics or "before" not in outcomes:
         outcomes = {"before": []}
@@ -100,9 +104,6 @@ def run(options: argparse.Namespace) -> int:
 
 def _train(session: Session, folder: Path, log: Log | None) -> dict[str, Any] | None:
     """Run the trainer; None when Ctrl-C stopped it."""
-    from .. import memory
-    from ..evaluation import training_objective
-    from ..tasks.encoding import collate
     from ..trainer import MeZOConfig, MeZOTrainer
     from .watcher import Watcher, stop_on_interrupt
 
@@ -175,11 +176,6 @@ def _train(session: Session, folder: Path, log: Log | None) -> dict[str, Any] | 
 
 def _inference_peak(session: Session, collator: Any) -> int:
     """Peak memory of one forward pass over the longest minibatch that training can draw."""
-    import torch
-
-    from .. import memory
-    from ..objectives import logits_at
-
     longest = sorted(session.splits["train"], key=lambda e: e.length)[-session.options.batch_size :]
     batch = {name: tensor.to(session.model.device) for name, tensor in collator(longest).items()}
     memory.reset_peak(session.options.device)
