@@ -441,6 +441,7 @@ def refused(folder: Path, words: str, code: int = 2) -> Iterator[Any]:
         ({"dtype": "int4"}, "unknown dtype 'int4'.*bfloat16"),
         ({"device": "tpu9"}, "unknown device 'tpu9'.*cpu"),
         ({"device": ABSENT_DEVICE}, f"no {ABSENT_DEVICE} device.*--device cpu"),
+        ({"device": "cuda:1"}, "CUDA_VISIBLE_DEVICES"),
         ({"direction": "cauchy"}, "invalid choice.*gaussian"),
         ({"lr_scheduler": "sawtooth"}, "sawtooth"),
         ({"lr_scheduler": "cosine_with_min_lr"}, "cosine_with_min_lr|min_lr"),

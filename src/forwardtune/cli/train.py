@@ -69,6 +69,11 @@ def run(options: argparse.Namespace) -> int:
     positive(options, "steps", "lr", "eps", "probes", "train_examples", "save_steps", "clip_coefficient")
     if not 0 <= options.weight_decay < float("inf"):
         raise InputError(f"--weight-decay must be a number that is not negative, got {options.weight_decay}")
+    if options.device is not None and ":" in options.device:
+        raise InputError(
+            f"training runs on the first device of its kind, not on {options.device}: choose it with "
+            "CUDA_VISIBLE_DEVICES, and give --device cuda"
+        )
     if log is None:
         _refuse_other_run(folder)
     metrics = _read_json(folder / "metrics.json") if log else {}
