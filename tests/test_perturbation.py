@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import support
-from forwardtune import MeZO
+from forwardtune import MeZO, perturbation
 from forwardtune.noise import Noise
 from forwardtune.parameters import TunedParameters
 from forwardtune.perturbation import PERTURBATIONS, Copy, InPlace, Perturbation, Scratch
@@ -22,6 +22,7 @@ from forwardtune.perturbation import PERTURBATIONS, Copy, InPlace, Perturbation,
 NOISE = Noise(seed=17)
 STEP, PROBE, EPS = 3, 1, 1e-2
 SIGNS = (+EPS, -EPS)
+INFINITY = torch.tensor(torch.inf)
 FALLBACK = "reads a tuned weight outside the module that owns it"
 
 every_dtype = pytest.mark.parametrize("dtype", support.DTYPES, ids=str)
@@ -511,6 +512,59 @@ def test_scratch_memory_is_that_of_the_largest_module(family):
     scratch = Scratch(tune(model), NOISE)
     evaluate(scratch, lambda: model(input_ids).logits)
     assert 0 < arena_bytes(scratch) <= max(map(own_bytes, model.modules()))
+
+
+class Head(nn.Module):
+    """A wide projection with a bias, as a vocabulary head."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.head = nn.Linear(64, 1001, dtype=dtype)
+            self.x = torch.randn(2, 4, 64).to(dtype)
+
+    def forward(self, positions: int) -> Tensor:
+        return self.head(self.x[:, :positions])
+
+
+@every_dtype
+@pytest.mark.parametrize("positions", [1, 4])
+@pytest.mark.parametrize("exact", [True, False], ids=["slices are exact", "slices round otherwise"])
+def test_a_vocabulary_head_in_slices_gives_the_bits_of_the_whole(dtype, positions, exact, monkeypatch):
+    monkeypatch.setattr(perturbation, "_VOCABULARY", 1000)
+    if not exact:
+        monkeypatch.setattr(Scratch, "_may_slice", lambda *_: False)
+    net = Head(dtype)
+    before = support.snapshot(net)
+    scratch = Scratch(tune(net), NOISE)
+    got = evaluate(scratch, lambda: net(positions))
+    for ours, expected in zip(got, by_hand(net, lambda moved: moved(positions)), strict=True):
+        assert support.same_bits(ours, expected)
+    support.assert_same_bits(net, before)
+    whole = net.head.weight.numel() * net.head.weight.element_size()
+    # One position of a longer row is not contiguous: torch takes a path there whose rounding depends on the width.
+    sliced = exact and (positions == 4 or all(scratch._slices_are_exact.values()))
+    assert (arena_bytes(scratch) < whole / 4) == sliced
+
+
+def test_a_head_whose_slices_differ_in_a_bit_is_computed_whole(monkeypatch):
+    monkeypatch.setattr(perturbation, "_VOCABULARY", 1000)
+    in_slices = perturbation._project_in_slices
+    monkeypatch.setattr(perturbation, "_project_in_slices", lambda *args: torch.nextafter(in_slices(*args), INFINITY))
+    net = Head(torch.float32)
+    got = evaluate(Scratch(tune(net), NOISE), lambda: net(1))
+    for ours, expected in zip(got, by_hand(net, lambda moved: moved(1)), strict=True):
+        assert support.same_bits(ours, expected)
+
+
+def test_many_positions_take_the_head_whole(monkeypatch):
+    monkeypatch.setattr(perturbation, "_VOCABULARY", 1000)
+    net = Head(torch.float32)
+    net.x = net.x.repeat(1, 3, 1)
+    scratch = Scratch(tune(net), NOISE)
+    evaluate(scratch, lambda: net(12))
+    assert arena_bytes(scratch) >= net.head.weight.numel() * 4
 
 
 def test_scratch_memory_of_nested_modules_adds_up_and_no_more():

@@ -131,7 +131,8 @@ class Scratch(Perturbation):
     """Every module that owns tuned weights computes on a perturbed copy of them, made just before it runs.
 
     The weights are only read. Hooks exist inside the block alone. A module lends its scratch copy from the moment that
-    it is called until it returns; an embedding computes only the rows that it looks up.
+    it is called until it returns. An embedding computes only the rows that it looks up, and a vocabulary head that is asked
+    for few positions works through its rows in slices, where that gives the same bits.
 
     A weight that is read outside the module that owns it is seen unperturbed: :meth:`poisoned` finds that out.
     """
@@ -153,6 +154,7 @@ class Scratch(Perturbation):
         self._lent: list[tuple[nn.Module, list[tuple[str, nn.Parameter]], Any]] = []
         self._point: tuple[int, int, float] | None = None
         self._hidden: dict[int, Tensor] = {}
+        self._slices_are_exact: dict[tuple[Any, ...], bool] = {}
 
     def __enter__(self) -> Scratch:
         for module, owned in self._owners:
@@ -196,8 +198,8 @@ class Scratch(Perturbation):
                 return
             self._lent.append((module, [(name, tensor.parameter) for name, tensor in owned], self._arena.mark()))
             for name, tensor in owned:
-                make_rows = isinstance(module, nn.Embedding) and name == "weight"
-                module._parameters[name] = self._looked_up(tensor) if make_rows else self._perturbed(tensor)  # type: ignore[assignment]
+                lazily = name == "weight" and _is_table(module)
+                module._parameters[name] = self._lazy(tensor) if lazily else self._perturbed(tensor)  # type: ignore[assignment]
 
         return lend
 
@@ -223,33 +225,96 @@ class Scratch(Perturbation):
         source = self._source(tensor)
         out = self._arena.take(source)
         self.noise.perturb(out, source, tensor=tensor.id, step=step, probe=probe, scale=scale)
-        return out
+        return _as_parameter(out, tensor)
 
-    def _looked_up(self, tensor: TunedTensor) -> Tensor:
+    def _lazy(self, tensor: TunedTensor) -> Tensor:
         assert self._point is not None
         step, probe, scale = self._point
-        source = self._source(tensor)
+        source = _as_parameter(self._source(tensor).detach(), tensor)
+        address = {"tensor": tensor.id, "step": step, "probe": probe, "scale": scale}
 
         def rows(numbers: Tensor) -> Tensor:
-            return self.noise.perturb_rows(source, numbers, tensor=tensor.id, step=step, probe=probe, scale=scale)
+            return self.noise.perturb_rows(source, numbers, **address)  # type: ignore[arg-type]
 
-        return _LazyTable.wrap(source, rows, functools.cache(lambda: self._perturbed(tensor)))
+        def project(x: Tensor, bias: Tensor | None) -> Tensor | None:
+            if not self._may_slice(tensor, source, x, bias):
+                return None
+            mark, poison = self._arena.mark(), bool(self._hidden)
+            return _project_in_slices(
+                x, source, bias, perturbed_slice, lambda: self._arena.release(mark, poison=poison)
+            )
+
+        def perturbed_slice(lo: int, hi: int) -> Tensor:
+            out = self._arena.take(source[lo:hi])
+            self.noise.perturb(out, source[lo:hi], **address, start=lo * source.shape[1])  # type: ignore[arg-type]
+            return _as_parameter(out, tensor)
+
+        return _LazyTable.wrap(source, rows, project, functools.cache(lambda: self._perturbed(tensor)))
+
+    def _may_slice(self, tensor: TunedTensor, source: Tensor, x: Tensor, bias: Tensor | None) -> bool:
+        """Whether slices of the head give the bits of the whole for inputs like x: tried once, on the unperturbed weights.
+
+        For many positions the logits take more memory than the weights, and slices would save nothing.
+        """
+        height, width = source.shape
+        if height < _VOCABULARY or x.numel() // width > width // 8:
+            return False
+        key = (tensor.id, x.shape, x.dtype, torch.is_autocast_enabled(x.device.type))
+        if key not in self._slices_are_exact:
+            weight = _as_parameter(source.detach(), tensor)
+            sliced = _project_in_slices(x, weight, bias, lambda lo, hi: weight[lo:hi], lambda: None)
+            self._slices_are_exact[key] = torch.equal(F.linear(x, weight, bias), sliced)
+        return self._slices_are_exact[key]
+
+
+def _as_parameter(value: Tensor, tensor: TunedTensor) -> Tensor:
+    """The value as a parameter that requires grad as the tuned one does: torch chooses some kernels by that."""
+    return nn.Parameter(value, requires_grad=tensor.parameter.requires_grad)
+
+
+# A linear layer with so many outputs is a vocabulary head; the widest inner layers have fewer.
+_VOCABULARY = 30_000
+_SLICES = 8
+
+
+def _is_table(module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding) or (isinstance(module, nn.Linear) and module.out_features >= _VOCABULARY)
+
+
+def _project_in_slices(
+    x: Tensor, weight: Tensor, bias: Tensor | None, piece: Callable[[int, int], Tensor], done: Callable[[], None]
+) -> Tensor:
+    """``x W^T + b``, a range of rows of W at a time; ``piece`` gives the rows, ``done`` takes them back."""
+    height = weight.shape[0]
+    step = -(-height // _SLICES)
+    parts = []
+    for lo in range(0, height, step):
+        hi = min(lo + step, height)
+        parts.append(F.linear(x, piece(lo, hi), None if bias is None else bias[lo:hi]))
+        done()
+    return torch.cat(parts, dim=-1)
 
 
 class _LazyTable(Tensor):
-    """An embedding's perturbed weight, of which only the rows that are looked up are ever computed.
+    """The perturbed weight of an embedding or a vocabulary head, of which only what is needed is computed.
 
-    A look-up computes its rows; questions about shape, dtype and device are answered from the original; any other use
-    computes the whole table first.
+    A look-up computes its rows, a projection may go through them in slices; questions about shape, dtype and device are
+    answered from the original; any other use computes the whole table first.
     """
 
     _rows: Callable[[Tensor], Tensor]
+    _project: Callable[[Tensor, Tensor | None], Tensor | None]
     _whole: Callable[[], Tensor]
 
     @staticmethod
-    def wrap(original: Tensor, rows: Callable[[Tensor], Tensor], whole: Callable[[], Tensor]) -> _LazyTable:
-        table = Tensor._make_subclass(_LazyTable, original)
-        table._rows, table._whole = rows, whole
+    def wrap(
+        original: Tensor,
+        rows: Callable[[Tensor], Tensor],
+        project: Callable[[Tensor, Tensor | None], Tensor | None],
+        whole: Callable[[], Tensor],
+    ) -> _LazyTable:
+        table = Tensor._make_subclass(_LazyTable, original, original.requires_grad)
+        table._rows, table._project, table._whole = rows, project, whole
         return table
 
     @classmethod
@@ -259,6 +324,11 @@ class _LazyTable(Tensor):
             if func is F.embedding and kwargs.get("max_norm") is None:
                 numbers, table = args
                 return table._rows(numbers)
+            if func is F.linear and not kwargs and isinstance(args[1], cls):
+                x, table, bias = (*args, None)[:3]
+                projected = table._project(x, bias)
+                if projected is not None:
+                    return projected
             if func in _METADATA:
                 return func(*args, **kwargs)
 
