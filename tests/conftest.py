@@ -5,6 +5,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,15 @@ def random_state_untouched():
     before = torch.random.get_rng_state().clone()
     yield
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+@pytest.fixture(scope="module")
+def short_collections():
+    """Trainer collects garbage at every start; what was imported once need not be looked through each time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import io
 import json
 import os
@@ -34,13 +33,7 @@ REVIEWS = [(text, number % 2) for number, text in enumerate(support.TEXT * 2)]
 ABSENT_DEVICE = "mps" if torch.cuda.is_available() else "cuda"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _short_collections() -> Iterator[None]:
-    """Trainer collects garbage at every start; what was imported once need not be looked through each time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("short_collections")
 
 
 @dataclass

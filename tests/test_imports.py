@@ -18,7 +18,7 @@ SOURCE = Path(forwardtune.__file__).parent
 # A module imports from layers before its own, or from its own package. `forwardtune/__init__.py` may import them all.
 LAYERS = (
     {"errors", "memory", "noise"},
-    {"parameters"},
+    {"parameters", "arena"},
     {"perturbation", "estimators", "rules"},
     {"optimizer"},
     {"trajectory"},
@@ -32,7 +32,7 @@ RANK = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}
 
 STANDARD = sys.stdlib_module_names
 NEEDS = {"noise": {"torch"}, "noise/cpu.py": {"torch", "numba", "numpy", "llvmlite"}} | {
-    part: {"torch"} for part in ("parameters", "perturbation", "estimators", "rules", "optimizer")
+    part: {"torch"} for part in ("parameters", "arena", "perturbation", "estimators", "rules", "optimizer")
 }
 NEEDS["trajectory"] = {"torch", "safetensors"}
 

@@ -558,6 +558,17 @@ def test_a_head_whose_slices_differ_in_a_bit_is_computed_whole(monkeypatch):
         assert support.same_bits(ours, expected)
 
 
+def test_a_trial_on_one_layout_says_nothing_of_another(monkeypatch):
+    monkeypatch.setattr(perturbation, "_VOCABULARY", 1000)
+    net = Head(torch.float32)
+    strided, contiguous = net.x[:, :1], net.x[:, :1].contiguous()
+    scratch = Scratch(tune(net), NOISE)
+    for x in (contiguous, strided):
+        got = evaluate(scratch, lambda x=x: net.head(x))
+        for ours, expected in zip(got, by_hand(net, lambda moved, x=x: moved.head(x)), strict=True):
+            assert support.same_bits(ours, expected)
+
+
 def test_many_positions_take_the_head_whole(monkeypatch):
     monkeypatch.setattr(perturbation, "_VOCABULARY", 1000)
     net = Head(torch.float32)

@@ -46,10 +46,8 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "cpu") -> tuple[
         # What is saved later is an ordinary checkpoint: it must not claim to be the quantised file it came from.
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
+        model.hf_quantizer = None
         model.config._name_or_path = name
-        for attribute in ("hf_quantizer", "quantization_method", "is_quantized"):
-            if hasattr(model, attribute):
-                _forget(model, attribute)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.to(device).eval(), tokenizer
@@ -102,13 +100,6 @@ def _embedded_file() -> Path:
         if file.name.endswith(".gguf") and (path := Path(str(file.locate()))).is_file():
             return path
     raise InputError(f"package {_EMBEDDED_PACKAGE} has no model file: reinstall it ({remedy})")
-
-
-def _forget(model: Any, attribute: str) -> None:
-    try:
-        delattr(model, attribute)
-    except AttributeError:  # a property of the class
-        pass
 
 
 def _reason(error: Exception) -> str:

@@ -102,8 +102,8 @@ def run(options: argparse.Namespace) -> int:
     metrics["sign_test"] = sign_test(outcomes["before"], outcomes["after"])
     save_model(session.model, session.tokenizer, folder)
     _write_json(folder / "outcomes.json", outcomes)
-    _write_json(folder / "metrics.json", {**metrics, **measured})
     metrics.update(measured)
+    _write_json(folder / "metrics.json", metrics)
     return _report(metrics, options)
 
 

@@ -1,0 +1,85 @@
+"""L1: scratch memory for perturbed weights, reused from module to module and step to step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class _Stack:
+    """Reused memory of one device, handed out in order and given back in the reverse order."""
+
+    _ALIGNMENT = 64
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._chunks: list[Tensor] = []  # one in the steady state
+        self._top = (0, 0, 0)  # chunk, offset in it, bytes handed out in all
+        self._peak = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held."""
+        return sum(chunk.numel() for chunk in self._chunks)
+
+    @property
+    def mark(self) -> tuple[int, int, int]:
+        """Where the stack ends now."""
+        return self._top
+
+    def take(self, like: Tensor) -> Tensor:
+        """An uninitialised contiguous tensor of the shape and dtype of ``like``."""
+        count = like.numel() * like.element_size()
+        size = -(-count // self._ALIGNMENT) * self._ALIGNMENT
+        index, offset, used = self._top
+        if used == 0 and self._chunks and size > self._chunks[0].numel():
+            self._chunks.clear()  # nothing is lent: grow by replacing
+        while index < len(self._chunks) and offset + size > self._chunks[index].numel():
+            index, offset = index + 1, 0
+        if index == len(self._chunks):
+            self._grow(size)
+        self._top = (index, offset + size, used + size)
+        self._peak = max(self._peak, used + size)
+        return self._chunks[index][offset : offset + count].view(like.dtype).view(like.shape)
+
+    def release(self, mark: tuple[int, int, int], *, poison: bool) -> None:
+        """Give back everything taken since the mark; with ``poison`` it becomes NaN in every dtype."""
+        if poison:
+            for number in range(mark[0], self._top[0] + 1):
+                self._chunks[number][mark[1] if number == mark[0] else 0 :].fill_(0xFF)
+        self._top = mark
+        if mark[2] == 0 and len(self._chunks) > 1:
+            self._chunks.clear()  # first: the old chunks and the new one should not exist together
+            self._grow(self._peak)
+            self._top = (0, 0, 0)
+
+    def _grow(self, size: int) -> None:
+        with torch.inference_mode(False):  # the memory outlives the evaluation that first asks for it
+            self._chunks.append(torch.empty(size, dtype=torch.uint8, device=self._device))
+
+
+class Arena:
+    """A stack of scratch memory on every device."""
+
+    def __init__(self) -> None:
+        self._stacks: dict[torch.device, _Stack] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held on all devices."""
+        return sum(stack.nbytes for stack in self._stacks.values())
+
+    def mark(self) -> dict[torch.device, tuple[int, int, int]]:
+        """Where the stacks end now."""
+        return {device: stack.mark for device, stack in self._stacks.items()}
+
+    def take(self, like: Tensor) -> Tensor:
+        """An uninitialised contiguous tensor of the shape, dtype and device of ``like``."""
+        if like.device not in self._stacks:
+            self._stacks[like.device] = _Stack(like.device)
+        return self._stacks[like.device].take(like)
+
+    def release(self, mark: dict[torch.device, tuple[int, int, int]], *, poison: bool) -> None:
+        """Give back everything taken since the mark."""
+        for device, stack in self._stacks.items():
+            stack.release(mark.get(device, (0, 0, 0)), poison=poison)
