@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from .models import model_kind
 from .objectives import option_cross_entropy, option_scores, target_likelihood
 from .tasks import Task, metrics
-from .tasks.encoding import Encoded, collate
+from .tasks.batching import Layout, collate
+from .tasks.encoding import Encoded
 
 Progress = Callable[[int, int], object]
+
+# What is measured of generated text, by the task's metric.
+_KIN = {m: names for names in (("f1", "exact_match"), ("drop_f1", "drop_exact_match")) for m in names}
+# A common beginning of all prompts is processed once if it has so many tokens: demonstrations, not a few words.
+_WORTH_SHARING = 32
 
 
 @torch.no_grad()
@@ -23,30 +34,47 @@ def evaluate(
     examples: Sequence[Encoded],
     *,
     batch_size: int = 16,
-    shared: bool = True,
+    layout: Layout | None = None,
+    calibrations: Sequence[Encoded] | None = None,
     progress: Progress | None = None,
     outcomes: list[float] | None = None,
 ) -> dict[str, float]:
     """The task's metric and mean loss.
 
+    What all prompts have in common at their beginning, such as demonstrations, is processed once.
+
     Args:
         examples: encoded examples of the task.
-        shared: whether options share their prompt's computation (:func:`forwardtune.tasks.encoding.collate`).
+        layout: how batches stand in the model's input; found by trial if it is not given.
+        calibrations: the same examples without content (:meth:`~forwardtune.tasks.encoding.Encoder.calibrations`):
+            scores are then ``log p(option | prompt) - log p(option | prompt without content)``, each length-normalised
+            (surface form competition, Holtzman et al. 2021).
         progress: called with the numbers of examples done and in all.
         outcomes: filled with the task's metric for every example, in their order.
 
     Returns:
-        ``{"accuracy": ..., "loss": ..., "examples": ...}`` for answers, ``{"f1", "exact_match", "loss", "examples"}``
-        for free text, where predictions are decoded greedily.
+        ``{"accuracy": ..., "loss": ..., "examples": ...}`` for a choice; for free text, decoded greedily, the task's
+        metric with its kin (``f1`` and ``exact_match``), ``loss`` and ``examples``.
     """
     model.eval()
+    layout = find_layout(model, tokenizer, examples) if layout is None else layout
+    context = _common_context(model, tokenizer, examples, layout)
+    bare = None if calibrations is None else _common_context(model, tokenizer, calibrations, layout)
+    known: dict[str, list[float]] = {}
     by_length = sorted(range(len(examples)), key=lambda i: examples[i].length)
     totals: dict[str, float] = {}
     by_example = [0.0] * len(examples)
     for lo in range(0, len(examples), batch_size):
         numbers = by_length[lo : lo + batch_size]
         batch = [examples[i] for i in numbers]
-        for name, values in _measure(model, tokenizer, task, batch, shared).items():
+        if task.free_text:
+            measured = _measure_text(model, tokenizer, task, batch, layout, context)
+        else:
+            scores = option_scores(model, _inputs(model, batch, layout, context))
+            if calibrations is not None:
+                scores = scores - _cached_scores(model, [calibrations[i] for i in numbers], layout, bare, known, scores)
+            measured = _measure_choice(task, batch, scores)
+        for name, values in measured.items():
             totals[name] = totals.get(name, 0.0) + sum(values)
             if name == task.metric:
                 for i, value in zip(numbers, values, strict=True):
@@ -71,70 +99,177 @@ def sign_test(before: Sequence[float], after: Sequence[float]) -> dict[str, floa
     return {"better": better, "worse": worse, "p_value": min(1.0, 2 * tail)}
 
 
-def prepare(model: Any, tokenizer: Any, batch: Sequence[Encoded], *, shared: bool = True) -> dict[str, torch.Tensor]:
-    """A batch as model input, on the model's device."""
-    inputs = collate(batch, tokenizer.pad_token_id, shared=shared, dtype=model.dtype)
-    return {name: tensor.to(model.device) for name, tensor in inputs.items()}
+def training_objective(task: Task) -> Callable[[Any, Any], Tensor]:
+    """What is lowered for a task: option cross-entropy, or the negative likelihood of the right text."""
+    return option_cross_entropy if task.loss == "cross_entropy" else target_likelihood
+
+
+# --- layouts ----------------------------------------------------------------------------------------------------------
+
+
+def plain_layout(model: Any, tokenizer: Any) -> Layout:
+    """Every option in a row of its own, padded on the right: right for any model."""
+    causal = model_kind(model) == "causal"
+    return Layout(tokenizer.pad_token_id, model.dtype, shared=False, packed=False, causal=causal)
+
+
+def prepare(model: Any, tokenizer: Any, batch: Sequence[Encoded], layout: Layout | None = None) -> dict[str, Any]:
+    """A batch as model input, on the model's device; in the plain layout unless another one is given."""
+    return _inputs(model, batch, plain_layout(model, tokenizer) if layout is None else layout, None)
 
 
 @torch.no_grad()
-def can_share_prompts(model: Any, tokenizer: Any, examples: Sequence[Encoded]) -> bool:
-    """Whether the model scores options that stand side by side as it scores them one by one.
+def find_layout(model: Any, tokenizer: Any, examples: Sequence[Encoded]) -> Layout:
+    """The layout with the least work in which the model scores options as it does one by one.
 
-    It does when it honours positions and a block mask; the answer is found by trying it on the two shortest examples
-    whose options take more than one token.
+    Packed rows and shared prompts need a model that honours position ids and a block mask. Whether it does is found by
+    trying it on a few examples that would be packed or have long options.
     """
-    long = sorted((e for e in examples if sum(len(o) > 1 for o in e.options) > 1), key=lambda e: e.length)[:2]
-    if not long:
-        return True
-    plain = option_scores(model, prepare(model, tokenizer, long, shared=False))
+    plain = plain_layout(model, tokenizer)
+    by_length = sorted(examples, key=lambda example: example.length)
+    trial = by_length[:2]
+    if len(by_length) > 2:
+        together = trial[0].length + trial[1].length
+        trial += [next((e for e in by_length[2:] if e.length >= together), by_length[2])]
+    trial += [e for e in by_length[3:] if sum(len(option) > 1 for option in e.options) > 1][:1]
+    expected = option_scores(model, _inputs(model, trial, plain, None))
+    best = replace(plain, shared=True, packed=True)
+    for layout in (best, replace(best, first_position=tokenizer.pad_token_id + 1), replace(best, packed=False)):
+        if _agrees(model, trial, layout, expected):
+            return layout
+    return plain
+
+
+def _agrees(
+    model: Any, trial: Sequence[Encoded], layout: Layout, expected: Tensor, context: Context | None = None
+) -> bool:
     try:
-        shared = option_scores(model, prepare(model, tokenizer, long))
-    except (TypeError, ValueError, RuntimeError):  # no such arguments, or a mask that it cannot take
+        scores = option_scores(model, _inputs(model, trial, layout, context))
+    except (TypeError, ValueError, RuntimeError, IndexError):  # no such arguments, or a mask that it cannot take
         return False
-    # Far above rounding in any dtype, far below the effect of seeing the other options.
-    return torch.allclose(plain, shared, rtol=0.02, atol=0.02)
+    # Far above rounding in any dtype, far below the effect of seeing another text.
+    return torch.allclose(expected, scores, rtol=0.02, atol=0.02)
 
 
-def _measure(
-    model: Any, tokenizer: Any, task: Task, batch: Sequence[Encoded], shared: bool
-) -> dict[str, Sequence[float]]:
-    inputs = prepare(model, tokenizer, batch, shared=shared)
-    if task.answers is not None:
-        scores = option_scores(model, inputs)
-        right = scores.argmax(dim=1) == inputs["labels"]
-        losses = torch.nn.functional.cross_entropy(scores, inputs["labels"], reduction="none")
-        return {"accuracy": right.float().tolist(), "loss": losses.tolist()}
-    predictions = generate(model, tokenizer, task, [example.prompt for example in batch])
-    pairs = [(prediction, example.text) for prediction, example in zip(predictions, batch, strict=True)]
-    return {
-        "f1": [metrics.f1(*pair) for pair in pairs],
-        "exact_match": [metrics.exact_match(*pair) for pair in pairs],
-        "loss": target_likelihood(model, inputs).tolist(),
+def _inputs(model: Any, batch: Sequence[Encoded], layout: Layout, context: Context | None) -> dict[str, Any]:
+    if context is not None:
+        skip = len(context.tokens)
+        batch = [replace(e, prompt=e.prompt[skip:]) for e in batch]
+        layout = replace(layout, context=skip)
+    inputs: dict[str, Any] = {name: tensor.to(model.device) for name, tensor in collate(batch, layout).items()}
+    if context is not None:
+        inputs["past_key_values"] = context.repeated(len(inputs["input_ids"]))
+    return inputs
+
+
+# --- what all prompts begin with --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Context:
+    """A common beginning of prompts, and the keys and values that a model computed for it."""
+
+    tokens: list[int]
+    cache: Any
+
+    def repeated(self, rows: int) -> Any:
+        """A cache of one's own for so many rows; the model extends what it is given."""
+        cache = copy.deepcopy(self.cache)
+        cache.batch_repeat_interleave(rows)
+        return cache
+
+
+def _common_context(model: Any, tokenizer: Any, examples: Sequence[Encoded], layout: Layout) -> Context | None:
+    """The common beginning of all prompts, processed once; None if it is short or the model cannot go on from it."""
+    if not (layout.shared and layout.causal) or len(examples) < 2:
+        return None
+    prompts = [example.prompt[: len(example.prompt) - example.scored] for example in examples]
+    columns = zip(*prompts, strict=False)
+    shared = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+    tokens = prompts[0][: min(shared, min(map(len, prompts)) - 1)]  # the last token predicts the answer
+    if len(tokens) < _WORTH_SHARING:
+        return None
+    try:
+        output = model(input_ids=torch.tensor([tokens], device=model.device), use_cache=True)
+        context = Context(tokens, output.past_key_values)
+        trial = sorted(examples, key=lambda example: example.length)[:2]
+        expected = option_scores(model, _inputs(model, trial, layout, None))
+        return context if _agrees(model, trial, layout, expected, context) else None
+    except (TypeError, ValueError, AttributeError):  # no cache, or one of another kind
+        return None
+
+
+def _cached_scores(
+    model: Any,
+    batch: Sequence[Encoded],
+    layout: Layout,
+    context: Context | None,
+    known: dict[str, list[float]],
+    like: Tensor,
+) -> Tensor:
+    """Option scores, each distinct example scored once; 0 where an example has fewer options."""
+    keys = [f"{example.prompt} {example.options}" for example in batch]
+    new = {key: example for key, example in zip(keys, batch, strict=True) if key not in known}
+    if new:
+        scores = option_scores(model, _inputs(model, list(new.values()), layout, context))
+        known.update(zip(new, scores.tolist(), strict=True))
+    result = torch.zeros_like(like)
+    for row, (key, example) in enumerate(zip(keys, batch, strict=True)):
+        count = len(example.options)
+        result[row, :count] = torch.tensor(known[key][:count])
+    return result
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def _measure_choice(task: Task, batch: Sequence[Encoded], scores: Tensor) -> dict[str, list[float]]:
+    chosen = scores.argmax(dim=1).tolist()
+    labels = torch.tensor([example.label for example in batch], device=scores.device)
+    if task.loss == "cross_entropy":
+        losses = torch.nn.functional.cross_entropy(scores, labels, reduction="none")
+    else:
+        losses = -scores.gather(1, labels[:, None])[:, 0]
+    right = [float(option in example.right) for option, example in zip(chosen, batch, strict=True)]
+    return {"accuracy": right, "loss": losses.tolist()}
+
+
+def _measure_text(
+    model: Any, tokenizer: Any, task: Task, batch: Sequence[Encoded], layout: Layout, context: Context | None
+) -> dict[str, list[float]]:
+    predictions = generate(model, tokenizer, task, [example.prompt for example in batch], context)
+    measured = {
+        name: [metrics.score(name, prediction, e.texts) for prediction, e in zip(predictions, batch, strict=True)]
+        for name in _KIN[task.metric]
     }
+    return {**measured, "loss": target_likelihood(model, _inputs(model, batch, layout, context)).tolist()}
 
 
-def generate(model: Any, tokenizer: Any, task: Task, prompts: Sequence[Sequence[int]]) -> list[str]:
-    """Greedy continuations of tokenised prompts, up to the task's stop string."""
-    width = max(map(len, prompts))
-    pad = tokenizer.pad_token_id
-    input_ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=model.device)
-    attention_mask = torch.tensor(
-        [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device
-    )
-    stops = {"stop_strings": [task.stop], "tokenizer": tokenizer} if task.stop else {}
+@torch.no_grad()
+def generate(
+    model: Any, tokenizer: Any, task: Task, prompts: Sequence[Sequence[int]], context: Context | None = None
+) -> list[str]:
+    """Greedy continuations of tokenised prompts, up to the task's stop string.
+
+    Args:
+        context: what all prompts begin with, if it was processed already.
+    """
+    width, pad = max(map(len, prompts)), tokenizer.pad_token_id
+    known = 0 if context is None else len(context.tokens)
+    # Padding stands on the left, but behind what is common to all.
+    fills = [width - len(prompt) for prompt in prompts]
+    rows = [[*p[:known], *[pad] * fill, *p[known:]] for p, fill in zip(prompts, fills, strict=True)]
+    seen = [[1] * known + [0] * fill + [1] * (width - known - fill) for fill in fills]
+    options: dict[str, Any] = {"stop_strings": [task.stop], "tokenizer": tokenizer} if task.stop else {}
+    if context is not None:
+        options["past_key_values"] = context.repeated(len(rows))
     out = model.generate(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
+        input_ids=torch.tensor(rows, device=model.device),
+        attention_mask=torch.tensor(seen, device=model.device),
         max_new_tokens=task.max_new_tokens,
         do_sample=False,
         pad_token_id=pad,
-        **stops,
+        **options,
     )
     texts = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
     return [(text.split(task.stop)[0] if task.stop else text).strip() for text in texts]
-
-
-def training_objective(task: Task) -> Callable[[Any, Any], torch.Tensor]:
-    """What MeZO lowers for a task: option cross-entropy, or the likelihood of the target text."""
-    return option_cross_entropy if task.answers is not None else target_likelihood

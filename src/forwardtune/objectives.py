@@ -10,12 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .models import forward
+
 
 def option_scores(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """Length-normalised log-likelihood of every option, ``(1/T) sum_t log p(option_t | prompt, option_<t)``.
 
     Args:
-        batch: from :func:`forwardtune.tasks.encoding.collate`.
+        batch: from :func:`forwardtune.evaluation.prepare`.
 
     Returns:
         float32, shape (batch, most options), -inf where an example has fewer options.
@@ -48,11 +50,12 @@ def logits_at(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 
     The vocabulary head is given just those hidden states, so no logit is computed that nobody reads.
     """
-    inputs = {k: batch[k] for k in ("input_ids", "attention_mask", "position_ids") if k in batch}
+    names = ("input_ids", "attention_mask", "position_ids", "past_key_values")
+    inputs: dict[str, Any] = {name: batch[name] for name in names if name in batch}
     if hasattr(getattr(model, "config", None), "use_cache"):
-        inputs["use_cache"] = False  # type: ignore[assignment]
+        inputs["use_cache"] = False
     with _head_sees_only(model, batch["positions"]) as selected:
-        logits = model(**inputs).logits
+        logits = forward(model, **inputs).logits
     if selected:
         return logits.squeeze(0).float()
     return logits.flatten(0, 1)[batch["positions"]].float()

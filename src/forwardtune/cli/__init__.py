@@ -1,4 +1,4 @@
-"""L7: the command line. ``forwardtune train | eval | replay | inspect | export``.
+"""L7: the command line. ``forwardtune train | eval | probe | sweep | report | replay | inspect | export``.
 
 stdout carries JSON alone; everything for people goes to stderr. Exit codes: 0 done, 1 the run failed, 2 the input was
 wrong, 130 stopped by Ctrl-C.
@@ -70,9 +70,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="forwardtune", description=_DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"forwardtune {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    from . import evaluate, logs, train
+    from . import evaluate, logs, sweeps, train
 
-    for module in (train, evaluate, logs):
+    for module in (train, evaluate, sweeps, logs):
         module.add_commands(commands)
     return parser
 
@@ -80,13 +80,16 @@ def _parser() -> argparse.ArgumentParser:
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Options that say what is evaluated on what."""
     parser.add_argument("--model", help="hub id, local folder, .gguf file, or smollm2-135m (embedded)")
-    parser.add_argument("--task", help="sst2, reviews, or the path of a task file (.yaml)")
+    parser.add_argument("--task", help="a task of the package, such as sst2 or reviews, or a task file (.yaml)")
     parser.add_argument("--data-dir", help="folder with the task's data as .jsonl or .csv, instead of the hub")
     parser.add_argument("--dtype", help="auto (as stored), float32, bfloat16 or float16 [auto]")
-    parser.add_argument("--device", help="cpu, cuda or mps [cuda if there is one]")
+    parser.add_argument("--device", help="cpu, cuda, mps, or auto to spread over devices [cuda if there is one]")
     parser.add_argument("--batch-size", type=int, help="examples in a minibatch [16]")
-    parser.add_argument("--max-length", type=int, help="longest input in tokens; prompts are cut on the left [2048]")
-    parser.add_argument("--test-examples", type=int, help="evaluate on at most this many, drawn by --seed [1000]")
+    parser.add_argument("--max-length", type=int, help="longest input in tokens; contexts are cut on the left [2048]")
+    parser.add_argument("--train-examples", type=int, help="training examples, drawn by --seed [1000]")
+    parser.add_argument("--dev-examples", type=int, help="development examples, drawn from the same data [task's own]")
+    parser.add_argument("--test-examples", type=int, help="test examples, the same for every seed [1000]")
+    parser.add_argument("--per-class", type=int, help="so many training and development examples of each class instead")
     parser.add_argument("--seed", type=int, help="seed of directions, minibatches and splits [0]")
     parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
 

@@ -1,26 +1,81 @@
-"""``forwardtune eval``: the task's metric and loss of a model, untuned or tuned."""
+"""``forwardtune eval | probe``: what a model does on a task without tuning, or after it."""
 
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
 
-from .session import MODEL_DEFAULTS, fill, open_session
+from .. import memory
+from ..errors import InputError
+from .results import conclude, new_folder
+from .session import MODEL_DEFAULTS, Session, fill, open_session
+
+DEFAULTS: dict[str, Any] = {**MODEL_DEFAULTS, "shots": 0}
 
 
 def add_commands(commands: Any) -> None:
-    """Add ``eval`` to the command line."""
+    """Add ``eval`` and ``probe`` to the command line."""
     from . import add_model_options
 
-    parser = commands.add_parser("eval", help="measure a model on a task's held-out examples; prints one JSON object")
+    parser = commands.add_parser("eval", help="measure a model on a task's test examples; prints one JSON object")
     add_model_options(parser)
-    parser.set_defaults(run=run)
+    parser.add_argument("--shots", type=int, help="demonstrations before every prompt: in-context learning [0]")
+    parser.add_argument("--calibrate", action="store_true", help="divide by each answer's likelihood without content")
+    parser.add_argument("--output-dir", help="new folder for metrics.json")
+    parser.set_defaults(run=run_eval)
+
+    parser = commands.add_parser("probe", help="linear probing: logistic regression on the frozen model's features")
+    add_model_options(parser)
+    parser.add_argument("--output-dir", help="new folder for metrics.json")
+    parser.set_defaults(run=run_probe)
 
 
-def run(options: argparse.Namespace) -> None:
+def run_eval(options: argparse.Namespace) -> None:
     """Evaluate and print one JSON object on stdout."""
+    fill(options, DEFAULTS)
+    if options.shots < 0:
+        raise InputError(f"--shots must not be negative, got {options.shots}")
+    _new(options)
+    session = open_session(options, "test", shots=options.shots, calibrate=options.calibrate)
+    name = "icl" if options.shots else "zero-shot"
+    metrics = session.facts("eval", f"{name}-calibrated" if options.calibrate else name)
+    if options.shots:
+        metrics["demonstrations"] = session.demonstrations
+    conclude(_measure(session, metrics), options)
+
+
+def run_probe(options: argparse.Namespace) -> None:
+    """Fit a linear probe, evaluate with it and print one JSON object on stdout."""
+    from ..baselines import probe
+
     fill(options, MODEL_DEFAULTS)
-    session = open_session(options, "test")
-    result = session.evaluate("evaluating")
-    print(json.dumps({"model": options.model, "task": session.task.name, **result}))
+    _new(options)
+    session = open_session(options, "train", "dev", "test")
+    metrics = session.facts("probe", "probe")
+    # For answers of many tokens there are about as many classes as tokens: one strength, and a bound on the work.
+    few: dict[str, Any] = {} if session.task.fixed_answers else {"grid": (1e-2,), "max_iterations": 100}
+    with probe(
+        session.model,
+        session.tokenizer,
+        session.task,
+        session.splits["train"],
+        session.splits.get("dev"),
+        batch_size=options.batch_size,
+        layout=session.layout,
+        **few,
+    ) as fitted:
+        metrics["C"] = fitted.C
+        conclude(_measure(session, metrics), options)
+
+
+def _measure(session: Session, metrics: dict[str, Any]) -> dict[str, Any]:
+    metrics["inference_peak_memory_bytes"] = session.inference_peak()
+    memory.reset_peak(session.model.device)
+    metrics["test"] = session.evaluate("evaluating")
+    metrics["peak_memory_bytes"] = memory.peak(session.model.device)
+    return metrics
+
+
+def _new(options: argparse.Namespace) -> None:
+    if options.output_dir:
+        new_folder(options.output_dir)

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..models import load_model
+from ..models import load_model, save_model
 from ..trajectory import export_trajectory, read_log, replay
 from ..trajectory.export import read_trajectory
 from ..trajectory.updates import trajectory_of
-from . import say
+from . import methods, say, train
+from .results import new_folder
 from .session import bar, reach
 
 
@@ -50,9 +51,13 @@ def run_replay(options: argparse.Namespace) -> None:
     transformers.utils.logging.disable_progress_bar()
     dtypes = {tensor["dtype"] for tensor in trajectory.header["tensors"]}
     say(f"loading {options.model}")
-    model, tokenizer = load_model(
-        options.model, dtype=dtypes.pop() if len(dtypes) == 1 else "auto", device=options.device
-    )
+    settings = {**train.DEFAULTS, **trajectory.header["run"]}
+    adapted = settings["tune"] in ("lora", "prefix")  # then the logged dtype is the adapter's, not the model's
+    dtype = dtypes.pop() if len(dtypes) == 1 and not adapted else settings["dtype"]
+    model, tokenizer = load_model(options.model, dtype=dtype, device=options.device)
+    if adapted:
+        run = argparse.Namespace(**settings)
+        model = methods.prepare_model(model, tokenizer, options=run, folder=Path(options.log).parent)
     with bar(len(trajectory.header["tensors"]), "replaying", "tensor") as progress:
         steps = replay(trajectory, model, steps=options.steps, progress=reach(progress))
     save_model(model, tokenizer, folder)
@@ -120,26 +125,3 @@ def run_export(options: argparse.Namespace) -> None:
     log = read_log(options.log)
     size = export_trajectory(log, options.output)
     say(f"{options.output}: {size:,} bytes for {log.steps:,} steps")
-
-
-def new_folder(name: str) -> Path:
-    """The path of a folder that does not exist yet, or is empty."""
-    folder = Path(name)
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise InputError(f"{folder} is not empty: choose another --output-dir (nothing was overwritten)")
-    return folder
-
-
-def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write model and tokenizer as an ordinary Hugging Face folder.
-
-    Raises:
-        OSError: the folder cannot be written.
-    """
-    from safetensors import SafetensorError
-
-    try:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    except SafetensorError as error:
-        raise OSError(f"{folder}: the model could not be written ({error})") from None

@@ -1,20 +1,24 @@
-"""What train and eval share: a model, a task, and its examples in tokens."""
+"""What the commands share: a model, a task, and its examples in tokens."""
 
 from __future__ import annotations
 
 import argparse
+import random
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from .. import memory
 from ..errors import InputError
-from ..evaluation import can_share_prompts, evaluate
-from ..models import context_length, load_model
-from ..tasks import Split, Task, get_task, load_split
+from ..evaluation import evaluate, find_layout, prepare
+from ..models import context_length, load_model, model_kind
+from ..objectives import logits_at
+from ..tasks import Split, Task, get_task, load_splits
+from ..tasks.batching import Layout
 from ..tasks.encoding import Encoded, Encoder
 from . import positive, say
 
@@ -23,7 +27,10 @@ MODEL_DEFAULTS: dict[str, Any] = {
     "device": None,
     "batch_size": 16,
     "max_length": 2048,
+    "train_examples": 1000,
+    "dev_examples": None,
     "test_examples": 1000,
+    "per_class": None,
     "seed": 0,
     "data_dir": None,
 }
@@ -31,40 +38,101 @@ MODEL_DEFAULTS: dict[str, Any] = {
 
 @dataclass
 class Session:
-    """A loaded model, its task, and the encoded splits."""
+    """A loaded model, its task as it is put to that kind of model, and the encoded splits.
+
+    Attributes:
+        calibrations: of the test split, where they were asked for.
+        truncated: how many prompts were cut.
+        demonstrations: how many stand before every prompt.
+    """
 
     model: Any
     tokenizer: Any
     task: Task
     splits: dict[str, list[Encoded]]
-    shared: bool
+    layout: Layout
     options: argparse.Namespace
+    calibrations: list[Encoded] | None = None
+    truncated: int = 0
+    demonstrations: int = 0
+    sizes: dict[str, int] = field(default_factory=dict)
 
-    def evaluate(self, what: str, outcomes: list[float] | None = None) -> dict[str, float]:
-        """The task's metric and loss on the test split, with a progress bar; ``outcomes`` gets them by example."""
-        with bar(len(self.splits["test"]), what, "example") as progress:
+    def evaluate(self, what: str, split: str = "test", outcomes: list[float] | None = None) -> dict[str, float]:
+        """The task's metric and loss on a split, with a progress bar; ``outcomes`` gets the metric by example."""
+        with bar(len(self.splits[split]), what, "example") as progress:
             return evaluate(
                 self.model,
                 self.tokenizer,
                 self.task,
-                self.splits["test"],
+                self.splits[split],
                 batch_size=self.options.batch_size,
-                shared=self.shared,
+                layout=self.layout,
+                calibrations=self.calibrations if split == "test" else None,
                 progress=reach(progress),
                 outcomes=outcomes,
             )
 
+    def facts(self, command: str, method: str) -> dict[str, Any]:
+        """What every command's ``metrics.json`` begins with."""
+        hidden = ("run", "json", "output_dir", "resume")
+        return {
+            "command": command,
+            "method": method,
+            "model": self.options.model,
+            "task": self.task.name,
+            "metric": self.task.metric,
+            "settings": {k: v for k, v in vars(self.options).items() if k not in hidden and v is not None},
+            "splits": self.sizes,
+            "truncated_prompts": self.truncated,
+        }
 
-def open_session(options: argparse.Namespace, *split_names: str) -> Session:
-    """Check the options, then load task, data and model, in that order: what is cheap to refuse is refused first."""
+    def inference_peak(self) -> int:
+        """Peak memory of one forward pass over the longest minibatch that can be drawn, in bytes."""
+        split = self.splits.get("train", self.splits["test"])
+        longest = sorted(split, key=lambda example: example.length)[-self.options.batch_size :]
+        batch = prepare(self.model, self.tokenizer, longest, self.layout)
+        memory.reset_peak(self.model.device)
+        with torch.no_grad():
+            logits_at(self.model, batch)
+        return memory.peak(self.model.device)
+
+
+def open_session(
+    options: argparse.Namespace,
+    *wanted: str,
+    shots: int = 0,
+    calibrate: bool = False,
+    prepare_model: Callable[[Any, Any], Any] | None = None,
+) -> Session:
+    """Check the options, then load task, data and model, in that order: what is cheap to refuse is refused first.
+
+    Args:
+        wanted: the splits to encode.
+        shots: demonstrations before every prompt, drawn from the training split.
+        calibrate: encode the test examples without content too.
+        prepare_model: ``(model, tokenizer) -> model`` with what is to be tuned.
+    """
     for name in ("model", "task"):
         if not getattr(options, name):
             raise InputError(f"--{name} is missing")
-    positive(options, "batch_size", "max_length", "test_examples")
+    positive(options, "batch_size", "max_length", "train_examples", "test_examples", "per_class")
+    if options.dev_examples is not None and options.dev_examples < 0:
+        raise InputError(f"--dev-examples must not be negative, got {options.dev_examples}")
     if not 0 <= options.seed < 2**32:
         raise InputError(f"--seed must be from 0 to 4294967295, got {options.seed}")
     task = get_task(options.task)
-    splits = {name: _load(task, name, options) for name in split_names}
+    splits = load_splits(
+        task,
+        data_dir=options.data_dir,
+        train_examples=options.train_examples,
+        dev_examples=options.dev_examples,
+        test_examples=options.test_examples,
+        per_class=options.per_class,
+        seed=options.seed,
+        only=[*wanted, "train"] if shots and "train" not in wanted else wanted,
+    )
+    if shots and shots > len(splits["train"]):
+        raise InputError(f"--shots {shots} asks for more than the {len(splits['train'])} training examples: lower it")
 
     import transformers
 
@@ -74,18 +142,36 @@ def open_session(options: argparse.Namespace, *split_names: str) -> Session:
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
     say(f"loading {options.model}")
     model, tokenizer = load_model(options.model, dtype=options.dtype, device=options.device)
+    kind = model_kind(model)
+    task = task.worded_for(kind)
+    splits = {name: split.worded_for(kind) for name, split in splits.items()}
     count = sum(p.numel() for p in model.parameters())
     say(f"  {count / 1e6:.1f}M weights, {str(model.dtype).removeprefix('torch.')}, on {options.device}")
     encoder = Encoder(tokenizer, min(options.max_length, context_length(model)))
+    if shots:
+        encoder.demonstrations = _demonstrations(splits["train"], shots, options.seed)
     encoded = {}
-    for name, split in splits.items():
-        encoded[name] = encoder(task, split.examples)
-        chosen = f"{len(split.examples)} of {split.available}" if split.available > len(split.examples) else "all"
-        say(f"{name}: {chosen} {'' if chosen != 'all' else f'{split.available} '}examples of {split.source}")
+    for name in wanted:
+        if name in splits:
+            encoded[name] = encoder(task, splits[name].examples)
+            say(f"{name}: {splits[name]}")
     if encoder.truncated:
-        say(f"  {encoder.truncated} prompts were cut on the left to {encoder.max_length} tokens")
-    shared = can_share_prompts(model, tokenizer, next(iter(encoded.values())))
-    return Session(model, tokenizer, task, encoded, shared, options)
+        say(f"  {encoder.truncated} prompts were cut on the left of their context to {encoder.max_length} tokens")
+    if shots:
+        say(f"  {encoder.demonstrated} of {shots} demonstrations fit before the longest prompt")
+    if prepare_model is not None:
+        model = prepare_model(model, tokenizer)
+    layout = find_layout(model, tokenizer, next(iter(encoded.values())))
+    session = Session(model, tokenizer, task, encoded, layout, options)
+    session.truncated, session.demonstrations = encoder.truncated, encoder.demonstrated
+    session.sizes = {name: len(split) for name, split in encoded.items()}
+    if calibrate:
+        session.calibrations = encoder.calibrations(task, splits["test"].examples)
+    return session
+
+
+def _demonstrations(train: Split, shots: int, seed: int) -> Sequence[Any]:
+    return random.Random(f"{seed} {train.task.name} demonstrations").sample(train.examples, shots)
 
 
 def bar(total: int, description: str, unit: str, initial: int = 0) -> Any:
@@ -105,11 +191,6 @@ def bar(total: int, description: str, unit: str, initial: int = 0) -> Any:
 def reach(progress: Any) -> Callable[[int, int], object]:
     """A function that moves the bar to ``done``."""
     return lambda done, total: progress.update(done - progress.n)
-
-
-def _load(task: Task, name: str, options: argparse.Namespace) -> Split:
-    limit = options.train_examples if name == "train" else options.test_examples
-    return load_split(task, name, data_dir=options.data_dir, limit=limit, seed=options.seed)
 
 
 def fill(options: argparse.Namespace, defaults: dict[str, Any]) -> None:

@@ -1,47 +1,131 @@
-"""What the terminal shows during a run, and how Ctrl-C ends one."""
+"""What goes on beside the steps: the progress bar, Ctrl-C, the clock, and the development set."""
 
 from __future__ import annotations
 
 import math
 import signal
+import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 
-from ..trainer import MeZOTrainer
 from . import say
+from .results import read_lines, write_lines
 
 # The loss of a minibatch jumps about: the bar shows the mean of so many.
 _WINDOW = 20
 
 
 class Watcher(TrainerCallback):
-    """Moves the progress bar, with the recent mean loss, and stops after the step in which Ctrl-C came."""
+    """Moves the progress bar, with the recent mean loss, and stops after the step in which Ctrl-C came.
 
-    def __init__(self, trainer: MeZOTrainer, progress: Any, interrupted: list[bool]) -> None:
-        self._trainer = trainer
+    Args:
+        progress: the bar.
+        interrupted: not empty once Ctrl-C came.
+        loss: the loss of the last step; NaN if the step was skipped.
+    """
+
+    def __init__(self, progress: Any, interrupted: list[bool], loss: Callable[[], float]) -> None:
         self._progress = progress
         self._interrupted = interrupted
-        self._losses: deque[float] = deque(maxlen=_WINDOW)
+        self._loss = loss
+        self._recent: deque[float] = deque(maxlen=_WINDOW)
         self._skipped = 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        record = self._trainer.mezo.last
-        if record is not None and not record.skipped:
-            self._losses.append(record.loss)
-        elif record is not None:
+        loss = self._loss()
+        if math.isnan(loss):
             self._skipped += 1
-        mean = sum(self._losses) / len(self._losses) if self._losses else math.nan
+        else:
+            self._recent.append(loss)
+        mean = sum(self._recent) / len(self._recent) if self._recent else math.nan
         self._progress.set_postfix_str(
             f"loss {mean:.4f}" + (f", {self._skipped} skipped" if self._skipped else ""), refresh=False
         )
         self._progress.update(1)
         if self._interrupted:
             control.should_training_stop = control.should_save = True
+
+
+class StepClock(TrainerCallback):
+    """The loss and the seconds of every step, for methods that keep no step log."""
+
+    def __init__(self, loss: Callable[[], float]) -> None:
+        self._loss = loss
+        self._began = 0.0
+        self.steps: list[tuple[float, float]] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.steps.append((self._loss(), time.perf_counter() - self._began))
+
+
+class DevWatcher(TrainerCallback):
+    """Measures the development split every so many steps and at the end, and remembers which step was best.
+
+    Args:
+        evaluate: measures it.
+        metric: what to compare by; the loss decides between equals.
+        every: steps between measurements; None measures at the end alone.
+        file: where the measurements are kept, so that a resumed run knows them.
+        improved: called with the model when a step is better than all before it.
+    """
+
+    def __init__(
+        self,
+        evaluate: Callable[[], dict[str, float]],
+        metric: str,
+        every: int | None,
+        file: Path,
+        improved: Callable[[Any], object] | None = None,
+    ) -> None:
+        self._evaluate, self._metric, self._every, self._file, self._improved = evaluate, metric, every, file, improved
+        self.lines = read_lines(file)
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """``{"step": ..., "dev": ...}`` of the best measurement; the earliest of several; None before the first."""
+        return max(self.lines, key=self._worth, default=None)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # A resumed run may do its last steps again.
+        self.lines = [line for line in self.lines if line["step"] <= state.global_step]
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        last = state.global_step == state.max_steps
+        if not last and (self._every is None or state.global_step % self._every):
+            return
+        training = model.training
+        before = self.best
+        dev = self._evaluate()
+        model.train(training)
+        self.lines.append({"step": state.global_step, "dev": dev})
+        write_lines(self._file, self.lines)
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in dev.items() if name != "examples")
+        say(f"step {state.global_step}: dev {shown}")
+        if self._improved is not None and self.best is not before:
+            self._improved(model)
+
+    def _worth(self, line: dict[str, Any]) -> tuple[float, float]:
+        loss = line["dev"]["loss"]
+        return line["dev"][self._metric], -loss if math.isfinite(loss) else -math.inf
+
+
+def keep_tuned(path: Path) -> Callable[[Any], None]:
+    """A function that keeps the tuned weights of a model in a file."""
+
+    def keep(model: Any) -> None:
+        torch.save({name: p.detach() for name, p in model.named_parameters() if p.requires_grad}, path)
+
+    return keep
 
 
 @contextmanager

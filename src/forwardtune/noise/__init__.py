@@ -2,11 +2,12 @@
 
 ``z = noise(seed, step, probe, tensor, element)`` is a pure function: never stored, never drawn from a global generator,
 the same on every device, dtype, shard layout and parameter order. :mod:`.definition` says what it is, in plain torch;
-:mod:`.cpu` computes the same bits fast. ``docs/noise.md`` is the specification.
+:mod:`.cpu` and :mod:`.gpu` compute the same bits fast. ``docs/noise.md`` is the specification.
 """
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,9 +55,9 @@ class Noise:
 
     def z(self, like: Tensor, *, tensor: int, step: int, probe: int) -> Tensor:
         """The direction of one tensor: float32, in the shape and on the device of ``like``."""
-        flat = definition.directions(
-            self.direction, self.seed, tensor, step, probe, 0, like.numel(), device=like.device
-        )
+        gpu = _on_cuda(like.device, torch.float32) if like.device.type == "cuda" else ""
+        kernels = definition if isinstance(gpu, str) else gpu
+        flat = kernels.directions(self.direction, self.seed, tensor, step, probe, 0, like.numel(), device=like.device)
         return flat.reshape(like.shape)
 
     def perturb(
@@ -100,8 +101,7 @@ class Noise:
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    return tensor.view(-1) if tensor.is_contiguous() else tensor.reshape(-1)
+    return tensor.detach().contiguous().view(-1)
 
 
 def _give_back(tensor: Tensor, flat: Tensor) -> None:
@@ -109,18 +109,39 @@ def _give_back(tensor: Tensor, flat: Tensor) -> None:
         tensor.detach().copy_(flat.view(tensor.shape))
 
 
+@functools.cache
+def _on_cuda(device: torch.device, dtype: torch.dtype) -> ModuleType | str:
+    """The kernels for a CUDA device, or why there are none. Triton is imported here, when the first one is needed."""
+    try:
+        from . import gpu
+    except ImportError:
+        return "install triton"
+    if dtype not in gpu.DTYPES:
+        return f"there is no kernel for {dtype}"
+    return gpu.trouble(device, dtype) or gpu
+
+
+def _fast(device: torch.device, dtype: torch.dtype) -> ModuleType | str:
+    """The compiled code for this device and dtype, or how to get it."""
+    if device.type == "cuda":
+        return _on_cuda(device, dtype)
+    if device.type == "cpu":
+        return cpu if cpu is not None and dtype in cpu.DTYPES else "install numba"
+    return f"there is no kernel for {device.type} yet"
+
+
 _told = False
 
 
 def _backend(tensor: Tensor) -> ModuleType:
     """The fastest code for this tensor; the plain definition serves whatever has none."""
-    if tensor.device.type == "cpu" and cpu is not None and tensor.dtype in cpu.DTYPES:
-        return cpu
+    fast = _fast(tensor.device, tensor.dtype)
+    if not isinstance(fast, str):
+        return fast
     global _told
     if not _told and tensor.dtype != torch.float64:
         _told = True
-        remedy = "install numba" if tensor.device.type == "cpu" else f"there is no kernel for {tensor.device.type} yet"
         warnings.warn(
-            f"forwardtune computes its noise with plain torch here: the same bits, but slowly ({remedy})", stacklevel=3
+            f"forwardtune computes its noise with plain torch here: the same bits, but slowly ({fast})", stacklevel=3
         )
     return definition

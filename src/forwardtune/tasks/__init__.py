@@ -4,7 +4,8 @@ The tasks that come with the package are the YAML files in ``library/``, in the 
 (``docs/tasks.md``).
 """
 
-from .data import Split, load_split
-from .task import Example, Task, get_task, task_names
+from .data import Split, load_split, load_splits
+from .reader import get_task, task_names
+from .task import Example, Task
 
-__all__ = ["Example", "Split", "Task", "get_task", "load_split", "task_names"]
+__all__ = ["Example", "Split", "Task", "get_task", "load_split", "load_splits", "task_names"]

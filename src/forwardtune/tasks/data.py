@@ -1,12 +1,14 @@
-"""From files or the hub to examples."""
+"""From files or the hub to examples: reading rows, and drawing the splits."""
 
 from __future__ import annotations
 
 import csv
 import json
 import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,9 @@ from .task import Example, Task
 
 Row = dict[str, Any]
 
+# Test examples are the same for every seed, so that runs with several seeds can be compared.
+_TEST_SEED = 0
+
 
 @dataclass(frozen=True)
 class Split:
@@ -22,30 +27,138 @@ class Split:
 
     Attributes:
         task: what they are examples of.
-        examples: the chosen ones.
+        rows: the chosen rows.
+        numbers: their places in the source, from 0.
         source: where they come from, for people.
         available: how many there were to choose from.
     """
 
     task: Task
-    examples: Sequence[Example]
+    rows: Sequence[Row]
+    numbers: Sequence[int]
     source: str
     available: int
+
+    @cached_property
+    def examples(self) -> list[Example]:
+        """The rows as the task words them.
+
+        Raises:
+            InputError: a row that the task cannot use.
+        """
+        places = [f"{self.source}, example {number + 1}" for number in self.numbers]
+        return [self.task.example(row, place) for row, place in zip(self.rows, places, strict=True)]
+
+    def worded_for(self, kind: str) -> Split:
+        """The split as it is put to a ``causal`` or a ``masked`` model."""
+        return replace(self, task=self.task.worded_for(kind))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __str__(self) -> str:
+        chosen = f"all {self.available}" if len(self) == self.available else f"{len(self)} of {self.available}"
+        return f"{chosen} examples of {self.source}"
 
 
 def load_split(
     task: Task, split: str, *, data_dir: str | Path | None = None, limit: int | None = None, seed: int = 0
 ) -> Split:
-    """Load the ``train`` or ``test`` examples of a task.
+    """All ``train``, ``dev`` or ``test`` data of a task, or ``limit`` of them drawn by ``seed`` without replacement.
+
+    Raises:
+        InputError: as :func:`load_splits`.
+    """
+    whole = _load(task, split, data_dir)
+    if limit is not None and limit < len(whole):
+        whole = _take(whole, random.Random(f"{seed} {task.name} {split}").sample(range(len(whole)), limit))
+    whole.examples  # noqa: B018  # what cannot be used is refused now
+    return whole
+
+
+def load_splits(
+    task: Task,
+    *,
+    data_dir: str | Path | None = None,
+    train_examples: int = 1000,
+    dev_examples: int | None = None,
+    test_examples: int = 1000,
+    per_class: int | None = None,
+    seed: int = 0,
+    only: Sequence[str] = ("train", "dev", "test"),
+) -> dict[str, Split]:
+    """Draw the ``train``, ``dev`` and ``test`` splits of a task, without replacement.
+
+    Training and development examples are drawn by ``seed`` from the training data and share no example; test examples
+    come from the test data and are the same for every seed. Where the training data are short, the development split
+    takes at most a quarter of what is left, unless as many remain for training. A task with development data of its own
+    takes them from there.
 
     Args:
         data_dir: a folder with the task's data in files named after the data set's splits (``train.jsonl``,
             ``validation.csv``), directly or in a folder named after the task; instead of the task's own source.
-        limit: at most this many, drawn without replacement by ``seed``.
+        train_examples, dev_examples, test_examples: at most so many; ``dev_examples`` defaults to the task's own number.
+        per_class: draw so many training examples of each class, and as many development examples, instead
+            (MeZO, appendix E.1: 16 or 512).
+        only: the splits that are wanted.
 
     Raises:
-        InputError: a missing or malformed file, an empty split, or a row that the task cannot use.
+        InputError: a missing or malformed file, an empty split, too few examples of a class, or a row that the task
+            cannot use.
     """
+    splits: dict[str, Split] = {}
+    if "test" in only:
+        splits["test"] = load_split(task, "test", data_dir=data_dir, limit=test_examples, seed=_TEST_SEED)
+    wanted = task.dev_examples if dev_examples is None else dev_examples
+    own_dev = data_dir is None and "dev" in (task.hub or task.files)
+    if "train" in only or ("dev" in only and not own_dev):
+        whole = _load(task, "train", data_dir)
+        order = list(range(len(whole)))
+        random.Random(f"{seed} {task.name} train").shuffle(order)
+        if per_class is not None:
+            train, dev = _per_class(whole, order, per_class, 0 if own_dev or wanted == 0 else per_class)
+        else:
+            share = 0 if own_dev else wanted if len(whole) >= 2 * wanted else min(wanted, len(whole) // 4)
+            dev, train = order[:share], order[share : share + train_examples]
+        splits["train"], splits["dev"] = _take(whole, train), _take(whole, dev)
+    if "dev" in only and own_dev:
+        splits["dev"] = load_split(task, "dev", limit=wanted, seed=seed)
+    splits = {name: splits[name] for name in only if len(splits[name]) or name != "dev"}
+    for split in splits.values():
+        for wording in task.wordings:  # a row that cannot be used is refused before a model is loaded
+            replace(split, task=wording).examples  # noqa: B018
+    return splits
+
+
+def _per_class(whole: Split, order: Sequence[int], train: int, dev: int) -> tuple[list[int], list[int]]:
+    """So many of each class for training and for development, in a drawn order."""
+    if whole.task.answers is None:
+        raise InputError(f"task {whole.task.name} has no classes to draw examples of: leave --per-class out")
+    labels = [str(row.get(whole.task.label)).strip() for row in whole.rows]
+    there = Counter(labels)
+    for label, text in whole.task.answers.items():
+        if there[label] < train + dev:
+            raise InputError(
+                f"{whole.source} holds {there[label]} examples of class {label} ({text}), and {train} for training and "
+                f"{dev} for development are asked for: lower --per-class to {there[label] // 2 if dev else there[label]}"
+            )
+    chosen: dict[str, list[int]] = {label: [] for label in whole.task.answers}
+    for i in order:
+        if labels[i] in chosen:
+            chosen[labels[i]].append(i)
+    place = {i: rank for rank, i in enumerate(order)}
+    parts = [[i for of in chosen.values() for i in of[lo:hi]] for lo, hi in ((0, train), (train, train + dev))]
+    return sorted(parts[0], key=place.__getitem__), sorted(parts[1], key=place.__getitem__)
+
+
+def _take(whole: Split, places: Sequence[int]) -> Split:
+    """Those examples of a split, in the order of the source."""
+    places = sorted(places)
+    return replace(whole, rows=[whole.rows[i] for i in places], numbers=[whole.numbers[i] for i in places])
+
+
+def _load(task: Task, split: str, data_dir: str | Path | None) -> Split:
+    """All labelled rows of a task's data."""
     if data_dir is not None:
         path = _in_folder(task, split, Path(data_dir))
         rows, source = _read(path), str(path)
@@ -55,21 +168,22 @@ def load_split(
         rows, source = _read(task.files[split]), str(task.files[split])
     else:
         raise InputError(f"task {task.name} has no {split} file: add '{split}: FILE' to its task file")
-    if not rows:
+    labelled = [
+        i for i, row in enumerate(rows) if task.unlabelled is None or str(row.get(task.label)) != task.unlabelled
+    ]
+    if not labelled:
         raise InputError(f"{source} holds no example")
-    numbers = range(len(rows))
-    if limit is not None and limit < len(rows):
-        numbers = sorted(random.Random(f"{seed} {task.name} {split}").sample(numbers, limit))  # type: ignore[assignment]
-    examples = [task.example(rows[i], f"{source}, example {i + 1}") for i in numbers]
-    return Split(task, examples, source, len(rows))
+    return Split(task, [rows[i] for i in labelled], labelled, source, len(labelled))
 
 
 def _in_folder(task: Task, split: str, folder: Path) -> Path:
     names = [split] if task.hub is None else [task.hub[split], split]
+    if split == "test":
+        names.append("validation")
     tried = [
         parent / f"{name}{suffix}"
         for parent in (folder / task.name, folder)
-        for name in names
+        for name in dict.fromkeys(names)
         for suffix in (".jsonl", ".csv")
     ]
     for path in tried:

@@ -1,16 +1,17 @@
-"""From text to tokens: prompts, options, and batches that process every prompt once."""
+"""From text to tokens: prompts, answer options, demonstrations, and the cutting of what is too long."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from ..errors import InputError
-from .task import Example, Task
+from .task import MASK, Example, Task
+
+#: Between demonstrations, and before the prompt.
+SEPARATOR = "\n\n"
 
 
 @dataclass(frozen=True)
@@ -18,21 +19,31 @@ class Encoded:
     """One example in tokens.
 
     Attributes:
-        prompt: tokens of the prompt, possibly cut on the left.
-        options: tokens of every continuation: the answer options, or the target text alone.
-        label: which option is right; 0 for free text.
-        text: the target text, for scoring free text.
+        prompt: tokens of the prompt, possibly cut; for a masked model the whole input.
+        options: tokens of every continuation (the answer options, or the target text alone), or the one token that
+            fills the mask.
+        right: which options are right; training takes the first.
+        texts: the target texts, for scoring free text.
+        scored: so many of the prompt's last tokens are part of every option: options that begin alike.
+        mask: place of the mask in the prompt; None for causal models.
     """
 
     prompt: list[int]
     options: list[list[int]]
-    label: int
-    text: str = ""
+    right: tuple[int, ...] = (0,)
+    texts: tuple[str, ...] = ()
+    scored: int = 0
+    mask: int | None = None
+
+    @property
+    def label(self) -> int:
+        """The right option that is trained on."""
+        return self.right[0]
 
     @property
     def length(self) -> int:
-        """Tokens in the model's input."""
-        return len(self.prompt) + sum(len(option) - 1 for option in self.options)
+        """Tokens in the model's input when the options share their prompt."""
+        return len(self.prompt) + (0 if self.mask is not None else sum(len(option) - 1 for option in self.options))
 
 
 @dataclass
@@ -41,47 +52,94 @@ class Encoder:
 
     Args:
         tokenizer: a Hugging Face tokenizer.
-        max_length: longest input; prompts are cut on the left to fit, the answers never.
+        max_length: longest input. What is too long is cut on the left of the example's context, word by word; question
+            and answers stay whole.
+        demonstrations: examples with their right answers, put before every prompt (in-context learning).
 
-    ``truncated`` counts the prompts that were cut.
+    ``truncated`` counts the prompts that were cut; ``demonstrated`` is the number of demonstrations that fitted beside
+    the longest example: all examples get the same ones.
     """
 
     tokenizer: Any
     max_length: int
+    demonstrations: Sequence[Example] = ()
     truncated: int = field(default=0, init=False)
+    demonstrated: int = field(default=0, init=False)
 
     def __call__(self, task: Task, examples: Sequence[Example]) -> list[Encoded]:
         """Encode the examples of a task.
 
         Raises:
-            InputError: an answer alone is longer than ``max_length`` allows.
+            InputError: nothing of a context would be left, a tokenizer without a mask token for a masked task, or a
+                label word of several tokens.
         """
-        return [self._encode(task, example, number) for number, example in enumerate(examples, start=1)]
+        if task.kind == "masked":
+            return self._filled_masks(task, examples)
+        preamble = self._preamble(task, examples)
+        return [self._continuations(task, example, preamble, i) for i, example in enumerate(examples, start=1)]
 
-    def _encode(self, task: Task, example: Example, number: int) -> Encoded:
+    def calibrations(self, task: Task, examples: Sequence[Example]) -> list[Encoded]:
+        """The same examples with their prompts' content left out, after the same demonstrations.
+
+        Raises:
+            InputError: the task has no such prompt, or is not a choice between continuations.
+        """
+        if task.free_text or task.kind == "masked":
+            raise InputError(f"task {task.name} cannot be calibrated: only a choice between continuations can")
+        preamble = self._preamble(task, examples)
+        bare = [
+            Example(example.calibration, example.options, example.right, context=(0, 0), calibration="")
+            for example in examples
+        ]
+        if not all(example.prompt.strip() for example in bare):
+            raise InputError(
+                f"task {task.name} has no prompt without content: add 'calibration: TEXT' to its task file"
+            )
+        return [self._continuations(task, example, preamble, i) for i, example in enumerate(bare, start=1)]
+
+    # --- causal models ------------------------------------------------------------------------------------------------
+
+    def _continuations(self, task: Task, example: Example, preamble: str, number: int) -> Encoded:
         texts = example.options or (example.target + task.stop,)
+        start, end = (place + len(preamble) for place in example.context)
+        whole = preamble + example.prompt
+
+        def encode(cut: int) -> Encoded:
+            return self._split(task, whole[:start] + whole[start + cut :], example, texts, number)
+
+        encoded = encode(0)
+        if _input_length(encoded) > self.max_length:
+            self.truncated += 1
+            cut = _least(
+                _word_starts(whole[start:end]), lambda cut: _input_length(encode(cut)) <= self.max_length, end - start
+            )
+            encoded = encode(cut)
+            if cut == end - start or _input_length(encoded) > self.max_length:
+                longest = max(map(len, encoded.options))
+                raise InputError(
+                    f"task {task.name}, example {number}: an input of {self.max_length} tokens leaves no room for its "
+                    f"context beside the rest of the prompt and answers of {longest} tokens: raise --max-length, or "
+                    "choose a model with a longer context"
+                )
+        return encoded
+
+    def _split(self, task: Task, prompt: str, example: Example, texts: Sequence[str], number: int) -> Encoded:
         # Prompt and answer are tokenised together, as the model saw text in training. What all continuations share is
         # the prompt; a token that spans the border counts as part of the answers.
-        alone = self._tokens(example.prompt)
-        whole = [self._tokens(example.prompt + text) for text in texts]
-        shared = min(_common_prefix(alone, tokens) for tokens in whole)
-        prompt, options = alone[:shared], [tokens[shared:] for tokens in whole]
-        if not prompt or not all(options):
+        alone = self._tokens(prompt)
+        whole = [self._tokens(prompt + text) for text in texts]
+        border = min(_common_prefix(alone, tokens) for tokens in whole)
+        # Options that begin alike, as sentences with one word exchanged do, share their beginning's computation too.
+        alike = min(min(_common_prefix(whole[0], tokens), len(tokens) - 1) for tokens in whole)
+        shared = border if task.free_text else max(border, alike)
+        options = [tokens[shared:] for tokens in whole]
+        if not border or not all(options):
             raise InputError(
                 f"task {task.name}, example {number}: prompt and answers {texts} share no border of tokens; "
                 "change the end of the prompt"
             )
-        room = self.max_length - max(sum(len(option) - 1 for option in options), max(map(len, options)))
-        if room < 1:
-            raise InputError(
-                f"task {task.name}, example {number}: its answers take {max(map(len, options))} tokens, and an input of "
-                f"{self.max_length} leaves no room for the prompt: raise --max-length or shorten the answers"
-            )
-        if len(prompt) > room:
-            self.truncated += 1
-            begins = [prompt[0]] if prompt[0] == self.tokenizer.bos_token_id and room > 1 else []
-            prompt = begins + prompt[len(prompt) - room + len(begins) :]
-        return Encoded(prompt, options, max(example.label, 0), example.target.strip())
+        truths = tuple(text.strip() for text in example.targets)
+        return Encoded(whole[0][:shared], options, example.right or (0,), truths, shared - border)
 
     def _tokens(self, text: str) -> list[int]:
         tokens: list[int] = self.tokenizer(text)["input_ids"]
@@ -90,75 +148,99 @@ class Encoder:
             tokens = tokens[:-1]
         return tokens
 
+    def _preamble(self, task: Task, examples: Sequence[Example]) -> str:
+        """As many of the last demonstrations as fit before every example, as text."""
+        texts = [
+            demo.prompt + (demo.options[demo.label] if demo.options else demo.target) for demo in self.demonstrations
+        ]
+        if not texts:
+            return ""
+        longest = max(
+            _input_length(self._continuations_uncut(task, example, i)) for i, example in enumerate(examples, 1)
+        )
+        while texts:
+            preamble = SEPARATOR.join(texts) + SEPARATOR
+            if len(self._tokens(preamble)) + longest <= self.max_length:
+                break
+            texts = texts[1:]
+        self.demonstrated = len(texts)
+        return preamble if texts else ""
 
-def _common_prefix(a: list[int], b: list[int]) -> int:
+    def _continuations_uncut(self, task: Task, example: Example, number: int) -> Encoded:
+        return self._split(task, example.prompt, example, example.options or (example.target + task.stop,), number)
+
+    # --- masked models ------------------------------------------------------------------------------------------------
+
+    def _filled_masks(self, task: Task, examples: Sequence[Example]) -> list[Encoded]:
+        if self.tokenizer.mask_token_id is None:
+            raise InputError(f"task {task.name} needs a mask token, and this tokenizer has none: choose a masked model")
+        if self.demonstrations:
+            raise InputError("demonstrations are for causal models: leave --shots out")
+        assert task.answers is not None
+        words = [self._word(task, text) for text in task.answers.values()]
+        return [self._filled_mask(task, example, words, i) for i, example in enumerate(examples, start=1)]
+
+    def _filled_mask(self, task: Task, example: Example, words: list[list[int]], number: int) -> Encoded:
+        start, end = example.context
+
+        def encode(cut: int) -> list[int]:
+            text = example.prompt[:start] + example.prompt[start + cut :]
+            return self.tokenizer(text.replace(MASK, self.tokenizer.mask_token))["input_ids"]
+
+        tokens = encode(0)
+        if len(tokens) > self.max_length:
+            self.truncated += 1
+            cut = _least(
+                _word_starts(example.prompt[start:end]), lambda cut: len(encode(cut)) <= self.max_length, end - start
+            )
+            tokens = encode(cut)
+            if cut == end - start or len(tokens) > self.max_length:
+                raise InputError(
+                    f"task {task.name}, example {number}: an input of {self.max_length} tokens leaves no room for its "
+                    "context beside the rest of the prompt: raise --max-length, or choose a model with a longer context"
+                )
+        if tokens.count(self.tokenizer.mask_token_id) != 1:
+            raise InputError(f"task {task.name}, example {number}: its text has a mask token of its own: drop the row")
+        return Encoded(tokens, words, example.right, mask=tokens.index(self.tokenizer.mask_token_id))
+
+    def _word(self, task: Task, text: str) -> list[int]:
+        """The one token of a label word. Byte-level vocabularies know most words with the space before them."""
+        for form in (" " + text, text):
+            tokens = self.tokenizer(form, add_special_tokens=False)["input_ids"]
+            if len(tokens) == 1 and tokens[0] != self.tokenizer.unk_token_id:
+                return tokens
+        pieces = " + ".join(self.tokenizer.convert_ids_to_tokens(tokens))
+        raise InputError(
+            f"task {task.name}: the answer {text!r} is not one token of this model ({pieces}), so it cannot fill a mask: "
+            "choose another word in a task file"
+        )
+
+
+def _input_length(encoded: Encoded) -> int:
+    """Tokens of the longest sequence that the model sees: the prompt with the longest option."""
+    return len(encoded.prompt) + max(map(len, encoded.options))
+
+
+def _least(candidates: list[int], fits: Any, otherwise: int) -> int:
+    """The smallest of the sorted candidates that fits, by bisection; ``otherwise`` if none does."""
+    lo, hi = 0, len(candidates)
+    while lo < hi:
+        middle = (lo + hi) // 2
+        if fits(candidates[middle]):
+            hi = middle
+        else:
+            lo = middle + 1
+    return candidates[lo] if lo < len(candidates) else otherwise
+
+
+def _word_starts(text: str) -> list[int]:
+    """Where a text may be cut: before a word; anywhere in a text of one long word."""
+    starts = [match.start() for match in re.finditer(r"\S+", text)][1:]
+    return starts if starts else list(range(1, len(text)))
+
+
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     for i, (x, y) in enumerate(zip(a, b, strict=False)):
         if x != y:
             return i
     return min(len(a), len(b))
-
-
-def collate(
-    batch: Sequence[Encoded], pad: int, *, shared: bool = True, dtype: torch.dtype = torch.float32
-) -> dict[str, Tensor]:
-    """One model input for a batch of examples, with the places of the answer tokens in it.
-
-    The last token of an option is never an input, so options of one token need no input at all beyond the prompt.
-    Longer ones stand side by side behind the prompt: each sees the prompt and itself alone (``attention_mask``), at
-    the positions that it would have by itself (``position_ids``). With ``shared=False`` every option has a row of its
-    own, the plain definition.
-
-    Returns:
-        ``input_ids`` (rows, length), padded on the right; ``positions`` (p,), places in the flattened input whose
-        logits are needed; ``logit_rows`` (n,) and ``tokens`` (n,), one for each answer token: which of the p predicts
-        it, and what it is; ``slots`` (n,), number of its option within the batch; ``options`` (batch, most options),
-        those numbers by example, -1 where an example has fewer; ``labels`` (batch,). With long options also
-        ``position_ids`` (rows, length) and ``attention_mask`` (rows, 1, length, length), additive, in ``dtype``.
-    """
-    rows: list[tuple[list[int], list[list[int]]]] = []
-    for example in batch:
-        rows += [(example.prompt, example.options)] if shared else [(example.prompt, [o]) for o in example.options]
-    length = max(len(prompt) + sum(len(o) - 1 for o in options) for prompt, options in rows)
-    input_ids = torch.full((len(rows), length), pad)
-    position_ids = torch.arange(length).repeat(len(rows), 1)
-    side_by_side = any(sum(len(o) > 1 for o in options) > 1 for _, options in rows)
-    seen = torch.ones(len(rows), length, length, dtype=torch.bool).tril() if side_by_side else None
-    places: dict[int, int] = {}
-    logit_rows: list[int] = []
-    tokens: list[int] = []
-    slots: list[int] = []
-    slot = 0
-    for row, (prompt, options) in enumerate(rows):
-        input_ids[row, : len(prompt)] = torch.tensor(prompt)
-        start = len(prompt)
-        for option in options:
-            end = start + len(option) - 1
-            input_ids[row, start:end] = torch.tensor(option[:-1], dtype=torch.int64)
-            position_ids[row, start:end] = torch.arange(len(prompt), len(prompt) + len(option) - 1)
-            if seen is not None:
-                seen[row, start:end, len(prompt) : start] = False
-            for j, token in enumerate(option):
-                place = row * length + (len(prompt) - 1 if j == 0 else start + j - 1)
-                logit_rows.append(places.setdefault(place, len(places)))
-                tokens.append(token)
-                slots.append(slot)
-            start, slot = end, slot + 1
-    counts = [len(example.options) for example in batch]
-    starts = [sum(counts[:i]) for i in range(len(counts))]
-    inputs = {
-        "input_ids": input_ids,
-        "positions": torch.tensor(list(places)),
-        "logit_rows": torch.tensor(logit_rows),
-        "tokens": torch.tensor(tokens),
-        "slots": torch.tensor(slots),
-        "options": torch.tensor(
-            [[s + i if i < c else -1 for i in range(max(counts))] for s, c in zip(starts, counts, strict=True)]
-        ),
-        "labels": torch.tensor([example.label for example in batch]),
-    }
-    if seen is not None:
-        inputs["position_ids"] = position_ids
-        inputs["attention_mask"] = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)[
-            :, None
-        ]
-    return inputs

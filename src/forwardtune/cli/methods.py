@@ -1,0 +1,248 @@
+"""The two ways to tune: MeZO, and backpropagation with Adam. Same model, data, objective and measurements."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from .. import memory
+from ..errors import InputError
+from ..evaluation import training_objective
+from ..models import load_model, tune
+from ..tasks.batching import collate
+from ..trajectory import Log, read_log, replay
+from . import say
+from .session import Session, bar
+from .watcher import DevWatcher, StepClock, Watcher, keep_tuned, stop_on_interrupt
+
+#: The adapter that a run began with, so that its step log can be replayed anywhere.
+INITIAL = "initial.safetensors"
+_DEV = "dev.jsonl"
+_BEST = "best.pt"
+
+
+@dataclass
+class Trained:
+    """What came of tuning: facts for ``metrics.json``, and the course of the run, a line for each step."""
+
+    facts: dict[str, Any]
+    history: list[dict[str, Any]]
+
+
+def prepare_model(model: Any, tokenizer: Any, *, options: argparse.Namespace, folder: Path) -> Any:
+    """The model with what is to be tuned. An adapter's first weights are kept in the run's folder, or come from there."""
+    targets = options.lora_targets.split(",") if options.lora_targets else None
+    model = tune(
+        model,
+        tokenizer,
+        options.tune,
+        lora_rank=options.lora_rank,
+        lora_alpha=options.lora_alpha,
+        lora_targets=targets,
+        prefix_length=options.prefix_length,
+        seed=options.seed,
+    )
+    tuned = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    say(f"tuning {sum(p.numel() for p in tuned.values()):,} weights in {len(tuned)} tensors ({options.tune})")
+    if options.tune in ("lora", "prefix"):
+        start_from(model, folder / INITIAL)
+    return model
+
+
+def start_from(model: Any, path: Path) -> None:
+    """Give the tuned weights the values in the file, which is written if there is none.
+
+    An adapter starts from random numbers or activations, which another machine may round differently.
+    """
+    tuned = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: p.detach().contiguous() for name, p in tuned.items()}, path)
+        return
+    kept = load_file(path)
+    if {name: t.shape for name, t in kept.items()} != {name: p.shape for name, p in tuned.items()}:
+        raise InputError(f"{path} does not hold the first weights of this adapter: restore the file of the run")
+    with torch.no_grad():
+        for name, p in tuned.items():
+            p.copy_(kept[name])
+
+
+def train_mezo(session: Session, folder: Path, log: Log | None, settings: dict[str, Any]) -> Trained | None:
+    """Run MeZO; None when Ctrl-C stopped it."""
+    from ..trainer import MeZOConfig, MeZOTrainer
+
+    options, inference_peak = session.options, session.inference_peak()
+    try:
+        config = MeZOConfig(
+            output_dir=str(folder),
+            max_steps=options.steps,
+            per_device_train_batch_size=options.batch_size,
+            learning_rate=options.lr,
+            lr_scheduler_type=options.lr_scheduler,
+            weight_decay=options.weight_decay,
+            eps=options.eps,
+            probes=options.probes,
+            direction=options.direction,
+            perturbation=options.perturbation,
+            clip_coefficient=options.clip_coefficient,
+            seed=options.seed,
+            save_strategy="steps" if options.save_steps else "no",
+            save_steps=options.save_steps or 500,
+            report_to=[],
+            disable_tqdm=True,
+            logging_strategy="no",
+            remove_unused_columns=False,
+            use_cpu=options.device == "cpu",
+            dataloader_pin_memory=options.device == "cuda",
+        )
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    trainer = MeZOTrainer(args=config, run=settings, **_ingredients(session))
+    done = log.steps if log else 0
+    say(f"tuning for {options.steps} steps{f', {done} of them done' if done else ''}; steps go to {trainer.step_log}")
+
+    def last_loss() -> float:
+        record = trainer.mezo.last
+        return math.nan if record is None or record.skipped else record.loss
+
+    dev = _watch_dev(session, folder)
+    peak = _run(trainer, session, done, last_loss, dev, resume=bool(log))
+    if trainer.state.global_step < options.steps:
+        saved = folder / f"checkpoint-{trainer.state.global_step}"
+        say(f"stopped after step {trainer.state.global_step} of {options.steps}; the weights so far are in {saved}")
+        say(f"go on with: forwardtune train --output-dir {folder} --resume")
+        return None
+    records = read_log(trainer.step_log).records
+    perturbation = trainer.mezo.perturbation.name if trainer.mezo.perturbation else options.perturbation
+    facts = _facts(len(records), sum(r.skipped for r in records), sum(r.seconds for r in records), peak, inference_peak)
+    facts["perturbation"] = perturbation
+    history = _history([(record.loss, record.seconds) for record in records], dev)
+    best = dev.best if dev else None
+    if best is not None:
+        facts["dev"], facts["best_step"] = best["dev"], best["step"]
+        if best["step"] < len(records):
+            step_log = trainer.step_log
+            session.model = None  # trainer and model go before the model is loaded again
+            del trainer
+            _go_back(session, step_log, best["step"])
+    return Trained(facts, history)
+
+
+def train_adam(session: Session, folder: Path, log: Log | None, settings: dict[str, Any]) -> Trained | None:
+    """Run backpropagation with Adam; None when Ctrl-C stopped it."""
+    from ..baselines import AdamTrainer, adam_arguments
+
+    options, inference_peak = session.options, session.inference_peak()
+    arguments = adam_arguments(
+        str(folder),
+        steps=options.steps,
+        learning_rate=options.lr,
+        batch_size=options.batch_size,
+        scheduler=options.lr_scheduler,
+        weight_decay=options.weight_decay,
+        seed=options.seed,
+        use_cpu=options.device == "cpu",
+        dataloader_pin_memory=options.device == "cuda",
+    )
+    trainer = AdamTrainer(args=arguments, **_ingredients(session))
+    clock = StepClock(lambda: trainer.last_loss)
+    trainer.add_callback(clock)
+    say(f"tuning for {options.steps} steps by backpropagation")
+    dev = _watch_dev(session, folder, keep_tuned(folder / _BEST))
+    peak = _run(trainer, session, 0, lambda: trainer.last_loss, dev)
+    if trainer.state.global_step < options.steps:
+        say(f"stopped after step {trainer.state.global_step} of {options.steps}; nothing was saved")
+        return None
+    losses = [loss for loss, _ in clock.steps]
+    seconds = sum(seconds for _, seconds in clock.steps)
+    facts = _facts(len(losses), sum(not math.isfinite(loss) for loss in losses), seconds, peak, inference_peak)
+    best = dev.best if dev else None
+    if best is not None:
+        facts["dev"], facts["best_step"] = best["dev"], best["step"]
+        if best["step"] < len(losses):
+            session.model.load_state_dict(torch.load(folder / _BEST, weights_only=True), strict=False)
+    (folder / _BEST).unlink(missing_ok=True)
+    session.model.eval()
+    return Trained(facts, _history(clock.steps, dev))
+
+
+METHODS: dict[str, Callable[[Session, Path, Log | None, dict[str, Any]], Trained | None]] = {
+    "mezo": train_mezo,
+    "adam": train_adam,
+}
+
+
+def _ingredients(session: Session) -> dict[str, Any]:
+    """What both trainers get."""
+    return {
+        "model": session.model,
+        "train_dataset": session.splits["train"],
+        "data_collator": partial(collate, layout=session.layout),
+        "processing_class": session.tokenizer,
+        "objective": training_objective(session.task),
+    }
+
+
+def _watch_dev(session: Session, folder: Path, improved: Callable[[Any], object] | None = None) -> DevWatcher | None:
+    if "dev" not in session.splits:
+        return None
+    evaluate = partial(session.evaluate, "dev", "dev")
+    return DevWatcher(evaluate, session.task.metric, session.options.eval_steps, folder / _DEV, improved)
+
+
+def _run(
+    trainer: Any, session: Session, done: int, loss: Callable[[], float], dev: DevWatcher | None, resume: bool = False
+) -> int:
+    """Train with a progress bar, until the end or Ctrl-C; the peak memory in bytes."""
+    for callback in list(trainer.callback_handler.callbacks):
+        if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
+            trainer.remove_callback(callback)
+    memory.reset_peak(session.model.device)
+    with bar(session.options.steps, "tuning", "step", done) as progress, stop_on_interrupt() as interrupted:
+        trainer.add_callback(Watcher(progress, interrupted, loss))
+        if dev is not None:
+            trainer.add_callback(dev)
+        trainer.train(**({"resume_from_checkpoint": True} if resume else {}))
+    return memory.peak(session.model.device)
+
+
+def _go_back(session: Session, step_log: Path, step: int) -> None:
+    """Load the base model again and bring it to an earlier step: the log is the checkpoint."""
+    gc.collect()
+    options = session.options
+    say(f"going back to step {step}, which was best on the dev split")
+    dtype = read_log(step_log).header["run"].get("dtype", "auto")
+    model, _ = load_model(options.model, dtype=dtype, device=options.device)
+    session.model = prepare_model(model, session.tokenizer, options=options, folder=step_log.parent)
+    replay(step_log, session.model, steps=step)
+
+
+def _facts(steps: int, skipped: int, seconds: float, peak: int, inference_peak: int) -> dict[str, Any]:
+    return {
+        "seconds": seconds,
+        "seconds_per_step": seconds / max(1, steps),
+        "peak_memory_bytes": peak,
+        "inference_peak_memory_bytes": inference_peak,
+        "steps": steps,
+        "skipped_steps": skipped,
+    }
+
+
+def _history(steps: list[tuple[float, float]], dev: DevWatcher | None) -> list[dict[str, Any]]:
+    """A line for each step with its loss and the seconds so far, then the measurements on the dev split."""
+    seconds = [0.0, *accumulate(seconds for _, seconds in steps)]
+    lines: list[dict[str, Any]] = [
+        {"step": i, "seconds": seconds[i], "loss": loss} for i, (loss, _) in enumerate(steps, start=1)
+    ]
+    measured = [] if dev is None else dev.lines
+    return lines + [{"step": m["step"], "seconds": seconds[m["step"]], "dev": m["dev"]} for m in measured]

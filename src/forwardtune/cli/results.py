@@ -1,0 +1,89 @@
+"""The files of a run: ``metrics.json`` and its companions, written whole or not at all."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from . import say
+
+METRICS = "metrics.json"
+OUTCOMES = "outcomes.json"
+HISTORY = "history.jsonl"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What the file holds; nothing if it is missing or damaged, as then it is made again."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write the file whole, or leave what was there."""
+    _write(path, json.dumps(content, indent=None if path.name == OUTCOMES else 2) + "\n")
+
+
+def write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
+    """Write JSON Lines whole, or leave what was there."""
+    _write(path, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a JSON Lines file; none if there is no file."""
+    lines = []
+    try:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            lines.append(json.loads(line))
+    except (OSError, ValueError):  # a kill tore the last line
+        pass
+    return lines
+
+
+def _write(path: Path, text: str) -> None:
+    partial_file = path.with_name(f"{path.name}.partial")
+    partial_file.write_text(text, encoding="utf-8")
+    os.replace(partial_file, path)
+
+
+def new_folder(name: str | Path, leftovers: tuple[str, ...] = ()) -> Path:
+    """The path of a folder that does not exist yet, or holds nothing but files that begin like ``leftovers``.
+
+    Raises:
+        InputError: it holds something.
+    """
+    folder = Path(name)
+    if (folder / "steps.jsonl").exists():
+        raise InputError(
+            f"{folder} holds another run: add --resume to go on with it, or choose another --output-dir "
+            "(nothing was overwritten)"
+        )
+    if folder.is_file() or (folder.is_dir() and not all(path.name.startswith(leftovers) for path in folder.iterdir())):
+        raise InputError(f"{folder} is not empty: choose another --output-dir (nothing was overwritten)")
+    return folder
+
+
+def conclude(metrics: dict[str, Any], options: argparse.Namespace) -> None:
+    """Write what was measured to the run's folder, if it has one, and print it on stdout."""
+    if options.output_dir:
+        folder = Path(options.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / METRICS, metrics)
+    print(json.dumps(metrics))
+
+
+def table(columns: dict[str, dict[str, float]]) -> None:
+    """Show measurements side by side: one column for each, one row for each quantity."""
+    first = next(iter(columns.values()))
+    heading = f"{first['examples']:.0f} test examples"
+    say(f"{heading:24}" + "".join(f"{name:>12}" for name in columns))
+    for name in first:
+        if name != "examples":
+            say(f"{name:24}" + "".join(f"{column[name]:12.4f}" for column in columns.values()))

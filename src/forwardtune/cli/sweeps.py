@@ -1,0 +1,94 @@
+"""``forwardtune sweep | report``: a table of many runs from one file."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from ..report import write_report
+from ..sweep import SweepFolder, read_sweep, run_sweep
+from ..sweep.bases import prepare_bases
+from ..sweep.plan import slug
+from ..sweep.reader import Commands
+from . import positive, say
+
+
+def add_commands(commands: Any) -> None:
+    """Add the commands that work on many runs."""
+    parser = commands.add_parser("sweep", help="run methods x tasks x seeds x a grid of options from one file")
+    parser.add_argument("file", help="the sweep file (.yaml); docs/sweeps.md describes it")
+    parser.add_argument("--output-dir", help="folder of all runs; the same one resumes [runs/NAME]")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once, which share the cores [1]")
+    parser.add_argument("--data-dir", help="folder with the tasks' data, for every run")
+    parser.add_argument("--dry-run", action="store_true", help="list the runs and their state; run nothing")
+    parser.set_defaults(run=run)
+
+    parser = commands.add_parser("report", help="tables and plots of a sweep, finished or not")
+    parser.add_argument("folder", help="the sweep's folder")
+    parser.add_argument("--output-dir", help="where results.md, results.json and plots go [the sweep's folder]")
+    parser.add_argument("--no-plots", action="store_true", help="tables alone, without matplotlib")
+    parser.set_defaults(run=run_report)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Do the runs of a sweep file that are not done yet. 1 if some failed."""
+    positive(options, "jobs")
+    sweep = read_sweep(Path(options.file), command_options(), options.data_dir)
+    folder = SweepFolder(Path(options.output_dir or Path("runs") / slug(sweep.name)))
+    if options.dry_run:
+        folder.require_same_runs(sweep.runs)
+        for run in sweep.runs:
+            say(f"{folder.state(run):9} {run.title}")
+            say(f"{'':9} forwardtune {' '.join(run.arguments(str(folder.of(run))))}")
+        return 0
+    with folder.locked() as lock:
+        folder.require_same_runs(sweep.runs)
+        todo = [run for run in sweep.runs if folder.state(run) != "finished"]
+        folder.write_plan(sweep)
+        say(f"{sweep.name}: {len(sweep.runs)} runs in {folder.path}, {len(sweep.runs) - len(todo)} of them finished")
+        if todo:
+            say(f"a run's output goes to a .log beside its folder, the first one's to {folder.log_file(todo[0])}")
+            if not sweep.keep_models:
+                say("weights of finished runs are removed, step logs stay (keep-models: true keeps the weights)")
+        bases = prepare_bases(folder.path, todo, say)
+        outcome = run_sweep(sweep, folder, bases=bases, jobs=options.jobs, say=say, lock=lock)
+    again = f"forwardtune sweep {options.file} --output-dir {folder.path}"
+    again += f" --data-dir {options.data_dir}" if options.data_dir else ""
+    if outcome.stopped:
+        say(f"stopped with {outcome.finished} of {len(sweep.runs)} runs finished; go on with: {again}")
+        return 130
+    if outcome.failed:
+        say(f"{len(outcome.failed)} of {len(sweep.runs)} runs failed; try them again with: {again}")
+    say(f"table and plots: forwardtune report {folder.path}")
+    return 1 if outcome.failed else 0
+
+
+def run_report(options: argparse.Namespace) -> None:
+    """Write tables and plots."""
+    folder = Path(options.folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: there is no such folder; give the one that forwardtune sweep wrote to")
+    output = Path(options.output_dir) if options.output_dir else folder
+    for path in write_report(folder, output, plots=not options.no_plots):
+        say(str(path))
+
+
+def command_options() -> Commands:
+    """The options of every command, by their names without dashes."""
+    from . import _parser
+
+    parsers: dict[str, argparse.ArgumentParser] = {}
+    for action in _parser()._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            parsers = action.choices
+    return {
+        command: {
+            name.removeprefix("--"): action
+            for action in parser._actions
+            for name in action.option_strings
+            if name.startswith("--")
+        }
+        for command, parser in parsers.items()
+    }

@@ -1,0 +1,21 @@
+"""L5: models. Loading and saving them, what kind they are, and which of their weights are tuned.
+
+This package is the one part of the library that knows ``peft``.
+"""
+
+from .kinds import Kind, model_kind
+from .loading import EMBEDDED_MODEL, context_length, load_model, require_device, save_model
+from .prefix import forward
+from .tuning import tune
+
+__all__ = [
+    "EMBEDDED_MODEL",
+    "Kind",
+    "context_length",
+    "forward",
+    "load_model",
+    "model_kind",
+    "require_device",
+    "save_model",
+    "tune",
+]

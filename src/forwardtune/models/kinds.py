@@ -1,0 +1,84 @@
+"""L5: causal or masked: what kind of language model a checkpoint or a loaded model is."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, Literal
+
+from ..errors import InputError
+
+Kind = Literal["causal", "masked"]
+
+_CAUSAL_HEADS = ("ForCausalLM", "LMHeadModel")
+# A checkpoint of one of these may hold a language model's head under another name; its weights tell.
+_NO_TASK = ("Model", "ForPreTraining")
+_REMEDY = "give a causal language model (GPT, Llama, Qwen, Gemma, OPT ...) or a masked one (BERT, RoBERTa ...)"
+
+
+def model_kind(model: Any) -> Kind:
+    """What a loaded language model predicts: ``causal`` the next token, ``masked`` the token behind a mask.
+
+    It is read off the name of the model's class, below any adapter.
+
+    Raises:
+        InputError: a model of another kind, such as T5 or a classifier.
+    """
+    base = base_model(model)
+    if getattr(base.config, "is_encoder_decoder", False):
+        raise InputError(f"{type(base).__name__} is an encoder-decoder: {_REMEDY}")
+    for cls in type(base).__mro__:
+        if (kind := _kind_of_class(cls.__name__)) is not None:
+            return kind
+    raise InputError(f"{type(base).__name__} is not a causal or masked language model: {_REMEDY}")
+
+
+def checkpoint_kind(config: Any) -> Kind:
+    """The kind of a checkpoint, by the class that it was saved from, or else by what its type of model can be.
+
+    Args:
+        config: its ``transformers`` configuration.
+
+    Raises:
+        InputError: it is of another kind.
+    """
+    from transformers.models.auto import modeling_auto
+
+    saved_from = config.architectures or []
+    what = " ".join(saved_from) or f"a model of type {config.model_type}"
+    if config.is_encoder_decoder:
+        raise InputError(f"it holds {what}, an encoder-decoder: {_REMEDY}")
+    for name in saved_from:
+        if (kind := _kind_of_class(name)) is not None:
+            return kind
+    if all(name.endswith(_NO_TASK) for name in saved_from):
+        # Types that could be either, such as BERT, are encoders unless they say otherwise.
+        if type(config) in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
+            return "masked"
+        if type(config) in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING:
+            return "causal"
+    raise InputError(f"it holds {what}, which is not a causal or masked language model: {_REMEDY}")
+
+
+def base_model(model: Any) -> Any:
+    """The model below its adapter, if it has one."""
+    return model.get_base_model() if is_adapted(model) else model
+
+
+def is_adapted(model: Any) -> bool:
+    """Whether the model is wrapped by ``peft``."""
+    # Importing peft takes seconds, and without it there is no such model.
+    peft = sys.modules.get("peft")
+    return peft is not None and isinstance(model, peft.PeftModel)
+
+
+def _kind_of_class(name: str) -> Kind | None:
+    """The kind of a ``transformers`` class, by the suffix that says so or by the library's own lists."""
+    from transformers.models.auto import modeling_auto
+
+    if name.endswith("ForMaskedLM"):
+        return "masked"
+    if name.endswith(_CAUSAL_HEADS) or name in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        return "causal"
+    if name in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
+        return "masked"
+    return None

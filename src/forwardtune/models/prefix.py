@@ -1,0 +1,124 @@
+"""L5: prefix tuning: keys and values before the text, in every attention layer (Li and Liang, ACL 2021)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from .kinds import is_adapted, model_kind
+
+
+def add_prefix(model: Any, tokenizer: Any, length: int, seed: int) -> Any:
+    """Wrap the model with a tunable prefix that starts as the keys and values of real tokens, in float32.
+
+    The tokens are drawn from the vocabulary without its special tokens, and go through the model once. There is no
+    reparametrisation: the keys and values are the weights. Source: MeZO, appendix E.5.
+
+    Raises:
+        InputError: the model's attention takes no keys and values from outside.
+    """
+    import peft
+
+    tokens = _draw_tokens(model, tokenizer, length, seed)
+    activations = _keys_and_values(model, tokens)
+    layers, _, heads, _, width = activations.shape
+    config = peft.PrefixTuningConfig(
+        # For encoders peft knows prefixes under this name alone; the model below keeps its head.
+        task_type="CAUSAL_LM" if model_kind(model) == "causal" else "FEATURE_EXTRACTION",
+        num_virtual_tokens=length,
+        num_transformer_submodules=1,
+        num_layers=layers,
+        num_attention_heads=heads,
+        token_dim=heads * width,
+        prefix_projection=False,
+    )
+    model.requires_grad_(False)
+    wrapped: Any = peft.get_peft_model(model, config)
+    # peft's layout: a row for each token; in it layer by layer, keys before values, head by head.
+    rows = activations.permute(3, 0, 1, 2, 4).reshape(length, -1).float()
+    encoder = wrapped.prompt_encoder[wrapped.active_adapter]
+    if encoder.embedding.weight.shape != rows.shape:
+        raise InputError(
+            f"peft takes the keys and values of {type(model).__name__} for {encoder.embedding.weight.shape[1]} numbers a "
+            f"token, but they are {rows.shape[1]}: correct num_key_value_heads and head_dim in its config.json"
+        )
+    encoder.load_prompt_embeddings(rows)
+    return wrapped
+
+
+def forward(model: Any, **inputs: Any) -> Any:
+    """``model(**inputs)``; a prefix-tuned model also takes the masks and positions of packed rows.
+
+    ``peft`` itself puts the prefix before masks of shape (rows, length) only. Here the base model is called with the
+    prefix as its cache, as ``peft`` does, and every token sees all of the prefix.
+
+    Args:
+        inputs: ``input_ids`` (rows, length); optionally ``attention_mask``, (rows, length) or
+            (rows, 1, length, length), the latter boolean or additive, ``position_ids`` (rows, length), counted as if
+            there were no prefix, and whatever else the model takes.
+
+    Returns:
+        The model's output; its logits have shape (rows, length, vocabulary).
+    """
+    count = prefix_length(model)
+    if not count or not model.has_active_enabled_adapter:
+        return model(**inputs)
+    rows, length = inputs["input_ids"].shape
+    cache = model.get_prompt(batch_size=1)
+    cache.batch_repeat_interleave(rows)
+    # Encoders learn the length of the prefix from the mask alone.
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        mask = torch.ones(rows, length, dtype=torch.int64, device=inputs["input_ids"].device)
+    inputs["attention_mask"] = torch.cat([_all_visible(mask, count), mask], dim=-1)
+    if inputs.get("position_ids") is not None:
+        inputs["position_ids"] = inputs["position_ids"] + count
+    return model.base_model(**inputs, past_key_values=cache)
+
+
+def prefix_length(model: Any) -> int:
+    """How many positions the model's prefix takes; 0 without a prefix."""
+    if not is_adapted(model) or model.peft_type != "PREFIX_TUNING":
+        return 0
+    return int(model.active_peft_config.num_virtual_tokens)
+
+
+def _all_visible(mask: Tensor, count: int) -> Tensor:
+    """So many more columns of a mask, for what every token may see."""
+    shape = (*mask.shape[:-1], count)
+    additive = mask.dim() == 4 and mask.dtype != torch.bool
+    return mask.new_zeros(shape) if additive else mask.new_ones(shape)
+
+
+def _draw_tokens(model: Any, tokenizer: Any, count: int, seed: int) -> Tensor:
+    """Token ids, shape (count,), uniform over the vocabulary without special tokens."""
+    special = {*tokenizer.all_special_ids, *(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)}
+    size = min(len(tokenizer), model.get_input_embeddings().num_embeddings)
+    words = [i for i in range(size) if i not in special]
+    picked = torch.randint(len(words), (count,), generator=torch.Generator().manual_seed(seed))
+    return torch.tensor(words)[picked]
+
+
+@torch.no_grad()
+def _keys_and_values(model: Any, tokens: Tensor) -> Tensor:
+    """What the model's attention layers keep of the tokens, shape (layers, 2, heads, tokens, head width)."""
+    from transformers import DynamicCache
+
+    # A cache that is given is filled by encoders too. Models without use for it leave it empty or cannot go on.
+    cache: Any = DynamicCache()
+    reason = ""
+    try:
+        model(input_ids=tokens[None].to(model.device), past_key_values=cache)
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+        reason = f" ({type(error).__name__}: {error})"
+    kept: list[Any] = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
+    alike = bool(kept) and all(tensor is not None and tensor.shape == kept[0].shape for tensor in kept)
+    if reason or not alike or kept[0].shape[2] != len(tokens):
+        raise InputError(
+            f"{type(model).__name__} cannot be tuned by a prefix: its layers do not all take keys and values of one "
+            f"shape from outside{reason}. Choose lora, all, or a pattern of parameter names"
+        )
+    return torch.cat([tensor.to(model.device) for tensor in kept]).unflatten(0, (-1, 2))

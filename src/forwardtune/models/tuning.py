@@ -1,0 +1,188 @@
+"""L5: which weights of a model are tuned: all of them, some of them, or an adapter beside them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import InputError, nearest
+from .kinds import is_adapted, model_kind
+from .prefix import add_prefix
+
+MODES = ("all", "lora", "prefix")
+
+# How libraries name the query and value projections, or the one that holds both, where peft has no default.
+_PROJECTIONS = (
+    ("q_proj", "v_proj"),
+    ("query", "value"),
+    ("query_proj", "value_proj"),
+    ("q_lin", "v_lin"),
+    ("query_key_value",),
+    ("qkv_proj",),
+    ("Wqkv",),
+    ("c_attn",),
+    ("attn_qkv",),
+    ("q", "v"),
+)
+
+
+def tune(
+    model: Any,
+    tokenizer: Any,
+    mode: str,
+    *,
+    lora_rank: int = 8,
+    lora_alpha: float = 16.0,
+    lora_targets: Sequence[str] | None = None,
+    prefix_length: int = 5,
+    seed: int = 0,
+) -> Any:
+    """The model with the weights that shall be tuned, and those alone, requiring grad; in evaluation mode.
+
+    ==================  ==================================================================================
+    mode                what is tuned
+    ==================  ==================================================================================
+    ``all``             every weight
+    ``lora``            ``B A`` in ``W + (alpha / rank) B A``, of the query and value projections (Hu et al., ICLR
+                        2022); A is random, B zero; no dropout
+    ``prefix``          keys and values of ``prefix_length`` positions before the text (:mod:`.prefix`)
+    anything else       parameters whose name the regular expression is found in (``re.search``), biases for example:
+                        ``bias$``
+    ==================  ==================================================================================
+
+    Adapters are float32 whatever the model is, and the same for a seed on every device. torch's global random state is
+    left alone. The model is changed in place; for adapters the result is a ``peft`` model around it.
+
+    Args:
+        model: from :func:`load_model`, or any such model without an adapter.
+        tokenizer: its tokenizer; ``prefix`` draws tokens from it.
+        lora_rank: width of A and B.
+        lora_alpha: factor of ``B A``, in units of 1/rank.
+        lora_targets: last parts of the names of the modules to adapt; by default those that ``peft`` adapts in this
+            architecture, else the query and value projections by their usual names.
+        prefix_length: positions of the prefix.
+        seed: of A, or of the tokens that the prefix starts from.
+
+    Raises:
+        InputError: a pattern or a target that matches nothing, a size that is not positive, a model that has an adapter
+            already, or one that the mode cannot tune.
+
+    Source: MeZO, appendix E.5: rank 8, alpha 16, 5 prefix tokens.
+    """
+    if is_adapted(model):
+        raise InputError("the model has an adapter already: give the base model, or merge the adapter and save that")
+    if mode == "lora":
+        model = _add_lora(model, lora_rank, lora_alpha, lora_targets, seed)
+    elif mode == "prefix":
+        if prefix_length < 1:
+            raise InputError(f"the prefix must have a positive length, got {prefix_length}: 5 is usual")
+        with _seeded(seed):  # of values that are overwritten at once
+            model = add_prefix(model, tokenizer, prefix_length, seed)
+    else:
+        _select(model, "" if mode == "all" else mode)
+    return model.eval()
+
+
+def _select(model: nn.Module, pattern: str) -> None:
+    """Let the parameters whose names match require grad, and no others. Tied ones have several names; one suffices."""
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise InputError(
+            f"{pattern!r} is no regular expression ({error}): choose {', '.join(MODES)}, or a pattern of names"
+        ) from None
+    named = list(model.named_parameters(remove_duplicate=False))
+    chosen = {id(parameter) for name, parameter in named if expression.search(name)}
+    if not chosen:
+        parts = {part for name, _ in named for part in name.split(".") if not part.isdigit()}
+        raise InputError(
+            f"no parameter has {pattern!r} in its name{nearest(pattern, [*MODES, *sorted(parts)]) or '.'} Names are "
+            f"{_some([name for name, _ in named])}: choose {', '.join(MODES)}, or a pattern that is found in one"
+        )
+    for name, parameter in named:
+        if id(parameter) in chosen and not parameter.is_floating_point():
+            raise InputError(
+                f"{name} is quantised ({parameter.dtype}) and cannot be tuned itself: choose lora or prefix"
+            )
+    for _, parameter in named:
+        parameter.requires_grad_(id(parameter) in chosen)
+
+
+def _add_lora(model: Any, rank: int, alpha: float, targets: Sequence[str] | None, seed: int) -> Any:
+    import peft
+    from transformers.pytorch_utils import Conv1D
+
+    if rank < 1 or not 0 < alpha < float("inf"):
+        raise InputError(f"LoRA needs a positive rank and alpha, got {rank} and {alpha}: 8 and 16 are usual")
+    wanted = _lora_targets(model, targets)
+    settings: dict[str, Any] = {
+        # There is no task of masked language modelling in peft; without one the model is called as it is.
+        "task_type": "CAUSAL_LM" if model_kind(model) == "causal" else None,
+        "r": rank,
+        # Other readers of adapter_config.json expect an integer.
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "lora_dropout": 0.0,
+        "target_modules": wanted,
+        "fan_in_fan_out": any(isinstance(module, Conv1D) for module in _matching(model, wanted)),
+    }
+    model.requires_grad_(False)
+    with _seeded(seed):
+        return peft.get_peft_model(model, peft.LoraConfig(**settings))
+
+
+def _lora_targets(model: nn.Module, given: Sequence[str] | None) -> list[str] | str:
+    """Which modules get LoRA: those given, peft's default for the architecture, or the usual names."""
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
+
+    layers = [name for name, module in model.named_modules() if _is_linear(module)]
+    if given is not None:
+        for target in given:
+            if not _matching(model, [target]):
+                parts = {name.rpartition(".")[2] for name in layers}
+                raise InputError(
+                    f"no linear layer is called {target!r}{nearest(target, parts) or '.'} Layers are {_some(layers)}: "
+                    "give the last parts of such names as LoRA targets"
+                )
+        if given:
+            return list(given)
+    default = DEFAULTS.get(getattr(model.config, "model_type", ""))
+    if default is not None:
+        return default if isinstance(default, str) else list(default)
+    for usual in _PROJECTIONS:
+        if all(_matching(model, [name]) for name in usual):
+            return list(usual)
+    raise InputError(
+        f"no query and value projections were found in {type(model).__name__}. Layers are {_some(layers)}: "
+        "give the last parts of such names as LoRA targets"
+    )
+
+
+def _matching(model: nn.Module, targets: list[str] | str) -> list[nn.Module]:
+    """The linear layers that peft would adapt for these targets."""
+    pattern = targets if isinstance(targets, str) else rf"(.*\.)?({'|'.join(map(re.escape, targets))})"
+    return [module for name, module in model.named_modules() if _is_linear(module) and re.fullmatch(pattern, name)]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def _some(names: Sequence[str]) -> str:
+    """A few of the names, those of repeated layers once."""
+    distinct = {re.sub(r"\d+", "*", name): name for name in reversed(names)}
+    return ", ".join([*reversed(distinct.values())][:8]) + (" ..." if len(distinct) > 8 else "")
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Inside, torch's CPU generator starts from the seed; afterwards it is as it was. Other devices' are not touched."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield

@@ -1,0 +1,47 @@
+"""L6: the tables and plots of a sweep's folder (``docs/sweeps.md``).
+
+``results`` chooses the best point of each grid on the development split and collects numbers, ``tables`` writes them as
+Markdown, ``plots`` draws them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..errors import InputError
+from ..sweep import SweepFolder
+from ..sweep.folder import write_json
+from ..sweep.plan import label, slug
+from .results import Cell, Chosen, Results, collect
+from .tables import markdown
+
+__all__ = ["Cell", "Chosen", "Results", "collect", "write_report"]
+
+
+def write_report(folder: Path, output: Path, *, plots: bool = True) -> list[Path]:
+    """Write ``results.md``, ``results.json`` and, with ``plots``, PNG files. Returns their paths.
+
+    Raises:
+        InputError: the folder is not a sweep's, or matplotlib is missing.
+    """
+    if plots:
+        try:
+            from .plots import draw
+        except ModuleNotFoundError as error:
+            if (error.name or "").split(".")[0] != "matplotlib":
+                raise
+            raise InputError(
+                "plots need matplotlib: pip install 'forwardtune[report]', or add --no-plots for the tables alone"
+            ) from None
+    sweep = SweepFolder(folder).read_plan()
+    all_results = [collect(folder, sweep, model) for model in sweep.models]
+    output.mkdir(parents=True, exist_ok=True)
+    pictures: dict[str, list[Path]] = {}
+    if plots:
+        for results in all_results:
+            prefix = f"{slug(label(results.model))}-" if len(all_results) > 1 else ""
+            pictures[results.model] = draw(results, output, prefix)
+    tables, numbers = output / "results.md", output / "results.json"
+    tables.write_text(markdown(sweep.name, all_results, pictures), encoding="utf-8")
+    write_json(numbers, {"sweep": sweep.name, "models": [results.to_json() for results in all_results]})
+    return [tables, numbers, *(path for paths in pictures.values() for path in paths)]

@@ -1,0 +1,215 @@
+"""The results as pictures. The one file that knows matplotlib."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullFormatter
+
+from ..sweep.plan import label
+from .results import Chosen, Results, mean_curve
+
+# Okabe and Ito's colours, told apart with any colour vision, without the yellow that is lost on white, grey for black.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4D4D4D")
+_DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)))
+_LEVEL = (0, (1.5, 2))
+_STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "axes.titlesize": 10,
+}
+_DPI = 150
+# The smoothed loss is a mean over so much of the run.
+_WINDOW_SHARE = 0.05
+# Runs that differ by more than this in length share a logarithmic axis, or the short one would be a dot.
+_LONG = 8
+
+Curve = tuple[list[float], list[float]]
+
+
+def draw(results: Results, folder: Path, prefix: str) -> list[Path]:
+    """Draw what the runs have recorded; a picture that would be empty is left out. Returns the files."""
+    import matplotlib
+
+    paths = []
+    with matplotlib.rc_context(_STYLE):
+        for name, figure in (
+            ("loss-steps", _loss(results, "steps")),
+            ("loss-seconds", _loss(results, "seconds")),
+            ("dev-steps", _dev(results, "steps")),
+            ("dev-seconds", _dev(results, "seconds")),
+            ("memory", _memory(results)),
+        ):
+            if figure is not None:
+                paths.append(folder / f"{prefix}{name}.png")
+                figure.savefig(paths[-1], dpi=_DPI)
+    return paths
+
+
+def _loss(results: Results, axis: str) -> Figure | None:
+    """Training loss, smoothed, a panel for each task."""
+
+    def curve(chosen: list[Chosen], task: str) -> Curve:
+        xs, ys = _curve(chosen, axis, lambda record: record.get("loss"))
+        return xs, smoothed(ys, max(1, round(_WINDOW_SHARE * len(ys))))
+
+    return _panels(results, axis, f"training loss, smoothed over {_WINDOW_SHARE:.0%} of the run", curve, marker=None)
+
+
+def _dev(results: Results, axis: str) -> Figure | None:
+    """The metric on the development split, a panel for each task; a method without steps is a level line."""
+
+    def curve(chosen: list[Chosen], task: str) -> Curve:
+        metric = results.metrics[task]
+        xs, ys = _curve(chosen, axis, lambda record: (record.get("dev") or {}).get(metric))
+        return xs, [100 * y for y in ys]
+
+    names = sorted({metric.replace("_", " ") for metric in results.metrics.values()})
+    return _panels(results, axis, f"{' or '.join(names)} on the development split, %", curve, marker="o", levels=True)
+
+
+def _curve(chosen: list[Chosen], axis: str, value: Callable[[dict[str, Any]], Any]) -> Curve:
+    steps, seconds, values = mean_curve((each.history for each in chosen), value)
+    return (seconds if axis == "seconds" else [float(step) for step in steps]), values
+
+
+def smoothed(values: Sequence[float], window: int) -> list[float]:
+    """The mean of the last ``window`` values at each point, of fewer at the start. Shape (n,) -> (n,)."""
+    means = []
+    total = 0.0
+    for index, value in enumerate(values):
+        total += value - (values[index - window] if index >= window else 0.0)
+        means.append(total / min(index + 1, window))
+    return means
+
+
+def _panels(
+    results: Results,
+    axis: str,
+    y_label: str,
+    curve: Callable[[list[Chosen], str], Curve],
+    *,
+    marker: str | None,
+    levels: bool = False,
+) -> Figure | None:
+    """A figure with a panel for each task and a line for each method; None if no run has a curve."""
+    curves = {(method, task): curve(cell.chosen, task) for (method, task), cell in results.cells.items() if cell.chosen}
+    curves = {key: points for key, points in curves.items() if points[0]}
+    if not curves:
+        return None
+    tasks = [task for task in results.tasks if any(key[1] == task for key in curves)]
+    columns = min(len(tasks), 3 if len(tasks) in (3, 5, 6, 9) else 4)
+    rows = math.ceil(len(tasks) / columns)
+    figure, panels = _figure(max(5.2, 3.1 * columns), 2.5 * rows + 0.9, rows, columns)
+    ends = [points[0][-1] for points in curves.values()]
+    logarithmic = max(ends) > _LONG * min(ends)
+    shown: dict[str, Any] = {}
+    for task, panel in zip(tasks, panels, strict=False):
+        panel.set_title(label(task))
+        for method in results.methods:
+            colour, dashes = _look(results, method)
+            if (method, task) in curves:
+                xs, ys = curves[method, task]
+                if logarithmic:
+                    xs, ys = _positive(xs, ys)
+                (line,) = panel.plot(
+                    xs, ys, color=colour, linestyle=dashes, linewidth=1.6, marker=marker, markersize=3.5, label=method
+                )
+                shown[method] = line
+            elif levels and (level := _level(results, method, task)) is not None:
+                shown[method] = panel.axhline(level, color=colour, linestyle=_LEVEL, linewidth=1.3, label=method)
+        if logarithmic:
+            panel.set_xscale("log")
+            panel.xaxis.set_minor_formatter(NullFormatter())
+        else:
+            panel.xaxis.set_major_locator(MaxNLocator(4, integer=axis == "steps", steps=[1, 2, 2.5, 5, 10]))
+            panel.set_xlim(left=0)
+        panel.xaxis.set_major_formatter(EngFormatter(sep=""))
+        panel.yaxis.set_major_locator(MaxNLocator(5))
+    for panel in panels[len(tasks) :]:
+        panel.set_visible(False)
+    scale = ", logarithmic" if logarithmic else ""
+    figure.supxlabel(("step" if axis == "steps" else "seconds of training") + scale, fontsize=10)
+    figure.supylabel(y_label, fontsize=10)
+    _legend(figure, [(method, shown[method]) for method in results.methods if method in shown])
+    return figure
+
+
+def _memory(results: Results) -> Figure | None:
+    """Peak memory of each method, on the task where it is largest."""
+    bars = []
+    for method in results.methods:
+        cells = [cell for cell in results.row(method) if cell.largest("peak_memory_bytes")]
+        if cells:
+            cell = max(cells, key=lambda each: each.largest("peak_memory_bytes") or 0)
+            bars.append((method, cell.largest("peak_memory_bytes") or 0, cell.memory_ratio))
+    if not bars:
+        return None
+    figure, (panel,) = _figure(6.4, 0.36 * len(bars) + 1.1, 1, 1)
+    unit, name = (2**30, "GiB") if max(peak for _, peak, _ in bars) >= 10 * 2**30 else (2**20, "MiB")
+    times = "\N{MULTIPLICATION SIGN}"
+    for row, (method, peak, ratio) in enumerate(bars):
+        panel.barh(row, peak / unit, height=0.62, color=_look(results, method)[0])
+        text = f"{peak / unit:,.0f}" + (f"  ({ratio:.2f}{times} inference)" if ratio else "")
+        panel.annotate(text, (peak / unit, row), (5, 0), textcoords="offset points", va="center")
+    panel.set_yticks(range(len(bars)), [method for method, _, _ in bars])
+    panel.tick_params(axis="y", length=0)
+    panel.invert_yaxis()
+    panel.grid(visible=False)
+    panel.set_xlim(0, 1.5 * max(peak for _, peak, _ in bars) / unit)
+    panel.xaxis.set_major_locator(MaxNLocator(5))
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    where = "" if len(results.tasks) == 1 else ", on the task where it is largest"
+    panel.set_xlabel(f"peak memory, {name}{where}")
+    return figure
+
+
+def _figure(width: float, height: float, rows: int, columns: int) -> tuple[Figure, list[Axes]]:
+    """An empty figure. It belongs to no window system and to no global state."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+
+
+def _legend(figure: Figure, entries: list[tuple[str, Any]]) -> None:
+    """One legend for all panels, above them, as wide as the figure allows."""
+    per_entry = 0.075 * max(len(name) for name, _ in entries) + 0.7
+    columns = max(1, min(len(entries), int(figure.get_figwidth() / per_entry)))
+    rows = math.ceil(len(entries) / columns)
+    columns = math.ceil(len(entries) / rows)
+    figure.set_figheight(figure.get_figheight() + 0.2 * rows)
+    figure.legend(
+        [handle for _, handle in entries],
+        [name for name, _ in entries],
+        loc="outside upper center",
+        ncols=columns,
+        frameon=False,
+    )
+
+
+def _look(results: Results, method: str) -> tuple[str, Any]:
+    """Colour and dashes: the same for a method in all pictures."""
+    index = results.methods.index(method)
+    return _COLOURS[index % len(_COLOURS)], _DASHES[index // len(_COLOURS) % len(_DASHES)]
+
+
+def _level(results: Results, method: str, task: str) -> float | None:
+    values = [chosen.dev for chosen in results.cells[method, task].chosen if math.isfinite(chosen.dev)]
+    return sum(values) / len(values) if values else None
+
+
+def _positive(xs: list[float], ys: list[float]) -> Curve:
+    """What a logarithmic axis can show."""
+    pairs = [(x, y) for x, y in zip(xs, ys, strict=True) if x > 0]
+    return [x for x, _ in pairs], [y for _, y in pairs]

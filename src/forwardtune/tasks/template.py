@@ -1,0 +1,114 @@
+"""Templates of task files: text with ``{column}`` placeholders. Substitution alone; nothing is executed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ..errors import InputError, nearest
+
+_PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
+
+#: What can be done to a value, as in ``{premise|without_stop}``.
+FILTERS: dict[str, Callable[[str], str]] = {
+    "upper_first": lambda text: text[:1].upper() + text[1:],
+    "lower_first": lambda text: text[:1].lower() + text[1:],
+    "without_stop": lambda text: text.removesuffix(".").rstrip(),
+}
+
+Row = Mapping[str, Any]
+Replacements = Mapping[str, Mapping[str, str]]
+
+
+class Fields:
+    """The values of one row, as templates see them.
+
+    Args:
+        row: column -> value. ``a.b`` names key ``b`` of a column ``a`` that holds a mapping.
+        where: names the row in messages.
+        task: names the task in messages.
+        replace: column -> {text: text in its place}; the new text may hold placeholders itself.
+    """
+
+    def __init__(self, row: Row, where: str, task: str, replace: Replacements | None = None) -> None:
+        self._row, self._where, self._task = row, where, task
+        self._replace = replace or {}
+
+    def value(self, column: str) -> Any:
+        """The value of a column.
+
+        Raises:
+            InputError: the row has no such column, or it is empty.
+        """
+        value: Any = self._row
+        for key in [column] if column in self._row else column.split("."):
+            if not isinstance(value, Mapping) or key not in value:
+                known = list(map(str, self._row))
+                raise InputError(
+                    f"{self._where} has no column {column!r}, which task {self._task} needs (it has "
+                    f"{', '.join(known)}){nearest(column, known)}"
+                )
+            value = value[key]
+        if value is None or (isinstance(value, str) and not value.strip()) or value == []:
+            raise InputError(f"{self._where}: column {column!r} is empty; fill it or drop the row")
+        return value
+
+    def text(self, column: str, option: str | None = None) -> str:
+        """The value of a column as text, stripped, with the task's replacements made."""
+        text = str(self.value(column)).strip()
+        for old, new in self._replace.get(column, {}).items():
+            if old in text:
+                text = text.replace(old, self.fill(new, option))
+        return text
+
+    def fill(self, template: str, option: str | None = None) -> str:
+        """The template with every placeholder substituted; ``{option}`` is the option at hand."""
+        return "".join(text for text, _ in self.pieces(template, option))
+
+    def pieces(self, template: str, option: str | None = None) -> list[tuple[str, str | None]]:
+        """The filled template in pieces: (text, column that it comes from, None for the template's own words)."""
+        pieces: list[tuple[str, str | None]] = []
+        end = 0
+        for match in _PLACEHOLDER.finditer(template):
+            pieces.append((template[end : match.start()], None))
+            end = match.end()
+            if match[1] is None:
+                pieces.append((match[0][0], None))
+            elif match[1] == "option" and option is not None:
+                pieces.append((option, "option"))
+            else:
+                column, *filters = match[1].split("|")
+                text = self.text(column, option)
+                for name in filters:
+                    text = FILTERS[name](text)
+                pieces.append((text, column))
+        return [*pieces, (template[end:], None)]
+
+
+def columns_of(template: str) -> list[str]:
+    """The columns that a template names, in their order; an escaped brace names none.
+
+    Raises:
+        ValueError: a placeholder without a name, or with a filter that does not exist.
+    """
+    columns = []
+    for match in _PLACEHOLDER.finditer(template):
+        if match[1] is None:
+            continue
+        column, *filters = match[1].split("|")
+        if not column:
+            raise ValueError("has a {} without the name of a column: name one, or write {{}} for braces")
+        for name in filters:
+            if name not in FILTERS:
+                raise ValueError(
+                    f"has the unknown filter {name!r} (known: {', '.join(FILTERS)}){nearest(name, FILTERS)}"
+                )
+        columns.append(column)
+    return list(dict.fromkeys(columns))
+
+
+def tail_of(template: str) -> str:
+    """The template's own words behind its last placeholder."""
+    end = max((match.end() for match in _PLACEHOLDER.finditer(template) if match[1] is not None), default=0)
+    return template[end:].replace("{{", "{").replace("}}", "}")

@@ -1,0 +1,142 @@
+"""What only a real CUDA device can show: whole MeZO steps on it, replay, tensors past 2**31 elements, no waiting.
+
+Across devices the bits of the noise and of updates are promised; losses, and so coefficients, are not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from forwardtune import MeZO, StepLog, noise, replay
+from forwardtune.noise import DIRECTIONS, GAUSSIAN, Noise, Update, definition
+from forwardtune.trajectory import read_log
+from support import DTYPES, HALF, assert_same_bits, closure_for, same_bits, snapshot, tiny_model, token_batch
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+CUDA = torch.device("cuda", 0)
+
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """Fails where the host waits for the device."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def optimizer_of(model: Any, **settings: Any) -> MeZO:
+    return MeZO(model, lr=1e-3, eps=1e-2, seed=2**40, weight_decay=0.1, **settings)
+
+
+@every_dtype
+def test_the_compiled_kernels_serve(dtype):
+    assert isinstance(noise._fast(CUDA, dtype), ModuleType), noise._fast(CUDA, dtype)
+
+
+@every_dtype
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_an_update_of_a_model_has_the_bits_that_it_has_on_the_cpu(dtype, direction):
+    models = tiny_model("llama", dtype), tiny_model("llama", dtype).to(CUDA)
+    moved = []
+    for model in models:
+        z = Noise(7, DIRECTIONS[direction])
+        moved.append(
+            [
+                z.update(parameter, [Update(step, (1e-4, -3e-3), decay=0.999) for step in range(9)], tensor=i)
+                for i, parameter in enumerate(model.parameters())
+            ]
+        )
+    assert moved[0] == moved[1]
+    assert_same_bits(models[1].cpu(), snapshot(models[0]))
+
+
+@every_dtype
+def test_scratch_and_copy_see_the_same_losses_and_leave_the_weights_alone(dtype):
+    batch = token_batch().to(CUDA)
+    losses = []
+    for perturbation in ("scratch", "copy"):
+        model = tiny_model("llama", dtype).to(CUDA)
+        before = snapshot(model)
+        optimizer = optimizer_of(model, perturbation=perturbation, probes=2)
+        optimizer.estimate(closure_for(model, batch))
+        assert_same_bits(model, before)
+        optimizer.apply()
+        assert optimizer.last is not None
+        losses.append(optimizer.last.losses)
+    assert losses[0] == losses[1]
+    assert len(set(losses[0])) == 4
+
+
+@every_dtype
+def test_a_run_replays_with_the_same_bits_on_both_devices(dtype, tmp_path):
+    path = tmp_path / "steps.jsonl"
+    model = tiny_model("llama", dtype).to(CUDA)
+    optimizer = optimizer_of(model)
+    with StepLog(path, optimizer):
+        for step in range(6):
+            optimizer.step(closure_for(model, token_batch(seed=step).to(CUDA)))
+    assert any(any(record.coefficients) for record in read_log(path).records)
+    for device in (CUDA, torch.device("cpu")):
+        base = tiny_model("llama", dtype).to(device)
+        assert replay(path, base) == 6  # and the digest at the log's end agrees
+        assert_same_bits(base.to(CUDA), snapshot(model))
+
+
+@every_dtype
+def test_no_sweep_waits_for_the_device(dtype):
+    """New scales and steps included, whose tables have to reach the device."""
+    gpu = noise._fast(CUDA, dtype)
+    assert isinstance(gpu, ModuleType), gpu
+    weight, rows = torch.ones(64, 48, dtype=dtype, device=CUDA), torch.tensor([3, 60], device=CUDA)
+    out = torch.empty_like(weight)
+    for step in range(3):
+        # The first round may compile a kernel, which may wait.
+        with no_waiting() if step else torch.no_grad():
+            address = {"tensor": 1, "step": step, "probe": 0, "scale": 1e-3 / (step + 1)}
+            Noise(7).perturb(out, weight, **address)
+            Noise(7).perturb_rows(weight, rows, **address)
+            Noise(7).z(weight, tensor=1, step=step, probe=0)
+            unchanged = gpu.update(weight.view(-1), [Update(step, (1e-3 / (step + 1),), 0.99)], GAUSSIAN, 7, 1)
+    assert 0 <= int(unchanged) <= weight.numel()
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_tensors_past_two_to_the_31_elements(dtype):
+    width, height = 4096, 2**19 + 3
+    count = width * height
+    if torch.cuda.mem_get_info(CUDA)[0] < 5 * count:  # the weights, as much again, and room to spare
+        pytest.skip("needs 11 GB of free device memory")
+    table = torch.full((height, width), 0.02, dtype=dtype, device=CUDA)
+    out = torch.full_like(table, math.nan)
+    address = {"tensor": 3, "step": 4, "probe": 0, "scale": 1e-3}
+    Noise(7).perturb(out, table, **address)
+    assert not out.view(-1)[:: 2**12 + 1].isnan().any()
+    rows = torch.tensor([0, 2**19 - 1, 2**19, height - 1], device=CUDA)
+    assert same_bits(Noise(7).perturb_rows(table, rows, **address), out[rows])
+    del out
+    unchanged = Noise(7).update(table, [Update(4, (1e-3,))], tensor=3)
+    assert 0 < unchanged < count
+    for lo in (0, 2**31 - 1000, count - 1001):
+        expected = torch.full((1001,), 0.02, dtype=dtype)
+        definition.update(expected, [Update(4, (1e-3,))], GAUSSIAN, 7, 3, lo)
+        assert same_bits(table.view(-1)[lo : lo + 1001].cpu(), expected)
+
+
+def test_a_nan_weight_stays_nan():
+    """The NaN that a GPU computes has all bits set, so that a carry of the rounding could make a zero of it."""
+    for dtype in HALF:
+        weight = torch.full((4096,), math.nan, dtype=dtype, device=CUDA)
+        Noise(7).update(weight, [Update(step, (1e-3,)) for step in range(3)], tensor=0)
+        assert weight.isnan().all()

@@ -1,0 +1,397 @@
+"""The Triton kernels give the bits of the definition: in Triton's interpreter everywhere, natively where a GPU is.
+
+The interpreter computes with NumPy what a GPU would: it proves the arithmetic, the numbering and the masks, and neither
+the compiler nor the speed. What the compiler makes of the kernels is read from their PTX, for which no GPU is needed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+import forwardtune
+import support
+from forwardtune import noise
+from forwardtune.noise import DIRECTIONS, GAUSSIAN, RADEMACHER, Direction, Noise, Update, definition
+from test_noise import LAYOUTS, SEED, all_values, assert_equal_bits, everything, hostile, run_of_updates
+
+pytest.importorskip("triton", reason="needs Triton, which comes with torch for CUDA")
+
+GOLDEN = "1de789da83fec8a91af9bfa4b525b2c763e67d848cb188b04f166cab67c4e5d7"
+# Around the 8 elements of a block and the tiles of 1,024 and 2,048.
+SIZES = (0, 1, 7, 8, 9, 1023, 4097)
+# The last one lies in the highest blocks that a 32-bit counter can number.
+STARTS = (0, 1, 8, 2047, 2**35 - 2**13)
+# Half-words themselves: every value of 16 bits is a float32.
+HALF_WORDS = Direction("half-words", 16, torch.arange(2.0**16))
+
+every_direction = pytest.mark.parametrize("direction", DIRECTIONS.values(), ids=DIRECTIONS)
+every_dtype = pytest.mark.parametrize("dtype", support.DTYPES, ids=str)
+half_dtype = pytest.mark.parametrize("dtype", support.HALF, ids=str)
+
+
+class Kernels(NamedTuple):
+    """The module of the kernels, and the device whose tensors it takes here."""
+
+    module: Any
+    device: torch.device
+
+
+def load_interpreted() -> ModuleType:
+    """A second copy of the module, whose kernels run in the interpreter: Triton decides that where it sees ``jit``."""
+    spec = importlib.util.spec_from_file_location("forwardtune.noise.gpu_interpreted", noise.__path__[0] + "/gpu.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> Any:
+    return load_interpreted()
+
+
+@pytest.fixture(scope="module", params=["interpreted", "cuda"])
+def kernels(request: pytest.FixtureRequest) -> Kernels:
+    if request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+        from forwardtune.noise import gpu
+
+        return Kernels(gpu, torch.device("cuda", 0))
+    from triton.language import standard
+
+    module: Any = load_interpreted()
+    # A sum that the interpreter knows by its identity, and does in NumPy: a hundred times as fast.
+    module._add = standard._sum_combine
+    return Kernels(module, torch.device("cpu"))
+
+
+@pytest.fixture
+def through_noise(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """Noise on this device, with these kernels."""
+    if kernels.device.type == "cpu":
+        fast = dict.fromkeys(kernels.module.DTYPES, kernels.module)
+        monkeypatch.setattr(noise, "_fast", lambda device, dtype: fast.get(dtype, "no kernel"))
+    return kernels.device
+
+
+def nans_like(x: Tensor) -> Tensor:
+    return torch.full_like(x, math.nan)
+
+
+# --- the same bits ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "output"),
+    [
+        ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+    ],
+    ids=["zeros", "ones", "pi"],
+)
+def test_half_words_are_the_known_answers_of_random123(kernels, counter, key, output):
+    block, tensor, step, probe = (int(word, 16) for word in counter.split())
+    low, high = (int(word, 16) for word in key.split())
+    z = kernels.module.directions(HALF_WORDS, low + (high << 32), tensor, step, probe, 8 * block, 8, kernels.device)
+    words = (int(word, 16) for word in output.split())
+    assert z.tolist() == [half for word in words for half in (word % 2**16, word // 2**16)]
+
+
+@every_dtype
+@every_direction
+def test_perturb_equals_the_definition(kernels, direction, dtype):
+    for size in SIZES:
+        source = hostile(dtype, size)
+        for start, scale in zip(STARTS, (1e-3, -1e-3, 1.0, 1e-42, -0.0), strict=True):
+            arguments = (direction, SEED, 7, 11, 1, scale, start)
+            expected = nans_like(source)
+            definition.perturb(expected, source, *arguments)
+            here = source.to(kernels.device, copy=True)
+            poisoned = nans_like(here)
+            kernels.module.perturb(poisoned, here, *arguments)
+            assert_equal_bits(poisoned.cpu(), expected)
+            kernels.module.perturb(here, here, *arguments)
+            assert_equal_bits(here.cpu(), expected)
+
+
+def test_scales_that_compare_equal_are_told_apart(kernels):
+    """-0.0 + 0.0 is 0.0, and -0.0 + -0.0 is not; tables are remembered by their scale."""
+    source = torch.full((9,), -0.0)
+    for scale in (0.0, -0.0, 0.0):
+        expected, here = nans_like(source), source.to(kernels.device, copy=True)
+        definition.perturb(expected, source, GAUSSIAN, SEED, 7, 11, 1, scale)
+        kernels.module.perturb(here, here, GAUSSIAN, SEED, 7, 11, 1, scale)
+        assert_equal_bits(here.cpu(), expected)
+
+
+@pytest.mark.parametrize("width", [1, 7, 8, 1030])
+@every_dtype
+@every_direction
+def test_rows_of_a_table_equal_the_definition(kernels, direction, dtype, width):
+    table = hostile(dtype, 40 * width).view(40, width)
+    whole = nans_like(table)
+    definition.perturb(whole.view(-1), table.view(-1), direction, SEED, 2, 3, 1, 1e-2)
+    for rows in (torch.tensor([39, 0, 7, 7]), torch.tensor([], dtype=torch.int64)):
+        out = nans_like(table[rows]).to(kernels.device)
+        kernels.module.perturb_rows(
+            out, table.to(kernels.device), rows.to(kernels.device), direction, SEED, 2, 3, 1, 1e-2
+        )
+        assert_equal_bits(out.cpu(), whole[rows])
+
+
+@every_dtype
+@every_direction
+def test_fused_updates_equal_the_definition_and_the_same_updates_one_by_one(kernels, direction, dtype):
+    updates = run_of_updates()[:7]
+    for size, start in ((0, 0), (1, 0), (7, 509), (9, 3), (1023, 2**35 - 2**13), (1025, 0)):
+        where = (direction, SEED, 7, start)
+        expected = hostile(dtype, size)
+        fused, single = (expected.to(kernels.device, copy=True) for _ in range(2))
+        unchanged = definition.update(expected, updates, *where)
+        assert int(kernels.module.update(fused, updates, *where)) == unchanged
+        assert_equal_bits(fused.cpu(), expected)
+        if size in (9, 1025):
+            assert sum(int(kernels.module.update(single, [update], *where)) for update in updates) == unchanged
+            assert_equal_bits(single.cpu(), expected)
+
+
+@every_dtype
+def test_a_view_in_the_middle_of_a_tensor_is_a_shard(kernels, dtype):
+    """Storage that begins at no multiple of 16 bytes, and elements beside it that must stay."""
+    whole = hostile(dtype, 1500)
+    expected = whole.clone()
+    updates = run_of_updates()[:3]
+    definition.perturb(expected[3:1400], whole[3:1400], RADEMACHER, SEED, 1, 2, 3, 1e-2, 3)
+    definition.update(expected[3:1400], updates, GAUSSIAN, SEED, 1, 3)
+    here = whole.to(kernels.device, copy=True)
+    kernels.module.perturb(here[3:1400], here[3:1400], RADEMACHER, SEED, 1, 2, 3, 1e-2, 3)
+    kernels.module.update(here[3:1400], updates, GAUSSIAN, SEED, 1, 3)
+    assert_equal_bits(here.cpu(), expected)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:overflow:RuntimeWarning")  # from NumPy
+@half_dtype
+def test_every_stored_value_comes_out_as_in_the_definition(kernels, dtype):
+    """Subnormals, both zeros, what overflows, infinities; a NaN stays a NaN, whatever its payload."""
+    firsts = (0, 0x7B00, 0x7E80, 0x8000, 0xFB00, 0xFE80)  # around the ends of both dtypes
+    stored = torch.cat([all_values(dtype)[first : first + 1280] for first in firsts])
+    assert stored.isnan().any()
+    assert stored.isinf().sum() >= 2
+    # What overflows in a step must stay infinite in the next one of the same sweep.
+    updates = [Update(0, (1e-3,), decay=2.0), Update(1, (1e-7, 3e-5), decay=0.5), Update(2, (), decay=2.0)]
+    expected, updated = torch.zeros_like(stored), stored.clone()
+    definition.perturb(expected, stored, GAUSSIAN, SEED, 0, 0, 0, 1e-3)
+    unchanged = definition.update(updated, updates, GAUSSIAN, SEED, 0)
+
+    here = stored.to(kernels.device, copy=True)
+    out = torch.zeros_like(here)
+    kernels.module.perturb(out, here, GAUSSIAN, SEED, 0, 0, 0, 1e-3)
+    assert int(kernels.module.update(here, updates, GAUSSIAN, SEED, 0)) == unchanged
+    for result, wanted in ((out.cpu(), expected), (here.cpu(), updated)):
+        assert torch.equal(result.isnan(), stored.isnan())
+        kept = ~stored.isnan()
+        assert_equal_bits(result[kept], wanted[kept])
+
+
+# --- through Noise ---------------------------------------------------------------------------------------------------
+
+
+def test_the_bits_of_all_sweeps_are_those_of_version_1(through_noise):
+    with through_noise:  # the default device
+        assert everything() == GOLDEN
+
+
+@every_direction
+def test_z_is_that_of_the_definition(through_noise, direction):
+    address = {"tensor": 7, "step": 11, "probe": 1}
+    z = Noise(SEED, direction).z(torch.empty(30, 50, device=through_noise), **address)
+    assert z.dtype == torch.float32
+    assert_equal_bits(z.cpu().view(-1), definition.directions(direction, SEED, **address, start=0, count=1500))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_layout_does_not_matter(through_noise, layout):
+    address, updates = {"tensor": 7, "step": 11, "probe": 1, "scale": 1e-3}, run_of_updates()[:3]
+    strided = layout(hostile(torch.bfloat16, 1500).to(through_noise))
+    contiguous = strided.clone(memory_format=torch.contiguous_format)
+    expected, out = nans_like(contiguous), nans_like(contiguous)
+    Noise(SEED).perturb(expected, contiguous, **address)
+    Noise(SEED).perturb(out, strided, **address)
+    assert_equal_bits(out, expected)
+    unchanged = Noise(SEED).update(contiguous, updates, tensor=7)
+    assert Noise(SEED).update(strided, updates, tensor=7) == unchanged
+    assert type(unchanged) is int
+    assert_equal_bits(strided, contiguous)
+
+
+# --- how sweeps are cut ----------------------------------------------------------------------------------------------
+
+
+def test_sweeps_keep_the_order_cut_no_step_and_fuse_what_fits(interpreted):
+    updates = [item for item in run_of_updates() if not item.is_empty]
+    sweeps = interpreted._sweeps([*updates, Update(2000, (1.0,) * 9)])
+    assert [item for sweep in sweeps for item in sweep] == [*updates, Update(2000, (1.0,) * 9)]
+    terms = [sum(max(1, sum(size != 0 for size in item.sizes)) for item in sweep) for sweep in sweeps]
+    assert max(terms[:-1]) <= interpreted._FUSED_TERMS
+    assert len(sweeps) < len(updates) / 2
+    assert len(sweeps[-1]) == 1
+    assert interpreted._sweeps([]) == []
+
+
+# --- when kernels cannot serve ---------------------------------------------------------------------------------------
+
+
+@every_dtype
+def test_the_check_before_first_use_passes(kernels, dtype):
+    assert kernels.module.trouble(kernels.device, dtype) is None
+
+
+def test_a_sum_that_the_interpreter_does_not_know_is_the_same(interpreted):
+    assert interpreted.trouble(torch.device("cpu"), torch.float32) is None
+
+
+@pytest.mark.parametrize("sweep", ["perturb", "perturb_rows", "update"])
+def test_the_check_sees_other_bits_in_any_sweep(kernels, sweep, monkeypatch):
+    right = getattr(kernels.module, sweep)
+
+    def wrong(*arguments):
+        result = right(*arguments)
+        arguments[0].view(-1)[-1:].add_(1)
+        return result
+
+    monkeypatch.setattr(kernels.module, sweep, wrong)
+    assert "other bits" in kernels.module.trouble(kernels.device, torch.float32)
+
+
+def test_the_check_sees_a_wrong_count(kernels, monkeypatch):
+    right = kernels.module.update
+    monkeypatch.setattr(kernels.module, "update", lambda *arguments: right(*arguments) + 1)
+    assert "other bits" in kernels.module.trouble(kernels.device, torch.float32)
+
+
+def test_the_check_lets_a_lack_of_memory_through(kernels, monkeypatch):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(kernels.module, "perturb", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        kernels.module.trouble(kernels.device, torch.float32)
+
+
+def test_kernels_that_cannot_run_are_replaced_by_the_definition_with_one_warning(monkeypatch):
+    """Compiled kernels take no CPU tensors, whether there is a GPU or not: Triton fails for real."""
+    monkeypatch.setattr(noise, "_fast", noise._on_cuda)
+    monkeypatch.setattr(noise, "_told", False)
+    source = hostile(torch.bfloat16, 100)
+    expected, out = nans_like(source), nans_like(source)
+    definition.perturb(expected, source, GAUSSIAN, SEED, 7, 11, 1, 1e-3)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            Noise(SEED).perturb(out, source, tensor=7, step=11, probe=1, scale=1e-3)
+            Noise(SEED).update(source.clone(), [Update(0, (1e-3,))], tensor=7)
+    assert_equal_bits(out, expected)
+    (warning,) = caught
+    assert re.search(r"plain torch here: the same bits, but slowly \(\w+: .+\)", str(warning.message))
+
+
+def test_float64_and_dtypes_without_a_kernel_take_the_definition():
+    device = torch.device("cpu")
+    assert noise._on_cuda(device, torch.float64) == "there is no kernel for torch.float64"
+    assert noise._on_cuda(device, torch.float8_e4m3fn) == "there is no kernel for torch.float8_e4m3fn"
+
+
+IMPORTS = """
+import sys
+import torch, forwardtune
+from forwardtune import noise
+noise.Noise(0).perturb(torch.zeros(9), torch.zeros(9), tensor=0, step=0, probe=0, scale=1.0)
+assert not any(name.split(".")[0] == "triton" for name in sys.modules), "triton was imported"
+sys.modules["triton"] = None  # to import it raises ModuleNotFoundError
+print(noise._on_cuda(torch.device("cpu"), torch.float32))
+"""
+
+
+def test_triton_is_imported_for_cuda_tensors_alone_and_may_be_missing():
+    result = subprocess.run(
+        [sys.executable, "-c", IMPORTS],
+        env=os.environ | {"PYTHONPATH": str(Path(forwardtune.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "install triton"
+
+
+# --- what the compiler makes of them ---------------------------------------------------------------------------------
+
+STORED = {torch.float32: "*fp32", torch.bfloat16: "*i16", torch.float16: "*fp16"}
+
+
+def ptx(name: str, dtype: torch.dtype, capability: int) -> str:
+    """A kernel compiled for a GPU that need not be there: tensors of whole tiles, aligned to 16 bytes."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from forwardtune.noise import gpu
+
+    stored, table = STORED[dtype], "*fp32"
+    kernel, pointers, options = {
+        "perturb": (gpu._perturb, {"out": stored, "source": stored, "table": table}, gpu._options(2048, 4)),
+        "perturb_rows": (
+            gpu._perturb_rows,
+            {"out": stored, "source": stored, "rows": "*i64", "table": table},
+            gpu._options(1024, 2) | {"aligned": True},
+        ),
+        "update": (
+            gpu._update,
+            {"weight": stored, "unchanged": "*i64", "tables": table, "plan": "*i32"},
+            gpu._options(1024, 4) | {"entries": 4096},
+        ),
+    }[name]
+    place = {argument: (i,) for i, argument in enumerate(kernel.arg_names)}
+    launch = {key: options.pop(key) for key in ("num_warps", "enable_fp_fusion")}
+    signature = {argument: pointers.get(argument, "i32") for argument in kernel.arg_names}
+    signature |= dict.fromkeys(options, "constexpr")
+    aligned = [*pointers, *({"count", "offset", "width"} & place.keys())]
+    source = ASTSource(
+        kernel,
+        signature,
+        constexprs={place[key]: value for key, value in options.items()},
+        attrs={place[key]: [["tt.divisibility", 16]] for key in aligned},
+    )
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch).asm["ptx"]
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("name", ["perturb", "perturb_rows", "update"])
+@every_dtype
+def test_compiled_kernels_move_16_bytes_at_once_and_fuse_no_arithmetic(name, dtype, capability):
+    code = ptx(name, dtype, capability)
+    weights = re.findall(r"\b(ld\.global\.cg\S*|st\.global\S*)", code)
+    assert weights
+    assert all(".v4.b32" in access for access in weights)
+    assert not re.search(r"\bfma\.|\bmad\.(rn|f32)|\.ftz|\.approx", code)
+    rounding = re.findall(r"\b(?:add|mul)\.(\S*)f32", code)
+    assert rounding
+    assert set(rounding) == {"rn."}  # written so, the assembler may not fuse them either
