@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from machine import write
 
-from forwardtune.evaluation import prepare
+from forwardtune.evaluation import find_layout, prepare
 from forwardtune.models import load_model
 from forwardtune.objectives import option_scores
 from forwardtune.tasks import get_task, load_split
@@ -41,8 +41,9 @@ def main() -> None:
             variant = replace(task, prompt=prompt, answers={"negative": negative, "positive": positive})
             examples = Encoder(tokenizer, 512)(variant, load_split(variant, "train").examples)
             examples.sort(key=lambda example: example.length)
+            layout = find_layout(model, tokenizer, examples)
             batches = [examples[lo : lo + 25] for lo in range(0, len(examples), 25)]
-            scores = torch.cat([option_scores(model, prepare(model, tokenizer, batch)) for batch in batches])
+            scores = torch.cat([option_scores(model, prepare(model, tokenizer, batch, layout)) for batch in batches])
             difference = scores[:, 1] - scores[:, 0]
             labels = torch.tensor([example.label for example in examples])
             up, down = difference[labels == 1], difference[labels == 0]

@@ -22,16 +22,22 @@ LAYERS = (
     {"perturbation", "estimators", "rules"},
     {"optimizer"},
     {"trajectory"},
-    {"tasks", "objectives", "models"},
+    {"tasks", "models"},
+    {"objectives"},
     {"evaluation"},
-    {"trainer"},
+    {"trainer", "baselines", "sweep"},
+    {"report"},
     {"cli"},
     {"__main__"},
 )
 RANK = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}
 
 STANDARD = sys.stdlib_module_names
-NEEDS = {"noise": {"torch"}, "noise/cpu.py": {"torch", "numba", "numpy", "llvmlite"}} | {
+NEEDS = {
+    "noise": {"torch"},
+    "noise/cpu.py": {"torch", "numba", "numpy", "llvmlite"},
+    "noise/gpu.py": {"torch", "triton"},
+} | {
     part: {"torch"} for part in ("parameters", "arena", "perturbation", "estimators", "rules", "optimizer")
 }
 NEEDS["trajectory"] = {"torch", "safetensors"}

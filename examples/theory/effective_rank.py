@@ -13,6 +13,7 @@ may be small because they cancel; |H|_F^2 / |H|^2 cannot. (MeZO, section 4.1, As
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from statistics import fmean, variance
 from typing import Any
@@ -88,6 +89,11 @@ def interval(values: list[float], statistic: Callable[[torch.Tensor], torch.Tens
     return float(statistic(x[:, None])), low, high
 
 
+def error(values: list[float], exact: list[float]) -> float:
+    """Root mean square difference over the directions."""
+    return fmean((a - b) ** 2 for a, b in zip(values, exact, strict=True)) ** 0.5
+
+
 def measure(options: Any) -> dict[str, Any]:
     """The sweep over eps in both dtypes, then the effective rank in float32 at one eps."""
     sweep: dict[str, Any] = {}
@@ -115,12 +121,12 @@ def measure(options: Any) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> str:
     """The sweep, and the effective rank with its parts."""
     exact = result["backward"]["curvatures"]
-    lines = [f"{'eps':>8}" + "".join(f"{dtype + ': mean':>16} {'deviation':>10}" for dtype in result["sweep"])]
+    lines = [f"{'eps':>8}" + "".join(f"{dtype + ': mean':>16} {'error':>10}" for dtype in result["sweep"])]
     for eps in next(iter(result["sweep"].values())):
-        cells = (f"{fmean(v[eps]):16.4g} {variance(v[eps]) ** 0.5:10.3g}" for v in result["sweep"].values())
+        cells = (f"{fmean(v[eps]):16.4g} {error(v[eps], exact):10.3g}" for v in result["sweep"].values())
         lines.append(f"{eps!s:>8}" + "".join(cells))
     lines.append(f"z' H z of {len(exact)} directions; by backward passes: mean {fmean(exact):.4g}, "
-                 f"deviation {variance(exact) ** 0.5:.3g}")  # fmt: skip
+                 f"standard deviation {variance(exact) ** 0.5:.3g}")  # fmt: skip
     lines.append("")
     lines.append(f"{len(result['values'])} directions, float32, eps {result['eps']}   (95% interval)")
     labels = {"trace": "tr H", "frobenius": "|H|_F", "effective_rank": "tr H / |H|", "stable_rank": "|H|_F^2 / |H|^2"}
@@ -133,26 +139,33 @@ def table(result: dict[str, Any]) -> str:
 
 
 def draw(result: dict[str, Any]) -> Any:
-    """Spread over the directions by eps, and mean by eps with its interval."""
+    """Error of z' H z by eps, and the estimate of the trace by eps with its interval."""
     figure, (left, right) = panels(2)
     exact = result["backward"]["curvatures"]
-    for (dtype, by_eps), colour, marker in zip(result["sweep"].items(), (RED, BLUE), "so", strict=True):
-        eps = [float(e) for e in by_eps]
-        deviations = [variance(v) ** 0.5 for v in by_eps.values()]
-        left.loglog(eps, deviations, color=colour, marker=marker, markersize=5, label=dtype)
-        left.loglog(eps, [deviations[0] * (eps[0] / e) ** 2 for e in eps], ":", color=colour, linewidth=1, zorder=0)
-        means = [interval(v, lambda x: x.mean(0)) for v in by_eps.values()]
+    for (dtype, by_eps), colour, marker, aside in zip(
+        result["sweep"].items(), (RED, BLUE), "so", (1.06, 0.94), strict=True
+    ):
+        eps, values = [float(e) for e in by_eps], list(by_eps.values())
+        errors = [error(v, exact) for v in values]
+        left.loglog(eps, errors, color=colour, marker=marker, markersize=5, label=dtype)
+        means = [interval(v, lambda x: x.mean(0)) for v in values]
         bars = [[m - low for m, low, _ in means], [high - m for m, _, high in means]]
-        right.errorbar(eps, [m for m, _, _ in means], bars, color=colour, marker=marker, markersize=5, capsize=3, label=dtype)
-    left.axhline(variance(exact) ** 0.5, color=GREEN, linestyle="--", label="by backward passes", zorder=0)
+        right.errorbar([e * aside for e in eps], [m for m, _, _ in means], bars, color=colour, marker=marker,
+                       markersize=5, capsize=3, linewidth=1, label=dtype)  # fmt: skip
+        left.loglog(eps, [errors[0] * (eps[0] / e) ** 2 for e in eps], ":", color=colour, linewidth=1, zorder=0)
+    spread = variance(exact) ** 0.5
+    left.axhline(spread, color=GREEN, linestyle="--", label="spread over directions", zorder=0)
+    left.set_ylim(bottom=min(error(v, exact) for by_eps in result["sweep"].values() for v in by_eps.values()) / 3)
+    left.set(xlabel="eps", ylabel="error of z' H z, root mean square", title="rounding (dotted: slope -2), then bias")
     right.axhline(fmean(exact), color=GREEN, linestyle="--", label="by backward passes", zorder=0)
     right.axhline(0, color=GREY, linewidth=0.8, zorder=0)
-    ticks = 10 ** torch.tensor(abs(fmean(exact))).log10().floor().item()
-    right.set_yscale("symlog", linthresh=ticks)
+    decade = 10 ** math.ceil(math.log10(spread))
     right.set_xscale("log")
-    left.set(xlabel="eps", ylabel="standard deviation of z' H z", title="noise (dotted: slope -2) and true spread")
-    right.set(xlabel="eps", ylabel="mean of z' H z, an estimate of tr H", title=f"{len(exact)} directions, 95% intervals")
-    left.set_ylim(bottom=variance(exact) ** 0.5 / 5)
+    right.set_yscale("symlog", linthresh=decade)
+    low, high = right.get_ylim()
+    ticks = [0.0, *(sign * decade * 10**k for k in range(6) for sign in (-1.0, 1.0))]
+    right.set_yticks([t for t in ticks if low <= t <= high])
+    right.set(xlabel="eps", ylabel="mean of z' H z", title=f"tr H from {len(exact)} directions, 95% intervals")
     left.legend(loc="upper right")
     right.legend(loc="lower right")
     return figure
@@ -172,7 +185,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options.add_argument("--iterations", type=int, default=10, help="of the power iteration")
     options = options.parse_args(arguments)
     if options.quick:
-        options.sweep, options.rank_directions = [1e-4, 1e-3, 1e-2], 256
+        options.sweep, options.rank_directions = [1e-4, 1e-3, 1e-2], 64
     result = measure(options)
     print(table(result))
     return save("effective_rank", result, draw(result), options.output_dir)

@@ -165,7 +165,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options = parser(__doc__)
     options.add_argument("--model", help="hub id or local folder; default: a tiny random GPT-2")
     options.add_argument("--eps", type=float, nargs="+", default=[1e-3, 0.05, 0.2])
-    options.add_argument("--directions", type=int, default=8192, help="most directions, a power of two")
+    options.add_argument("--directions", type=int, default=4096, help="most directions, a power of two")
     options = options.parse_args(arguments)
     if options.quick:
         options.directions = 256

@@ -20,8 +20,6 @@ from .tasks.encoding import Encoded
 
 Progress = Callable[[int, int], object]
 
-# What is measured of generated text, by the task's metric.
-_KIN = {m: names for names in (("f1", "exact_match"), ("drop_f1", "drop_exact_match")) for m in names}
 # A common beginning of all prompts is processed once if it has so many tokens: demonstrations, not a few words.
 _WORTH_SHARING = 32
 
@@ -240,7 +238,7 @@ def _measure_text(
     predictions = generate(model, tokenizer, task, [example.prompt for example in batch], context)
     measured = {
         name: [metrics.score(name, prediction, e.texts) for prediction, e in zip(predictions, batch, strict=True)]
-        for name in _KIN[task.metric]
+        for name in metrics.kin(task.metric)
     }
     return {**measured, "loss": target_likelihood(model, _inputs(model, batch, layout, context)).tolist()}
 

@@ -8,7 +8,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
 from ..models import load_model, save_model
 from ..trajectory import export_trajectory, read_log, replay
 from ..trajectory.export import read_trajectory

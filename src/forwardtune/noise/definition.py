@@ -131,7 +131,8 @@ def round_stochastically(x: Tensor, random: Tensor, dtype: torch.dtype) -> Tenso
         carry = (((units - whole) * 65536.0).to(torch.int64) + random) >> 16
         fixed = torch.copysign((whole + carry.float()) * 2.0**-24, x)
         rounded = torch.where(x.abs() < 2.0**-14, fixed, rounded)
-    return rounded
+    # A carry would make zero of a NaN whose kept bits are all ones, as GPUs compute them.
+    return torch.where(x.isnan(), x, rounded)
 
 
 def _widen(x: Tensor) -> Tensor:

@@ -80,7 +80,9 @@ def _task(content: dict[str, Any], path: Path) -> Task:
     masked = content.get("masked")
     if masked is not None:
         if not isinstance(masked, dict) or MASK not in str(masked.get("prompt", "")):
-            raise _WrongError(f"masked must hold a prompt with {MASK} in it, such as {{prompt: '{{text}} It was {MASK}.'}}")
+            raise _WrongError(
+                f"masked must hold a prompt with {MASK} in it, such as {{prompt: '{{text}} It was {MASK}.'}}"
+            )
         _known(masked, _WORDING, "masked: ")
         if "prompt" not in content:  # worded for masked models alone
             return _task({**{k: v for k, v in content.items() if k != "masked"}, **masked}, path)
@@ -131,21 +133,29 @@ def _task(content: dict[str, Any], path: Path) -> Task:
 def _choices(content: dict[str, Any]) -> tuple[dict[str, str] | None, tuple[str, str] | None]:
     """The answers or the options of a task; neither for free text."""
     if sum(key in content for key in ("answers", "options", "target")) > 1 or {"label", "target"} <= set(content):
-        raise _WrongError("give either label and answers, label and options, or target (free text), not several of them")
+        raise _WrongError(
+            "give either label and answers, label and options, or target (free text), not several of them"
+        )
     if "target" in content:
         return None, None
     if "options" in content:
         options = content["options"]
         if not isinstance(options, dict) or set(options) != {"each", "text"}:
-            raise _WrongError('options must be {each: COLUMN, text: TEMPLATE}, such as {each: entities, text: "{option}"}')
+            raise _WrongError(
+                'options must be {each: COLUMN, text: TEMPLATE}, such as {each: entities, text: "{option}"}'
+            )
         _template(options["text"], "options")
         return None, (str(options["each"]), options["text"])
     answers = content.get("answers")
     if not isinstance(answers, dict) or len({str(value) for value in answers}) < max(2, len(answers)):
-        raise _WrongError("answers must map at least two different label values to texts, such as {0: terrible, 1: great}")
+        raise _WrongError(
+            "answers must map at least two different label values to texts, such as {0: terrible, 1: great}"
+        )
     for value, text in answers.items():
         if not isinstance(text, str) or not text.strip():
-            raise _WrongError(f"the answer for {value!r} is {text!r}, not text: put it in quotes (YAML reads no as false)")
+            raise _WrongError(
+                f"the answer for {value!r} is {text!r}, not text: put it in quotes (YAML reads no as false)"
+            )
         _template(text, f"the answer for {value!r}")
     answers = {str(value): text.strip() for value, text in answers.items()}
     if len(set(answers.values())) < len(answers):
