@@ -144,9 +144,10 @@ def test_train_writes_an_ordinary_model_folder(setting: Setting, finished: Path)
     found = AutoModelForCausalLM.from_pretrained(finished)
     support.assert_same_bits(found, support.snapshot(expected))
     assert weights(finished) != weights(setting.model)
-    assert {"config.json", "tokenizer.json", "steps.jsonl", "metrics.json"} <= {
-        path.name for path in finished.iterdir()
-    }
+    written = {path.name for path in finished.iterdir()}
+    results = {"metrics.json", "outcomes.json", "history.jsonl", "dev.jsonl"}
+    assert {"config.json", "tokenizer.json", "steps.jsonl"} | results <= written
+    assert "initial.safetensors" not in written  # there is no adapter
     assert not list(finished.glob("*.partial"))
     assert not list(finished.glob("checkpoint-*"))
 
@@ -158,11 +159,17 @@ def test_metrics_say_what_the_run_did(setting: Setting, finished: Path) -> None:
     assert metrics["seconds"] == pytest.approx(sum(record.seconds for record in log.records))
     assert metrics["seconds_per_step"] == pytest.approx(metrics["seconds"] / STEPS)
     assert metrics["peak_memory_bytes"] > 2**20 < metrics["inference_peak_memory_bytes"]
-    for when, model in (("before", setting.model), ("after", finished)):
+    for when, model in (("before", setting.model), ("test", finished)):
         ran = cli("eval", "--model", model, "--task", setting.task, "--batch-size", 4, "--device", "cpu")
-        measured = json.loads(ran.out)
-        assert {name: measured[name] for name in ("accuracy", "loss", "examples")} == metrics[when]
-    assert metrics["before"]["loss"] != metrics["after"]["loss"]
+        assert json.loads(ran.out)["test"] == metrics[when]
+    assert metrics["before"]["loss"] != metrics["test"]["loss"]
+    for key, value in (("command", "train"), ("method", "mezo"), ("model", str(setting.model)), ("task", "task")):
+        assert metrics[key] == value
+    assert (metrics["metric"], metrics["steps"], metrics["skipped_steps"]) == ("accuracy", STEPS, 0)
+    assert (metrics["best_step"], metrics["truncated_prompts"]) == (STEPS, 0)
+    assert metrics["splits"] == {"train": 11, "dev": 3, "test": 6}
+    assert metrics["settings"].items() >= log.header["run"].items()
+    assert log.header["run"].items() >= {"lr": 1e-3, "eps": 1e-3, "steps": STEPS, "batch_size": 4, "seed": 0}.items()
 
 
 def test_stdout_carries_json_alone(setting: Setting, tmp_path: Path) -> None:
@@ -184,8 +191,11 @@ def test_eval_prints_one_json_object(setting: Setting, flag: list[str]) -> None:
     assert ran.code == 0
     assert ran.out.count("\n") == 1
     result = json.loads(ran.out)
-    assert (result["model"], result["task"], result["examples"]) == (str(setting.model), "task", 6)
-    assert 0 <= result["accuracy"] <= 1 < 10 * result["loss"]
+    found = [result[key] for key in ("command", "method", "model", "task", "metric")]
+    assert found == ["eval", "zero-shot", str(setting.model), "task", "accuracy"]
+    assert result["test"].keys() == {"accuracy", "loss", "examples"}
+    assert result["test"]["examples"] == result["splits"]["test"] == 6
+    assert 0 <= result["test"]["accuracy"] <= 1 < 10 * result["test"]["loss"]
 
 
 def test_train_without_json_prints_nothing_on_stdout(setting: Setting, tmp_path: Path) -> None:
@@ -269,8 +279,9 @@ def test_free_text_task_from_end_to_end(setting: Setting, tmp_path: Path) -> Non
     ran = cli(*setting.train(tmp_path / "run", task=task, json=True))
     assert ran.code == 0, ran.err
     metrics = json.loads(ran.out)
-    assert metrics["after"].keys() == {"f1", "exact_match", "loss", "examples"}
-    assert metrics["after"]["loss"] != metrics["before"]["loss"]
+    assert metrics["test"].keys() == metrics["dev"].keys() == {"f1", "exact_match", "loss", "examples"}
+    assert metrics["test"]["loss"] != metrics["before"]["loss"]
+    assert metrics["metric"] == "f1"
 
 
 def test_save_steps_leaves_checkpoints_that_load(setting: Setting, finished: Path, tmp_path: Path) -> None:
@@ -313,8 +324,10 @@ def assert_ends_like_an_uninterrupted_run(setting: Setting, run: Path) -> None:
     assert [r.losses for r in logs[0].records] == [r.losses for r in logs[1].records]
     assert logs[0].end == logs[1].end
     metrics = [json.loads((folder / "metrics.json").read_text(encoding="utf-8")) for folder in (run, whole)]
-    assert [m["before"] for m in metrics[:1]] == [m["before"] for m in metrics[1:]]
-    assert metrics[0]["after"] == metrics[1]["after"]
+    for key in ("before", "test", "dev", "best_step", "sign_test", "splits"):
+        assert metrics[0][key] == metrics[1][key], key
+    for name in ("outcomes.json", "dev.jsonl"):
+        assert (run / name).read_bytes() == (whole / name).read_bytes()
 
 
 def test_ctrl_c_stops_after_the_step_and_says_how_to_go_on(setting: Setting, tmp_path: Path) -> None:
@@ -365,7 +378,9 @@ def test_killed_before_the_log_was_opened(setting: Setting, finished: Path, tmp_
     """The untuned model was measured, and nothing else done: one of the two ways to go on must work."""
     run = tmp_path / "run"
     run.mkdir()
-    shutil.copy(finished / "metrics.json", run)
+    for name in ("metrics.json", "outcomes.json"):
+        before = json.loads((finished / name).read_text(encoding="utf-8"))["before"]
+        (run / name).write_text(json.dumps({"before": before}))
     again = [cli(*arguments) for arguments in (setting.resume(run), setting.train(run))]
     assert 0 in [ran.code for ran in again], [ran.err for ran in again]
     assert weights(run) == weights(finished)
@@ -439,7 +454,7 @@ def refused(folder: Path, words: str, code: int = 2) -> Iterator[Any]:
         ({"lr_scheduler": "sawtooth"}, "sawtooth"),
         ({"lr_scheduler": "cosine_with_min_lr"}, "cosine_with_min_lr|min_lr"),
         ({"lr_scheduler": "reduce_lr_on_plateau"}, "reduce_lr_on_plateau|plateau"),
-        ({"max_length": 2}, "answers take .* tokens.*--max-length"),
+        ({"max_length": 2}, "answers of . tokens.*--max-length"),
         ({"model": None}, "--model is missing"),
         ({"task": None}, "--task is missing"),
         ({"task": "reviws"}, "unknown task 'reviws'.*did you mean reviews"),
@@ -448,7 +463,7 @@ def refused(folder: Path, words: str, code: int = 2) -> Iterator[Any]:
         ({"model": "./none"}, "no such model folder"),
         ({"model": "smolm2-135m"}, "did you mean smollm2-135m"),
         ({"model": "none.gguf"}, "no such model file"),
-        ({"data_dir": "none"}, "no train data.*looked for"),
+        ({"data_dir": "none"}, "no test data.*looked for"),
     ],
     ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
 )

@@ -17,10 +17,10 @@ pytest.importorskip("matplotlib")
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples/theory"))
 
-import dimension
-import effective_rank
-import prompt
-import unbiased
+import dimension  # noqa: E402
+import effective_rank  # noqa: E402
+import prompt  # noqa: E402
+import unbiased  # noqa: E402
 
 SCRIPTS = {"unbiased": unbiased, "dimension": dimension, "prompt": prompt, "effective_rank": effective_rank}
 
@@ -66,14 +66,17 @@ def test_a_step_of_mezo_moves_the_weights_by_that_estimate() -> None:
 
 
 def test_dimension_alone_does_not_slow_mezo_down(tmp_path: Path) -> None:
-    curves = run(dimension, tmp_path)["curves"]
+    result = run(dimension, tmp_path)
+    curves = result["curves"]
     decaying, isotropic = ([c for c in curves if c["spectrum"] == name] for name in ("decaying", "isotropic"))
     assert [c["dimension"] for c in decaying] == [c["dimension"] for c in isotropic] == [128, 1024, 8192]
     for c in curves:
         # Lemma 2: the estimate is d + 2 times as long, squared, as the gradient. 960 samples of chi-squared spread.
         assert c["growth"] == pytest.approx(c["dimension"] + 2, rel=0.25)
-        for t in (30, 60, 120):
-            assert abs(c["mean"][t] - c["expected"][t]) < 5 * c["standard_error"][t], (c["spectrum"], c["dimension"], t)
+        for step, mean, exact, error in zip(
+            result["steps"][1:], c["mean"][1:], c["expected"][1:], c["standard_error"][1:], strict=True
+        ):
+            assert abs(mean - exact) < 5 * error, (c["spectrum"], c["dimension"], step)
     assert {round(c["effective_rank"], 4) for c in decaying} == {8.0}
     ends = [c["expected"][-1] for c in decaying]
     assert max(ends) / min(ends) < 1.001
@@ -97,7 +100,8 @@ def test_text_alone_is_the_same_task_without_the_words_of_the_prompt(tmp_path: P
     for split in ("train", "test"):
         pairs = zip(load_split(task, split).examples, load_split(alone, split).examples, strict=True)
         for with_prompt, without in pairs:
-            assert with_prompt.prompt == f"Sentiment of reviews, positive or negative.\nReview: {without.prompt}\nSentiment:"
+            whole = f"Sentiment of reviews, positive or negative.\nReview: {without.prompt}\nSentiment:"
+            assert with_prompt.prompt == whole
             assert (with_prompt.options, with_prompt.label) == (without.options, without.label)
 
 

@@ -70,7 +70,8 @@ def expected(spectrum: np.ndarray, lr: float, steps: int) -> list[float]:
 
 def measure(options: Any) -> dict[str, Any]:
     """Every spectrum in every dimension."""
-    result: dict[str, Any] = {"seeds": options.seeds, "curves": []}
+    kept = slice(None, None, max(1, options.steps // 60))  # the file holds some 60 points of every curve
+    result: dict[str, Any] = {"seeds": options.seeds, "steps": [*range(options.steps + 1)][kept], "curves": []}
     spectra = {"decaying": lambda d: (1 - 1 / RANK) ** np.arange(d), "isotropic": np.ones}
     for name, make in spectra.items():
         for dimension in options.dimensions:
@@ -79,24 +80,25 @@ def measure(options: Any) -> dict[str, Any]:
             lr = 1 / (rank + 2)
             seeds = range(dimension, dimension + options.seeds)  # other directions in every dimension
             runs, growth = zip(*(measured(spectrum, lr, options.steps, seed) for seed in seeds), strict=True)
+            error = np.std(runs, axis=0, ddof=1) / len(runs) ** 0.5
             curve = {"spectrum": name, "dimension": dimension, "effective_rank": rank, "lr": lr,
                      "growth": float(np.mean(growth)),
-                     "mean": np.mean(runs, axis=0).tolist(),
-                     "standard_error": (np.std(runs, axis=0, ddof=1) / len(runs) ** 0.5).tolist(),
-                     "expected": expected(spectrum, lr, options.steps)}  # fmt: skip
+                     "mean": np.mean(runs, axis=0)[kept].tolist(),
+                     "standard_error": error[kept].tolist(), "expected": expected(spectrum, lr, options.steps)[kept]}  # fmt: skip
             result["curves"].append(curve)
     return result
 
 
 def table(result: dict[str, Any]) -> str:
     """The loss half-way and at the end: measured, its standard error, and the exact expectation."""
-    steps = len(result["curves"][0]["mean"]) - 1
-    halves = (steps // 2, steps)
-    head = "".join(f"{f'step {t}':>12} {'+-':>8} {'exact':>8}" for t in halves)
+    steps = result["steps"]
+    halves = (len(steps) // 2, len(steps) - 1)
+    head = "".join(f"{f'step {steps[t]}':>12} {'+-':>8} {'exact':>8}" for t in halves)
     lines = [f"{'eigenvalues':11} {'d':>6} {'r':>8} {'lr':>8} {'|g^|2/|g|2':>11} {head}"]
     for c in result["curves"]:
         cells = "".join(f"{c['mean'][t]:12.4f} {c['standard_error'][t]:8.4f} {c['expected'][t]:8.4f}" for t in halves)
-        lines.append(f"{c['spectrum']:11} {c['dimension']:6} {c['effective_rank']:8.1f} {c['lr']:8.1e} {c['growth']:11.0f} {cells}")
+        setting = f"{c['spectrum']:11} {c['dimension']:6} {c['effective_rank']:8.1f} {c['lr']:8.1e}"
+        lines.append(f"{setting} {c['growth']:11.0f} {cells}")
     return "\n".join(lines)
 
 
@@ -107,10 +109,9 @@ def draw(result: dict[str, Any]) -> Any:
     for axis, (name, title) in zip(axes, titles.items(), strict=True):
         curves = [c for c in result["curves"] if c["spectrum"] == name]
         for i, (c, colour) in enumerate(zip(curves, COLOURS, strict=False)):
-            axis.plot(c["mean"], color=colour, label=f"d = {c['dimension']:,}")
-            every = len(c["mean"]) // 10
+            axis.plot(result["steps"], c["mean"], color=colour, label=f"d = {c['dimension']:,}")
             label = "exact expectation" if i == len(curves) - 1 else None
-            axis.plot(range(0, len(c["mean"]), every), c["expected"][::every], "k.", markersize=5, label=label, zorder=3)
+            axis.plot(result["steps"][::6], c["expected"][::6], "k.", markersize=5, label=label, zorder=3)
         axis.set(xlabel="step", ylabel="loss, relative to the start", title=title, yscale="log", ylim=(4e-3, 1.5))
         axis.legend(loc="lower left")
     return figure

@@ -133,7 +133,8 @@ def table(result: dict[str, Any]) -> str:
     for key, label in labels.items():
         value, low, high = result[key]
         lines.append(f"  {label:16} {value:10.4g}   ({low:.3g} to {high:.3g})")
-    lines.append(f"by backward passes: |H| {result['norm']:.4g}, |H|_F {fmean(result['backward']['squares']) ** 0.5:.4g}")
+    frobenius = fmean(result["backward"]["squares"]) ** 0.5
+    lines.append(f"by backward passes: |H| {result['norm']:.4g}, |H|_F {frobenius:.4g}")
     lines.append(f"weights: {result['weights']:,}")
     return "\n".join(lines)
 

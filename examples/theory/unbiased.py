@@ -108,12 +108,12 @@ def measure(options: Any) -> dict[str, Any]:
         parameter.requires_grad_(name == "transformer.ln_f.weight")  # 8 elements: 256 directions
     loss = loss_of(exact)
     (truth,) = gradient(exact, loss)
-    biases = {eps: bias(exact.transformer.ln_f.weight, lambda _: loss(), truth, eps) for eps in (0.3, 0.1, 0.03, 0.01, 0.003)}
+    weight, scales = exact.transformer.ln_f.weight, (0.3, 0.1, 0.03, 0.01, 0.003)
+    biases = {eps: bias(weight, lambda _: loss(), truth, eps) for eps in scales}
 
     draw = torch.Generator().manual_seed(2)
-    root, centre = torch.randn(8, 8, generator=draw).double(), torch.randn(8, generator=draw).double()
-    theta = torch.zeros(8, dtype=torch.float64)
-    on_quadratic = bias(theta, lambda x: (root @ (x - centre)).square().sum() / 2, root.T @ root @ (theta - centre), 0.1)
+    root, theta = (torch.randn(*shape, generator=draw, dtype=torch.float64) for shape in ((8, 8), (8,)))
+    on_quadratic = bias(theta, lambda x: (root @ x).square().sum() / 2, root.T @ root @ theta, 0.1)
     return {
         "model": options.model or "tiny random GPT-2",
         "weights": sum(p.numel() for p in model.parameters()),

@@ -39,13 +39,13 @@ def add_prefix(model: Any, tokenizer: Any, length: int, seed: int) -> Any:
     wrapped: Any = peft.get_peft_model(model, config)
     # peft's layout: a row for each token; in it layer by layer, keys before values, head by head.
     rows = activations.permute(3, 0, 1, 2, 4).reshape(length, -1).float()
-    encoder = wrapped.prompt_encoder[wrapped.active_adapter]
-    if encoder.embedding.weight.shape != rows.shape:
+    weight = wrapped.prompt_encoder[wrapped.active_adapter].embedding.weight
+    if weight.shape != rows.shape:
         raise InputError(
-            f"peft takes the keys and values of {type(model).__name__} for {encoder.embedding.weight.shape[1]} numbers a "
-            f"token, but they are {rows.shape[1]}: correct num_key_value_heads and head_dim in its config.json"
+            f"peft takes the keys and values of {type(model).__name__} for {weight.shape[1]} numbers a token, but they "
+            f"are {rows.shape[1]}: correct num_key_value_heads and head_dim in its config.json"
         )
-    encoder.load_prompt_embeddings(rows)
+    weight.data.copy_(rows)
     return wrapped
 
 
