@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from forwardtune.errors import InputError
-from forwardtune.tasks import Task, get_task, load_split, metrics, task_names
-from forwardtune.tasks.task import read_task
+from forwardtune.tasks import Example, Task, get_task, load_split, load_splits, metrics, task_names
+from forwardtune.tasks.reader import read_task
+from forwardtune.tasks.template import columns_of
 
 ROWS = [{"text": f"review {i}, with a comma", "label": i % 2} for i in range(20)]
 
@@ -152,6 +153,79 @@ def _failure(do: Callable[..., object], *arguments: Any, **options: Any) -> str:
     return ""
 
 
+def test_filters_change_one_letter_or_the_final_stop() -> None:
+    row = {"a": "was it McDonald's", "b": "It was Ann", "c": "He left .", "d": "Inc. won..", "label": 1}
+    task = make_task("{a|upper_first}? {b|lower_first} {c|without_stop} {d|without_stop} {c|without_stop|lower_first}")
+    assert task.example(row, "").prompt == "Was it McDonald's? it was Ann He left Inc. won. he left"
+
+
+def test_column_may_be_inside_another_one() -> None:
+    row = {"answers": {"text": [" a ", "b", "a"], "start": [1]}, "a.b": "dotted", "q": "why"}
+    task = make_task("{a.b} {q}", label="answers.text", answers=None, metric="f1")
+    assert task.example(row, "").prompt == "dotted why"
+    assert task.example(row, "").targets == (" a", " b")
+    with pytest.raises(InputError, match=r"row 1 has no column 'answers\.txt'"):
+        make_task("{q}", label="answers.txt", answers=None, metric="f1").example(row, "row 1")
+    with pytest.raises(InputError, match=r"'answers\.text' is empty"):
+        task.example({**row, "answers": {"text": []}}, "row 1")
+
+
+def test_replacements_are_made_in_their_column_alone_and_may_hold_placeholders() -> None:
+    task = make_task("{a} {b}", replace={"a": {"X": "<{b}>", "Y": "-"}})
+    assert task.example({"a": "X Y Z", "b": "X Y", "label": 0}, "").prompt == "<X Y> - Z X Y"
+
+
+def test_answers_may_be_columns() -> None:
+    task = make_task("{text} because ", answers={"0": "{first|lower_first}", "1": "it {second}"})
+    assert not task.fixed_answers
+    example = task.example({"text": "A", "first": "It rained.", "second": "shone", "label": 1}, "")
+    assert example == Example(
+        "A because ", ("it rained.", "it shone"), (1,), (), context=(0, 1), calibration="because "
+    )
+
+
+def test_each_entry_of_a_list_may_be_an_option() -> None:
+    task = make_task(
+        "{text}\n- ", answers=None, label="right", options=("parts", "{query}"), replace={"query": {"@": "{option}"}}
+    )
+    row = {"text": "T", "parts": ["A", " B ", "@C"], "query": "x @ y @", "right": ["B", "@C", "unseen"]}
+    example = task.example(row, "")
+    assert example.options == ("x A y A", "x B y B", "x @C y @C")
+    assert (example.right, example.label) == ((1, 2), 1)
+    with pytest.raises(InputError, match="row 1: none of .*among the 3 entries of 'parts'"):
+        task.example({**row, "right": ["D"]}, "row 1")
+    with pytest.raises(InputError, match="row 1: column 'parts' must hold a list"):
+        task.example({**row, "parts": "A"}, "row 1")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, "It was"),
+        ({"calibration": "{kind} was"}, "film was"),
+        ({"calibration": ""}, ""),
+        ({"prompt": "{text} {{x}} {text}\n {{y}}"}, "{y}"),
+    ],
+)
+def test_prompt_without_content_is_its_own_last_words_or_what_the_task_says(changes: Any, expected: str) -> None:
+    task = make_task(**changes)
+    assert task.example({"text": "a", "kind": "film", "label": 1}, "").calibration == expected
+
+
+@pytest.mark.parametrize(("context", "expected"), [(None, "premise"), ("b", "other one")])
+def test_context_is_the_first_column_unless_the_task_names_another(context: str | None, expected: str) -> None:
+    example = make_task("Say {a}, {b}, {a}.", context=context).example(
+        {"a": "premise", "b": "other one", "label": 0}, ""
+    )
+    assert example.prompt[slice(*example.context)] == expected
+    assert example.context[0] == example.prompt.index(expected)
+
+
+def test_task_for_masked_models_fills_the_mask_with_bare_words() -> None:
+    example = make_task("{text} It was [MASK].").example({"text": "a", "label": 1}, "")
+    assert (example.prompt, example.options) == ("a It was [MASK].", ("terrible", "great"))
+
+
 # --- task files --------------------------------------------------------------------------------------------------
 
 GOOD = {"prompt": "'{text} It was'", "answers": "{0: terrible, 1: great}", "train": "train.csv", "test": "test.csv"}
@@ -166,10 +240,21 @@ def test_task_file_defaults(tmp_path: Path) -> None:
     task = get_task(str(write_task(tmp_path, task_text())))
     assert (task.name, task.label, task.metric, task.stop) == ("mine", "label", "accuracy", "\n")
     assert task.answers == {"0": "terrible", "1": "great"}
-    assert task.columns == ["text", "label"]
+    assert columns_of(task.prompt) == ["text"]
+    assert (task.loss, task.kind, task.masked, task.free_text, task.fixed_answers) == (
+        "cross_entropy",
+        "causal",
+        None,
+        False,
+        True,
+    )
+    assert (task.context, task.calibration, task.unlabelled, task.options, task.replace) == (None, None, None, None, {})
+    assert (task.dev_examples, task.max_new_tokens, task.hub) == (500, 50, None)
     assert task.files == {"train": tmp_path / "train.csv", "test": tmp_path / "test.csv"}
     free = read_task(write_task(tmp_path, task_text(answers=None, target="reply")))
-    assert (free.answers, free.label, free.metric) == (None, "reply", "f1")
+    assert (free.answers, free.label, free.metric, free.loss) == (None, "reply", "f1", "likelihood")
+    assert free.free_text
+    assert not free.fixed_answers
 
 
 @pytest.mark.parametrize(
@@ -183,7 +268,7 @@ def test_task_file_defaults(tmp_path: Path) -> None:
         (task_text(prompt=None), "prompt must be text"),
         (task_text(prompt="no column"), r"at least one \{column\}"),
         (task_text(prompt="'{{text}}'"), r"at least one \{column\}"),
-        (task_text(target="reply"), "answers, or target"),
+        (task_text(target="reply"), "label and answers, label and options, or target"),
         (task_text(answers=None), "at least two"),
         (task_text(answers="{0: great}"), "at least two"),
         (task_text(answers="{1: great, '1': terrible}"), "at least two|twice|same label"),
@@ -199,6 +284,31 @@ def test_task_file_defaults(tmp_path: Path) -> None:
         (task_text(train=None, test=None, hub="a/b"), "hub must be"),
         (task_text(answers=None, target="reply", max_new_tokens="many"), "max_new_tokens"),
         (task_text(answers=None, target="reply", max_new_tokens="0"), "max_new_tokens"),
+        (task_text(label="kind", target="reply", answers=None), "not several of them"),
+        (task_text(options="{each: parts, text: '{option}'}"), "not several of them"),
+        (task_text(answers=None, options="{each: parts}"), "options must be.*each: COLUMN, text: TEMPLATE"),
+        (task_text(answers=None, options="parts"), "options must be"),
+        (task_text(answers=None, options="{each: parts, text: 3}"), "options must be text.*quotes"),
+        (task_text(answers=None, options="{each: parts, text: '{option}'}", metric="f1"), "does not suit.*accuracy"),
+        (task_text(loss="likelyhood"), "'likelyhood' does not suit.*cross_entropy or likelihood"),
+        (task_text(answers=None, target="reply", loss="cross_entropy"), "does not suit.*choose likelihood"),
+        (task_text(prompt="'{text|uper_first}'"), "unknown filter 'uper_first'.*did you mean upper_first"),
+        (task_text(prompt="'{text} {}'"), "without the name of a column"),
+        (task_text(answers="{0: '{a|b}', 1: good}"), "unknown filter 'b'"),
+        (task_text(calibration="'{text|nothing}'"), "calibration has the unknown filter"),
+        (task_text(calibration="3"), "calibration must be text.*quotes"),
+        (task_text(context="txet"), "'txet' is not a column of the prompt; did you mean text"),
+        (task_text(replace="text"), "replace must be"),
+        (task_text(replace="{text: new}"), "replace must be"),
+        (task_text(replace="{text: {a: '{b|nothing}'}}"), "unknown filter 'nothing'"),
+        (task_text(replace="{text: {a: '{text}'}}"), "replace"),
+        (task_text(dev_examples="-1"), "dev_examples must be a whole number of at least 0"),
+        (task_text(dev_examples="true"), "dev_examples"),
+        (task_text(masked="'{text} [MASK]'"), r"masked must hold a prompt with \[MASK\]"),
+        (task_text(masked="{prompt: '{text} It was'}"), r"masked must hold a prompt with \[MASK\]"),
+        (task_text(masked="{prompt: '{text} [MASK]', metric: accuracy}"), "masked: unknown key 'metric'"),
+        (task_text(prompt="'{text} [MASK]'", answers=None, target="reply"), r"\[MASK\] needs answers"),
+        (task_text(train=None, test=None, hub="{path: a/b, train: t, test: u, split: v}"), "hub: unknown key 'split'"),
     ],
     ids=lambda text: text.splitlines()[-1][:40] if "\n" in text else None,
 )
@@ -209,8 +319,44 @@ def test_what_is_wrong_in_a_task_file_is_said(tmp_path: Path, text: str, words: 
     assert str(path) in str(caught.value)
 
 
+def test_task_may_be_worded_for_both_kinds_of_models(tmp_path: Path) -> None:
+    text = task_text(
+        context="text",
+        calibration="It was",
+        masked="{prompt: '{text} It was [MASK].', answers: {0: bad, 1: good}}",
+        dev_examples="7",
+        unlabelled="-1",
+    )
+    task = read_task(write_task(tmp_path, text))
+    assert task.worded_for("causal") is task
+    masked = task.worded_for("masked")
+    assert (task.kind, masked.kind, task.wordings) == ("causal", "masked", [task, masked])
+    assert (masked.prompt, masked.answers) == ("{text} It was [MASK].", {"0": "bad", "1": "good"})
+    assert (masked.name, masked.files, masked.dev_examples, masked.unlabelled) == ("mine", task.files, 7, "-1")
+    assert (task.answers, task.context, task.calibration) == ({"0": "terrible", "1": "great"}, "text", "It was")
+    assert (masked.context, masked.calibration) == (None, None)
+
+
+def test_task_worded_for_one_kind_of_models_alone_refuses_the_other(tmp_path: Path) -> None:
+    causal = read_task(write_task(tmp_path, task_text()))
+    with pytest.raises(InputError, match=r"task mine has a prompt for causal models alone.*\[MASK\] in its prompt"):
+        causal.worded_for("masked")
+    for text in (task_text(prompt="'{text} [MASK]'"), task_text(prompt=None, masked="{prompt: '{text} [MASK]'}")):
+        masked = read_task(write_task(tmp_path, text))
+        assert masked.worded_for("masked") is masked
+        with pytest.raises(InputError, match="task mine has a prompt for masked models alone.*roberta-large"):
+            masked.worded_for("causal")
+
+
+def test_task_file_with_a_data_set_of_the_hub(tmp_path: Path) -> None:
+    hub = "{path: a/b, name: c, train: train, dev: held_out, test: validation}"
+    task = read_task(write_task(tmp_path, task_text(train=None, test=None, hub=hub)))
+    assert task.hub == {"path": "a/b", "name": "c", "train": "train", "dev": "held_out", "test": "validation"}
+    assert task.files == {}
+
+
 def test_task_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"unknown task 'reviws'.*reviews, sst2.*did you mean reviews"):
+    with pytest.raises(InputError, match=r"unknown task 'reviws'.*reviews, .*sst2.*did you mean reviews"):
         get_task("reviws")
     with pytest.raises(InputError, match="no such task file"):
         get_task(str(tmp_path / "none.yaml"))
@@ -323,6 +469,117 @@ def test_limit_draws_without_replacement_by_the_seed_alone(tmp_path: Path, rando
     assert set(drawn(8)) < set(drawn(None))
     assert drawn(8) == drawn(8)
     assert len({tuple(drawn(8, seed)) for seed in range(5)}) == 5
+
+
+# --- splits ------------------------------------------------------------------------------------------------------
+
+
+def split_task(folder: Path, rows: list[dict[str, Any]] = ROWS, **changes: Any) -> Task:
+    files = {name: write_jsonl(folder / f"{name}.jsonl", rows) for name in ("train", "test")}
+    return make_task(files=files, **changes)
+
+
+def test_splits_are_drawn_without_overlap_and_the_test_split_is_no_seeds(
+    tmp_path: Path, random_state_untouched: None
+) -> None:
+    task = split_task(tmp_path)
+
+    def drawn(seed: int) -> dict[str, tuple[int, ...]]:
+        splits = load_splits(task, train_examples=8, dev_examples=5, test_examples=6, seed=seed)
+        return {name: tuple(split.numbers) for name, split in splits.items()}
+
+    assert drawn(3) == drawn(3)
+    for seed in range(4):
+        found = drawn(seed)
+        assert {name: len(set(numbers)) for name, numbers in found.items()} == {"train": 8, "dev": 5, "test": 6}
+        assert not set(found["train"]) & set(found["dev"])
+        assert all(list(numbers) == sorted(numbers) for numbers in found.values())
+    assert len({drawn(seed)["test"] for seed in range(4)}) == 1
+    assert len({drawn(seed)["train"] for seed in range(4)}) == 4
+    assert len({drawn(seed)["dev"] for seed in range(4)}) == 4
+
+
+@pytest.mark.parametrize(
+    ("dev", "expected"),
+    [
+        (10, (10, 10)),  # as many remain for training
+        (11, (15, 5)),  # not: a quarter
+        (4, (16, 4)),
+        (500, (15, 5)),
+        (0, (20, 0)),
+        (None, (17, 3)),  # the task's own number
+    ],
+)
+def test_development_split_of_short_data_is_a_quarter_at_most(
+    tmp_path: Path, dev: int | None, expected: tuple[int, int]
+) -> None:
+    splits = load_splits(split_task(tmp_path, dev_examples=3), dev_examples=dev)
+    assert (len(splits["train"]), len(splits.get("dev", []))) == expected
+    assert ("dev" in splits) == bool(expected[1])
+
+
+def test_the_same_training_examples_whatever_else_is_wanted(tmp_path: Path) -> None:
+    task = split_task(tmp_path)
+    every = load_splits(task, dev_examples=5)
+    for only in (["train"], ["dev"], ["test"], ["dev", "train"]):
+        some = load_splits(task, dev_examples=5, only=only)
+        assert list(some) == only
+        assert all(some[name].numbers == every[name].numbers for name in only)
+
+
+def test_development_data_of_ones_own_are_used(tmp_path: Path) -> None:
+    own = write_jsonl(tmp_path / "dev.jsonl", [{"text": f"own {i}", "label": i % 2} for i in range(9)])
+    task = split_task(tmp_path)
+    task = Task(**{**vars(task), "files": {**task.files, "dev": own}})
+    splits = load_splits(task, train_examples=100, dev_examples=4)
+    assert {name: len(split) for name, split in splits.items()} == {"train": 20, "dev": 4, "test": 20}
+    assert all(example.prompt.startswith("own ") for example in splits["dev"].examples)
+    assert load_splits(task, per_class=10)["train"].numbers == list(range(20))  # none is kept back for development
+
+
+def test_so_many_of_each_class(tmp_path: Path) -> None:
+    task = split_task(tmp_path, [{"text": f"{i}", "label": int(i % 4 == 0)} for i in range(24)])
+    for seed in range(3):
+        splits = load_splits(task, per_class=3, seed=seed)
+        for name in ("train", "dev"):
+            assert Counter(example.label for example in splits[name].examples) == {0: 3, 1: 3}
+        assert not set(splits["train"].numbers) & set(splits["dev"].numbers)
+        assert len(splits["test"]) == 24
+    assert len({tuple(load_splits(task, per_class=3, seed=seed)["train"].numbers) for seed in range(4)}) == 4
+    with pytest.raises(
+        InputError, match=r"holds 6 examples of class 1 \(great\), and 4 for .* and 4 .* lower --per-class to 3$"
+    ):
+        load_splits(task, per_class=4)
+    assert len(load_splits(task, per_class=6, dev_examples=0)["train"]) == 12
+    free = split_task(tmp_path, answers=None, label="text", metric="f1")
+    with pytest.raises(InputError, match="no classes.*leave --per-class out"):
+        load_splits(free, per_class=2)
+
+
+def test_rows_without_a_label_are_left_out(tmp_path: Path) -> None:
+    rows = [{"text": f"{i}", "label": -1 if i % 3 == 0 else i % 2} for i in range(12)]
+    split = load_split(split_task(tmp_path, rows, unlabelled="-1"), "train")
+    assert (split.available, list(split.numbers)) == (8, [i for i in range(12) if i % 3])
+    with pytest.raises(InputError, match=r"train\.jsonl, example 1: label '-1' is not among the answers"):
+        load_split(split_task(tmp_path, rows), "train")
+    with pytest.raises(InputError, match="holds no example"):
+        load_split(split_task(tmp_path, rows[:1], unlabelled="-1"), "train")
+
+
+def test_row_is_named_by_its_place_in_the_file_whichever_rows_are_drawn(tmp_path: Path) -> None:
+    task = split_task(tmp_path, [*ROWS, {"text": "", "label": 1}])
+    with pytest.raises(InputError, match=r"train\.jsonl, example 21: column 'text' is empty"):
+        load_splits(task, dev_examples=5)
+
+
+def test_split_is_judged_in_every_wording_and_put_in_the_one_that_suits(tmp_path: Path) -> None:
+    masked = make_task("{text}, {other}: [MASK]")
+    rows = [{**row, "other": f"other {i}"} for i, row in enumerate(ROWS)]
+    splits = load_splits(split_task(tmp_path, rows, masked=masked))
+    assert splits["train"].worded_for("causal").examples[0].prompt.endswith(" It was")
+    assert splits["train"].worded_for("masked").examples[0].prompt.endswith(": [MASK]")
+    with pytest.raises(InputError, match="no column 'other'"):
+        load_splits(split_task(tmp_path, masked=masked))
 
 
 def test_a_row_that_is_not_drawn_is_not_judged(tmp_path: Path) -> None:

@@ -121,10 +121,15 @@ def find_layout(model: Any, tokenizer: Any, examples: Sequence[Encoded]) -> Layo
     """The layout with the least work in which the model scores options as it does one by one.
 
     Packed rows and shared prompts need a model that honours position ids and a block mask. Whether it does is found by
-    trying it on a few examples that would be packed or have long options.
+    trying it on a few examples that would be packed or have long options. Examples longer than a sliding window keep
+    the plain layout, whose mask is the model's own.
     """
     plain = plain_layout(model, tokenizer)
     by_length = sorted(examples, key=lambda example: example.length)
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    window = getattr(config, "sliding_window", None)
+    if window is not None and by_length[-1].length > window:  # the block mask would take the window's place
+        return plain
     trial = by_length[:2]
     if len(by_length) > 2:
         together = trial[0].length + trial[1].length

@@ -7,6 +7,7 @@ import random
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from ..tasks import Split, Task, get_task, load_splits
 from ..tasks.batching import Layout
 from ..tasks.encoding import Encoded, Encoder
 from . import positive, say
+from .results import METRICS, read_json
 
 MODEL_DEFAULTS: dict[str, Any] = {
     "dtype": "auto",
@@ -140,6 +142,8 @@ def open_session(
     transformers.utils.logging.disable_progress_bar()
     if options.device is None:
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.dtype == "auto":
+        options.dtype = _dtype_of_run(Path(options.model))
     say(f"loading {options.model}")
     model, tokenizer = load_model(options.model, dtype=options.dtype, device=options.device)
     kind = model_kind(model)
@@ -168,6 +172,13 @@ def open_session(
     if calibrate:
         session.calibrations = encoder.calibrations(task, splits["test"].examples)
     return session
+
+
+def _dtype_of_run(folder: Path) -> str:
+    """An adapter does not say in which dtype its base model was when it was tuned; our runs do."""
+    if not (folder / "adapter_config.json").is_file():
+        return "auto"
+    return str(read_json(folder / METRICS).get("settings", {}).get("dtype", "auto"))
 
 
 def _demonstrations(train: Split, shots: int, seed: int) -> Sequence[Any]:

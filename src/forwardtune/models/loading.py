@@ -145,6 +145,7 @@ def _load_adapted(folder: Path, dtype: str, device: str) -> tuple[Any, Any]:
         ) from None
     try:
         with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
             warnings.filterwarnings("error", "Found missing adapter keys")
             # torch_device is where the file is read; the weights go where the base model's are.
             model = PeftModel.from_pretrained(base, str(folder), is_trainable=False, torch_device="cpu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -81,7 +82,7 @@ def tune(
     elif mode == "prefix":
         if prefix_length < 1:
             raise InputError(f"the prefix must have a positive length, got {prefix_length}: 5 is usual")
-        with _seeded(seed):  # of values that are overwritten at once
+        with _wrapping(seed):  # of values that are overwritten at once
             model = add_prefix(model, tokenizer, prefix_length, seed)
     else:
         _select(model, "" if mode == "all" else mode)
@@ -131,7 +132,7 @@ def _add_lora(model: Any, rank: int, alpha: float, targets: Sequence[str] | None
         "fan_in_fan_out": any(isinstance(module, Conv1D) for module in _matching(model, wanted)),
     }
     model.requires_grad_(False)
-    with _seeded(seed):
+    with _wrapping(seed):
         return peft.get_peft_model(model, peft.LoraConfig(**settings))
 
 
@@ -181,8 +182,10 @@ def _some(names: Sequence[str]) -> str:
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def _wrapping(seed: int) -> Iterator[None]:
     """Inside, torch's CPU generator starts from the seed; afterwards it is as it was. Other devices' are not touched."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # What peft asks of transformers is theirs to settle.
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
         torch.default_generator.manual_seed(seed)
         yield
