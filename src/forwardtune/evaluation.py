@@ -130,11 +130,11 @@ def find_layout(model: Any, tokenizer: Any, examples: Sequence[Encoded]) -> Layo
     window = getattr(config, "sliding_window", None)
     if window is not None and by_length[-1].length > window:  # the block mask would take the window's place
         return plain
-    trial = by_length[:2]
-    if len(by_length) > 2:
-        together = trial[0].length + trial[1].length
-        trial += [next((e for e in by_length[2:] if e.length >= together), by_length[2])]
-    trial += [e for e in by_length[3:] if sum(len(option) > 1 for option in e.options) > 1][:1]
+    long_options = [e for e in by_length if sum(len(option) > 1 for option in e.options) > 1]
+    # Two that fit into one row with room to spare, and a longer one: enough to see what the model honours.
+    trial = [
+        _shortened(e, n) for e, n in zip(by_length[:2] + (long_options or by_length)[-1:], (12, 20, 48), strict=False)
+    ]
     expected = option_scores(model, _inputs(model, trial, plain, None))
     best = replace(plain, shared=True, packed=True)
     for layout in (best, replace(best, first_position=tokenizer.pad_token_id + 1), replace(best, packed=False)):
@@ -193,13 +193,25 @@ def _common_context(model: Any, tokenizer: Any, examples: Sequence[Encoded], lay
     if len(tokens) < _WORTH_SHARING:
         return None
     try:
-        output = model(input_ids=torch.tensor([tokens], device=model.device), use_cache=True)
-        context = Context(tokens, output.past_key_values)
-        trial = sorted(examples, key=lambda example: example.length)[:2]
+        # Whether the model can go on from a cache under a block mask is tried on the beginning of it.
+        begin = Context(tokens[:_WORTH_SHARING], _cache_of(model, tokens[:_WORTH_SHARING]))
+        trial = [replace(e, prompt=begin.tokens + _shortened(e, 12).prompt) for e in examples[:2]]
         expected = option_scores(model, _inputs(model, trial, layout, None))
-        return context if _agrees(model, trial, layout, expected, context) else None
+        return Context(tokens, _cache_of(model, tokens)) if _agrees(model, trial, layout, expected, begin) else None
     except (TypeError, ValueError, AttributeError):  # no cache, or one of another kind
         return None
+
+
+def _cache_of(model: Any, tokens: list[int]) -> Any:
+    """The keys and values that the model computes for the tokens."""
+    return model(input_ids=torch.tensor([tokens], device=model.device), use_cache=True).past_key_values
+
+
+def _shortened(example: Encoded, length: int) -> Encoded:
+    """The example with the end of its prompt alone, for trials; a masked one as it is."""
+    if example.mask is not None:
+        return example
+    return replace(example, prompt=example.prompt[-max(length, example.scored + 1) :])
 
 
 def _cached_scores(
