@@ -15,7 +15,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from figures import BLUE, GREEN, GREY, RED, panels, parser, save
+from figures import BLUE, GREEN, RED, panels, parser, save
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -143,17 +143,17 @@ def table(result: dict[str, Any]) -> str:
 def draw(result: dict[str, Any]) -> Any:
     """Error by n for every eps; bias by eps."""
     figure, (left, right) = panels(2)
+    counts = [int(n) for n in next(iter(result["errors"].values()))]
     for (eps, by_n), colour, marker in zip(result["errors"].items(), (BLUE, GREEN, RED), "os^", strict=False):
-        left.loglog(list(by_n), list(by_n.values()), color=colour, marker=marker, markersize=4, label=f"eps = {eps}")
-    counts = list(next(iter(result["errors"].values())))
+        left.loglog(counts, list(by_n.values()), color=colour, marker=marker, markersize=4, label=f"eps = {eps}")
     expected = [((result["weights"] + 1) / n) ** 0.5 for n in counts]
-    left.loglog(counts, expected, ":", color=GREY, label="sqrt((d + 1) / n)", zorder=0)
+    left.loglog(counts, expected, "k:", linewidth=1, label="sqrt((d + 1) / n)", zorder=3)
     left.set(xlabel="directions n", ylabel="error of the mean, relative to |gradient|",
              title=f"{result['weights']:,} weights of a transformer")  # fmt: skip
     left.legend(loc="lower left")
-    eps, biases = list(result["bias"]), list(result["bias"].values())
+    eps, biases = [float(e) for e in result["bias"]], list(result["bias"].values())
     right.loglog(eps, biases, color=BLUE, marker="o", markersize=5, label="transformer")
-    right.loglog(eps, [biases[0] * (e / eps[0]) ** 2 for e in eps], ":", color=GREY, label="slope 2", zorder=0)
+    right.loglog(eps, [biases[0] * (e / eps[0]) ** 2 for e in eps], "k:", linewidth=1, label="slope 2", zorder=3)
     right.loglog([0.1], [result["bias_on_quadratic"]], "s", color=RED, label="quadratic: rounding alone")
     right.set(xlabel="eps", ylabel="bias, relative to |gradient|", title="mean over all 256 Rademacher directions")
     right.legend(loc="center left")
