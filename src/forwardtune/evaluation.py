@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import takewhile
 from typing import Any
 
@@ -13,7 +12,15 @@ import torch
 from torch import Tensor
 
 from .models import model_kind
-from .objectives import option_cross_entropy, option_scores, target_likelihood
+from .objectives import (
+    Context,
+    Reward,
+    generate,
+    option_scores,
+    score_loss,
+    target_likelihood,
+    task_scores,
+)
 from .tasks import Task, metrics
 from .tasks.batching import Layout, collate
 from .tasks.encoding import Encoded
@@ -34,6 +41,7 @@ def evaluate(
     batch_size: int = 16,
     layout: Layout | None = None,
     calibrations: Sequence[Encoded] | None = None,
+    rewards: Sequence[Reward] = (),
     progress: Progress | None = None,
     outcomes: list[float] | None = None,
 ) -> dict[str, float]:
@@ -47,6 +55,7 @@ def evaluate(
         calibrations: the same examples without content (:meth:`~forwardtune.tasks.encoding.Encoder.calibrations`):
             scores are then ``log p(option | prompt) - log p(option | prompt without content)``, each length-normalised
             (surface form competition, Holtzman et al. 2021).
+        rewards: functions of what the model writes, for free text; their sum is measured as ``reward``.
         progress: called with the numbers of examples done and in all.
         outcomes: filled with the task's metric for every example, in their order.
 
@@ -66,9 +75,9 @@ def evaluate(
         numbers = by_length[lo : lo + batch_size]
         batch = [examples[i] for i in numbers]
         if task.free_text:
-            measured = _measure_text(model, tokenizer, task, batch, layout, context)
+            measured = _measure_text(model, tokenizer, task, batch, layout, context, rewards)
         else:
-            scores = option_scores(model, _inputs(model, batch, layout, context))
+            scores = task_scores(model, _inputs(model, batch, layout, context), task)
             if calibrations is not None:
                 scores = scores - _cached_scores(model, [calibrations[i] for i in numbers], layout, bare, known, scores)
             measured = _measure_choice(task, batch, scores)
@@ -98,8 +107,8 @@ def sign_test(before: Sequence[float], after: Sequence[float]) -> dict[str, floa
 
 
 def training_objective(task: Task) -> Callable[[Any, Any], Tensor]:
-    """What is lowered for a task: option cross-entropy, or the negative likelihood of the right text."""
-    return option_cross_entropy if task.loss == "cross_entropy" else target_likelihood
+    """The task's loss, ``(model, batch) -> losses`` of shape (batch,): what is lowered unless the user wants otherwise."""
+    return lambda model, batch: score_loss(task, task_scores(model, batch, task), batch["labels"])
 
 
 # --- layouts ----------------------------------------------------------------------------------------------------------
@@ -125,6 +134,8 @@ def find_layout(model: Any, tokenizer: Any, examples: Sequence[Encoded]) -> Layo
     the plain layout, whose mask is the model's own.
     """
     plain = plain_layout(model, tokenizer)
+    if not all(example.options for example in examples):
+        return plain  # nothing to score
     by_length = sorted(examples, key=lambda example: example.length)
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     window = getattr(config, "sliding_window", None)
@@ -166,20 +177,6 @@ def _inputs(model: Any, batch: Sequence[Encoded], layout: Layout, context: Conte
 
 
 # --- what all prompts begin with --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Context:
-    """A common beginning of prompts, and the keys and values that a model computed for it."""
-
-    tokens: list[int]
-    cache: Any
-
-    def repeated(self, rows: int) -> Any:
-        """A cache of one's own for so many rows; the model extends what it is given."""
-        cache = copy.deepcopy(self.cache)
-        cache.batch_repeat_interleave(rows)
-        return cache
 
 
 def _common_context(model: Any, tokenizer: Any, examples: Sequence[Encoded], layout: Layout) -> Context | None:
@@ -239,52 +236,33 @@ def _cached_scores(
 
 
 def _measure_choice(task: Task, batch: Sequence[Encoded], scores: Tensor) -> dict[str, list[float]]:
-    chosen = scores.argmax(dim=1).tolist()
     labels = torch.tensor([example.label for example in batch], device=scores.device)
-    if task.loss == "cross_entropy":
-        losses = torch.nn.functional.cross_entropy(scores, labels, reduction="none")
+    if task.preference is not None:
+        right = (scores > 0).float().tolist()
     else:
-        losses = -scores.gather(1, labels[:, None])[:, 0]
-    right = [float(option in example.right) for option, example in zip(chosen, batch, strict=True)]
-    return {"accuracy": right, "loss": losses.tolist()}
+        chosen = scores.argmax(dim=1).tolist()
+        right = [float(option in example.right) for option, example in zip(chosen, batch, strict=True)]
+    return {"accuracy": right, "loss": score_loss(task, scores, labels).tolist()}
 
 
 def _measure_text(
-    model: Any, tokenizer: Any, task: Task, batch: Sequence[Encoded], layout: Layout, context: Context | None
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    batch: Sequence[Encoded],
+    layout: Layout,
+    context: Context | None,
+    rewards: Sequence[Reward],
 ) -> dict[str, list[float]]:
-    predictions = generate(model, tokenizer, task, [example.prompt for example in batch], context)
-    measured = {
-        name: [metrics.score(name, prediction, e.texts) for prediction, e in zip(predictions, batch, strict=True)]
-        for name in metrics.kin(task.metric)
-    }
+    texts = generate(model, tokenizer, task, [example.prompt for example in batch], context)
+    measured: dict[str, list[float]] = {}
+    if rewards:
+        by_reward = [reward([example.example for example in batch], texts) for reward in rewards]
+        if len(rewards) > 1:
+            measured |= {reward.name: values for reward, values in zip(rewards, by_reward, strict=True)}
+        measured["reward"] = [sum(values) for values in zip(*by_reward, strict=True)]
+    if not task.label:
+        return measured
+    for name in metrics.kin(task.metric):
+        measured[name] = [metrics.score(name, text, example.texts) for text, example in zip(texts, batch, strict=True)]
     return {**measured, "loss": target_likelihood(model, _inputs(model, batch, layout, context)).tolist()}
-
-
-@torch.no_grad()
-def generate(
-    model: Any, tokenizer: Any, task: Task, prompts: Sequence[Sequence[int]], context: Context | None = None
-) -> list[str]:
-    """Greedy continuations of tokenised prompts, up to the task's stop string.
-
-    Args:
-        context: what all prompts begin with, if it was processed already.
-    """
-    width, pad = max(map(len, prompts)), tokenizer.pad_token_id
-    known = 0 if context is None else len(context.tokens)
-    # Padding stands on the left, but behind what is common to all.
-    fills = [width - len(prompt) for prompt in prompts]
-    rows = [[*p[:known], *[pad] * fill, *p[known:]] for p, fill in zip(prompts, fills, strict=True)]
-    seen = [[1] * known + [0] * fill + [1] * (width - known - fill) for fill in fills]
-    options: dict[str, Any] = {"stop_strings": [task.stop], "tokenizer": tokenizer} if task.stop else {}
-    if context is not None:
-        options["past_key_values"] = context.repeated(len(rows))
-    out = model.generate(
-        input_ids=torch.tensor(rows, device=model.device),
-        attention_mask=torch.tensor(seen, device=model.device),
-        max_new_tokens=task.max_new_tokens,
-        do_sample=False,
-        pad_token_id=pad,
-        **options,
-    )
-    texts = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
-    return [(text.split(task.stop)[0] if task.stop else text).strip() for text in texts]

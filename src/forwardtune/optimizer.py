@@ -58,6 +58,11 @@ class StepRecord:
         """True when a loss was not finite and the weights were left alone."""
         return not self.coefficients
 
+    @property
+    def still(self) -> bool:
+        """True when every coefficient was 0: both sides of each probe had the same loss, as with counted objectives."""
+        return bool(self.coefficients) and not any(self.coefficients)
+
 
 class MeZO(torch.optim.Optimizer):
     r"""Memory-efficient zeroth-order SGD.

@@ -91,7 +91,8 @@ class MeZOTrainer(Trainer):
 
     Args:
         objective: ``(model, inputs) -> losses``, one per example or their mean, in place of the model's own loss. It
-            needs no gradient.
+            needs no gradient. Its method ``begin_step(step)``, if it has one, is told of every step, and what
+            ``take_statistics()`` returns is logged (:class:`forwardtune.objectives.TaskObjective` has both).
         run: anything to keep in the step log's header, as JSON.
 
     Raises:
@@ -170,6 +171,9 @@ class MeZOTrainer(Trainer):
         """Query the microbatch at the step's probes. Trainer's ``optimizer.step()`` then moves the weights."""
         model.eval()  # dropout would differ between the two sides of a probe
         inputs = self._prepare_inputs(inputs)
+        begin_step = getattr(self.objective, "begin_step", None)
+        if begin_step is not None:  # both sides of a probe draw the same random numbers
+            begin_step(self.mezo.next_step)
         share = 1 if self._scaled_for_accumulation(num_items_in_batch) else self.current_gradient_accumulation_steps
 
         def closure() -> Tensor:
@@ -210,6 +214,10 @@ class MeZOTrainer(Trainer):
         if logs.pop("grad_norm", None) is not None and self.mezo.last is not None and not self.mezo.last.skipped:
             coefficients = self.mezo.last.coefficients
             logs["projected_gradient"] = sum(map(abs, coefficients)) / len(coefficients)
+        take_statistics = getattr(self.objective, "take_statistics", None)
+        if take_statistics is not None:
+            for name, values in take_statistics().items():
+                logs |= {f"objective/{name}/{key}": value for key, value in values.items()}
         if "train_runtime" in logs:  # the closing report comes before the best weights are loaded: the log ends here
             self._keeper.finish()
         super().log(logs, *args, **kwargs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -17,18 +17,22 @@ from safetensors.torch import load_file, save_file
 
 from .. import memory
 from ..errors import InputError
-from ..evaluation import training_objective
 from ..models import load_model, tune
+from ..objectives import Sampling, TaskObjective
 from ..tasks.batching import collate
+from ..tasks.encoding import Encoded
 from ..trajectory import Log, read_log, replay
 from . import say
 from .session import Session, bar
-from .watcher import DevWatcher, StepClock, Watcher, keep_tuned, stop_on_interrupt
+from .watcher import Course, DevWatcher, StepClock, Watcher, keep_tuned, stop_on_interrupt
 
 #: The adapter that a run began with, so that its step log can be replayed anywhere.
 INITIAL = "initial.safetensors"
 _DEV = "dev.jsonl"
 _BEST = "best.pt"
+_REWARDS = "objective.jsonl"
+# From this share of steps on that moved nothing, because both sides of a probe had the same objective, advice is given.
+_MANY_STILL = 0.2
 
 
 @dataclass
@@ -82,6 +86,7 @@ def train_mezo(session: Session, folder: Path, log: Log | None, settings: dict[s
     from ..trainer import MeZOConfig, MeZOTrainer
 
     options, inference_peak = session.options, session.inference_peak()
+    objective = make_objective(session)
     try:
         config = MeZOConfig(
             output_dir=str(folder),
@@ -93,7 +98,7 @@ def train_mezo(session: Session, folder: Path, log: Log | None, settings: dict[s
             eps=options.eps,
             probes=options.probes,
             direction=options.direction,
-            perturbation=options.perturbation,
+            perturbation=_perturbation(session, objective),
             clip_coefficient=options.clip_coefficient,
             seed=options.seed,
             save_strategy="steps" if options.save_steps else "no",
@@ -107,7 +112,9 @@ def train_mezo(session: Session, folder: Path, log: Log | None, settings: dict[s
         )
     except ValueError as error:
         raise InputError(str(error)) from None
-    trainer = MeZOTrainer(args=config, run=settings, **_ingredients(session))
+    trainer = MeZOTrainer(args=config, run=settings, **_ingredients(session, objective))
+    course = Course(objective, folder / _REWARDS)
+    trainer.add_callback(course)
     done = log.steps if log else 0
     say(f"tuning for {options.steps} steps{f', {done} of them done' if done else ''}; steps go to {trainer.step_log}")
 
@@ -126,7 +133,11 @@ def train_mezo(session: Session, folder: Path, log: Log | None, settings: dict[s
     perturbation = trainer.mezo.perturbation.name if trainer.mezo.perturbation else options.perturbation
     facts = _facts(len(records), sum(r.skipped for r in records), sum(r.seconds for r in records), peak, inference_peak)
     facts["perturbation"] = perturbation
-    history = _history([(record.loss, record.seconds) for record in records], dev)
+    still = sum(record.still for record in records)
+    facts["zero_coefficient_steps"] = still
+    if still > _MANY_STILL * len(records):
+        say(_advice(still, len(records)))
+    history = _history([(record.loss, record.seconds) for record in records], dev, course.lines)
     best = dev.best if dev else None
     if best is not None:
         facts["dev"], facts["best_step"] = best["dev"], best["step"]
@@ -154,7 +165,7 @@ def train_adam(session: Session, folder: Path, log: Log | None, settings: dict[s
         use_cpu=options.device == "cpu",
         dataloader_pin_memory=options.device == "cuda",
     )
-    trainer = AdamTrainer(args=arguments, **_ingredients(session))
+    trainer = AdamTrainer(args=arguments, **_ingredients(session, make_objective(session)))
     clock = StepClock(lambda: trainer.last_loss)
     trainer.add_callback(clock)
     say(f"tuning for {options.steps} steps by backpropagation")
@@ -182,22 +193,43 @@ METHODS: dict[str, Callable[[Session, Path, Log | None, dict[str, Any]], Trained
 }
 
 
-def _ingredients(session: Session) -> dict[str, Any]:
+def _ingredients(session: Session, objective: TaskObjective) -> dict[str, Any]:
     """What both trainers get."""
+
+    def minibatch(examples: list[Encoded]) -> dict[str, Any]:
+        return {**collate(examples, session.layout), "examples": examples}
+
     return {
         "model": session.model,
         "train_dataset": session.splits["train"],
-        "data_collator": partial(collate, layout=session.layout),
+        "data_collator": minibatch,
         "processing_class": session.tokenizer,
-        "objective": training_objective(session.task),
+        "objective": objective,
     }
+
+
+def make_objective(session: Session) -> TaskObjective:
+    """The objective that the user named, or the task's loss."""
+    options = session.options
+    sampling = Sampling(options.temperature, options.seed)
+    return TaskObjective(options.objective, session.task, session.tokenizer, sampling)
+
+
+def _perturbation(session: Session, objective: TaskObjective) -> str:
+    """Generation reads every weight at each token, so they are perturbed once, in a copy."""
+    options = session.options
+    if options.perturbation != "auto" or not objective.generates:
+        return str(options.perturbation)
+    size = sum(p.numel() * p.element_size() for p in session.model.parameters() if p.requires_grad)
+    say(f"text is generated at every evaluation: weights are perturbed in a copy, {size / 2**20:,.0f} MiB more memory")
+    return "copy"
 
 
 def _watch_dev(session: Session, folder: Path, improved: Callable[[Any], object] | None = None) -> DevWatcher | None:
     if "dev" not in session.splits:
         return None
     evaluate = partial(session.evaluate, "dev", "dev")
-    return DevWatcher(evaluate, session.task.metric, session.options.eval_steps, folder / _DEV, improved)
+    return DevWatcher(evaluate, session.metric, session.options.eval_steps, folder / _DEV, improved)
 
 
 def _run(
@@ -238,11 +270,23 @@ def _facts(steps: int, skipped: int, seconds: float, peak: int, inference_peak: 
     }
 
 
-def _history(steps: list[tuple[float, float]], dev: DevWatcher | None) -> list[dict[str, Any]]:
+def _advice(still: int, steps: int) -> str:
+    return (
+        f"in {still} of {steps} steps ({still / steps:.0%}) both sides of the probe had the same objective, so they moved "
+        "nothing. What helps: more --probes, a larger --batch-size, a larger --eps, or an objective with a smooth part "
+        "such as 'accuracy + 0.1 * loss'"
+    )
+
+
+def _history(
+    steps: list[tuple[float, float]], dev: DevWatcher | None, objective: Sequence[dict[str, Any]] = ()
+) -> list[dict[str, Any]]:
     """A line for each step with its loss and the seconds so far, then the measurements on the dev split."""
     seconds = [0.0, *accumulate(seconds for _, seconds in steps)]
     lines: list[dict[str, Any]] = [
         {"step": i, "seconds": seconds[i], "loss": loss} for i, (loss, _) in enumerate(steps, start=1)
     ]
+    for line in objective:
+        lines[line["step"] - 1]["objective"] = line["objective"]
     measured = [] if dev is None else dev.lines
     return lines + [{"step": m["step"], "seconds": seconds[m["step"]], "dev": m["dev"]} for m in measured]

@@ -6,7 +6,7 @@ import argparse
 import random
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from .. import memory
 from ..errors import InputError
 from ..evaluation import evaluate, find_layout, prepare
 from ..models import context_length, load_model, model_kind
-from ..objectives import logits_at
+from ..objectives import Reward, logits_at, option_likelihoods
+from ..objectives.mixture import parse
 from ..tasks import Split, Task, get_task, load_splits
 from ..tasks.batching import Layout
 from ..tasks.encoding import Encoded, Encoder
@@ -57,6 +58,7 @@ class Session:
     calibrations: list[Encoded] | None = None
     truncated: int = 0
     demonstrations: int = 0
+    rewards: list[Reward] = field(default_factory=list)
     sizes: dict[str, int] = field(default_factory=dict)
 
     def evaluate(self, what: str, split: str = "test", outcomes: list[float] | None = None) -> dict[str, float]:
@@ -70,9 +72,15 @@ class Session:
                 batch_size=self.options.batch_size,
                 layout=self.layout,
                 calibrations=self.calibrations if split == "test" else None,
+                rewards=self.rewards,
                 progress=reach(progress),
                 outcomes=outcomes,
             )
+
+    @property
+    def metric(self) -> str:
+        """What a model is judged by: the reward where there is one, else the task's metric."""
+        return "reward" if self.rewards else self.task.metric
 
     def facts(self, command: str, method: str) -> dict[str, Any]:
         """What every command's ``metrics.json`` begins with."""
@@ -82,7 +90,7 @@ class Session:
             "method": method,
             "model": self.options.model,
             "task": self.task.name,
-            "metric": self.task.metric,
+            "metric": self.metric,
             "settings": {k: v for k, v in vars(self.options).items() if k not in hidden and v is not None},
             "splits": self.sizes,
             "truncated_prompts": self.truncated,
@@ -123,6 +131,7 @@ def open_session(
     if not 0 <= options.seed < 2**32:
         raise InputError(f"--seed must be from 0 to 4294967295, got {options.seed}")
     task = get_task(options.task)
+    rewards = _rewards(task, getattr(options, "objective", "loss"))
     splits = load_splits(
         task,
         data_dir=options.data_dir,
@@ -163,15 +172,50 @@ def open_session(
         say(f"  {encoder.truncated} prompts were cut on the left of their context to {encoder.max_length} tokens")
     if shots:
         say(f"  {encoder.demonstrated} of {shots} demonstrations fit before the longest prompt")
+    if task.preference is not None:
+        for name in encoded:
+            encoded[name] = _with_reference(model, tokenizer, encoded[name], name, options.batch_size)
     if prepare_model is not None:
         model = prepare_model(model, tokenizer)
     layout = find_layout(model, tokenizer, next(iter(encoded.values())))
     session = Session(model, tokenizer, task, encoded, layout, options)
     session.truncated, session.demonstrations = encoder.truncated, encoder.demonstrated
+    session.rewards = rewards
     session.sizes = {name: len(split) for name, split in encoded.items()}
     if calibrate:
         session.calibrations = encoder.calibrations(task, splits["test"].examples)
     return session
+
+
+def _rewards(task: Task, objective: str) -> list[Reward]:
+    """The reward functions among the objective's terms."""
+    rewards = [term.reward for term in parse(objective, task) if term.reward] if objective != "loss" else []
+    if task.metric == "reward" and not rewards:
+        raise InputError(
+            f"task {task.name} has neither answers nor a target: give --objective module:function, a reward for what the "
+            "model writes, or add answers or a target to the task file"
+        )
+    return rewards
+
+
+@torch.no_grad()
+def _with_reference(
+    model: Any, tokenizer: Any, examples: Sequence[Encoded], name: str, batch_size: int
+) -> list[Encoded]:
+    """The examples with the log-likelihoods of their texts under the model as it is: the frozen reference."""
+    layout = find_layout(model, tokenizer, examples)
+    done: list[Encoded] = []
+    with bar(len(examples), f"reference of {name}", "example") as progress:
+        for lo in range(0, len(examples), batch_size):
+            batch = examples[lo : lo + batch_size]
+            inputs = prepare(model, tokenizer, batch, layout)
+            total, _ = option_likelihoods(model, inputs)
+            pairs = total[inputs["options"]].tolist()
+            done += [
+                replace(e, reference=(chosen, rejected)) for e, (chosen, rejected) in zip(batch, pairs, strict=True)
+            ]
+            progress.update(len(batch))
+    return done
 
 
 def _dtype_of_run(folder: Path) -> str:

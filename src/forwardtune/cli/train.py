@@ -33,6 +33,8 @@ DEFAULTS: dict[str, Any] = {
     "clip_coefficient": None,
     "save_steps": None,
     "eval_steps": None,
+    "objective": "loss",
+    "temperature": 0.0,
 }
 # What the paper uses, by what is tuned (appendix E.3; the larger of its learning rates).
 _BY_MODE = {"lora": {"lr": 1e-4, "eps": 1e-2}, "prefix": {"lr": 1e-2, "eps": 1e-1}}
@@ -51,6 +53,8 @@ def add_commands(commands: Any) -> None:
     add_model_options(parser)
     parser.add_argument("--output-dir", required=True, help="new folder for the tuned model and its step log")
     parser.add_argument("--method", choices=tuple(methods.METHODS), help="mezo, or adam: backpropagation [mezo]")
+    parser.add_argument("--objective", help="loss, accuracy, f1, exact_match, module:function, or a sum of them [loss]")
+    parser.add_argument("--temperature", type=float, help="of sampled text; 0 takes the likeliest tokens [0]")
     parser.add_argument("--tune", help="all, lora, prefix, or a pattern of parameter names [all]")
     parser.add_argument("--lora-rank", type=int, help="width of the LoRA matrices [8]")
     parser.add_argument("--lora-alpha", type=float, help="scale of LoRA, times 1/rank [16]")
@@ -139,12 +143,16 @@ def _check(options: argparse.Namespace) -> None:
     )  # fmt: skip
     if not 0 <= options.weight_decay < float("inf"):
         raise InputError(f"--weight-decay must be a number that is not negative, got {options.weight_decay}")
+    if not 0 <= options.temperature < float("inf"):
+        raise InputError(f"--temperature must be a number that is not negative, got {options.temperature}")
     if options.device is not None and ":" in options.device:
         raise InputError(
             f"training runs on the first device of its kind, not on {options.device}: choose it with "
             "CUDA_VISIBLE_DEVICES, and give --device cuda"
         )
     if options.method == "adam":
+        if options.objective != "loss":
+            raise InputError(f"--objective {options.objective} has no gradient for --method adam: use mezo")
         for name in ("eps", "clip_coefficient", "save_steps"):
             if getattr(options, name) is not None:
                 raise InputError(f"--{name.replace('_', '-')} belongs to --method mezo: leave it out")

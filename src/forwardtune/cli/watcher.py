@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import signal
 import time
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from ..objectives import TaskObjective
 from . import say
 from .results import read_lines, write_lines
 
@@ -126,6 +128,25 @@ def keep_tuned(path: Path) -> Callable[[Any], None]:
         torch.save({name: p.detach() for name, p in model.named_parameters() if p.requires_grad}, path)
 
     return keep
+
+
+class Course(TrainerCallback):
+    """Mean and spread of the objective's terms in every step, kept in a file as they come."""
+
+    def __init__(self, objective: TaskObjective, file: Path) -> None:
+        self._objective, self._file = objective, file
+        self.lines = read_lines(file)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.lines = [line for line in self.lines if line["step"] <= state.global_step]
+        write_lines(self._file, self.lines)
+        self._objective.take_statistics()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        line = {"step": state.global_step, "objective": self._objective.take_statistics()}
+        self.lines.append(line)
+        with open(self._file, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
 
 
 @contextmanager

@@ -65,7 +65,8 @@ def collate(batch: Sequence[Encoded], layout: Layout) -> dict[str, Tensor]:
         ``input_ids`` (rows, length), padded on the right; ``positions`` (p,), places in the flattened input whose
         logits are needed; ``logit_rows`` (n,) and ``tokens`` (n,), one for each answer token: which of the p predicts
         it, and what it is; ``slots`` (n,), number of its option within the batch; ``options`` (batch, most options),
-        those numbers by example, -1 where an example has fewer; ``labels`` (batch,). Where attention is not plainly
+        those numbers by example, -1 where an example has fewer; ``labels`` (batch,); ``reference`` (batch, 2) if the
+        examples have it. Where attention is not plainly
         causal, ``attention_mask``: (rows, 1, length, length), additive, in the layout's dtype, with ``position_ids``
         (rows, length); or for masked models in the plain layout (rows, length), 1 for tokens and 0 for padding.
     """
@@ -114,15 +115,17 @@ def collate(batch: Sequence[Encoded], layout: Layout) -> dict[str, Tensor]:
     starts = [sum(counts[:i]) for i in range(len(counts))]
     inputs = {
         "input_ids": torch.tensor(input_ids),
-        "positions": torch.tensor(list(places)),
-        "logit_rows": torch.tensor(logit_rows),
-        "tokens": torch.tensor(tokens),
-        "slots": torch.tensor(slots),
+        "positions": torch.tensor(list(places), dtype=torch.int64),
+        "logit_rows": torch.tensor(logit_rows, dtype=torch.int64),
+        "tokens": torch.tensor(tokens, dtype=torch.int64),
+        "slots": torch.tensor(slots, dtype=torch.int64),
         "options": torch.tensor(
             [[s + i if i < c else -1 for i in range(max(counts))] for s, c in zip(starts, counts, strict=True)]
         ),
         "labels": torch.tensor([example.label for example in batch]),
     }
+    if all(example.reference is not None for example in batch):
+        inputs["reference"] = torch.tensor([example.reference for example in batch])
     owner_ids = torch.tensor(owners)
     if blocks:
         inputs["position_ids"] = torch.tensor(position_ids) + layout.first_position + layout.context
@@ -137,7 +140,7 @@ def _sequences(batch: Sequence[Encoded], shared: bool) -> list[_Sequence]:
     for example in batch:
         options = [(option, slot + i) for i, option in enumerate(example.options)]
         slot += len(options)
-        together = shared or example.mask is not None
+        together = shared or example.mask is not None or not options
         for group in [options] if together else [[option] for option in options]:
             sequences.append(
                 _Sequence(example.prompt, [o for o, _ in group], example.scored, example.mask, [s for _, s in group])

@@ -12,6 +12,7 @@ from .task import MASK, Example, Task
 
 #: Between demonstrations, and before the prompt.
 SEPARATOR = "\n\n"
+_NOTHING = Example("")
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Encoded:
         texts: the target texts, for scoring free text.
         scored: so many of the prompt's last tokens are part of every option: options that begin alike.
         mask: place of the mask in the prompt; None for causal models.
+        example: what was encoded.
+        reference: log-likelihoods of the chosen and the rejected text under the reference model.
     """
 
     prompt: list[int]
@@ -34,6 +37,8 @@ class Encoded:
     texts: tuple[str, ...] = ()
     scored: int = 0
     mask: int | None = None
+    example: Example = _NOTHING
+    reference: tuple[float, float] | None = None
 
     @property
     def label(self) -> int:
@@ -100,7 +105,7 @@ class Encoder:
     # --- causal models ------------------------------------------------------------------------------------------------
 
     def _continuations(self, task: Task, example: Example, preamble: str, number: int) -> Encoded:
-        texts = example.options or (example.target + task.stop,)
+        texts = _continuations_of(task, example)
         start, end = (place + len(preamble) for place in example.context)
         whole = preamble + example.prompt
 
@@ -108,14 +113,16 @@ class Encoder:
             return self._split(task, whole[:start] + whole[start + cut :], example, texts, number)
 
         encoded = encode(0)
-        if _input_length(encoded) > self.max_length:
+        if _input_length(encoded, task) > self.max_length:
             self.truncated += 1
             cut = _least(
-                _word_starts(whole[start:end]), lambda cut: _input_length(encode(cut)) <= self.max_length, end - start
+                _word_starts(whole[start:end]),
+                lambda cut: _input_length(encode(cut), task) <= self.max_length,
+                end - start,
             )
             encoded = encode(cut)
-            if cut == end - start or _input_length(encoded) > self.max_length:
-                longest = max(map(len, encoded.options))
+            if cut == end - start or _input_length(encoded, task) > self.max_length:
+                longest = max(map(len, encoded.options), default=task.max_new_tokens)
                 raise InputError(
                     f"task {task.name}, example {number}: an input of {self.max_length} tokens leaves no room for its "
                     f"context beside the rest of the prompt and answers of {longest} tokens: raise --max-length, or "
@@ -127,6 +134,8 @@ class Encoder:
         # Prompt and answer are tokenised together, as the model saw text in training. What all continuations share is
         # the prompt; a token that spans the border counts as part of the answers.
         alone = self._tokens(prompt)
+        if not texts:
+            return Encoded(alone, [], example=example)
         whole = [self._tokens(prompt + text) for text in texts]
         border = min(_common_prefix(alone, tokens) for tokens in whole)
         # Options that begin alike, as sentences with one word exchanged do, share their beginning's computation too.
@@ -138,8 +147,10 @@ class Encoder:
                 f"task {task.name}, example {number}: prompt and answers {texts} share no border of tokens; "
                 "change the end of the prompt"
             )
+        if task.preference is not None and self.tokenizer.eos_token_id is not None:
+            options = [[*option, self.tokenizer.eos_token_id] for option in options]  # where a text ends is part of it
         truths = tuple(text.strip() for text in example.targets)
-        return Encoded(whole[0][:shared], options, example.right or (0,), truths, shared - border)
+        return Encoded(whole[0][:shared], options, example.right or (0,), truths, shared - border, example=example)
 
     def _tokens(self, text: str) -> list[int]:
         tokens: list[int] = self.tokenizer(text)["input_ids"]
@@ -156,7 +167,7 @@ class Encoder:
         if not texts:
             return ""
         longest = max(
-            _input_length(self._continuations_uncut(task, example, i)) for i, example in enumerate(examples, 1)
+            _input_length(self._continuations_uncut(task, example, i), task) for i, example in enumerate(examples, 1)
         )
         while texts:
             preamble = SEPARATOR.join(texts) + SEPARATOR
@@ -167,7 +178,7 @@ class Encoder:
         return preamble if texts else ""
 
     def _continuations_uncut(self, task: Task, example: Example, number: int) -> Encoded:
-        return self._split(task, example.prompt, example, example.options or (example.target + task.stop,), number)
+        return self._split(task, example.prompt, example, _continuations_of(task, example), number)
 
     # --- masked models ------------------------------------------------------------------------------------------------
 
@@ -201,7 +212,8 @@ class Encoder:
                 )
         if tokens.count(self.tokenizer.mask_token_id) != 1:
             raise InputError(f"task {task.name}, example {number}: its text has a mask token of its own: drop the row")
-        return Encoded(tokens, words, example.right, mask=tokens.index(self.tokenizer.mask_token_id))
+        mask = tokens.index(self.tokenizer.mask_token_id)
+        return Encoded(tokens, words, example.right, mask=mask, example=example)
 
     def _word(self, task: Task, text: str) -> list[int]:
         """The one token of a label word. Byte-level vocabularies know most words with the space before them."""
@@ -216,9 +228,17 @@ class Encoder:
         )
 
 
-def _input_length(encoded: Encoded) -> int:
-    """Tokens of the longest sequence that the model sees: the prompt with the longest option."""
-    return len(encoded.prompt) + max(map(len, encoded.options))
+def _continuations_of(task: Task, example: Example) -> tuple[str, ...]:
+    """What may follow a prompt: its options, its target, or nothing that is known."""
+    if example.options or not example.targets:
+        return example.options
+    return (example.target + task.stop,)
+
+
+def _input_length(encoded: Encoded, task: Task) -> int:
+    """Tokens of the longest sequence that the model sees: the prompt with the longest option, or what is generated."""
+    longest = max(map(len, encoded.options), default=0)
+    return len(encoded.prompt) + max(longest, task.max_new_tokens if task.free_text else 0)
 
 
 def _least(candidates: list[int], fits: Any, otherwise: int) -> int:

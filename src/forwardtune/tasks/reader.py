@@ -18,9 +18,24 @@ LIBRARY = Path(__file__).parent / "library"
 # A task file's keys, and those of its part for masked models.
 _WORDING = ("prompt", "answers", "context", "replace")
 _KEYS = (
-    "name", *_WORDING, "options", "label", "unlabelled", "target", "metric", "loss", "calibration", "train", "dev", "test", "hub",
+    "name", *_WORDING, "options", "label", "unlabelled", "target", "preference", "beta", "metric", "loss", "calibration", "train", "dev", "test", "hub",
     "dev_examples", "stop", "max_new_tokens", "masked",
 )  # fmt: skip
+# What a task may have its model answer, with the metrics and losses that suit it; the first is the default.
+_METRICS = {
+    "answers": CHOICE_METRICS,
+    "options": CHOICE_METRICS,
+    "target": TEXT_METRICS,
+    "preference": CHOICE_METRICS,
+    "nothing": ("reward",),
+}
+_LOSSES = {
+    "answers": ("cross_entropy", "likelihood"),
+    "options": ("cross_entropy", "likelihood"),
+    "target": ("likelihood",),
+    "preference": ("preference",),
+    "nothing": ("none",),
+}
 _TEXTS = ("name", "label", "target", "metric", "context", "calibration", "train", "dev", "test", "stop")
 
 
@@ -89,18 +104,10 @@ def _task(content: dict[str, Any], path: Path) -> Task:
     prompt = content.get("prompt")
     if not isinstance(prompt, str) or not _template(prompt, "prompt"):
         raise _WrongError('prompt must be text with at least one {column} in it, such as "{text} It was"')
-    answers, options = _choices(content)
-    if MASK in prompt and answers is None:
+    kind = _kind_of_answer(content)
+    if MASK in prompt and kind != "answers":
         raise _WrongError(f"a prompt with {MASK} needs answers that fill the mask")
-    free_text = not answers and not options
-    metrics = TEXT_METRICS if free_text else CHOICE_METRICS
-    metric = content.get("metric", metrics[0])
-    if metric not in metrics:
-        raise _WrongError(f"metric {metric!r} does not suit it: choose {' or '.join(metrics)}")
-    losses = ("likelihood",) if free_text else ("cross_entropy", "likelihood")
-    loss = content.get("loss", losses[0])
-    if loss not in losses:
-        raise _WrongError(f"loss {loss!r} does not suit it: choose {' or '.join(losses)}")
+    metric, loss = (_one_of(content, key, known[kind]) for key, known in (("metric", _METRICS), ("loss", _LOSSES)))
     context = content.get("context")
     if context is not None and context not in _template(prompt, "prompt"):
         raise _WrongError(
@@ -110,9 +117,11 @@ def _task(content: dict[str, Any], path: Path) -> Task:
     task = Task(
         name=content.get("name", path.stem),
         prompt=prompt,
-        label=str(content.get("target", content.get("label", "label"))),
-        answers=answers,
-        options=options,
+        label=_label(content, kind),
+        answers=_answers(content) if kind == "answers" else None,
+        options=_options(content) if kind == "options" else None,
+        preference=_preference(content) if kind == "preference" else None,
+        beta=_beta(content),
         metric=metric,
         loss=loss,
         unlabelled=str(content["unlabelled"]) if "unlabelled" in content else None,
@@ -130,22 +139,54 @@ def _task(content: dict[str, Any], path: Path) -> Task:
     return replace(task, masked=_task({**shared, **masked}, path))
 
 
-def _choices(content: dict[str, Any]) -> tuple[dict[str, str] | None, tuple[str, str] | None]:
-    """The answers or the options of a task; neither for free text."""
-    if sum(key in content for key in ("answers", "options", "target")) > 1 or {"label", "target"} <= set(content):
+def _kind_of_answer(content: dict[str, Any]) -> str:
+    """``answers``, ``options``, ``target``, ``preference``, or ``nothing``: what is generated is rewarded."""
+    kinds = [kind for kind in _METRICS if kind in content]
+    if len(kinds) > 1 or {"label", "target"} <= set(content) or {"label", "preference"} <= set(content):
         raise _WrongError(
-            "give either label and answers, label and options, or target (free text), not several of them"
+            "give one of answers (with label), options (with label), target (free text) and preference, not several"
         )
-    if "target" in content:
-        return None, None
-    if "options" in content:
-        options = content["options"]
-        if not isinstance(options, dict) or set(options) != {"each", "text"}:
-            raise _WrongError(
-                'options must be {each: COLUMN, text: TEMPLATE}, such as {each: entities, text: "{option}"}'
-            )
-        _template(options["text"], "options")
-        return None, (str(options["each"]), options["text"])
+    if not kinds and "label" in content:
+        raise _WrongError("label needs answers or options beside it: say what the model answers for each label")
+    return kinds[0] if kinds else "nothing"
+
+
+def _one_of(content: dict[str, Any], key: str, known: tuple[str, ...]) -> str:
+    value = content.get(key, known[0])
+    if value not in known:
+        raise _WrongError(f"{key} {value!r} does not suit it: choose {' or '.join(known)}")
+    return str(value)
+
+
+def _label(content: dict[str, Any], kind: str) -> str:
+    if kind == "target":
+        return str(content["target"])
+    return str(content.get("label", "label")) if kind in ("answers", "options") else ""
+
+
+def _options(content: dict[str, Any]) -> tuple[str, str]:
+    options = content["options"]
+    if not isinstance(options, dict) or set(options) != {"each", "text"}:
+        raise _WrongError('options must be {each: COLUMN, text: TEMPLATE}, such as {each: entities, text: "{option}"}')
+    _template(options["text"], "options")
+    return str(options["each"]), options["text"]
+
+
+def _preference(content: dict[str, Any]) -> tuple[str, str]:
+    columns = content["preference"]
+    if not isinstance(columns, dict) or set(columns) != {"chosen", "rejected"}:
+        raise _WrongError("preference must be {chosen: COLUMN, rejected: COLUMN}")
+    return str(columns["chosen"]), str(columns["rejected"])
+
+
+def _beta(content: dict[str, Any]) -> float:
+    value = content.get("beta", 0.1)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        raise _WrongError(f"beta must be a positive number, got {value!r}: 0.1 is usual")
+    return float(value)
+
+
+def _answers(content: dict[str, Any]) -> dict[str, str]:
     answers = content.get("answers")
     if not isinstance(answers, dict) or len({str(value) for value in answers}) < max(2, len(answers)):
         raise _WrongError(
@@ -160,7 +201,7 @@ def _choices(content: dict[str, Any]) -> tuple[dict[str, str] | None, tuple[str,
     answers = {str(value): text.strip() for value, text in answers.items()}
     if len(set(answers.values())) < len(answers):
         raise _WrongError("two answers have the same text, so the model could not tell them apart")
-    return answers, None
+    return answers
 
 
 def _source(content: dict[str, Any], path: Path) -> dict[str, Any]:

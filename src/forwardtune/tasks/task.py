@@ -25,6 +25,7 @@ class Example:
         targets: texts to produce, for free text, each as good; training takes the first.
         context: start and end of the part of the prompt that may be cut on the left if the prompt is too long.
         calibration: the prompt without content, for surface-form-competition calibration.
+        row: the columns that it was made of.
     """
 
     prompt: str
@@ -33,6 +34,7 @@ class Example:
     targets: tuple[str, ...] = ()
     context: tuple[int, int] = (0, 0)
     calibration: str = ""
+    row: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def label(self) -> int:
@@ -52,13 +54,18 @@ class Task:
     Attributes:
         name: what the task is called.
         prompt: template with ``{column}`` placeholders. With ``[MASK]`` in it, it is for masked models.
-        label: column of the label or, without answers, of the target text or texts.
+        label: column of the label or, without answers, of the target text or texts; empty where there is neither, and
+            what is generated is rewarded.
         answers: label value (as text) -> template of a continuation; None where there are none.
         options: ``(column, template)``: one option for each entry of a column that holds a list, called ``{option}`` in
             the template; the label column then holds the right entries. None for other tasks.
-        loss: what is lowered: ``cross_entropy`` over the options' scores, or ``likelihood``, the negative mean
-            log-likelihood of the right option's, or the target's, tokens.
-        metric: ``accuracy`` for options; ``f1``, ``exact_match``, ``drop_f1`` or ``drop_exact_match`` for free text.
+        loss: what is lowered: ``cross_entropy`` over the options' scores; ``likelihood``, the negative mean
+            log-likelihood of the right option's, or the target's, tokens; ``preference`` of one text to another; or
+            ``none``.
+        preference: columns of the chosen and the rejected text, for ``preference``.
+        beta: how far a preferred text may move the model from its reference (DPO's beta).
+        metric: ``accuracy`` for options and preferences; ``f1``, ``exact_match``, ``drop_f1`` or ``drop_exact_match`` for
+            free text; ``reward`` where there is no target.
         unlabelled: label value of rows that have no label and are left out.
         replace: column -> {text: text in its place}.
         context: the column that may be cut on the left when a prompt is too long.
@@ -78,6 +85,8 @@ class Task:
     metric: str
     loss: str = "cross_entropy"
     options: tuple[str, str] | None = None
+    preference: tuple[str, str] | None = None
+    beta: float = 0.1
     unlabelled: str | None = None
     replace: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     context: str | None = None
@@ -97,7 +106,7 @@ class Task:
     @property
     def free_text(self) -> bool:
         """Whether the answer is generated, not chosen."""
-        return self.answers is None and self.options is None
+        return self.answers is None and self.options is None and self.preference is None
 
     @property
     def fixed_answers(self) -> bool:
@@ -147,11 +156,16 @@ class Task:
         joint = "" if self.kind == "masked" or prompt[-1:].isspace() else " "
         tail = tail_of(self.prompt).lstrip() if self.calibration is None else self.calibration
         calibration = fields.fill(tail)
+        if self.preference is not None:
+            texts = tuple(joint + fields.text(column) for column in self.preference)
+            return Example(prompt, texts, (0,), (), context, calibration, row)
         if self.free_text:
+            if not self.label:
+                return Example(prompt, context=context, row=row)
             targets = fields.value(self.label)
             targets = targets if isinstance(targets, (list, tuple)) else [targets]
             texts = tuple(dict.fromkeys(joint + str(text).strip() for text in targets))
-            return Example(prompt, targets=texts, context=context, calibration=calibration)
+            return Example(prompt, targets=texts, context=context, calibration=calibration, row=row)
         if self.options is not None:
             column, template = self.options
             entries = [str(entry).strip() for entry in _list(fields.value(column), column, where)]
@@ -170,7 +184,7 @@ class Task:
                 )
             options = [fields.fill(text) for text in self.answers.values()]
             right = (list(self.answers).index(value),)
-        return Example(prompt, tuple(joint + text for text in options), right, (), context, calibration)
+        return Example(prompt, tuple(joint + text for text in options), right, (), context, calibration, row)
 
 
 def _list(value: Any, column: str, where: str) -> list[Any]:

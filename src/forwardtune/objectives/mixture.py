@@ -1,0 +1,198 @@
+"""The objective that a user names: ``accuracy``, ``f1``, a reward function, or a sum of several."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError, nearest
+from ..tasks import Task, metrics
+from ..tasks.encoding import Encoded
+from .generation import GREEDY, Sampling, generate
+from .likelihood import score_loss, task_scores
+from .rewards import Reward, load_reward
+
+
+@dataclass(frozen=True)
+class Term:
+    """One part of an objective.
+
+    Attributes:
+        weight: its factor, positive. ``loss`` is lowered, everything else is raised.
+        name: ``loss``, ``accuracy``, a metric of generated text, or the reward's name.
+        reward: the function, for a reward.
+    """
+
+    weight: float
+    name: str
+    reward: Reward | None = None
+
+    @property
+    def generates(self) -> bool:
+        """Whether it is measured on what the model writes."""
+        return self.name not in ("loss", "accuracy")
+
+
+class TaskObjective:
+    """A weighted sum of what is measured on a minibatch: one loss per example, lower is better.
+
+    ``sum_i w_i * loss_i``, where ``accuracy``, metrics and rewards enter with a minus sign. No gradient is needed, and
+    only ``loss`` has one. What several terms need is computed once: scores of the options, and the generated texts.
+
+    Args:
+        specification: terms joined by ``+``, each with a factor or without: ``accuracy + 0.1 * loss``,
+            ``rewards:brevity``. Names are ``loss``, ``accuracy``, ``f1``, ``exact_match``, ``drop_f1``,
+            ``drop_exact_match``, and ``module:function`` for a function in TRL's signature.
+        task: what is tuned for.
+        tokenizer: the model's.
+        sampling: how texts are generated; the seed is combined with the step's number.
+
+    Raises:
+        InputError: a term that does not suit the task, or cannot be read.
+    """
+
+    def __init__(self, specification: str, task: Task, tokenizer: Any, sampling: Sampling = GREEDY) -> None:
+        self.task, self.specification = task, specification
+        self.terms = parse(specification, task)
+        self._tokenizer, self._sampling, self._step = tokenizer, sampling, 0
+        self._seen: dict[str, list[float]] = {}
+
+    @property
+    def generates(self) -> bool:
+        """Whether the model writes text at every evaluation."""
+        return any(term.generates for term in self.terms)
+
+    @property
+    def discrete(self) -> bool:
+        """Whether small changes of the weights often change nothing."""
+        return all(term.name != "loss" for term in self.terms)
+
+    def begin_step(self, step: int) -> None:
+        """Say which step comes: its evaluations draw the same random numbers."""
+        self._step = step
+
+    def __call__(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        """The objective of every example, float32, shape (batch,).
+
+        Args:
+            batch: from :func:`forwardtune.evaluation.prepare`, with ``examples``, the encoded examples, where text is
+                generated.
+
+        Raises:
+            RewardError: a reward function failed.
+        """
+        sampling = replace(self._sampling, seed=self._sampling.seed * 1_000_003 + self._step)
+        measured = _Measured(model, batch, self.task, self._tokenizer, sampling)
+        total: Tensor | None = None
+        for term in self.terms:
+            if term.name == "loss":
+                values = measured.losses
+                part = term.weight * values
+            else:
+                values = measured.raised(term)
+                part = -term.weight * values
+            self._seen.setdefault(term.name, []).extend(values.detach().tolist())
+            total = part if total is None else total + part
+        assert total is not None
+        return total
+
+    def take_statistics(self) -> dict[str, dict[str, float]]:
+        """Mean and standard deviation of every term over the examples evaluated since the last call."""
+        seen, self._seen = self._seen, {}
+        return {
+            name: {"mean": statistics.fmean(values), "std": statistics.pstdev(values)} for name, values in seen.items()
+        }
+
+
+class _Measured:
+    """What was computed of one minibatch at one point."""
+
+    def __init__(self, model: Any, batch: Mapping[str, Any], task: Task, tokenizer: Any, sampling: Sampling) -> None:
+        self._model, self._batch, self._task = model, batch, task
+        self._tokenizer, self._sampling = tokenizer, sampling
+
+    @cached_property
+    def _scores(self) -> Tensor:
+        return task_scores(self._model, self._batch, self._task)
+
+    @cached_property
+    def losses(self) -> Tensor:
+        return score_loss(self._task, self._scores, self._batch["labels"])
+
+    @cached_property
+    def _completions(self) -> list[str]:
+        examples: Sequence[Encoded] = self._batch["examples"]
+        # Prompts of one length need no padding; grouping them changes nothing but the work.
+        prompts = [example.prompt[: len(example.prompt) - example.scored] for example in examples]
+        return generate(self._model, self._tokenizer, self._task, prompts, sampling=self._sampling)
+
+    def raised(self, term: Term) -> Tensor:
+        """Values of a term that is raised, shape (batch,)."""
+        if term.name == "accuracy":
+            if self._task.preference is not None:
+                return (self._scores > 0).float()
+            chosen = self._scores.argmax(dim=1)
+            if "examples" not in self._batch:
+                return (chosen == self._batch["labels"]).float()
+            right = [float(c in e.right) for c, e in zip(chosen.tolist(), self._batch["examples"], strict=True)]
+            return torch.tensor(right, device=chosen.device)
+        examples: Sequence[Encoded] = self._batch["examples"]
+        if term.reward is not None:
+            return torch.tensor(term.reward([e.example for e in examples], self._completions))
+        pairs = zip(self._completions, examples, strict=True)
+        return torch.tensor([metrics.score(term.name, text, example.texts) for text, example in pairs])
+
+
+_TERM = re.compile(r"(?:([0-9.eE+-]+)\s*\*\s*)?([\w.]+(?::\w+)?)")
+
+
+def parse(specification: str, task: Task) -> list[Term]:
+    """The terms of a specification, checked against the task."""
+    terms = []
+    # A plus sign inside a number such as 1e+2 does not separate terms.
+    for part in re.split(r"(?<![0-9][eE])\+", specification):
+        match = _TERM.fullmatch(part.strip())
+        if match is None:
+            raise InputError(
+                f"objective {specification!r} cannot be read at {part.strip()!r}: give names joined by +, each with a "
+                "positive factor or without, such as accuracy + 0.1 * loss"
+            )
+        terms.append(_term(match[1], match[2], specification, task))
+    names = [term.name for term in terms]
+    if len(set(names)) < len(names):
+        raise InputError(f"objective {specification!r} names a term twice: give it once, with the sum of the factors")
+    return terms
+
+
+def _term(factor: str | None, name: str, specification: str, task: Task) -> Term:
+    try:
+        weight = 1.0 if factor is None else float(factor)
+    except ValueError:
+        weight = -1.0
+    if not 0 < weight < float("inf"):
+        raise InputError(
+            f"objective {specification!r}: the factor {factor} of {name} is not a positive number. loss is lowered and "
+            "everything else raised, so no minus sign is needed"
+        )
+    if ":" in name:
+        if not task.free_text:
+            raise InputError(
+                f"objective {specification!r}: {name} rewards what the model writes, and task {task.name} is a choice: "
+                "give a task without answers"
+            )
+        return Term(weight, name, load_reward(name))
+    suits = ["accuracy"] if not task.free_text else list(metrics.kin(task.metric)) if task.label else []
+    suits += ["loss"] if task.loss != "none" else []
+    if name not in suits:
+        raise InputError(
+            f"objective {specification!r}: {name!r} does not suit task {task.name}: choose from "
+            f"{', '.join(suits) or 'rewards'}{', or module:function' if task.free_text else ''}{nearest(name, suits)}"
+        )
+    return Term(weight, name)
