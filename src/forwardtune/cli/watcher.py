@@ -117,7 +117,7 @@ class DevWatcher(TrainerCallback):
             self._improved(model)
 
     def _worth(self, line: dict[str, Any]) -> tuple[float, float]:
-        loss = line["dev"]["loss"]
+        loss = line["dev"].get("loss", math.nan)
         return line["dev"][self._metric], -loss if math.isfinite(loss) else -math.inf
 
 
