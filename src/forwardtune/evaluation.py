@@ -55,7 +55,7 @@ def evaluate(
         calibrations: the same examples without content (:meth:`~forwardtune.tasks.encoding.Encoder.calibrations`):
             scores are then ``log p(option | prompt) - log p(option | prompt without content)``, each length-normalised
             (surface form competition, Holtzman et al. 2021).
-        rewards: functions of what the model writes, for free text; their sum is measured as ``reward``.
+        rewards: functions of what the model writes, for free text; their weighted sum is measured as ``reward``.
         progress: called with the numbers of examples done and in all.
         outcomes: filled with the task's metric for every example, in their order.
 
@@ -260,7 +260,10 @@ def _measure_text(
         by_reward = [reward([example.example for example in batch], texts) for reward in rewards]
         if len(rewards) > 1:
             measured |= {reward.name: values for reward, values in zip(rewards, by_reward, strict=True)}
-        measured["reward"] = [sum(values) for values in zip(*by_reward, strict=True)]
+        weights = [reward.weight for reward in rewards]
+        measured["reward"] = [
+            sum(w * v for w, v in zip(weights, values, strict=True)) for values in zip(*by_reward, strict=True)
+        ]
     if not task.label:
         return measured
     for name in metrics.kin(task.metric):

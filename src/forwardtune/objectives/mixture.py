@@ -187,7 +187,7 @@ def _term(factor: str | None, name: str, specification: str, task: Task) -> Term
                 f"objective {specification!r}: {name} rewards what the model writes, and task {task.name} is a choice: "
                 "give a task without answers"
             )
-        return Term(weight, name, load_reward(name))
+        return Term(weight, name, load_reward(name, weight))
     suits = ["accuracy"] if not task.free_text else list(metrics.kin(task.metric)) if task.label else []
     suits += ["loss"] if task.loss != "none" else []
     if name not in suits:

@@ -29,10 +29,12 @@ class Reward:
     Args:
         function: the function.
         name: for messages and logs.
+        weight: its factor in a sum of several.
     """
 
-    def __init__(self, function: RewardFunction, name: str) -> None:
+    def __init__(self, function: RewardFunction, name: str, weight: float = 1.0) -> None:
         self.name = name
+        self.weight = weight
         self._function = function
         parameters = inspect.signature(function).parameters.values()
         takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
@@ -85,7 +87,7 @@ class Reward:
 _OWN = ("prompts", "completions")
 
 
-def load_reward(name: str) -> Reward:
+def load_reward(name: str, weight: float = 1.0) -> Reward:
     """The reward function ``module:function``; the module is looked for in the current folder too.
 
     Raises:
@@ -110,7 +112,7 @@ def load_reward(name: str) -> Reward:
         known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise InputError(f"reward {name}: module {module_name!r} has no function {function_name!r}"
                          f"{nearest(function_name, known) or '; it has ' + ', '.join(known)}")  # fmt: skip
-    return Reward(function, name)
+    return Reward(function, name, weight)
 
 
 def _is_number(value: Any) -> bool:
