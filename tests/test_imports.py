@@ -37,9 +37,7 @@ NEEDS = {
     "noise": {"torch"},
     "noise/cpu.py": {"torch", "numba", "numpy", "llvmlite"},
     "noise/gpu.py": {"torch", "triton"},
-} | {
-    part: {"torch"} for part in ("parameters", "arena", "perturbation", "estimators", "rules", "optimizer")
-}
+} | {part: {"torch"} for part in ("parameters", "arena", "perturbation", "estimators", "rules", "optimizer")}
 NEEDS["trajectory"] = {"torch", "safetensors"}
 
 MODULES = sorted(path.relative_to(SOURCE) for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")
