@@ -148,7 +148,7 @@ def test_no_row_is_longer_than_the_longest_example(layout: Layout, seed: int) ->
 
 @pytest.mark.parametrize("seed", range(20))
 def test_two_rows_together_hold_more_than_one_would(seed: int) -> None:
-    """First fit: the longest-lived bound. So all rows but one are more than half full, and less than half is padding."""
+    """The bound of first fit: what opened a row did not fit into any other. So all rows but one are more than half full, and less than half is padding."""
     batch = drawn_examples(seed, 16) if seed % 2 else drawn_masks(seed, 16)
     inputs = collate(batch, Layout(0, causal=bool(seed % 2)))
     rows, length = inputs["input_ids"].shape
@@ -180,6 +180,13 @@ def test_rows_are_at_most_eleven_ninths_of_the_fewest_possible(seed: int) -> Non
 
     inputs = collate([causal(n, 1, 1) for n in lengths], Layout(0))
     assert len(inputs["input_ids"]) <= 11 / 9 * fewest(tuple(lengths), ()) + 6 / 9
+
+
+def test_long_examples_are_placed_first_so_that_short_ones_fill_them_up() -> None:
+    """In their own order the six short ones would fill a row, and each long one would need padding."""
+    inputs = collate([causal(n, 1, 1) for n in [2] * 6 + [10] * 6 + [12]], Layout(0))
+    assert inputs["input_ids"].shape == (7, 12)
+    assert row_fills(inputs, 0) == [12] * 7
 
 
 def test_examples_of_equal_length_stand_in_rows_of_their_own_without_a_mask() -> None:

@@ -602,6 +602,8 @@ def test_numbers_that_are_not_finite_are_written_as_json(settings: dict[str, Set
     lines = [line for path in run.glob("*.jsonl") for line in path.read_text(encoding="utf-8").splitlines()]
     for text in whole + lines:
         json.loads(text, parse_constant=refuse)
+    again = cli(*settings["causal"].resume(run, json=True))
+    assert (again.code, again.out) == (0, ran.out), again.err
 
 
 # --- wrong input -------------------------------------------------------------------------------------------------

@@ -151,7 +151,12 @@ def open_session(
     splits = {name: split.worded_for(kind) for name, split in splits.items()}
     count = sum(p.numel() for p in model.parameters())
     say(f"  {count / 1e6:.1f}M weights, {str(model.dtype).removeprefix('torch.')}, on {options.device}")
-    encoder = Encoder(tokenizer, min(options.max_length, context_length(model)))
+    if prepare_model is not None:
+        model = prepare_model(model, tokenizer)
+    room = context_length(model)  # a prefix takes some of it
+    if room < 1:
+        raise InputError("the prefix leaves no position of the model's context for text: lower --prefix-length")
+    encoder = Encoder(tokenizer, min(options.max_length, room))
     if shots:
         encoder.demonstrations = _demonstrations(splits["train"], shots, options.seed)
     encoded = {}
@@ -163,8 +168,6 @@ def open_session(
         say(f"  {encoder.truncated} prompts were cut on the left of their context to {encoder.max_length} tokens")
     if shots:
         say(f"  {encoder.demonstrated} of {shots} demonstrations fit before the longest prompt")
-    if prepare_model is not None:
-        model = prepare_model(model, tokenizer)
     layout = find_layout(model, tokenizer, next(iter(encoded.values())))
     session = Session(model, tokenizer, task, encoded, layout, options)
     session.truncated, session.demonstrations = encoder.truncated, encoder.demonstrated
