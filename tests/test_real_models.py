@@ -13,9 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import support
 from forwardtune import MeZO
-from forwardtune.cli.logs import save_model
-from forwardtune.evaluation import can_share_prompts, evaluate, prepare
-from forwardtune.models import EMBEDDED_MODEL, context_length, load_model
+from forwardtune.evaluation import evaluate, find_layout, plain_layout, prepare
+from forwardtune.models import EMBEDDED_MODEL, context_length, load_model, save_model
 from forwardtune.objectives import option_cross_entropy
 from forwardtune.rules import sgd
 from forwardtune.tasks import get_task, load_split
@@ -111,11 +110,13 @@ def test_embedded_model_is_evaluated_on_real_data(smollm: tuple[Any, Any], data_
     task = get_task("sst2")
     examples = Encoder(tokenizer, 256)(task, load_split(task, "test", data_dir=data_dir, limit=8).examples)
     assert [tokenizer.decode(option) for option in examples[0].options] == [" terrible", " great"]
-    assert can_share_prompts(model, tokenizer, examples)
+    layout = find_layout(model, tokenizer, examples)
+    assert layout.shared
+    assert layout.packed
     result = evaluate(model, tokenizer, task, examples, batch_size=3)
     assert result["examples"] == 8
     assert result["accuracy"] * 8 == round(result["accuracy"] * 8)
-    plain = evaluate(model, tokenizer, task, examples, batch_size=1, shared=False)
+    plain = evaluate(model, tokenizer, task, examples, batch_size=1, layout=plain_layout(model, tokenizer))
     # bfloat16 logits of size 16 are rounded to 2**-4; a loss is a difference of two, and the mean is of eight.
     assert result["loss"] == pytest.approx(plain["loss"], abs=2**-4)
     assert 0 < result["loss"] < 4
@@ -128,4 +129,32 @@ def test_embedded_model_honours_positions_and_masks(smollm: tuple[Any, Any]) -> 
     task = type(task)(**{**vars(task), "answers": {"negative": "really quite terrible", "positive": "just so great"}})
     examples = Encoder(tokenizer, 256)(task, load_split(task, "test", limit=2).examples)
     assert min(len(option) for example in examples for option in example.options) > 1
-    assert can_share_prompts(model, tokenizer, examples)
+    assert find_layout(model, tokenizer, examples).shared
+
+
+def test_embedded_model_learns_in_context_with_demonstrations_processed_once(
+    smollm: tuple[Any, Any], data_dir: Path
+) -> None:
+    model, tokenizer = smollm
+    task = get_task("sst2")
+    demonstrations = load_split(task, "train", data_dir=data_dir, limit=8).examples
+    encoder = Encoder(tokenizer, 512, demonstrations)
+    test = load_split(task, "test", data_dir=data_dir, limit=12).examples
+    examples, bare = encoder(task, test), encoder.calibrations(task, test)
+    assert encoder.demonstrated == 8
+    seen: dict[bool, int] = {}
+    losses = {}
+    for plain in (True, False):
+        numbers: list[int] = []
+        hook = model.get_input_embeddings().register_forward_pre_hook(
+            lambda _, args, numbers=numbers: numbers.append(args[0].numel())
+        )
+        try:
+            layout = plain_layout(model, tokenizer) if plain else None
+            losses[plain] = evaluate(model, tokenizer, task, examples, calibrations=bare, layout=layout)["loss"]
+        finally:
+            hook.remove()
+        seen[plain] = sum(numbers)
+    # As above; a calibrated score is the difference of two.
+    assert losses[False] == pytest.approx(losses[True], abs=2**-3)
+    assert seen[False] < seen[True] / 2

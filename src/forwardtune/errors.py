@@ -12,5 +12,6 @@ class InputError(ValueError):
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """``"; did you mean X?"`` if a known word is close, else nothing."""
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+    by_lower = {one.lower(): one for one in known}
+    close = difflib.get_close_matches(word.lower(), by_lower, n=1)
+    return f"; did you mean {by_lower[close[0]]}?" if close else ""

@@ -56,7 +56,7 @@ def run_replay(options: argparse.Namespace) -> None:
     model, tokenizer = load_model(options.model, dtype=dtype, device=options.device)
     if adapted:
         run = argparse.Namespace(**settings)
-        model = methods.prepare_model(model, tokenizer, options=run, folder=Path(options.log).parent)
+        model = methods.prepare_model(model, tokenizer, options=run, first=Path(options.log).parent / methods.INITIAL)
     with bar(len(trajectory.header["tensors"]), "replaying", "tensor") as progress:
         steps = replay(trajectory, model, steps=options.steps, progress=reach(progress))
     save_model(model, tokenizer, folder)

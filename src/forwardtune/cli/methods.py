@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .. import memory
@@ -43,9 +44,9 @@ class Trained:
     history: list[dict[str, Any]]
 
 
-def prepare_model(model: Any, tokenizer: Any, *, options: argparse.Namespace, folder: Path) -> Any:
-    """The model with what is to be tuned. An adapter's first weights are kept in the run's folder, or come from there."""
-    targets = options.lora_targets.split(",") if options.lora_targets else None
+def prepare_model(model: Any, tokenizer: Any, *, options: argparse.Namespace, first: Path | None) -> Any:
+    """The model with what is to be tuned. An adapter takes its first weights from the file, if there is one."""
+    targets = [name for part in (options.lora_targets or "").split(",") if (name := part.strip())] or None
     model = tune(
         model,
         tokenizer,
@@ -58,22 +59,31 @@ def prepare_model(model: Any, tokenizer: Any, *, options: argparse.Namespace, fo
     )
     tuned = {name: p for name, p in model.named_parameters() if p.requires_grad}
     say(f"tuning {sum(p.numel() for p in tuned.values()):,} weights in {len(tuned)} tensors ({options.tune})")
-    if options.tune in ("lora", "prefix"):
-        start_from(model, folder / INITIAL)
+    if options.method == "adam" and any(p.dtype == torch.float16 for p in tuned.values()):
+        raise InputError("Adam cannot tune float16 weights: choose --dtype float32 or bfloat16, or --tune lora")
+    if first is not None and first.is_file() and options.tune in ("lora", "prefix"):
+        start_from(model, first)
     return model
 
 
-def start_from(model: Any, path: Path) -> None:
-    """Give the tuned weights the values in the file, which is written if there is none.
+def keep_first(model: Any, path: Path) -> None:
+    """Write the weights that an adapter starts from: random numbers or activations, which another machine may round
+    differently."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}, path)
 
-    An adapter starts from random numbers or activations, which another machine may round differently.
+
+def start_from(model: Any, path: Path) -> None:
+    """Give the tuned weights the values in the file.
+
+    Raises:
+        InputError: the file is damaged or of another adapter.
     """
     tuned = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: p.detach().contiguous() for name, p in tuned.items()}, path)
-        return
-    kept = load_file(path)
+    try:
+        kept = load_file(path)
+    except SafetensorError as error:
+        raise InputError(f"{path} is damaged ({error}): restore the file of the run") from None
     if {name: t.shape for name, t in kept.items()} != {name: p.shape for name, p in tuned.items()}:
         raise InputError(f"{path} does not hold the first weights of this adapter: restore the file of the run")
     with torch.no_grad():
@@ -129,6 +139,8 @@ def train_mezo(session: Session, folder: Path, log: Log | None, settings: dict[s
         say(f"stopped after step {trainer.state.global_step} of {options.steps}; the weights so far are in {saved}")
         say(f"go on with: forwardtune train --output-dir {folder} --resume")
         return None
+    if dev is not None:  # a kill may have come after the last step
+        dev.measure(trainer.state.global_step, trainer.model)
     records = read_log(trainer.step_log).records
     perturbation = trainer.mezo.perturbation.name if trainer.mezo.perturbation else options.perturbation
     facts = _facts(len(records), sum(r.skipped for r in records), sum(r.seconds for r in records), peak, inference_peak)
@@ -172,6 +184,7 @@ def train_adam(session: Session, folder: Path, log: Log | None, settings: dict[s
     dev = _watch_dev(session, folder, keep_tuned(folder / _BEST))
     peak = _run(trainer, session, 0, lambda: trainer.last_loss, dev)
     if trainer.state.global_step < options.steps:
+        (folder / _BEST).unlink(missing_ok=True)
         say(f"stopped after step {trainer.state.global_step} of {options.steps}; nothing was saved")
         return None
     losses = [loss for loss, _ in clock.steps]
@@ -241,7 +254,7 @@ def _run(
             trainer.remove_callback(callback)
     memory.reset_peak(session.model.device)
     with bar(session.options.steps, "tuning", "step", done) as progress, stop_on_interrupt() as interrupted:
-        trainer.add_callback(Watcher(progress, interrupted, loss))
+        trainer.add_callback(Watcher(progress, interrupted, loss, save=session.options.method == "mezo"))
         if dev is not None:
             trainer.add_callback(dev)
         trainer.train(**({"resume_from_checkpoint": True} if resume else {}))
@@ -255,7 +268,7 @@ def _go_back(session: Session, step_log: Path, step: int) -> None:
     say(f"going back to step {step}, which was best on the dev split")
     dtype = read_log(step_log).header["run"].get("dtype", "auto")
     model, _ = load_model(options.model, dtype=dtype, device=options.device)
-    session.model = prepare_model(model, session.tokenizer, options=options, folder=step_log.parent)
+    session.model = prepare_model(model, session.tokenizer, options=options, first=step_log.parent / INITIAL)
     replay(step_log, session.model, steps=step)
 
 

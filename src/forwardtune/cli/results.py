@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -28,12 +29,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write the file whole, or leave what was there."""
-    _write(path, json.dumps(content, indent=None if path.name == OUTCOMES else 2) + "\n")
+    _write(path, json.dumps(plain(content), indent=None if path.name == OUTCOMES else 2) + "\n")
 
 
 def write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
     """Write JSON Lines whole, or leave what was there."""
-    _write(path, "".join(json.dumps(line) + "\n" for line in lines))
+    _write(path, "".join(json.dumps(plain(line)) + "\n" for line in lines))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -47,20 +48,29 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def plain(value: Any) -> Any:
+    """The value with null for what is not finite: JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: plain(content) for key, content in value.items()}
+    if isinstance(value, list):
+        return [plain(content) for content in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _write(path: Path, text: str) -> None:
     partial_file = path.with_name(f"{path.name}.partial")
     partial_file.write_text(text, encoding="utf-8")
     os.replace(partial_file, path)
 
 
-def new_folder(name: str | Path, leftovers: tuple[str, ...] = ()) -> Path:
+def new_folder(name: str | Path, leftovers: tuple[str, ...] = (), resumable: bool = False) -> Path:
     """The path of a folder that does not exist yet, or holds nothing but files that begin like ``leftovers``.
 
     Raises:
         InputError: it holds something.
     """
     folder = Path(name)
-    if (folder / "steps.jsonl").exists():
+    if resumable and (folder / "steps.jsonl").exists():
         raise InputError(
             f"{folder} holds another run: add --resume to go on with it, or choose another --output-dir "
             "(nothing was overwritten)"
@@ -76,7 +86,7 @@ def conclude(metrics: dict[str, Any], options: argparse.Namespace) -> None:
         folder = Path(options.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / METRICS, metrics)
-    print(json.dumps(metrics))
+    print(json.dumps(plain(metrics)))
 
 
 def table(columns: dict[str, dict[str, float]]) -> None:
@@ -86,4 +96,9 @@ def table(columns: dict[str, dict[str, float]]) -> None:
     say(f"{heading:24}" + "".join(f"{name:>12}" for name in columns))
     for name in first:
         if name != "examples":
-            say(f"{name:24}" + "".join(f"{column[name]:12.4f}" for column in columns.values()))
+            say(f"{name:24}" + "".join(f"{_number(column[name]):12.4f}" for column in columns.values()))
+
+
+def _number(value: float | None) -> float:
+    """What :func:`plain` wrote as null is NaN again."""
+    return math.nan if value is None else value

@@ -6,6 +6,7 @@ import argparse
 import random
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -160,7 +161,12 @@ def open_session(
     splits = {name: split.worded_for(kind) for name, split in splits.items()}
     count = sum(p.numel() for p in model.parameters())
     say(f"  {count / 1e6:.1f}M weights, {str(model.dtype).removeprefix('torch.')}, on {options.device}")
-    encoder = Encoder(tokenizer, min(options.max_length, context_length(model)))
+    if prepare_model is not None:
+        model = prepare_model(model, tokenizer)
+    room = context_length(model)  # a prefix takes some of it
+    if room < 1:
+        raise InputError("the prefix leaves no position of the model's context for text: lower --prefix-length")
+    encoder = Encoder(tokenizer, min(options.max_length, room))
     if shots:
         encoder.demonstrations = _demonstrations(splits["train"], shots, options.seed)
     encoded = {}
@@ -175,8 +181,6 @@ def open_session(
     if task.preference is not None:
         for name in encoded:
             encoded[name] = _with_reference(model, tokenizer, encoded[name], name, options.batch_size)
-    if prepare_model is not None:
-        model = prepare_model(model, tokenizer)
     layout = find_layout(model, tokenizer, next(iter(encoded.values())))
     session = Session(model, tokenizer, task, encoded, layout, options)
     session.truncated, session.demonstrations = encoder.truncated, encoder.demonstrated
@@ -202,10 +206,11 @@ def _rewards(task: Task, objective: str) -> list[Reward]:
 def _with_reference(
     model: Any, tokenizer: Any, examples: Sequence[Encoded], name: str, batch_size: int
 ) -> list[Encoded]:
-    """The examples with the log-likelihoods of their texts under the model as it is: the frozen reference."""
+    """The examples with the log-likelihoods of their texts under the model without its adapter: the frozen reference."""
     layout = find_layout(model, tokenizer, examples)
     done: list[Encoded] = []
-    with bar(len(examples), f"reference of {name}", "example") as progress:
+    without_adapter = model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
+    with without_adapter, bar(len(examples), f"reference of {name}", "example") as progress:
         for lo in range(0, len(examples), batch_size):
             batch = examples[lo : lo + batch_size]
             inputs = prepare(model, tokenizer, batch, layout)

@@ -14,7 +14,7 @@ from ..models import save_model
 from ..optimizer import NonFiniteLossError
 from ..trajectory import Log, read_log
 from . import add_model_options, methods, positive, say
-from .results import HISTORY, METRICS, OUTCOMES, new_folder, read_json, table, write_json, write_lines
+from .results import HISTORY, METRICS, OUTCOMES, new_folder, plain, read_json, table, write_json, write_lines
 from .session import MODEL_DEFAULTS, fill, open_session
 
 DEFAULTS: dict[str, Any] = {
@@ -44,6 +44,21 @@ _ADAM_EPOCHS = 5
 _SCHEDULERS = ("constant", "linear", "cosine", "inverse_sqrt", "polynomial")
 # What a resumed run may change; the rest comes from its log.
 _FREE = ("device", "steps", "save_steps", "eval_steps", "data_dir")
+# What has an effect with one method, or on one way to tune, alone.
+_ONLY = {
+    "--method mezo": (
+        "objective",
+        "temperature",
+        "eps",
+        "probes",
+        "direction",
+        "perturbation",
+        "clip_coefficient",
+        "save_steps",
+    ),
+    "--tune lora": ("lora_rank", "lora_alpha", "lora_targets"),
+    "--tune prefix": ("prefix_length",),
+}
 _SETTINGS = ("model", "task", "lr", "eps", "steps", *DEFAULTS)
 
 
@@ -82,21 +97,26 @@ def run(options: argparse.Namespace) -> int:
     """Tune, evaluate before and after, and write model, step log and metrics."""
     folder = Path(options.output_dir)
     log = _resumed(options, folder) if options.resume else None
+    if log is None:
+        _refuse_idle(options)
     _fill(options)
     _check(options)
     if log is None:
         # A run that was killed before its first step leaves its first evaluation behind, and nothing else.
-        new_folder(folder, leftovers=(METRICS, OUTCOMES, methods.INITIAL))
+        begun = not read_json(folder / METRICS).keys() - {"before"}
+        new_folder(folder, leftovers=(METRICS, OUTCOMES, methods.INITIAL) if begun else (), resumable=True)
     metrics = read_json(folder / METRICS) if log else {}
     if log and "test" in metrics and log.end and log.steps >= options.steps:
         say(f"the run in {folder} is complete after {log.steps} steps: nothing to do (more --steps would extend it)")
         return _report(metrics, options)
 
-    prepare = partial(methods.prepare_model, options=options, folder=folder)
+    prepare = partial(methods.prepare_model, options=options, first=folder / methods.INITIAL if log else None)
     session = open_session(options, "train", "dev", "test", prepare_model=prepare)
     if options.steps is None:
         options.steps = max(1, _ADAM_EPOCHS * len(session.splits["train"]) // options.batch_size)
     folder.mkdir(parents=True, exist_ok=True)
+    if options.tune in ("lora", "prefix") and log is None:
+        methods.keep_first(session.model, folder / methods.INITIAL)
     outcomes: dict[str, list[float]] = read_json(folder / OUTCOMES) if log else {}
     if not options.no_before and ("before" not in metrics or "before" not in outcomes):
         outcomes = {"before": []}
@@ -112,7 +132,10 @@ def run(options: argparse.Namespace) -> int:
             "learning rate (--lr)"
         )
     outcomes["after"] = []
-    metrics = {**session.facts("train", options.method), **({"before": metrics["before"]} if metrics else {})}
+    metrics = {
+        **session.facts("train", options.method),
+        **({"before": metrics["before"]} if "before" in metrics else {}),
+    }
     metrics["test"] = session.evaluate("after", outcomes=outcomes["after"])
     if "before" in outcomes:
         metrics["sign_test"] = sign_test(outcomes["before"], outcomes["after"])
@@ -150,12 +173,17 @@ def _check(options: argparse.Namespace) -> None:
             f"training runs on the first device of its kind, not on {options.device}: choose it with "
             "CUDA_VISIBLE_DEVICES, and give --device cuda"
         )
-    if options.method == "adam":
-        if options.objective != "loss":
-            raise InputError(f"--objective {options.objective} has no gradient for --method adam: use mezo")
-        for name in ("eps", "clip_coefficient", "save_steps"):
-            if getattr(options, name) is not None:
-                raise InputError(f"--{name.replace('_', '-')} belongs to --method mezo: leave it out")
+
+
+def _refuse_idle(options: argparse.Namespace) -> None:
+    """Raise InputError for an option that would have no effect."""
+    method, mode = options.method or DEFAULTS["method"], options.tune or DEFAULTS["tune"]
+    for belongs, names in _ONLY.items():
+        for name in names:
+            if getattr(options, name) is not None and belongs not in (f"--method {method}", f"--tune {mode}"):
+                raise InputError(f"--{name.replace('_', '-')} belongs to {belongs}: leave it out")
+    if options.eval_steps is not None and options.dev_examples == 0:
+        raise InputError("--eval-steps measures development examples, and --dev-examples is 0: leave one of them out")
 
 
 def _resumed(options: argparse.Namespace, folder: Path) -> Log:
@@ -194,5 +222,5 @@ def _report(metrics: dict[str, Any], options: argparse.Namespace) -> int:
         say(f"the weights are those of step {metrics['best_step']}, which was best on the dev split")
     say(f"model, {'steps.jsonl' if options.method == 'mezo' else HISTORY} and {METRICS} are in {options.output_dir}")
     if options.json:
-        print(json.dumps(metrics))
+        print(json.dumps(plain(metrics)))
     return 0

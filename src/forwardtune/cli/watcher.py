@@ -31,9 +31,11 @@ class Watcher(TrainerCallback):
         progress: the bar.
         interrupted: not empty once Ctrl-C came.
         loss: the loss of the last step; NaN if the step was skipped.
+        save: whether to save a checkpoint then.
     """
 
-    def __init__(self, progress: Any, interrupted: list[bool], loss: Callable[[], float]) -> None:
+    def __init__(self, progress: Any, interrupted: list[bool], loss: Callable[[], float], save: bool) -> None:
+        self._save = save
         self._progress = progress
         self._interrupted = interrupted
         self._loss = loss
@@ -52,7 +54,8 @@ class Watcher(TrainerCallback):
         )
         self._progress.update(1)
         if self._interrupted:
-            control.should_training_stop = control.should_save = True
+            control.should_training_stop = True
+            control.should_save = self._save
 
 
 class StepClock(TrainerCallback):
@@ -97,28 +100,36 @@ class DevWatcher(TrainerCallback):
         """``{"step": ..., "dev": ...}`` of the best measurement; the earliest of several; None before the first."""
         return max(self.lines, key=self._worth, default=None)
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         # A resumed run may do its last steps again.
         self.lines = [line for line in self.lines if line["step"] <= state.global_step]
+        # A kill may have come between a step and its measurement.
+        if state.global_step:
+            self.on_step_end(args, state, control, model)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         last = state.global_step == state.max_steps
-        if not last and (self._every is None or state.global_step % self._every):
+        if last or (self._every is not None and state.global_step % self._every == 0):
+            self.measure(state.global_step, model)
+
+    def measure(self, step: int, model: Any) -> None:
+        """Measure after a step, unless that was done."""
+        if any(line["step"] == step for line in self.lines):
             return
         training = model.training
         before = self.best
         dev = self._evaluate()
         model.train(training)
-        self.lines.append({"step": state.global_step, "dev": dev})
+        self.lines.append({"step": step, "dev": dev})
         write_lines(self._file, self.lines)
         shown = ", ".join(f"{name} {value:.4f}" for name, value in dev.items() if name != "examples")
-        say(f"step {state.global_step}: dev {shown}")
+        say(f"step {step}: dev {shown}")
         if self._improved is not None and self.best is not before:
             self._improved(model)
 
     def _worth(self, line: dict[str, Any]) -> tuple[float, float]:
-        loss = line["dev"].get("loss", math.nan)
-        return line["dev"][self._metric], -loss if math.isfinite(loss) else -math.inf
+        loss = line["dev"].get("loss")
+        return line["dev"][self._metric], -loss if loss is not None and math.isfinite(loss) else -math.inf
 
 
 def keep_tuned(path: Path) -> Callable[[Any], None]:

@@ -85,6 +85,10 @@ def tune(
         with _wrapping(seed):  # of values that are overwritten at once
             model = add_prefix(model, tokenizer, prefix_length, seed)
     else:
+        if not mode:
+            raise InputError(
+                f"nothing is named to be tuned: choose {', '.join(MODES)}, or a pattern of parameter names"
+            )
         _select(model, "" if mode == "all" else mode)
     return model.eval()
 

@@ -90,7 +90,9 @@ class Encoder:
             InputError: the task has no such prompt, or is not a choice between continuations.
         """
         if task.free_text or task.kind == "masked":
-            raise InputError(f"task {task.name} cannot be calibrated: only a choice between continuations can")
+            raise InputError(
+                f"task {task.name} cannot be calibrated, only a choice between continuations can: leave --calibrate out"
+            )
         preamble = self._preamble(task, examples)
         bare = [
             Example(example.calibration, example.options, example.right, context=(0, 0), calibration="")

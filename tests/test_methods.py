@@ -1,0 +1,781 @@
+"""Every way to tune, as a user meets it: what moves, what is kept, what comes back, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+import forwardtune
+import support
+from forwardtune.evaluation import sign_test
+from forwardtune.models import load_model, tune
+from forwardtune.trajectory import read_log
+from test_cli import REVIEWS, STEPS, Ran, Setting, cli, files, refused, write_task
+
+pytestmark = pytest.mark.usefixtures("short_collections")
+
+EVERY = 2  # steps between two looks at the development examples
+PART = {"causal": "norm", "masked": "bias"}  # of the parameters' names
+# Large enough that the tiny models are past their best step before the last one.
+RATES = {
+    "mezo": {"all": 1e-2, "lora": 1e-1, "prefix": 1.0, "part": 1.0},
+    "adam": {"all": 1e-1, "lora": 1e-2, "prefix": 1.0, "part": 1e-2},
+}
+MODES = tuple(RATES["mezo"])
+
+Runs = Callable[[str, str, str], Path]
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Setting]:
+    """A causal and a masked model, each with a task that is worded for it."""
+    folder = tmp_path_factory.mktemp("methods")
+    encoder, tokenizer = folder / "bert", support.tokenizer()
+    tokenizer.mask_token = "<eos>"
+    support.tiny_model("bert").save_pretrained(encoder)
+    tokenizer.save_pretrained(encoder)
+    masked = write_task(folder / "masked", prompt="'{text} It was [MASK].'", answers="{0: the, 1: it}")
+    return {"causal": Setting(tiny_folder, write_task(folder / "causal")), "masked": Setting(encoder, masked)}
+
+
+def options(kind: str, method: str, mode: str) -> dict[str, object]:
+    return {"method": method, "tune": PART[kind] if mode == "part" else mode, "lr": RATES[method][mode]}
+
+
+@pytest.fixture(scope="module")
+def run_of(settings: dict[str, Setting], tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """The folder of a run that nothing happened to, by kind of model, method and mode. Tests leave it as it is."""
+    folder = tmp_path_factory.mktemp("runs")
+
+    def run(kind: str, method: str, mode: str) -> Path:
+        path = folder / f"{kind}-{method}-{mode}"
+        if not path.exists():
+            ran = cli(*settings[kind].train(path, eval_steps=EVERY, **options(kind, method, mode)))
+            assert ran.code == 0, ran.err
+        return path
+
+    return run
+
+
+def read(path: Path) -> Any:
+    """A JSON or JSON Lines file."""
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
+
+
+def tuned(folder: Path) -> bytes:
+    """The file with the tuned weights: an adapter's or a whole model's."""
+    adapter = folder / "adapter_model.safetensors"
+    return (adapter if adapter.exists() else folder / "model.safetensors").read_bytes()
+
+
+def best_of(measured: list[dict[str, Any]]) -> dict[str, Any]:
+    """The first of the measurements with the highest accuracy, among those the one with the lowest loss."""
+    highest = max(line["dev"]["accuracy"] for line in measured)
+    return min((line for line in measured if line["dev"]["accuracy"] == highest), key=lambda line: line["dev"]["loss"])
+
+
+def measure(run: Path, setting: Setting, *more: object) -> dict[str, float]:
+    """What ``eval`` says of a run's folder."""
+    ran = cli("eval", "--model", run, "--task", setting.task, "--batch-size", 4, "--device", "cpu", *more)
+    assert ran.code == 0, ran.err
+    return json.loads(ran.out)["test"]
+
+
+def replayed(log: Path, setting: Setting, folder: Path, *more: object) -> Ran:
+    return cli("replay", log, "--model", setting.model, "--output-dir", folder, *more)
+
+
+EVERYTHING = list(product(("causal", "masked"), RATES, MODES))
+WITH_LOG = list(product(("causal", "masked"), MODES))
+
+
+# --- a run -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "method", "mode"), EVERYTHING)
+def test_saved_model_measures_as_the_run_says(
+    settings: dict[str, Setting], run_of: Runs, kind: str, method: str, mode: str
+) -> None:
+    run = run_of(kind, method, mode)
+    metrics = read(run / "metrics.json")
+    assert (metrics["command"], metrics["method"], metrics["metric"]) == ("train", method, "accuracy")
+    assert (metrics["steps"], metrics["skipped_steps"], metrics["truncated_prompts"]) == (STEPS, 0, 0)
+    assert metrics["splits"] == {"train": 11, "dev": 3, "test": 6}
+    assert metrics["settings"].items() >= options(kind, method, mode).items()
+    assert metrics["peak_memory_bytes"] > 2**20 < metrics["inference_peak_memory_bytes"]
+    assert measure(run, settings[kind]) == metrics["test"]
+    if mode != "prefix":  # the first weights of a prefix are not those of no prefix
+        assert measure(settings[kind].model, settings[kind]) == metrics["before"]
+    unwanted = ["checkpoint-*", "*.partial", "*.pt"] + (["steps.jsonl"] if method == "adam" else [])
+    assert not [path for pattern in unwanted for path in run.glob(pattern)]
+
+
+@pytest.mark.parametrize(("kind", "method", "mode"), EVERYTHING)
+def test_only_what_is_named_moves(
+    settings: dict[str, Setting], run_of: Runs, kind: str, method: str, mode: str
+) -> None:
+    base = support.snapshot(_fresh(settings[kind], kind, mode))
+    run = run_of(kind, method, mode)
+    model = load_model(str(run))[0]
+    after = model.state_dict()
+    assert after.keys() == base.keys()
+    moved = {name for name in base if not support.same_bits(after[name], base[name])}
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    part = {"all": "", "lora": "lora_", "prefix": "prompt_encoder", "part": PART[kind]}[mode]
+    tied = {"bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"}
+    assert moved == {name for name in parameters if part in name} - (tied if mode == "part" else set())
+    assert (run / "initial.safetensors").exists() == (mode in ("lora", "prefix"))
+
+
+def _fresh(setting: Setting, kind: str, mode: str) -> Any:
+    """The model as its tuning begins."""
+    model, tokenizer = load_model(str(setting.model))
+    return tune(model, tokenizer, mode if mode != "part" else PART[kind])
+
+
+@pytest.mark.parametrize(("kind", "method", "mode"), EVERYTHING)
+def test_history_outcomes_and_metrics_are_one_story(run_of: Runs, kind: str, method: str, mode: str) -> None:
+    run = run_of(kind, method, mode)
+    metrics, history, outcomes = read(run / "metrics.json"), read(run / "history.jsonl"), read(run / "outcomes.json")
+    steps, measured = history[:STEPS], history[STEPS:]
+    assert [line["step"] for line in steps] == [*range(1, STEPS + 1)]
+    assert [line["step"] for line in measured] == [2, 4, 6]
+    assert [{"step": line["step"], "dev": line["dev"]} for line in measured] == read(run / "dev.jsonl")
+    seconds = {line["step"]: line["seconds"] for line in steps}
+    assert [line["seconds"] for line in measured] == [seconds[line["step"]] for line in measured]
+    assert 0 < seconds[1] < seconds[STEPS] == pytest.approx(metrics["seconds"])
+    assert metrics["seconds_per_step"] == pytest.approx(metrics["seconds"] / STEPS)
+    if method == "mezo":
+        records = read_log(run / "steps.jsonl").records
+        assert [line["loss"] for line in steps] == [record.loss for record in records]
+        assert metrics["seconds"] == pytest.approx(sum(record.seconds for record in records))
+    best = best_of(measured)
+    assert (metrics["best_step"], metrics["dev"]) == (best["step"], best["dev"])
+    assert best["step"] < STEPS  # so that there was something to go back to
+    assert outcomes.keys() == {"before", "after"}
+    for when, by_example in (("before", outcomes["before"]), ("test", outcomes["after"])):
+        assert len(by_example) == metrics[when]["examples"] == 6
+        assert statistics.fmean(by_example) == pytest.approx(metrics[when]["accuracy"])
+    assert metrics["sign_test"] == sign_test(outcomes["before"], outcomes["after"])
+
+
+@pytest.mark.parametrize(("method", "mode"), list(product(RATES, MODES)))
+def test_best_step_is_what_a_run_of_so_many_steps_ends_with(
+    settings: dict[str, Setting], run_of: Runs, tmp_path: Path, method: str, mode: str
+) -> None:
+    run = run_of("causal", method, mode)
+    steps = read(run / "metrics.json")["best_step"]
+    ran = cli(*settings["causal"].train(tmp_path / "short", **{**options("causal", method, mode), "steps": steps}))
+    assert ran.code == 0, ran.err
+    assert tuned(tmp_path / "short") == tuned(run)
+    short, long = read(tmp_path / "short" / "metrics.json"), read(run / "metrics.json")
+    for key in ("test", "dev", "best_step", "before", "sign_test"):
+        assert short[key] == long[key]
+
+
+@pytest.mark.parametrize(("kind", "mode"), WITH_LOG)
+def test_replay_rebuilds_the_best_step_and_the_last(
+    settings: dict[str, Setting], run_of: Runs, tmp_path: Path, kind: str, mode: str
+) -> None:
+    run, setting = run_of(kind, "mezo", mode), settings[kind]
+    best, last = tmp_path / "best", tmp_path / "last"
+    ran = replayed(run / "steps.jsonl", setting, best, "--steps", read(run / "metrics.json")["best_step"])
+    assert ran.code == 0, ran.err
+    assert tuned(best) == tuned(run)
+    assert measure(best, setting) == measure(run, setting)
+    ran = replayed(run / "steps.jsonl", setting, last)
+    assert ran.code == 0, ran.err
+    assert "verified" in ran.err
+    assert tuned(last) != tuned(run)
+
+
+@pytest.mark.parametrize("mode", ["all", "lora", "prefix"])
+def test_last_step_is_kept_where_it_is_best_or_nobody_looked(
+    settings: dict[str, Setting], run_of: Runs, tmp_path: Path, mode: str
+) -> None:
+    ran = cli(*settings["causal"].train(tmp_path / "run", dev_examples=0, **options("causal", "mezo", mode)))
+    assert ran.code == 0, ran.err
+    metrics = read(tmp_path / "run" / "metrics.json")
+    assert not {"dev", "best_step"} & metrics.keys()
+    assert metrics["splits"].keys() == {"train", "test"}
+    assert [line for line in read(tmp_path / "run" / "history.jsonl") if "dev" in line] == []
+    assert not (tmp_path / "run" / "dev.jsonl").exists()
+    ran = replayed(tmp_path / "run" / "steps.jsonl", settings["causal"], tmp_path / "again")
+    assert ran.code == 0, ran.err
+    assert tuned(tmp_path / "again") == tuned(tmp_path / "run")
+
+
+@pytest.mark.parametrize("method", list(RATES))
+def test_without_a_first_measurement(settings: dict[str, Setting], tmp_path: Path, method: str) -> None:
+    run = tmp_path / "run"
+    assert cli(*settings["causal"].train(run, method=method, no_before=True, json=True)).code == 0
+    metrics = read(run / "metrics.json")
+    assert not {"before", "sign_test"} & metrics.keys()
+    assert {"test", "dev", "best_step"} <= metrics.keys()
+    assert read(run / "outcomes.json").keys() == {"after"}
+
+
+def test_adam_takes_five_epochs_of_small_batches(settings: dict[str, Setting], tmp_path: Path) -> None:
+    arguments = settings["causal"].train(tmp_path / "run", method="adam", steps=None, batch_size=None, lr=None)
+    assert cli(*arguments).code == 0
+    metrics = read(tmp_path / "run" / "metrics.json")
+    assert metrics["settings"].items() >= {"batch_size": 8, "lr": 1e-5, "steps": 5 * 11 // 8}.items()
+    assert metrics["steps"] == 6
+
+
+@pytest.mark.parametrize(("mode", "lr", "eps"), [("all", 1e-6, 1e-3), ("lora", 1e-4, 1e-2), ("prefix", 1e-2, 1e-1)])
+def test_mezo_takes_the_papers_settings_for_what_is_tuned(
+    settings: dict[str, Setting], tmp_path: Path, mode: str, lr: float, eps: float
+) -> None:
+    assert cli(*settings["causal"].train(tmp_path / "run", tune=mode, lr=None, steps=1)).code == 0
+    header = read_log(tmp_path / "run" / "steps.jsonl").header
+    assert (header["run"]["lr"], header["eps"], header["run"]["tune"]) == (lr, eps, mode)
+
+
+def test_settings_of_adapters_reach_them(settings: dict[str, Setting], tmp_path: Path) -> None:
+    lora = {"tune": "lora", "lora_rank": 3, "lora_alpha": 6, "lora_targets": "k_proj,o_proj"}
+    for name, changes in (("lora", lora), ("prefix", {"tune": "prefix", "prefix_length": 7})):
+        assert cli(*settings["causal"].train(tmp_path / name, steps=1, **changes)).code == 0
+    config = read(tmp_path / "lora" / "adapter_config.json")
+    assert (config["r"], config["lora_alpha"], set(config["target_modules"])) == (3, 6, {"k_proj", "o_proj"})
+    assert read(tmp_path / "prefix" / "adapter_config.json")["num_virtual_tokens"] == 7
+    for name in ("lora", "prefix"):
+        assert replayed(tmp_path / name / "steps.jsonl", settings["causal"], tmp_path / f"{name}-again").code == 0
+        assert tuned(tmp_path / f"{name}-again") == tuned(tmp_path / name)
+
+
+def test_an_adapter_over_half_precision(settings: dict[str, Setting], tmp_path: Path) -> None:
+    """The adapter is float32 whatever the model is; the log knows the dtype of the model."""
+    run, setting = tmp_path / "run", settings["causal"]
+    arguments = setting.train(run, eval_steps=EVERY, dtype="bfloat16", **options("causal", "mezo", "lora"))
+    assert cli(*arguments).code == 0
+    assert {tensor["dtype"] for tensor in read_log(run / "steps.jsonl").header["tensors"]} == {"float32"}
+    assert measure(run, setting, "--dtype", "bfloat16") == read(run / "metrics.json")["test"]
+    best = read(run / "metrics.json")["best_step"]
+    ran = replayed(run / "steps.jsonl", setting, tmp_path / "again", "--steps", best)
+    assert ran.code == 0, ran.err
+    assert tuned(tmp_path / "again") == tuned(run)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_prefix_leaves_less_room_for_long_prompts(tmp_path: Path, family: str) -> None:
+    """Prompts are cut to the same length when the run measures and when its result is measured again."""
+    task = write_task(tmp_path / "task")
+    rows = [json.dumps({"text": f"{text} " * 80, "label": label}) for text, label in REVIEWS]
+    (task.parent / "train.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    shutil.copy(task.parent / "train.jsonl", task.parent / "test.jsonl")
+    task.write_text(task.read_text(encoding="utf-8").replace("test.csv", "test.jsonl"), encoding="utf-8")
+    setting = Setting(support.save_tiny_model(tmp_path / "model", family), task)
+    ran = cli(*setting.train(tmp_path / "run", tune="prefix", lr=1.0, steps=2))
+    assert ran.code == 0, ran.err
+    metrics = read(tmp_path / "run" / "metrics.json")
+    assert metrics["truncated_prompts"] == sum(metrics["splits"].values()) > 0
+    assert measure(tmp_path / "run", setting) == metrics["test"]
+
+
+# --- killed and resumed ------------------------------------------------------------------------------------------
+
+
+def killed(run: Path, folder: Path, steps: int, measured: int) -> Path:
+    """The folder as a kill leaves it: a log without end, some lines about the development examples, and what is written
+    before the first step."""
+    folder.mkdir()
+    for name in ("metrics.json", "outcomes.json"):
+        (folder / name).write_text(json.dumps({"before": read(run / name)["before"]}), encoding="utf-8")
+    if (run / "initial.safetensors").exists():
+        shutil.copy(run / "initial.safetensors", folder)
+    for name, count in (("steps.jsonl", 1 + steps), ("dev.jsonl", measured)):
+        lines = (run / name).read_bytes().splitlines(keepends=True)[:count]
+        if lines:
+            (folder / name).write_bytes(b"".join(lines))
+    return folder
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Whatever is no clock is the same."""
+    assert tuned(one) == tuned(other)
+    logs = [read_log(folder / "steps.jsonl") for folder in (one, other)]
+    assert [record.losses for record in logs[0].records] == [record.losses for record in logs[1].records]
+    assert logs[0].end == logs[1].end
+    for name in ("dev.jsonl", "outcomes.json"):
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+    metrics = [read(folder / "metrics.json") for folder in (one, other)]
+    for key in ("before", "test", "dev", "best_step", "sign_test", "splits", "steps", "skipped_steps"):
+        assert metrics[0][key] == metrics[1][key], key
+    histories = [[line.get("loss", line.get("dev")) for line in read(f / "history.jsonl")] for f in (one, other)]
+    assert histories[0] == histories[1]
+
+
+@pytest.mark.parametrize(
+    ("mode", "steps", "measured"),
+    [
+        *product(MODES, [3], [1]),
+        ("all", 0, 0),
+        ("all", 1, 0),
+        ("all", 2, 1),
+        ("all", 6, 3),
+        # The kill came while the development examples were measured after a step.
+        ("all", 2, 0),
+        ("lora", 4, 1),
+        ("prefix", 6, 2),
+    ],
+)
+def test_killed_at_any_moment_it_ends_with_the_same_best_step(
+    settings: dict[str, Setting], run_of: Runs, tmp_path: Path, mode: str, steps: int, measured: int
+) -> None:
+    whole = run_of("causal", "mezo", mode)
+    run = killed(whole, tmp_path / "run", steps, measured)
+    ran = cli(*settings["causal"].resume(run))
+    assert ran.code == 0, ran.err
+    assert_same_run(run, whole)
+
+
+@pytest.mark.parametrize("kind", ["causal", "masked"])
+def test_killed_while_the_result_was_measured_or_saved(
+    settings: dict[str, Setting], run_of: Runs, tmp_path: Path, kind: str
+) -> None:
+    whole = run_of(kind, "mezo", "lora")
+    run = killed(whole, tmp_path / "run", STEPS, STEPS // EVERY)
+    shutil.copy(whole / "steps.jsonl", run)
+    (run / "adapter_model.safetensors").write_bytes(tuned(whole)[:100])
+    (run / "metrics.json.partial").write_text("{")
+    ran = cli(*settings[kind].resume(run))
+    assert ran.code == 0, ran.err
+    assert_same_run(run, whole)
+
+
+def test_finished_run_goes_on(settings: dict[str, Setting], run_of: Runs, tmp_path: Path) -> None:
+    """It kept the weights of an earlier step, and goes on from the last."""
+    setting = settings["causal"]
+    for mode in ("all", "prefix"):
+        run, whole = tmp_path / mode, tmp_path / f"{mode}-whole"
+        shutil.copytree(run_of("causal", "mezo", mode), run)
+        ran = cli(*setting.resume(run, steps=STEPS + EVERY))
+        assert ran.code == 0, ran.err
+        changes = {**options("causal", "mezo", mode), "steps": STEPS + EVERY}
+        assert cli(*setting.train(whole, eval_steps=EVERY, **changes)).code == 0
+        assert_same_run(run, whole)
+
+
+def test_run_without_a_first_measurement_is_resumed_without(
+    settings: dict[str, Setting], run_of: Runs, tmp_path: Path
+) -> None:
+    setting, run = settings["causal"], tmp_path / "run"
+    changes = {**options("causal", "mezo", "all"), "no_before": True}
+    assert cli(*setting.train(run, **{**changes, "steps": 2}, eval_steps=EVERY)).code == 0
+    ran = cli(*setting.resume(run, steps=STEPS, no_before=True))
+    assert ran.code == 0, ran.err
+    assert "before" not in read(run / "metrics.json")
+    assert tuned(run) == tuned(run_of("causal", "mezo", "all"))
+
+
+@pytest.mark.parametrize("leftover", ["of another seed", "torn"])
+def test_run_that_begins_again_begins_with_its_own_adapter(
+    settings: dict[str, Setting], run_of: Runs, tmp_path: Path, leftover: str
+) -> None:
+    """Killed before its first step, a run leaves the first weights of its adapter behind, perhaps in part."""
+    setting, whole = settings["causal"], run_of("causal", "mezo", "lora")
+    run = tmp_path / "run"
+    assert cli(*setting.train(tmp_path / "other", tune="lora", seed=1, steps=1)).code == 0
+    kept = {"of another seed": tmp_path / "other", "torn": whole}[leftover] / "initial.safetensors"
+    run.mkdir()
+    (run / "initial.safetensors").write_bytes(kept.read_bytes()[: None if leftover != "torn" else -100])
+    ran = cli(*setting.train(run, eval_steps=EVERY, **options("causal", "mezo", "lora")))
+    assert ran.code == 0, ran.err
+    assert_same_run(run, whole)
+
+
+# The parent imports once and forks a process for each attempt; it computes nothing itself, so that forking is safe.
+SURVIVOR = """
+    import gc, json, os, random, signal, sys, time
+    from pathlib import Path
+
+    import torch
+    import forwardtune.baselines, forwardtune.trainer, peft
+    from forwardtune.cli import main
+
+    torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()
+
+    def attempt(arguments):
+        child = os.fork()
+        if child:
+            return child
+        try:
+            os._exit(main(arguments))
+        finally:
+            os._exit(9)
+
+    def size(folder):
+        names = ("metrics.json", "outcomes.json", "initial.safetensors", "steps.jsonl", "dev.jsonl")
+        return sum((folder / name).stat().st_size for name in names if (folder / name).exists())
+
+    rng, kills = random.Random(0), 0
+    for train, run, whole in json.loads(sys.argv[1]):
+        assert os.waitpid(attempt([*train, "--output-dir", whole]), 0)[1] == 0
+        run, whole = Path(run), Path(whole)
+        while True:
+            begun = (run / "steps.jsonl").exists()
+            again = ["train", "--resume"] if begun else train
+            child = attempt([*again, "--output-dir", str(run)])
+            target = size(run) + rng.uniform(0.1, 0.9) * size(whole)
+            while size(run) < target and (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
+                time.sleep(0.0005)
+            if size(run) < target:
+                assert ended[1] == 0, ended
+                break
+            os.kill(child, signal.SIGKILL)
+            if (status := os.waitpid(child, 0)[1]) != signal.SIGKILL:  # it had just ended
+                assert status == 0, status
+                break
+            kills += 1
+    print(kills)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
+def test_every_mode_survives_kill_9(settings: dict[str, Setting], tmp_path: Path) -> None:
+    """Killed again and again in whatever it does, a run ends as one that was left alone."""
+    plan = []
+    for kind, mode in (("causal", "all"), ("causal", "lora"), ("causal", "prefix"), ("masked", "part")):
+        changes = {**options(kind, "mezo", mode), "eval_steps": 4, "steps": 22}
+        arguments = settings[kind].train(tmp_path, **changes, output_dir=None)
+        plan.append(([*map(str, arguments)], str(tmp_path / mode), str(tmp_path / f"{mode}-whole")))
+    child = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(SURVIVOR), json.dumps(plan)],
+        capture_output=True, text=True, timeout=300,
+        env={**os.environ, "PYTHONPATH": str(Path(forwardtune.__file__).parents[1]), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert child.returncode == 0, child.stderr
+    assert int(child.stdout.splitlines()[-1]) >= len(plan)
+    for _, run, whole in plan:
+        assert_same_run(Path(run), Path(whole))
+
+
+@pytest.mark.parametrize("method", list(RATES))
+def test_ctrl_c_leaves_no_weights_behind_that_nobody_reads(
+    settings: dict[str, Setting], tmp_path: Path, method: str
+) -> None:
+    run = tmp_path / "run"
+
+    def interrupt() -> None:
+        while not (run / "dev.jsonl").exists():
+            time.sleep(0.005)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    waiting = threading.Thread(target=interrupt, daemon=True)
+    waiting.start()
+    ran = cli(*settings["causal"].train(run, method=method, steps=10**6, eval_steps=1))
+    waiting.join()
+    assert (ran.code, ran.out) == (130, "")
+    if method == "adam":
+        assert "nothing was saved" in ran.err
+        assert not [path.name for path in run.rglob("*") if path.suffix in (".pt", ".safetensors", ".bin")]
+    else:
+        assert f"forwardtune train --output-dir {run} --resume" in ran.err
+
+
+# --- logs of adapters --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["lora", "prefix"])
+def test_exported_adapter_run_replays_beside_its_first_weights(
+    settings: dict[str, Setting], run_of: Runs, tmp_path: Path, mode: str
+) -> None:
+    run, small = run_of("causal", "mezo", mode), tmp_path / "small"
+    small.mkdir()
+    shutil.copy(run / "initial.safetensors", small)
+    assert cli("export", run / "steps.jsonl", "--output", small / "trajectory.safetensors").code == 0
+    best = read(run / "metrics.json")["best_step"]
+    ran = replayed(small / "trajectory.safetensors", settings["causal"], tmp_path / "again", "--steps", best)
+    assert ran.code == 0, ran.err
+    assert tuned(tmp_path / "again") == tuned(run)
+
+
+def test_replay_writes_nothing_but_its_result(settings: dict[str, Setting], run_of: Runs, tmp_path: Path) -> None:
+    """Not even where the log lies without the first weights of its adapter."""
+    run, alone = run_of("causal", "mezo", "lora"), tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(run / "steps.jsonl", alone)
+    before = files(alone)
+    ran = replayed(alone / "steps.jsonl", settings["causal"], tmp_path / "again")
+    assert ran.code == 0, ran.err
+    assert "verified" in ran.err
+    assert files(alone) == before
+
+
+@pytest.mark.parametrize("damage", ["torn", "another adapter", "another seed"])
+def test_first_weights_that_are_not_those_of_the_run(
+    settings: dict[str, Setting], run_of: Runs, tmp_path: Path, damage: str
+) -> None:
+    run = Path(shutil.copytree(run_of("causal", "mezo", "lora"), tmp_path / "run"))
+    initial = run / "initial.safetensors"
+    if damage == "torn":
+        initial.write_bytes(initial.read_bytes()[:-50])
+    else:
+        tensors = load_file(initial)
+        if damage == "another adapter":
+            tensors.popitem()
+        save_file({name: tensor + 1 for name, tensor in tensors.items()}, initial)
+    for arguments in (
+        ["replay", run / "steps.jsonl", "--model", settings["causal"].model, "--output-dir", tmp_path / "new"],
+        settings["causal"].resume(run, steps=STEPS + 1),
+    ):
+        with refused(tmp_path, "restore|not the weights") as ran:
+            ran(cli(*arguments))
+
+
+# --- eval and probe ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["eval", "probe"])
+def test_measurements_are_printed_and_kept(settings: dict[str, Setting], tmp_path: Path, command: str) -> None:
+    setting, kept = settings["causal"], tmp_path / "kept"
+    arguments = [command, "--model", setting.model, "--task", setting.task, "--device", "cpu", "--output-dir", kept]
+    ran = cli(*arguments)
+    assert (ran.code, ran.out.count("\n")) == (0, 1)
+    metrics = json.loads(ran.out)
+    assert metrics == read(kept / "metrics.json")
+    assert (metrics["command"], metrics["method"]) == (command, {"eval": "zero-shot", "probe": "probe"}[command])
+    assert {"model", "task", "metric", "settings", "splits", "test"} <= metrics.keys()
+    assert {"peak_memory_bytes", "inference_peak_memory_bytes"} <= metrics.keys()
+    # Neither they themselves nor a run writes over them.
+    for again in (arguments, setting.train(kept), setting.train(kept, method="adam")):
+        with refused(tmp_path, "not empty.*another --output-dir.*nothing was overwritten") as ran_again:
+            ran_again(cli(*again))
+
+
+def test_measuring_into_the_folder_of_a_run(settings: dict[str, Setting], run_of: Runs, tmp_path: Path) -> None:
+    for method in RATES:
+        run = Path(shutil.copytree(run_of("causal", method, "all"), tmp_path / method))
+        for command in ("eval", "probe"):
+            arguments = ["--model", run, "--task", settings["causal"].task, "--device", "cpu", "--output-dir", run]
+            with refused(tmp_path, "another --output-dir.*nothing was overwritten") as ran:
+                result = cli(command, *arguments)
+                ran(result)
+            assert "--resume" not in result.err  # which only train has
+
+
+@pytest.mark.parametrize("shots", [0, 2])
+@pytest.mark.parametrize("calibrate", [None, True])
+def test_shots_and_calibration(settings: dict[str, Setting], shots: int, calibrate: bool | None) -> None:
+    setting = settings["causal"]
+    arguments = ["eval", "--model", setting.model, "--task", setting.task, "--device", "cpu", "--shots", shots]
+    ran = cli(*arguments, *(["--calibrate"] if calibrate else []))
+    assert ran.code == 0, ran.err
+    metrics = json.loads(ran.out)
+    name = "icl" if shots else "zero-shot"
+    assert metrics["method"] == (f"{name}-calibrated" if calibrate else name)
+    assert metrics.get("demonstrations", 0) == shots
+    plain = json.loads(cli("eval", "--model", setting.model, "--task", setting.task, "--device", "cpu").out)
+    assert (metrics["test"]["loss"] == plain["test"]["loss"]) == (not shots and not calibrate)
+
+
+def test_numbers_that_are_not_finite_are_written_as_json(settings: dict[str, Setting], tmp_path: Path) -> None:
+    """JSON has no NaN: a reader other than Python's stops at it."""
+    run = tmp_path / "run"
+    ran = cli(*settings["causal"].train(run, lr=1e30, dtype="float16", steps=3, eval_steps=1, json=True))
+    assert ran.code == 0, ran.err
+    assert 0 < read(run / "metrics.json")["skipped_steps"] < 3
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    whole = [ran.out, *(path.read_text(encoding="utf-8") for path in run.glob("*.json"))]
+    lines = [line for path in run.glob("*.jsonl") for line in path.read_text(encoding="utf-8").splitlines()]
+    for text in whole + lines:
+        json.loads(text, parse_constant=refuse)
+    again = cli(*settings["causal"].resume(run, json=True))
+    assert (again.code, again.out) == (0, ran.out), again.err
+
+
+# --- wrong input -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"tune": "loraa"}, "no parameter has 'loraa' in its name; did you mean lora.*choose all, lora, prefix"),
+        ({"tune": "LoRA"}, "no parameter has 'LoRA' in its name.*choose all, lora, prefix"),
+        ({"tune": "("}, "is no regular expression.*choose all, lora, prefix"),
+        ({"tune": "lora", "lora_rank": 0}, "--lora-rank must be positive"),
+        ({"tune": "lora", "lora_alpha": "nan"}, "--lora-alpha must be positive"),
+        ({"tune": "lora", "lora_targets": "q_prj"}, "no linear layer is called 'q_prj'; did you mean q_proj"),
+        ({"tune": "prefix", "prefix_length": 0}, "--prefix-length must be positive"),
+        ({"tune": "prefix", "prefix_length": 300}, "prefix"),
+        ({"eval_steps": 0}, "--eval-steps must be positive"),
+        ({"eval_steps": -1}, "--eval-steps must be positive"),
+        ({"dev_examples": -1}, "--dev-examples must not be negative"),
+        ({"per_class": 0}, "--per-class must be positive"),
+        ({"per_class": 5}, "holds 7 examples of class 0 .*5 for training and 5 for development.*--per-class to 3"),
+        ({"method": "sgd"}, "invalid choice.*mezo.*adam"),
+        ({"method": "adam", "eps": 1e-3}, "--eps belongs to --method mezo: leave it out"),
+        ({"method": "adam", "clip_coefficient": 1}, "--clip-coefficient belongs to --method mezo: leave it out"),
+        ({"method": "adam", "save_steps": 1}, "--save-steps belongs to --method mezo: leave it out"),
+        ({"method": "adam", "resume": True}, "--method adam keeps no step log.*new folder"),
+        ({"method": "adam", "lr": 0}, "--lr must be positive"),
+        ({"method": "adam", "dtype": "float16"}, "Adam cannot tune float16 weights.*float32 or bfloat16"),
+        # What would have no effect is not taken in silence.
+        ({"method": "adam", "probes": 4}, "--probes"),
+        ({"method": "adam", "direction": "rademacher"}, "--direction"),
+        ({"method": "adam", "perturbation": "copy"}, "--perturbation"),
+        ({"eval_steps": 2, "dev_examples": 0}, "--eval-steps.*--dev-examples"),
+        ({"lora_rank": 4}, "--lora-rank.*--tune lora"),
+        ({"tune": "lora", "prefix_length": 3}, "--prefix-length.*--tune prefix"),
+    ],
+    ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
+)
+def test_wrong_option(settings: dict[str, Setting], tmp_path: Path, changes: dict[str, object], words: str) -> None:
+    with refused(tmp_path, words) as ran:
+        ran(cli(*settings["causal"].train(tmp_path / "run", **changes)))
+
+
+def test_adapter_is_not_tuned_again(settings: dict[str, Setting], run_of: Runs, tmp_path: Path) -> None:
+    adapted = Setting(run_of("causal", "mezo", "lora"), settings["causal"].task)
+    for mode in ("all", "lora", "prefix", "norm"):
+        with refused(tmp_path, "has an adapter already: give the base model, or merge") as ran:
+            ran(cli(*adapted.train(tmp_path / "run", tune=mode)))
+
+
+def test_model_of_the_wrong_kind_for_a_task(settings: dict[str, Setting], tmp_path: Path) -> None:
+    causal, masked = settings["causal"], settings["masked"]
+    for model, task, words in (
+        (causal.model, masked.task, "for masked models alone, and this model is causal: choose a masked model"),
+        (masked.model, causal.task, r"for causal models alone, and this model is masked: choose a causal.*\[MASK\]"),
+    ):
+        measure_it = ["--model", model, "--task", task, "--device", "cpu", "--output-dir", tmp_path / "new"]
+        for arguments in (
+            Setting(model, task).train(tmp_path / "new"),
+            Setting(model, task).train(tmp_path / "new", method="adam", tune="lora"),
+            ["eval", *measure_it],
+            ["probe", *measure_it],
+        ):
+            with refused(tmp_path, words) as ran:
+                ran(cli(*arguments))
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "words"),
+    [
+        ("causal", ["--shots", -1], "--shots must not be negative, got -1"),
+        ("causal", ["--shots", 1000], "--shots 1000 asks for more than the 1. training examples: lower it"),
+        ("causal", ["--shots", "many"], "invalid int value: 'many'"),
+        ("masked", ["--shots", 2], "demonstrations are for causal models: leave --shots out"),
+        ("masked", ["--calibrate"], "cannot be calibrated.*--calibrate"),
+        ("causal", ["--max-length", 6], "leaves no room for its context.*raise --max-length"),
+        ("masked", ["--max-length", 4], "leaves no room for its context.*raise --max-length"),
+    ],
+)
+def test_wrong_options_of_eval(
+    settings: dict[str, Setting], tmp_path: Path, kind: str, arguments: list[object], words: str
+) -> None:
+    setting = settings[kind]
+    with refused(tmp_path, words) as ran:
+        ran(cli("eval", "--model", setting.model, "--task", setting.task, "--output-dir", tmp_path / "new", *arguments))
+
+
+def test_missing_columns_are_named_by_every_command(settings: dict[str, Setting], tmp_path: Path) -> None:
+    task = write_task(tmp_path / "task", prompt="'{review} It was'")
+    setting = Setting(settings["causal"].model, task)
+    measure_it = ["--model", setting.model, "--task", task, "--output-dir", tmp_path / "new"]
+    for arguments in (setting.train(tmp_path / "new", method="adam"), ["eval", *measure_it], ["probe", *measure_it]):
+        with refused(tmp_path, "no column 'review'.*it has text, label, reply") as ran:
+            ran(cli(*arguments))
+
+
+# --- trained models and real data --------------------------------------------------------------------------------
+
+
+def real(model: Path, task: str, data: Path, folder: Path, **changes: object) -> tuple[list[object], list[object]]:
+    """Arguments of ``train``, and of the ``eval`` of its result."""
+    common = ["--task", task, "--data-dir", data, "--batch-size", 4, "--test-examples", 8, "--device", "cpu"]
+    sizes = ["--train-examples", 16, "--dev-examples", 6, "--steps", 4, "--eval-steps", 2]
+    flags = [part for name, value in changes.items() for part in (f"--{name.replace('_', '-')}", value)]
+    train = ["train", "--model", model, "--output-dir", folder, *common, *sizes, *flags]
+    return train, ["eval", "--model", folder, *common]
+
+
+@pytest.mark.parametrize(("method", "mode"), list(product(RATES, ["all", "lora", "prefix", "mlp.*weight"])))
+def test_story_model(models_dir: Path, data_dir: Path, tmp_path: Path, method: str, mode: str) -> None:
+    model, run = models_dir / "stories260k", tmp_path / "run"
+    lr = RATES[method].get(mode, 1e-3)
+    train, again = real(model, "sst2", data_dir, run, method=method, tune=mode, lr=lr)
+    ran = cli(*train)
+    assert ran.code == 0, ran.err
+    metrics = read(run / "metrics.json")
+    assert json.loads(cli(*again).out)["test"] == metrics["test"]
+    if method == "mezo":
+        best = ["--steps", metrics["best_step"]]
+        ran = replayed(run / "steps.jsonl", Setting(model, Path()), tmp_path / "again", *best)
+        assert ran.code == 0, ran.err
+        assert tuned(tmp_path / "again") == tuned(run)
+
+
+@pytest.mark.parametrize(
+    ("task", "method", "mode", "lr"),
+    [("sst5", "mezo", "lora", 1e-1), ("trec", "mezo", "all", 1e-4), ("mnli", "adam", r"bias$", 1e-3)],
+)
+def test_masked_model(
+    models_dir: Path, data_dir: Path, tmp_path: Path, task: str, method: str, mode: str, lr: float
+) -> None:
+    model, run = models_dir / "minilm-l6-mlm", tmp_path / "run"
+    train, again = real(model, task, data_dir, run, method=method, tune=mode, lr=lr, steps=2, dtype="float32")
+    ran = cli(*train, "--no-before")
+    assert ran.code == 0, ran.err
+    metrics = read(run / "metrics.json")
+    assert json.loads(cli(*again, "--dtype", "float32").out)["test"] == metrics["test"]
+    if method == "mezo":
+        best = ["--steps", metrics["best_step"]]
+        ran = replayed(run / "steps.jsonl", Setting(model, Path()), tmp_path / "again", *best)
+        assert ran.code == 0, ran.err
+        assert tuned(tmp_path / "again") == tuned(run)
+
+
+def test_classes_are_drawn_evenly(models_dir: Path, data_dir: Path, tmp_path: Path) -> None:
+    common = ["--model", models_dir / "stories260k", "--data-dir", data_dir, "--test-examples", 4, "--device", "cpu"]
+    train = ["train", *common, "--steps", 1, "--no-before", "--per-class", 3]
+    for task in ("sst2", "copa"):  # of which the answers differ by example: there the classes are their places
+        assert cli(*train, "--task", task, "--output-dir", tmp_path / task).code == 0
+        assert read(tmp_path / task / "metrics.json")["splits"] == {"train": 6, "dev": 6, "test": 4}
+    for task, k, words in (
+        ("squad", 3, "no classes to draw examples of: leave --per-class out"),
+        ("sst2", 10**6, r"holds \d+ examples of class 0 \(terrible\).*lower --per-class to \d+"),
+    ):
+        with refused(tmp_path, words) as ran:
+            ran(cli(*train[:-1], k, "--task", task, "--output-dir", tmp_path / "new"))
+
+
+def test_careless_use_on_real_data(models_dir: Path, data_dir: Path, tmp_path: Path) -> None:
+    causal, masked = (["--model", models_dir / name] for name in ("stories260k", "minilm-l6-mlm"))
+    common = ["--data-dir", data_dir, "--test-examples", 4, "--device", "cpu", "--output-dir", tmp_path / "new"]
+    for arguments, words in (
+        ([*causal, "--task", "squad", "--calibrate"], "task squad cannot be calibrated.*--calibrate"),
+        ([*masked, "--task", "sst2", "--shots", 2], "demonstrations are for causal models: leave --shots out"),
+        ([*masked, "--task", "squad"], "prompt for causal models alone, and this model is masked"),
+        ([*causal, "--task", "trec"], "prompt for masked models alone, and this model is causal"),
+        ([*causal, "--task", "sst-2"], "unknown task 'sst-2'.*did you mean sst2"),
+        ([*causal, "--task", "boolQ"], "unknown task 'boolQ'.*did you mean boolq"),
+        (
+            [*causal, "--task", "sst2", "--shots", 10**6, "--train-examples", 10**7],
+            "asks for more than the .* training",
+        ),
+    ):
+        with refused(tmp_path, words) as ran:
+            ran(cli("eval", *arguments, *common))
