@@ -145,8 +145,7 @@ class Task:
                 context = (start, start + len(text))
                 break
         joint = "" if self.kind == "masked" or prompt[-1:].isspace() else " "
-        tail = tail_of(self.prompt).lstrip() if self.calibration is None else self.calibration
-        calibration = fields.fill(tail)
+        calibration = tail_of(self.prompt).lstrip() if self.calibration is None else fields.fill(self.calibration)
         if self.free_text:
             targets = fields.value(self.label)
             targets = targets if isinstance(targets, (list, tuple)) else [targets]
