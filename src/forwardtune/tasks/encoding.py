@@ -122,9 +122,9 @@ class Encoder:
                 lambda cut: _input_length(encode(cut), task) <= self.max_length,
                 end - start,
             )
-            encoded = encode(cut)
-            if cut == end - start or _input_length(encoded, task) > self.max_length:
-                longest = max(map(len, encoded.options), default=task.max_new_tokens)
+            longest = max(map(len, encoded.options), default=task.max_new_tokens)
+            encoded = encoded if cut == end - start else encode(cut)
+            if _input_length(encoded, task) > self.max_length:
                 raise InputError(
                     f"task {task.name}, example {number}: an input of {self.max_length} tokens leaves no room for its "
                     f"context beside the rest of the prompt and answers of {longest} tokens: raise --max-length, or "
@@ -173,14 +173,18 @@ class Encoder:
         )
         while texts:
             preamble = SEPARATOR.join(texts) + SEPARATOR
-            if len(self._tokens(preamble)) + longest <= self.max_length:
+            # A vocabulary may part a prompt's first word otherwise behind a line break, so the quick sum is verified.
+            if len(self._tokens(preamble)) + longest <= self.max_length and all(
+                _input_length(self._continuations_uncut(task, example, i, preamble), task) <= self.max_length
+                for i, example in enumerate(examples, 1)
+            ):
                 break
             texts = texts[1:]
         self.demonstrated = len(texts)
         return preamble if texts else ""
 
-    def _continuations_uncut(self, task: Task, example: Example, number: int) -> Encoded:
-        return self._split(task, example.prompt, example, _continuations_of(task, example), number)
+    def _continuations_uncut(self, task: Task, example: Example, number: int, preamble: str = "") -> Encoded:
+        return self._split(task, preamble + example.prompt, example, _continuations_of(task, example), number)
 
     # --- masked models ------------------------------------------------------------------------------------------------
 

@@ -219,7 +219,15 @@ def _source(content: dict[str, Any], path: Path) -> dict[str, Any]:
 def _replacements(content: Any) -> dict[str, dict[str, str]]:
     if not isinstance(content, dict) or not all(isinstance(pairs, dict) for pairs in content.values()):
         raise _WrongError("replace must be {column: {text: text in its place}}")
-    return {str(column): {str(old): str(new) for old, new in pairs.items()} for column, pairs in content.items()}
+    replace = {str(column): {str(old): str(new) for old, new in pairs.items()} for column, pairs in content.items()}
+    for column, pairs in replace.items():
+        for new in pairs.values():
+            again = [name for name in _template(new, f"replace: {column}") if name in replace]
+            if again:
+                raise _WrongError(
+                    f"replace: the new text for {column} names {again[0]}, which is replaced itself: name another column"
+                )
+    return replace
 
 
 def _template(text: Any, what: str) -> list[str]:

@@ -154,8 +154,7 @@ class Task:
                 context = (start, start + len(text))
                 break
         joint = "" if self.kind == "masked" or prompt[-1:].isspace() else " "
-        tail = tail_of(self.prompt).lstrip() if self.calibration is None else self.calibration
-        calibration = fields.fill(tail)
+        calibration = tail_of(self.prompt).lstrip() if self.calibration is None else fields.fill(self.calibration)
         if self.preference is not None:
             texts = tuple(joint + fields.text(column) for column in self.preference)
             return Example(prompt, texts, (0,), (), context, calibration, row)
