@@ -505,8 +505,9 @@ def test_float16_weights_are_refused_unless_frozen(tmp_path: Path) -> None:
 
 def test_task_decides_what_is_lowered(tmp_path: Path) -> None:
     likelihood = Task("likely", "{text}", "label", {"0": "a", "1": "b"}, "accuracy", loss="likelihood")
-    assert training_objective(likelihood) is target_likelihood
     trainer = make(tmp_path, sharp_model(), objective=training_objective(likelihood), steps=20)
     before = trainer.evaluate()["eval_loss"]
+    assert before == make(tmp_path, sharp_model(), objective=target_likelihood, steps=20).evaluate()["eval_loss"]
+    assert before != make(tmp_path, sharp_model(), objective=option_cross_entropy, steps=20).evaluate()["eval_loss"]
     trainer.train()
     assert trainer.evaluate()["eval_loss"] < before

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,9 +134,13 @@ def test_objectives_by_hand(llama: Any) -> None:
     torch.testing.assert_close(target_likelihood(llama, inputs), likelihood, **CLOSE)
 
 
-def test_training_objective_follows_the_kind_of_task() -> None:
-    assert training_objective(CHOICE) is option_cross_entropy
-    assert training_objective(FREE) is target_likelihood
+@torch.no_grad()
+def test_training_objective_follows_the_kind_of_task(llama: Any) -> None:
+    batch = prepare(llama, TOKENIZER, BATCHES["multi-token"])
+    cross_entropy, likelihood = option_cross_entropy(llama, batch), target_likelihood(llama, batch)
+    assert torch.equal(training_objective(CHOICE)(llama, batch), cross_entropy)
+    assert torch.equal(training_objective(FREE)(llama, batch), likelihood)
+    assert not torch.equal(cross_entropy, likelihood)
 
 
 @torch.no_grad()
@@ -253,7 +258,7 @@ EXAMPLE = Example("one two three four", (" yes", " no way"), (1,), context=(0, l
 def test_prompt_and_options_are_cut_where_the_tokens_part(bos: bool, eos: bool) -> None:
     encoder = Encoder(Words(bos=bos, eos=eos), 100)
     (found,) = encoder(CHOICE, [EXAMPLE])
-    assert found == Encoded([1] * bos + [5, 6, 7, 8], [[9], [10, 11]], (1,))
+    assert found == Encoded([1] * bos + [5, 6, 7, 8], [[9], [10, 11]], (1,), example=EXAMPLE)
     assert found.length == bos + 4 + 1
     assert encoder.truncated == 0
 
@@ -353,21 +358,27 @@ def input_length(example: Encoded) -> int:
 
 @pytest.mark.parametrize("before", ["", "Title: a the film\nText: "])
 @pytest.mark.parametrize("after", ["", " It was", "\nQuestion: was it the film?\nAnswer:"])
-@pytest.mark.parametrize("options", [(" yes", " no"), (" it was great fun", " it was terrible"), ()], ids=len)
-def test_context_is_cut_on_the_left_by_whole_words(before: str, after: str, options: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    ("options", "room"), [((" yes", " no"), 0), ((" it was great fun", " it was terrible"), 0), ((), 1), ((), 6)]
+)
+def test_context_is_cut_on_the_left_by_whole_words(
+    before: str, after: str, options: tuple[str, ...], room: int
+) -> None:
     """At every length: the longest end of the context that fits, beside all of the rest, or a refusal."""
     targets = () if options else (" a fox",)
     example = worded(before, LONG, after, options, targets=targets)
-    task = CHOICE if options else FREE
+    # What is generated needs room too: more than the target, or less.
+    task = CHOICE if options else replace(FREE, max_new_tokens=room)
     (whole,) = Encoder(TOKENIZER, 1000)(task, [example])
     starts = [i for i in range(1, len(LONG)) if LONG[i - 1].isspace() and not LONG[i].isspace()]
     ends = [LONG, *(LONG[i:] for i in starts)]
 
     def needed(end: str) -> int:
         texts = options or targets
-        return max(len(TOKENIZER(before + end + after + text)["input_ids"]) for text in texts)
+        written = 0 if options else room + len(TOKENIZER(before + end + after)["input_ids"])
+        return max(written, *(len(TOKENIZER(before + end + after + text)["input_ids"]) for text in texts))
 
-    assert needed(LONG) == input_length(whole)
+    assert needed(LONG) == max(input_length(whole), 0 if options else len(whole.prompt) + room)
     refused = 0
     for max_length in range(1, needed(LONG) + 2):
         fits = [needed(end) <= max_length for end in ends]

@@ -57,7 +57,7 @@ def evaluate(
             (surface form competition, Holtzman et al. 2021).
         rewards: functions of what the model writes, for free text; their weighted sum is measured as ``reward``.
         progress: called with the numbers of examples done and in all.
-        outcomes: filled with the task's metric for every example, in their order.
+        outcomes: filled with the task's metric, or the reward, for every example, in their order.
 
     Returns:
         ``{"accuracy": ..., "loss": ..., "examples": ...}`` for a choice; for free text, decoded greedily, the task's
@@ -70,6 +70,7 @@ def evaluate(
     known: dict[str, list[float]] = {}
     by_length = sorted(range(len(examples)), key=lambda i: examples[i].length)
     totals: dict[str, float] = {}
+    judged = "reward" if rewards else task.metric
     by_example = [0.0] * len(examples)
     for lo in range(0, len(examples), batch_size):
         numbers = by_length[lo : lo + batch_size]
@@ -83,7 +84,7 @@ def evaluate(
             measured = _measure_choice(task, batch, scores)
         for name, values in measured.items():
             totals[name] = totals.get(name, 0.0) + sum(values)
-            if name == task.metric:
+            if name == judged:
                 for i, value in zip(numbers, values, strict=True):
                     by_example[i] = value
         if progress is not None:

@@ -174,11 +174,14 @@ class MeZOTrainer(Trainer):
         begin_step = getattr(self.objective, "begin_step", None)
         if begin_step is not None:  # both sides of a probe draw the same random numbers
             begin_step(self.mezo.next_step)
+        take_statistics = getattr(self.objective, "take_statistics", None)
         share = 1 if self._scaled_for_accumulation(num_items_in_batch) else self.current_gradient_accumulation_steps
 
         def closure() -> Tensor:
             with self.compute_loss_context_manager():
                 loss = self.compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch)
+            if take_statistics is not None and self.mezo.perturbation is None:
+                take_statistics()  # evaluations of the first step's self-check are no part of the step
             return loss / share
 
         loss = self.mezo.estimate(closure)

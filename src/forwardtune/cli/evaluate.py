@@ -54,6 +54,10 @@ def run_probe(options: argparse.Namespace) -> None:
     fill(options, MODEL_DEFAULTS)
     _new(options)
     session = open_session(options, "train", "dev", "test")
+    if session.task.preference is not None:  # its right text is always the first
+        raise InputError(
+            f"task {session.task.name} prefers texts and has no classes to probe for: use forwardtune eval"
+        )
     metrics = session.facts("probe", "probe")
     # For answers of many tokens there are about as many classes as tokens: one strength, and a bound on the work.
     few: dict[str, Any] = {} if session.task.fixed_answers else {"grid": (1e-2,), "max_iterations": 100}

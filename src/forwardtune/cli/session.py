@@ -132,7 +132,7 @@ def open_session(
     if not 0 <= options.seed < 2**32:
         raise InputError(f"--seed must be from 0 to 4294967295, got {options.seed}")
     task = get_task(options.task)
-    rewards = _rewards(task, getattr(options, "objective", "loss"))
+    rewards = _rewards(task, getattr(options, "objective", "loss"), getattr(options, "temperature", 0.0))
     splits = load_splits(
         task,
         data_dir=options.data_dir,
@@ -178,7 +178,7 @@ def open_session(
         say(f"  {encoder.truncated} prompts were cut on the left of their context to {encoder.max_length} tokens")
     if shots:
         say(f"  {encoder.demonstrated} of {shots} demonstrations fit before the longest prompt")
-    if task.preference is not None:
+    if task.preference is not None and prepare_model is not None:  # a model that was tuned before has no reference
         for name in encoded:
             encoded[name] = _with_reference(model, tokenizer, encoded[name], name, options.batch_size)
     layout = find_layout(model, tokenizer, next(iter(encoded.values())))
@@ -191,14 +191,17 @@ def open_session(
     return session
 
 
-def _rewards(task: Task, objective: str) -> list[Reward]:
+def _rewards(task: Task, objective: str, temperature: float) -> list[Reward]:
     """The reward functions among the objective's terms."""
-    rewards = [term.reward for term in parse(objective, task) if term.reward] if objective != "loss" else []
+    terms = parse(objective, task) if objective != "loss" else []
+    rewards = [term.reward for term in terms if term.reward]
     if task.metric == "reward" and not rewards:
         raise InputError(
             f"task {task.name} has neither answers nor a target: give --objective module:function, a reward for what the "
             "model writes, or add answers or a target to the task file"
         )
+    if temperature and not any(term.generates for term in terms):
+        raise InputError(f"--temperature is of sampled text, and objective {objective!r} generates none: leave it out")
     return rewards
 
 

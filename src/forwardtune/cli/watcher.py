@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 
 from ..objectives import TaskObjective
 from . import say
-from .results import read_lines, write_lines
+from .results import plain, read_lines, write_lines
 
 # The loss of a minibatch jumps about: the bar shows the mean of so many.
 _WINDOW = 20
@@ -157,7 +157,7 @@ class Course(TrainerCallback):
         line = {"step": state.global_step, "objective": self._objective.take_statistics()}
         self.lines.append(line)
         with open(self._file, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(plain(line)) + "\n")
 
 
 @contextmanager

@@ -43,6 +43,9 @@ class Sampling:
 
 GREEDY = Sampling()
 
+# What a model's own generation_config.json may ask for otherwise: we want its distribution as it is.
+_PLAIN = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+
 
 @torch.no_grad()
 def generate(
@@ -75,7 +78,7 @@ def generate(
             attention_mask=torch.tensor(seen, device=model.device),
             max_new_tokens=task.max_new_tokens,
             pad_token_id=pad,
-            **{"do_sample": False, **options},
+            **{"do_sample": False, **_PLAIN, **options},
         )
     texts = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
     return [(text.split(task.stop)[0] if task.stop else text).strip() for text in texts]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -106,9 +105,8 @@ class TaskObjective:
     def take_statistics(self) -> dict[str, dict[str, float]]:
         """Mean and standard deviation of every term over the examples evaluated since the last call."""
         seen, self._seen = self._seen, {}
-        return {
-            name: {"mean": statistics.fmean(values), "std": statistics.pstdev(values)} for name, values in seen.items()
-        }
+        tensors = {name: torch.tensor(values, dtype=torch.float64) for name, values in seen.items()}
+        return {name: {"mean": float(t.mean()), "std": float(t.std(correction=0))} for name, t in tensors.items()}
 
 
 class _Measured:
@@ -129,7 +127,6 @@ class _Measured:
     @cached_property
     def _completions(self) -> list[str]:
         examples: Sequence[Encoded] = self._batch["examples"]
-        # Prompts of one length need no padding; grouping them changes nothing but the work.
         prompts = [example.prompt[: len(example.prompt) - example.scored] for example in examples]
         return generate(self._model, self._tokenizer, self._task, prompts, sampling=self._sampling)
 
@@ -145,9 +142,11 @@ class _Measured:
             return torch.tensor(right, device=chosen.device)
         examples: Sequence[Encoded] = self._batch["examples"]
         if term.reward is not None:
-            return torch.tensor(term.reward([e.example for e in examples], self._completions))
-        pairs = zip(self._completions, examples, strict=True)
-        return torch.tensor([metrics.score(term.name, text, example.texts) for text, example in pairs])
+            values = term.reward([e.example for e in examples], self._completions)
+        else:
+            pairs = zip(self._completions, examples, strict=True)
+            values = [metrics.score(term.name, text, example.texts) for text, example in pairs]
+        return torch.tensor(values, dtype=torch.float32, device=self._model.device)  # where the losses are
 
 
 _TERM = re.compile(r"(?:([0-9.eE+-]+)\s*\*\s*)?([\w.]+(?::\w+)?)")

@@ -6,7 +6,7 @@ import importlib
 import inspect
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,34 +53,36 @@ class Reward:
         if self._taken is not None:
             columns = {key: values for key, values in columns.items() if key in self._taken}
         try:
-            rewards = self._function(**columns)
+            returned = self._function(**columns)
+            is_list = isinstance(returned, Iterable) and not isinstance(returned, (str, bytes, Mapping))
+            rewards = list(returned) if is_list else []
         except Exception as error:
             raise RewardError(
                 f"reward {self.name} raised {type(error).__name__}: {error}. It was given {len(completions)} "
                 f"completions, the first of them {completions[0]!r:.200}: mend the function, then go on with --resume"
             ) from error
-        try:
-            values = [float(reward) for reward in rewards]
-        except (TypeError, ValueError):
-            odd = (
-                next((r for r in rewards if not _is_number(r)), rewards)
-                if isinstance(rewards, (list, tuple))
-                else rewards
-            )
-            at = list(rewards).index(odd) if isinstance(rewards, (list, tuple)) and odd is not rewards else 0
+        if not is_list or len(rewards) != len(completions):
+            found = f"{len(rewards)} rewards" if is_list else f"{returned!r:.100}"
             raise RewardError(
-                f"reward {self.name} returned {odd!r:.100}, which is not a number, for {completions[at]!r:.200}: return a "
-                "list with a number for each completion"
-            ) from None
-        if len(values) != len(completions):
-            raise RewardError(
-                f"reward {self.name} returned {len(values)} rewards for {len(completions)} completions, the first of them "
+                f"reward {self.name} returned {found} for {len(completions)} completions, the first of them "
                 f"{completions[0]!r:.200}: return a list with a number for each completion"
             )
-        for value, completion in zip(values, completions, strict=True):
-            if not math.isfinite(value):
-                raise RewardError(f"reward {self.name} is {value} for {completion!r:.200}: return a finite number")
-        return values
+        return [self._number(reward, completion) for reward, completion in zip(rewards, completions, strict=True)]
+
+    def _number(self, reward: Any, completion: str) -> float:
+        try:
+            value = reward.item() if hasattr(reward, "item") else reward  # of numpy and torch
+            if isinstance(value, (str, bytes)):  # float() would read them
+                raise TypeError
+            value = float(value)
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            raise RewardError(
+                f"reward {self.name} returned {reward!r:.100}, which is not a number, for {completion!r:.200}: return a "
+                "list with a number for each completion"
+            ) from None
+        if not math.isfinite(value):
+            raise RewardError(f"reward {self.name} is {value} for {completion!r:.200}: return a finite number")
+        return value
 
 
 # Columns that TRL's signature has a meaning of its own for.
@@ -105,6 +107,10 @@ def load_reward(name: str, weight: float = 1.0) -> Reward:
             f"reward {name}: module {module_name!r} could not be imported ({error}): run the command where "
             f"{module_name}.py is, or install it"
         ) from None
+    except Exception as error:  # whatever the user's module does
+        raise InputError(
+            f"reward {name}: module {module_name!r} raised {type(error).__name__} when it was imported ({error}): mend it"
+        ) from error
     finally:
         sys.path.remove(here)
     function = getattr(module, function_name, None)
@@ -113,11 +119,3 @@ def load_reward(name: str, weight: float = 1.0) -> Reward:
         raise InputError(f"reward {name}: module {module_name!r} has no function {function_name!r}"
                          f"{nearest(function_name, known) or '; it has ' + ', '.join(known)}")  # fmt: skip
     return Reward(function, name, weight)
-
-
-def _is_number(value: Any) -> bool:
-    try:
-        float(value)
-    except (TypeError, ValueError):
-        return False
-    return True

@@ -89,7 +89,7 @@ class Encoder:
         Raises:
             InputError: the task has no such prompt, or is not a choice between continuations.
         """
-        if task.free_text or task.kind == "masked":
+        if task.free_text or task.preference is not None or task.kind == "masked":
             raise InputError(
                 f"task {task.name} cannot be calibrated, only a choice between continuations can: leave --calibrate out"
             )
@@ -122,7 +122,7 @@ class Encoder:
                 lambda cut: _input_length(encode(cut), task) <= self.max_length,
                 end - start,
             )
-            longest = max(map(len, encoded.options), default=task.max_new_tokens)
+            longest = _input_length(encoded, task) - len(encoded.prompt)
             encoded = encoded if cut == end - start else encode(cut)
             if _input_length(encoded, task) > self.max_length:
                 raise InputError(

@@ -1,0 +1,210 @@
+"""What a model writes: batches, caches, padding and adapters give the text of one token after the other."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+import support
+from forwardtune.models import forward, tune
+from forwardtune.objectives import Context, Sampling, generate
+from forwardtune.tasks import Task
+from test_objectives import TOKENIZER, talking_model, tokens
+
+LENGTH = 8
+TASK = Task("free", "{text}", "", None, "reward", loss="none", stop="", max_new_tokens=LENGTH)
+FAMILIES = ("llama", "gpt2", "opt", "qwen3", "gemma3")
+PROMPTS = [tokens(n, n) for n in (2, 9, 5)]
+
+
+def speaker(family: str = "llama", mode: str = "all") -> Any:
+    """A model that talks; its adapter, if it has one, has a say in what."""
+    model = talking_model(family)
+    if mode != "all":
+        model = tune(model, TOKENIZER, mode, seed=1)
+        generator = torch.Generator().manual_seed(5)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model.eval()
+
+
+@torch.no_grad()
+def likeliest(model: Any, prompt: Sequence[int], count: int = LENGTH) -> list[int]:
+    """The definition: the whole text goes through the model for every token, without a cache."""
+    row = list(prompt)
+    for _ in range(count):
+        row.append(int(forward(model, input_ids=torch.tensor([row])).logits[0, -1].argmax()))
+    return row[len(prompt) :]
+
+
+def text_of(written: Sequence[int]) -> str:
+    return TOKENIZER.decode(written).strip()
+
+
+@contextmanager
+def counted(model: Any) -> Iterator[list[tuple[int, ...]]]:
+    """Shapes of the token ids of every forward pass."""
+    shapes: list[tuple[int, ...]] = []
+    embeddings = model.get_input_embeddings()
+    hook = embeddings.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
+    try:
+        yield shapes
+    finally:
+        hook.remove()
+
+
+@pytest.fixture(scope="module")
+def llama() -> Any:
+    return speaker()
+
+
+# --- the likeliest tokens ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["all", "lora", "prefix"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_text_is_the_likeliest_token_time_after_time(family: str, mode: str) -> None:
+    """Alone and in a batch that is padded on the left."""
+    model = speaker(family, mode)
+    expected = [text_of(likeliest(model, prompt)) for prompt in PROMPTS]
+    assert len(set(expected)) == len(expected)
+    assert [generate(model, TOKENIZER, TASK, [prompt])[0] for prompt in PROMPTS] == expected
+    assert generate(model, TOKENIZER, TASK, PROMPTS) == expected
+    if mode != "all":
+        with model.disable_adapter():
+            assert [text_of(likeliest(model.get_base_model(), prompt)) for prompt in PROMPTS] != expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_context_that_was_processed_before_changes_nothing(family: str) -> None:
+    model = speaker(family)
+    shared = tokens(21, 77)
+    prompts = [shared + prompt for prompt in PROMPTS]
+    with torch.no_grad():
+        cache = model(input_ids=torch.tensor([shared]), use_cache=True).past_key_values
+    context = Context(shared, cache)
+    expected = [text_of(likeliest(model, prompt)) for prompt in prompts]
+    with counted(model) as shapes:
+        assert generate(model, TOKENIZER, TASK, prompts, context) == expected
+    assert sum(width for _, width in shapes) == max(map(len, PROMPTS)) + LENGTH - 1
+    assert generate(model, TOKENIZER, TASK, prompts[::-1], context) == expected[::-1]  # it was not written to
+    assert cache.get_seq_length() == len(shared)
+
+
+def test_model_reads_every_token_once(llama: Any) -> None:
+    with counted(llama) as shapes:
+        generate(llama, TOKENIZER, TASK, PROMPTS)
+    assert shapes == [(3, 9)] + [(3, 1)] * (LENGTH - 1)
+
+
+def test_text_ends_at_the_stop_string(llama: Any) -> None:
+    """Which may lie across tokens, come in one row before the others, and not at all."""
+    whole = [text_of(likeliest(llama, prompt)) for prompt in PROMPTS]
+    stop = whole[0][2:5]
+    assert stop not in whole[1] + whole[2]
+    assert not any(TOKENIZER.decode([i]) == stop for i in range(support.VOCABULARY))
+    found = generate(llama, TOKENIZER, replace(TASK, stop=stop), PROMPTS)
+    assert found == [whole[0][: whole[0].index(stop)].strip(), *whole[1:]]
+    with counted(llama) as shapes:
+        assert generate(llama, TOKENIZER, replace(TASK, stop=stop), PROMPTS[:1]) == found[:1]
+    assert len(shapes) < LENGTH
+
+
+def test_text_ends_where_the_model_ends_it() -> None:
+    model = speaker()
+    written = likeliest(model, PROMPTS[0])
+    late = max(written, key=written.index)
+    with torch.no_grad():  # where this token was the likeliest, the end is now
+        head = model.get_output_embeddings().weight
+        head[TOKENIZER.eos_token_id] = head[late] * 1.01
+    written = likeliest(model, PROMPTS[0])
+    end = written.index(TOKENIZER.eos_token_id)
+    assert 0 < end < LENGTH
+    (found, *_) = generate(model, TOKENIZER, TASK, PROMPTS)
+    assert found == text_of(written[:end])
+    assert "<" not in found
+
+
+def test_what_the_models_folder_says_of_decoding_is_left_aside(llama: Any) -> None:
+    """Penalties and beams would make another objective of the same weights."""
+    expected = generate(llama, TOKENIZER, TASK, PROMPTS)
+    sampled = generate(llama, TOKENIZER, TASK, PROMPTS, sampling=Sampling(1.0, 4))
+    model = speaker()
+    for name, value in {"repetition_penalty": 3.0, "no_repeat_ngram_size": 1, "num_beams": 3, "top_k": 2}.items():
+        setattr(model.generation_config, name, value)
+    assert generate(model, TOKENIZER, TASK, PROMPTS) == expected
+    assert generate(model, TOKENIZER, TASK, PROMPTS, sampling=Sampling(1.0, 4)) == sampled
+
+
+# --- drawn tokens ------------------------------------------------------------------------------------------------
+
+
+def test_seed_decides_what_is_drawn(llama: Any, random_state_untouched: None) -> None:
+    drawn = [generate(llama, TOKENIZER, TASK, PROMPTS, sampling=Sampling(1.0, seed)) for seed in (1, 2**62, 1)]
+    assert drawn[0] == drawn[2] != drawn[1]
+    torch.rand(3, generator=torch.Generator())  # nor does the global state have a say
+    with torch.random.fork_rng():
+        torch.manual_seed(99)
+        assert generate(llama, TOKENIZER, TASK, PROMPTS, sampling=Sampling(1.0, 1)) == drawn[0]
+
+
+def test_global_random_state_is_restored_after_an_exception(llama: Any, random_state_untouched: None) -> None:
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    hook = llama.register_forward_hook(fail)
+    try:
+        with pytest.raises(ZeroDivisionError):
+            generate(llama, TOKENIZER, TASK, PROMPTS, sampling=Sampling(1.0, 1))
+    finally:
+        hook.remove()
+
+
+def test_almost_no_temperature_is_none(llama: Any) -> None:
+    assert generate(llama, TOKENIZER, TASK, PROMPTS, sampling=Sampling(1e-4, 3)) == generate(
+        llama, TOKENIZER, TASK, PROMPTS
+    )
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_tokens_are_drawn_from_the_whole_softmax(llama: Any, temperature: float) -> None:
+    """Counted over many rows; no token is cut off as in ``top_k``."""
+    rows, prompt = 6000, PROMPTS[0]
+    # Special tokens have no text; their logits of 0 are small beside the others'.
+    with torch.no_grad():
+        expected = (llama(input_ids=torch.tensor([prompt])).logits[0, -1] / temperature).softmax(dim=-1)
+    written: list[int] = []
+    original = TOKENIZER.batch_decode
+
+    def note(tokens: Any, **options: Any) -> Any:
+        written.extend(tokens[:, 0].tolist())
+        return original(tokens, **options)
+
+    tokenizer = _Watched(note)
+    generate(llama, tokenizer, replace(TASK, max_new_tokens=1), [prompt] * rows, sampling=Sampling(temperature, 5))
+    counts = Counter(written)
+    assert len(written) == rows
+    # Each count is binomial; a seed far out at five standard deviations in one of 320 tokens has odds of 2e-4.
+    for token, p in enumerate(expected.tolist()):
+        spread = (rows * p * (1 - p)) ** 0.5
+        assert abs(counts[token] - rows * p) <= 5 * spread + 3, token
+    if temperature > 1:
+        assert len(counts) > 50
+
+
+class _Watched:
+    """The tokenizer, with a look at what it is asked to decode."""
+
+    def __init__(self, batch_decode: Any) -> None:
+        self.batch_decode = batch_decode
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(TOKENIZER, name)

@@ -1,0 +1,539 @@
+"""Rewards: TRL's signature, whatever a function may do wrong, and runs that are rewarded for what they write."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import support
+from forwardtune import MeZO
+from forwardtune.errors import InputError
+from forwardtune.models import tune
+from forwardtune.objectives import Reward, RewardError, Sampling, TaskObjective, load_reward
+from forwardtune.tasks import Example, Task
+from forwardtune.tasks.encoding import Encoded, Encoder
+from forwardtune.tasks.reader import read_task
+from forwardtune.trainer import MeZOConfig, MeZOTrainer
+from forwardtune.trajectory import read_log
+from test_cli import Setting, cli, weights, write_task
+from test_objectives import TOKENIZER, talking_model
+
+pytestmark = pytest.mark.usefixtures("short_collections")
+
+EXAMPLES = [Example(f"Q{i}:", row={"name": f"n{i}", "age": 10 + i, "prompts": "a column"}) for i in range(3)]
+COMPLETIONS = ["zero", "one", "the second"]
+TASK = Task("said", "{text}", "", None, "reward", loss="none", stop="", max_new_tokens=6)
+
+Write = Callable[[str, str], str]
+
+
+@pytest.fixture
+def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
+    """Writes a module into the current folder, in place of one of that name, and gives the name back."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+
+    def write(name: str, text: str) -> str:
+        (tmp_path / f"{name}.py").write_text(text, encoding="utf-8")
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        importlib.invalidate_caches()
+        return name
+
+    return write
+
+
+# --- the signature -----------------------------------------------------------------------------------------------
+
+
+def plain(prompts: list[str], completions: list[str], name: list[str], age: list[int]) -> list[float]:
+    assert prompts == ["Q0:", "Q1:", "Q2:"]
+    assert all(type(column) is list for column in (prompts, completions, name, age))
+    return [len(c) + a + int(n[1:]) for c, n, a in zip(completions, name, age, strict=True)]
+
+
+def everything(**columns: Any) -> list[float]:
+    assert columns.keys() == {"prompts", "completions", "name", "age"}
+    return plain(**columns)
+
+
+class Judge:
+    def __call__(self, completions: list[str], *, age: list[int], name: list[str], bonus: float = 0.0) -> list[float]:
+        return [bonus + score for score in plain(["Q0:", "Q1:", "Q2:"], completions, name, age)]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        plain,
+        everything,
+        Judge(),
+        functools.partial(Judge(), bonus=0.0),
+        lambda completions, name, **rest: plain(rest["prompts"], completions, name, rest["age"]),
+        lambda age, completions: [len(c) + a + i for i, (c, a) in enumerate(zip(completions, age, strict=True))],
+    ],
+    ids=["named", "kwargs", "object", "partial", "some-and-kwargs", "some-in-another-order"],
+)
+def test_columns_come_by_name_as_lists(function: Any) -> None:
+    assert Reward(function, "r")(EXAMPLES, COMPLETIONS) == [14.0, 15.0, 24.0]
+
+
+def test_function_of_completions_alone() -> None:
+    assert Reward(lambda completions: [-len(c) for c in completions], "r")(EXAMPLES, COMPLETIONS) == [-4, -3, -10]
+    assert Reward(lambda prompts: list(range(len(prompts))), "r")(EXAMPLES, COMPLETIONS) == [0, 1, 2]
+
+
+def test_function_may_not_disturb_what_the_next_one_is_given() -> None:
+    def eat(completions: list[str]) -> list[float]:
+        return [float(len(completions.pop(0))) for _ in range(3)]
+
+    assert Reward(eat, "r")(EXAMPLES, COMPLETIONS) == [4, 3, 10]
+    assert len(COMPLETIONS) == 3
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [1, True, 0.5],
+        (1.0, 1.0, 0.5),
+        (x for x in (1, 1, 0.5)),
+        np.array([1.0, 1.0, 0.5], dtype=np.float32),
+        np.array([[1.0], [1.0], [0.5]]),
+        [np.float64(1), np.int32(1), np.float16(0.5)],
+        torch.tensor([1.0, 1.0, 0.5], dtype=torch.bfloat16),
+        torch.tensor([[1.0], [1.0], [0.5]], requires_grad=True),
+        [torch.tensor(1), torch.tensor(1.0), np.array(0.5)],
+        [Fraction(1), 1, Fraction(1, 2)],
+    ],
+    ids=lambda values: type(values).__name__,
+)
+def test_numbers_of_every_kind_are_rewards(values: Any) -> None:
+    found = Reward(lambda completions: values, "r")(EXAMPLES, COMPLETIONS)
+    assert found == [1.0, 1.0, 0.5]
+    assert all(type(value) is float for value in found)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([1.0, None, 0.0], "returned None, which is not a number, for 'one': return a list"),
+        ([1.0, 0.0, "1.0"], "returned '1.0', which is not a number, for 'the second'"),
+        ("123", "returned '123' for 3 completions, the first of them 'zero'"),
+        ({"a": 1, "b": 2, "c": 3}, "returned {'a': 1, 'b': 2, 'c': 3} for 3 completions"),
+        (None, "returned None for 3 completions, the first of them 'zero': return a list with a number for each"),
+        (0.5, "returned 0.5 for 3 completions"),
+        (torch.tensor(0.5), "raised TypeError: iteration over a 0-d tensor.*'zero'"),
+        ([1.0, 2.0], "returned 2 rewards for 3 completions, the first of them 'zero'"),
+        ([], "returned 0 rewards for 3 completions"),
+        (np.zeros(4), "returned 4 rewards for 3 completions"),
+        ([1.0, [2.0], 3.0], r"returned \[2.0\], which is not a number, for 'one'"),
+        ([1.0, np.ones(2), 3.0], r"returned array\(.*which is not a number, for 'one'"),
+        (torch.ones(3, 2), r"returned tensor\(.*which is not a number, for 'zero'"),
+        ([1.0, np.str_("2"), 3.0], "which is not a number, for 'one'"),
+        ([1.0, float("nan"), 3.0], "is nan for 'one': return a finite number"),
+        (torch.tensor([1.0, 2.0, -torch.inf]), "is -inf for 'the second': return a finite number"),
+        ([10**400, 1, 1], "which is not a number, for 'zero'"),
+        ([1j, 1, 1], "which is not a number, for 'zero'"),
+    ],
+    ids=str,
+)
+def test_what_is_no_list_of_rewards_is_refused_with_the_completion(values: Any, message: str) -> None:
+    with pytest.raises(RewardError, match=rf"(?s)^reward mine:f .*{message}") as caught:
+        Reward(lambda completions: values, "mine:f")(EXAMPLES, COMPLETIONS)
+    assert isinstance(caught.value, InputError)
+
+
+def fails(completions: list[str]) -> list[float]:
+    raise KeyError("answer")
+
+
+def fails_late(completions: list[str]) -> Any:
+    yield 1.0
+    raise KeyError("answer")
+
+
+@pytest.mark.parametrize("function", [fails, fails_late])
+def test_function_that_raises_is_told_with_a_completion(function: Any) -> None:
+    expected = r"^reward mine:f raised KeyError: 'answer'. It was given 3 completions, .* 'zero': mend .* --resume$"
+    with pytest.raises(RewardError, match=expected) as caught:
+        Reward(function, "mine:f")(EXAMPLES, COMPLETIONS)
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_column_that_the_data_do_not_have() -> None:
+    with pytest.raises(RewardError, match=r"raised TypeError: .*missing 1 required .*'city'"):
+        Reward(lambda completions, city: [], "mine:f")(EXAMPLES, COMPLETIONS)
+
+
+def test_ctrl_c_in_a_reward_is_none_of_our_business() -> None:
+    def interrupted(completions: list[str]) -> list[float]:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Reward(interrupted, "r")(EXAMPLES, COMPLETIONS)
+
+
+def test_long_completions_are_shortened_in_messages() -> None:
+    with pytest.raises(RewardError) as caught:
+        Reward(lambda completions: [None], "r")(EXAMPLES[:1], ["x" * 10_000])
+    assert "xxx" in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+# --- finding the function ----------------------------------------------------------------------------------------
+
+
+def test_module_is_found_in_the_current_folder(write: Write, tmp_path: Path) -> None:
+    before = list(sys.path)
+    write("near_rewards", "def brevity(completions):\n    return [-len(c) for c in completions]\n")
+    reward = load_reward("near_rewards:brevity", 0.5)
+    assert reward(EXAMPLES, COMPLETIONS) == [-4, -3, -10]
+    assert (reward.name, reward.weight) == ("near_rewards:brevity", 0.5)
+    assert sys.path == before
+    (tmp_path / "judges").mkdir()
+    (tmp_path / "judges" / "short.py").write_text("from statistics import fmean as mean\n")
+    assert load_reward("judges.short:mean").name == "judges.short:mean"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("far_away:f", None, "module 'far_away' could not be imported .*: run the command where far_away.py is"),
+        ("no_function", None, "'no_function' is not a reward: give it as module:function, such as rewards:brevity"),
+        ("typo_rewards:brevty", "def brevity(completions): ...", "has no function 'brevty'.*did you mean brevity"),
+        ("const_rewards:factor", "factor = 2\ndef f(completions): ...", "has no function 'factor'; it has f"),
+        ("lost_rewards:f", "import not_installed_here", "could not be imported .No module named 'not_installed_here'"),
+        ("bad_rewards:f", "def f(:", "module 'bad_rewards' raised SyntaxError when it was imported"),
+        ("rude_rewards:f", "1 / 0", "module 'rude_rewards' raised ZeroDivisionError when it was imported .*: mend it"),
+    ],
+)
+def test_what_cannot_be_loaded_is_refused(write: Write, name: str, text: str | None, message: str) -> None:
+    before = list(sys.path)
+    if text is not None:
+        write(name.split(":")[0], text)
+    with pytest.raises(InputError, match=f"(?i){message}"):
+        load_reward(name)
+    assert sys.path == before
+
+
+# --- steps -------------------------------------------------------------------------------------------------------
+
+
+def encoded(count: int = 4) -> list[Encoded]:
+    examples = [Example(text, row={"text": text}) for text in support.TEXT[:count]]
+    return Encoder(TOKENIZER, 200)(TASK, examples)
+
+
+class Sometimes:
+    """Rewards short texts; fails at a call."""
+
+    def __init__(self, fail_at: int = -1, values: Any = None) -> None:
+        self.calls, self.fail_at, self.values = 0, fail_at, values
+        self.given: list[list[str]] = []
+
+    def __call__(self, completions: Sequence[str]) -> Any:
+        self.calls += 1
+        self.given.append(list(completions))
+        if self.calls == self.fail_at:
+            if self.values is None:
+                raise ZeroDivisionError
+            return self.values
+        return [-len(completion) for completion in completions]
+
+
+def rewarded(function: Any, monkeypatch: pytest.MonkeyPatch, temperature: float = 0.0) -> TaskObjective:
+    """An objective of a function that was loaded."""
+    monkeypatch.setattr("forwardtune.objectives.mixture.load_reward", lambda name, weight: Reward(function, name))
+    return TaskObjective("here:f", TASK, TOKENIZER, Sampling(temperature, 3))
+
+
+def step(optimizer: MeZO, objective: TaskObjective, model: Any, batch: dict[str, Any]) -> float:
+    objective.begin_step(optimizer.next_step)
+    return optimizer.step(lambda: objective(model, batch).mean())
+
+
+@pytest.mark.parametrize("perturbation", ["copy", "scratch"])
+@pytest.mark.parametrize("fail_at", [1, 2, 4])
+@pytest.mark.parametrize("values", [None, [1.0]], ids=["raises", "returns-nonsense"])
+def test_failure_leaves_the_weights_as_they_were(
+    monkeypatch: pytest.MonkeyPatch, perturbation: str, fail_at: int, values: Any
+) -> None:
+    """At either side of a probe. Mended, the step goes as if nothing had happened."""
+    batch = {"examples": encoded()}
+    model, untroubled = talking_model(), talking_model()
+    optimizer = MeZO(model, lr=1e-3, eps=1e-2, perturbation=perturbation, seed=1)
+    reward = Sometimes(fail_at, values)
+    objective = rewarded(reward, monkeypatch, temperature=1.0)
+    while reward.calls < fail_at - 2:
+        step(optimizer, objective, model, batch)
+    before = support.snapshot(model)
+    with pytest.raises(RewardError):
+        step(optimizer, objective, model, batch)
+    support.assert_same_bits(model, before)
+    assert optimizer.next_step == (fail_at - 1) // 2
+    step(optimizer, objective, model, batch)
+    reference = MeZO(untroubled, lr=1e-3, eps=1e-2, perturbation=perturbation, seed=1)
+    objective = rewarded(Sometimes(), monkeypatch, temperature=1.0)
+    for _ in range(optimizer.next_step):
+        step(reference, objective, untroubled, batch)
+    support.assert_same_bits(model, support.snapshot(untroubled))
+    assert any(reference.last.coefficients)
+
+
+def test_both_sides_of_every_probe_draw_the_same_numbers(
+    monkeypatch: pytest.MonkeyPatch, random_state_untouched: None
+) -> None:
+    """With hardly any perturbation they write the same; the next step draws others."""
+    batch, model, reward = {"examples": encoded()}, talking_model(), Sometimes()
+    objective = rewarded(reward, monkeypatch, temperature=1.0)
+    optimizer = MeZO(model, lr=1e-9, eps=1e-9, probes=2, perturbation="copy", seed=1)
+    for _ in range(2):
+        step(optimizer, objective, model, batch)
+        assert optimizer.last.still
+    first, second = reward.given[:4], reward.given[4:]
+    assert all(texts == first[0] for texts in first)
+    assert all(texts == second[0] for texts in second)
+    assert first[0] != second[0]
+    other = TaskObjective("here:f", TASK, TOKENIZER, Sampling(1.0, 4))  # another run
+    other(model, batch)
+    assert reward.given[-1] not in (first[0], second[0])
+
+
+def test_greedy_texts_do_not_depend_on_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, model, reward = {"examples": encoded()}, talking_model(), Sometimes()
+    objective = rewarded(reward, monkeypatch)
+    for number in range(2):
+        objective.begin_step(number)
+        objective(model, batch)
+    assert reward.given[0] == reward.given[1]
+
+
+def test_trainer_logs_mean_and_spread(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    reward = Sometimes()
+    config = MeZOConfig(
+        output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=2, learning_rate=1e-3, eps=1e-2,
+        report_to=[], disable_tqdm=True, logging_steps=1, save_strategy="no", use_cpu=True, perturbation="copy",
+        remove_unused_columns=False,
+    )  # fmt: skip
+    trainer = MeZOTrainer(
+        model=talking_model(),
+        args=config,
+        train_dataset=encoded(),
+        data_collator=lambda examples: {"examples": examples},
+        objective=rewarded(reward, monkeypatch, temperature=1.0),
+    )
+    trainer.train()
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    assert len(lines) == 3
+    for number, line in enumerate(lines):
+        values = [-len(text) for texts in reward.given[2 * number : 2 * number + 2] for text in texts]
+        assert line["objective/here:f/mean"] == pytest.approx(np.mean(values))
+        assert line["objective/here:f/std"] == pytest.approx(np.std(values))
+        assert line["loss"] == pytest.approx(-line["objective/here:f/mean"], abs=1e-4)  # Trainer rounds
+
+
+# --- tasks -------------------------------------------------------------------------------------------------------
+
+
+def message_of(*arguments: object) -> str:
+    """What a command says that is refused, or fails."""
+    ran = cli(*arguments)
+    assert (ran.code, ran.out) == (2, ""), ran.err
+    return ran.err.rpartition("error: ")[2]
+
+
+def reward_task(folder: Path, **changes: str) -> Path:
+    more = {"stop": "''", "max_new_tokens": "5", **changes}
+    return write_task(folder, answers=None, **more)
+
+
+def test_task_of_a_prompt_alone_is_one_for_rewards(tmp_path: Path) -> None:
+    task = read_task(reward_task(tmp_path))
+    assert (task.metric, task.loss, task.label, task.free_text) == ("reward", "none", "", True)
+    row = {"text": "a fox", "other": 3}
+    example = task.example(row, "row 1")
+    assert (example.prompt, example.options, example.targets, example.row) == ("a fox It was", (), (), row)
+    (found,) = Encoder(TOKENIZER, 100)(task, [example])
+    assert TOKENIZER.decode(found.prompt) == "a fox It was"
+    assert (found.options, found.example) == ([], example)
+    # Room is kept for what is to be written.
+    n = len(found.prompt)
+    assert Encoder(TOKENIZER, n + 5)(task, [example])[0].prompt == found.prompt
+    assert len(Encoder(TOKENIZER, n + 4)(task, [example])[0].prompt) < n
+    with pytest.raises(InputError, match="answers of 5 tokens"):
+        Encoder(TOKENIZER, 6)(task, [example])
+    with pytest.raises(InputError, match="label needs answers or options beside it"):
+        read_task(reward_task(tmp_path, label="label"))
+    with pytest.raises(InputError, match="metric 'f1' does not suit"):
+        read_task(reward_task(tmp_path, metric="f1"))
+
+
+# --- the command line --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def setting(tiny_folder: Path, tmp_path: Path) -> Setting:
+    return Setting(tiny_folder, reward_task(tmp_path / "task"))
+
+
+SHORT = "def short(completions, **columns):\n    return [-len(c) for c in completions]\n"
+FAILING = """
+calls = 0
+def short(completions, **columns):
+    global calls
+    calls += 1
+    if calls == 6:
+        return [None] * len(completions)
+    return [-len(c) for c in completions]
+"""
+
+
+def test_run_goes_on_when_the_reward_was_mended(setting: Setting, write: Write, tmp_path: Path) -> None:
+    """And ends with the bits of a run that nothing happened to."""
+    how: dict[str, Any] = {"temperature": 1, "eps": 1e-2, "no_before": True}
+    name = write("mended_rewards", FAILING)
+    message = message_of(*setting.train(tmp_path / "run", objective=f"{name}:short", **how))
+    assert "reward mended_rewards:short returned None, which is not a number, for '" in message
+    log = read_log(tmp_path / "run" / "steps.jsonl")
+    assert (log.steps, log.end, log.torn) == (2, None, False)  # it failed at the second side of the third
+    write("mended_rewards", SHORT)
+    ran = cli(*setting.resume(tmp_path / "run"))
+    assert ran.code == 0, ran.err
+    ran = cli(*setting.train(tmp_path / "whole", objective=f"{name}:short", **how))
+    assert ran.code == 0, ran.err
+    assert weights(tmp_path / "run") == weights(tmp_path / "whole") != weights(setting.model)
+    for file in ("objective.jsonl", "dev.jsonl"):
+        assert (tmp_path / "run" / file).read_text() == (tmp_path / "whole" / file).read_text()
+    coefficients = [record.coefficients for record in read_log(tmp_path / "run" / "steps.jsonl").records]
+    assert coefficients == [record.coefficients for record in read_log(tmp_path / "whole" / "steps.jsonl").records]
+    assert any(any(c) for c in coefficients)
+    assert log.header["run"].items() >= {"objective": f"{name}:short", "temperature": 1.0}.items()
+    assert "has --objective mended_rewards:short, not loss" in message_of(
+        *setting.resume(tmp_path / "run", objective="loss")
+    )
+
+
+def test_several_rewards_have_weights_and_one_text(setting: Setting, write: Write, tmp_path: Path) -> None:
+    name = write("several_rewards", SHORT + "def es(completions):\n    return [c.count('e') for c in completions]\n")
+    objective = f"0.5 * {name}:short + 2*{name}:es"
+    ran = cli("eval", "--model", setting.model, "--task", setting.task, "--objective", objective, "--device", "cpu")
+    assert ran.code == 0, ran.err
+    test = json.loads(ran.out)["test"]
+    assert test["reward"] == pytest.approx(0.5 * test[f"{name}:short"] + 2 * test[f"{name}:es"])
+    ran = cli(*setting.train(tmp_path / "run", objective=objective, eps=1e-2, steps=3))
+    assert ran.code == 0, ran.err
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert (metrics["metric"], metrics["before"]) == ("reward", test)
+    outcomes = json.loads((tmp_path / "run" / "outcomes.json").read_text())
+    assert np.mean(outcomes["before"]) == pytest.approx(test["reward"])
+    losses = [record.loss for record in read_log(tmp_path / "run" / "steps.jsonl").records]
+    for line in map(json.loads, (tmp_path / "run" / "objective.jsonl").read_text().splitlines()):
+        parts = line["objective"]
+        assert parts.keys() == {f"{name}:short", f"{name}:es"}
+        whole = 0.5 * parts[f"{name}:short"]["mean"] + 2 * parts[f"{name}:es"]["mean"]
+        assert losses[line["step"] - 1] == pytest.approx(-whole, abs=1e-5)
+
+
+def test_rewards_of_a_task_with_targets_decide_what_counts(setting: Setting, write: Write, tmp_path: Path) -> None:
+    """Which step is best and how many examples came out better goes by the reward, not by F1."""
+    name = write("target_rewards", SHORT)
+    task = write_task(tmp_path / "free", answers=None, target="reply", max_new_tokens="5", stop="''")
+    ran = cli(*Setting(setting.model, task).train(tmp_path / "run", objective=f"{name}:short + 0.1 * loss", steps=2))
+    assert ran.code == 0, ran.err
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["metric"] == "reward"
+    assert metrics["test"].keys() == {"reward", "f1", "exact_match", "loss", "examples"}
+    outcomes = json.loads((tmp_path / "run" / "outcomes.json").read_text())
+    for when, what in (("before", "before"), ("after", "test")):
+        assert np.mean(outcomes[when]) == pytest.approx(metrics[what]["reward"])
+        assert np.mean(outcomes[when]) < -1  # no F1
+
+
+@pytest.mark.parametrize(("mode", "told"), [("all", "a copy, 0 MiB"), ("lora", "a copy, 0 MiB"), ("prefix", "a copy")])
+def test_texts_are_written_by_a_perturbed_copy(
+    setting: Setting, write: Write, tmp_path: Path, mode: str, told: str
+) -> None:
+    name = write("copy_rewards", SHORT)
+    ran = cli(*setting.train(tmp_path / "run", objective=f"{name}:short", steps=2, tune=mode, temperature=1))
+    assert ran.code == 0, ran.err
+    assert told in ran.err
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["perturbation"] == "copy"
+    again = tmp_path / "replayed"
+    ran = cli("replay", tmp_path / "run" / "steps.jsonl", "--model", setting.model, "--output-dir", again)
+    assert ran.code == 0, ran.err
+    kept = "model" if mode == "all" else "adapter_model"
+    assert (again / f"{kept}.safetensors").read_bytes() == (tmp_path / "run" / f"{kept}.safetensors").read_bytes()
+    ran = cli(
+        *setting.train(tmp_path / "chosen", objective=f"{name}:short", steps=2, tune=mode, perturbation="scratch")
+    )
+    assert ran.code == 0, ran.err
+    assert "a copy" not in ran.err
+    assert json.loads((tmp_path / "chosen" / "metrics.json").read_text())["perturbation"] == "scratch"
+
+
+def test_copy_and_scratch_write_the_same_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The words are those of the perturbed weights, whichever way these were perturbed; adapters too."""
+    for mode in ("all", "lora", "prefix"):
+        given = []
+        for perturbation in ("copy", "scratch"):
+            model = talking_model() if mode == "all" else tune(talking_model(), TOKENIZER, mode, seed=1)
+            reward = Sometimes()
+            optimizer = MeZO(model, lr=1e-9, eps=0.3, perturbation=perturbation, seed=1)
+            step(optimizer, rewarded(reward, monkeypatch), model, {"examples": encoded()})
+            given.append(reward.given)
+        assert given[0] == given[1]
+        if mode != "lora":  # B is 0 and A alone cannot be heard unless B moves too, as it does
+            assert given[0][0] != given[0][1]
+
+
+def test_task_for_rewards_wants_one(setting: Setting, tmp_path: Path) -> None:
+    for command in (["eval"], ["train", "--output-dir", tmp_path / "run"]):
+        message = message_of(*command, "--model", setting.model, "--task", setting.task)
+        assert "neither answers nor a target: give --objective module:function" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_temperature_belongs_to_generated_text(setting: Setting, tmp_path: Path) -> None:
+    task = write_task(tmp_path / "choice")
+    for objective in (None, "accuracy"):
+        message = message_of(*Setting(setting.model, task).train(tmp_path / "run", objective=objective, temperature=1))
+        assert "--temperature is of sampled text" in message
+    assert "--temperature must be a number that is not negative" in message_of(
+        *setting.train(tmp_path / "run", objective="m:f", temperature=-1)
+    )
+
+
+def test_rewarded_stories_become_shorter(models_dir: Path, write: Write, tmp_path: Path) -> None:
+    """A model that can tell stories, tuned by its reward alone; the log rebuilds what came of it."""
+    stories = models_dir / "stories260k"
+    rows = [{"who": who} for who in ("cat", "dog", "bird", "tree", "ball", "car", "boat", "fish")]
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows * 2)))
+    task = tmp_path / "stories.yaml"
+    task.write_text(
+        'prompt: "Once upon a time there was a {who}. The {who} was"\n'
+        "train: train.jsonl\ntest: test.jsonl\nmax_new_tokens: 12\ndev_examples: 0\n"
+    )
+    name = write("story_rewards", SHORT)
+    setting = Setting(stories, task)
+    ran = cli(*setting.train(tmp_path / "run", objective=f"{name}:short", steps=25, batch_size=8, temperature=1))
+    assert ran.code == 0, ran.err
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["test"]["reward"] > metrics["before"]["reward"] + 5  # letters, of about thirty
+    assert metrics["sign_test"]["better"] > metrics["sign_test"]["worse"]
+    measured = cli(
+        "eval", "--model", tmp_path / "run", "--task", task, "--objective", f"{name}:short", "--batch-size", 8
+    )
+    assert json.loads(measured.out)["test"] == metrics["test"]
+    rebuilt = cli("replay", tmp_path / "run" / "steps.jsonl", "--model", stories, "--output-dir", tmp_path / "replayed")
+    assert "weights verified against the log" in rebuilt.err
+    assert weights(tmp_path / "replayed") == weights(tmp_path / "run") != weights(stories)
