@@ -55,7 +55,10 @@ class Perturbation(ABC):
 
     @abstractmethod
     def shift(self, step: int, probe: int, scale: float) -> None:
-        """Evaluate at ``theta + scale * z(step, probe)`` from now on; theta is always the unperturbed point."""
+        """Evaluate at ``theta + scale * z(step, probe)`` from now on; theta is always the unperturbed point.
+
+        Scale 0 is theta itself, and costs no noise.
+        """
 
     @abstractmethod
     def __enter__(self) -> Perturbation: ...
@@ -77,6 +80,9 @@ class InPlace(Perturbation):
         return self
 
     def shift(self, step: int, probe: int, scale: float) -> None:
+        if scale == 0:
+            self._return()
+            return
         if self._at is not None and self._at[:2] == (step, probe):
             self._add(step, probe, scale - self._at[2])
         else:
@@ -119,6 +125,9 @@ class Copy(Perturbation):
 
     def shift(self, step: int, probe: int, scale: float) -> None:
         for tensor, original, shadow in zip(self.tuned, self._originals, self._shadows, strict=True):
+            if scale == 0:
+                tensor.parameter.data = original
+                continue
             self.noise.perturb(shadow, original, tensor=tensor.id, step=step, probe=probe, scale=scale)
             tensor.parameter.data = shadow
 
@@ -164,7 +173,7 @@ class Scratch(Perturbation):
         return self
 
     def shift(self, step: int, probe: int, scale: float) -> None:
-        self._point = (step, probe, scale)
+        self._point = (step, probe, scale) if scale else None
 
     def __exit__(self, *exception: object) -> None:
         for hook in self._hooks:
