@@ -323,7 +323,7 @@ def test_steps_are_told_to_the_objective(tmp_path: Path) -> None:
         def __init__(self) -> None:
             self.steps: list[int] = []
 
-        def begin_step(self, step: int) -> None:
+        def begin_step(self, step: int, part: int) -> None:
             self.steps.append(step)
 
         def __call__(self, model: Any, inputs: Any) -> float:

@@ -298,7 +298,7 @@ def test_both_sides_of_every_probe_draw_the_same_numbers(
     optimizer = MeZO(model, lr=1e-9, eps=1e-9, probes=2, perturbation="copy", seed=1)
     for _ in range(2):
         step(optimizer, objective, model, batch)
-        assert optimizer.last.still
+        assert optimizer.last.flat
     first, second = reward.given[:4], reward.given[4:]
     assert all(texts == first[0] for texts in first)
     assert all(texts == second[0] for texts in second)

@@ -2,64 +2,171 @@
 
 An estimator is a declaration: :meth:`Estimator.queries` lists points ``theta + scale * z_probe``, and
 :meth:`Estimator.coefficients` turns the losses there into one projected gradient per probe. It knows nothing of models.
+
+A normalisation puts another number ``u`` in the place of each loss l, in units that do not depend on the loss:
+
+=========  ============================  =====================================================================
+name       u                             afterwards
+=========  ============================  =====================================================================
+``none``   ``l / eps``                   coefficients are derivatives along the directions
+``sigma``  ``l / std(l)``                multiplying the loss by a number changes nothing (FZOO)
+``rank``   rank of l, from -1/2 to 1/2   no monotonic change of the loss changes anything (evolution strategies)
+=========  ============================  =====================================================================
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
+
+from .errors import InputError, nearest
+
+NORMALIZATIONS = ("none", "sigma", "rank")
 
 
 class Query(NamedTuple):
-    """One evaluation of the loss, at ``theta + scale * z_probe``."""
+    """One evaluation of the loss, at ``theta + scale * z_probe``; at scale 0, theta itself."""
 
     probe: int
     scale: float
 
 
+@dataclass(frozen=True)
 class Estimator(ABC):
-    """Gradient estimate ``g = mean_k c_k z_k`` from the losses at the queried points."""
+    """Gradient estimate ``g = mean_k c_k z_k`` from the losses at the queried points.
 
-    name: str
-    eps: float
-    probes: int
+    Attributes:
+        eps: perturbation scale, in units of the weights.
+        probes: n, the number of directions.
+        normalize: what the differences of losses are measured in: ``"none"``, ``"sigma"`` or ``"rank"``.
+
+    Raises:
+        ValueError: an argument out of range, or a normalisation over fewer than two probes.
+    """
+
+    eps: float = 1e-3
+    probes: int = 1
+    normalize: str = "none"
+    name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.eps, (int, float)) and 0 < self.eps < float("inf")):
+            raise InputError(f"eps must be a positive number, got {self.eps!r}: MeZO's default is 1e-3")
+        if not (isinstance(self.probes, int) and self.probes >= 1):
+            raise InputError(f"probes must be an integer of at least 1, got {self.probes!r}")
+        if self.normalize not in NORMALIZATIONS:
+            raise InputError(
+                f"unknown normalize {self.normalize!r}{nearest(str(self.normalize), NORMALIZATIONS)}: "
+                f"choose one of {', '.join(NORMALIZATIONS)}"
+            )
+        if self.normalize != "none" and self.probes < 2:
+            raise InputError(
+                f"normalize={self.normalize!r} compares the probes of a step, and there is one: set probes to 2 or more"
+            )
 
     @abstractmethod
-    def queries(self) -> Sequence[Query]:
+    def queries(self) -> list[Query]:
         """The points of one step, in the order in which they are evaluated."""
 
     @abstractmethod
     def coefficients(self, losses: Sequence[float]) -> list[float]:
-        """One coefficient ``c_k`` for each probe from the losses at :meth:`queries`."""
+        """One coefficient ``c_k`` for each probe from the finite losses at :meth:`queries`; NaN if they overflow."""
+
+    def settings(self) -> dict[str, Any]:
+        """What the step log's header says of the estimator."""
+        settings = {"estimator": self.name, "eps": self.eps, "probes": self.probes}
+        return settings if self.normalize == "none" else {**settings, "normalize": self.normalize}
 
 
 @dataclass(frozen=True)
 class SPSA(Estimator):
     """Two-sided simultaneous perturbation, ``c_k = (L(theta + eps z_k) - L(theta - eps z_k)) / (2 eps)``.
 
-    With ``probes`` = n > 1 this is n-SPSA: the estimate is the mean of ``c_k z_k`` over n directions.
+    With ``probes`` = n > 1 this is n-SPSA: the estimate is the mean of ``c_k z_k`` over n directions. A step costs 2 n
+    evaluations. Normalised, ``c_k = (u_k+ - u_k-) / 2`` with the deviation or the ranks of all 2 n losses, so with
+    ``sigma`` no coefficient is larger than ``sqrt(n - 1/2)``, and with ``rank`` none than 1/2.
 
-    Attributes:
-        eps: perturbation scale, in units of the weights.
-        probes: n, the number of directions; a step costs 2 n evaluations.
-
-    Source: MeZO, section 2 (definition 1) and appendix A; Spall, IEEE TAC 37(3), 1992.
+    Source: MeZO, section 2 (definition 1) and appendix A; Spall, IEEE TAC 37(3), 1992. Ranks of both sides together:
+    Salimans et al., "Evolution Strategies as a Scalable Alternative to Reinforcement Learning", 2017.
     """
 
-    eps: float = 1e-3
-    probes: int = 1
-    name = "spsa"
-
-    def __post_init__(self) -> None:
-        if not (isinstance(self.eps, (int, float)) and 0 < self.eps < float("inf")):
-            raise ValueError(f"eps must be a positive number, got {self.eps!r}: MeZO's default is 1e-3")
-        if not (isinstance(self.probes, int) and self.probes >= 1):
-            raise ValueError(f"probes must be an integer of at least 1, got {self.probes!r}")
+    name: ClassVar[str] = "spsa"
 
     def queries(self) -> list[Query]:
         return [Query(probe, sign * self.eps) for probe in range(self.probes) for sign in (+1.0, -1.0)]
 
     def coefficients(self, losses: Sequence[float]) -> list[float]:
-        return [(plus - minus) / (2 * self.eps) for plus, minus in zip(losses[0::2], losses[1::2], strict=True)]
+        pairs = list(zip(losses[0::2], losses[1::2], strict=True))
+        if self.normalize == "rank":
+            ranks = centred_ranks(losses)
+            return [(plus - minus) / 2 for plus, minus in zip(ranks[0::2], ranks[1::2], strict=True)]
+        if self.normalize == "sigma":
+            return _divided([(plus - minus) / 2 for plus, minus in pairs], losses)
+        return [(plus - minus) / (2 * self.eps) for plus, minus in pairs]
+
+
+@dataclass(frozen=True)
+class OneSided(Estimator):
+    """Every probe against one evaluation of theta itself, ``c_k = (L(theta + eps z_k) - L(theta)) / eps``.
+
+    A step costs n + 1 evaluations, L(theta) first. Each coefficient is off by ``eps / 2 * z_k' H z_k``, with H the
+    Hessian, which the two sides of :class:`SPSA` cancel; averaged over z and -z it cancels too.
+
+    With ``sigma``, ``c_k = (l_k - l_0) / std(l_1 ... l_n)``. With ``rank``, c_k is the centred rank of l_k among the n
+    losses; L(theta) would not change it and is not evaluated.
+
+    Source: ``sigma`` with Rademacher directions is FZOO (Dang et al., 2025, arXiv 2506.09034). Ranks: Salimans et al.,
+    2017.
+    """
+
+    name: ClassVar[str] = "one_sided"
+
+    def queries(self) -> list[Query]:
+        clean = [] if self.normalize == "rank" else [Query(0, 0.0)]
+        return clean + [Query(probe, self.eps) for probe in range(self.probes)]
+
+    def coefficients(self, losses: Sequence[float]) -> list[float]:
+        if self.normalize == "rank":
+            return centred_ranks(losses)
+        clean, *there = losses
+        if self.normalize == "sigma":
+            return _divided([loss - clean for loss in there], there)
+        return [(loss - clean) / self.eps for loss in there]
+
+
+def centred_ranks(losses: Sequence[float]) -> list[float]:
+    """The place of each loss among all, from -1/2 (smallest) to 1/2; equal losses share their mean place."""
+    order = sorted(losses)
+    last = len(order) - 1
+    return [(bisect_left(order, loss) + bisect_right(order, loss) - 1 - last) / (2 * last) for loss in losses]
+
+
+def _divided(differences: list[float], losses: Sequence[float]) -> list[float]:
+    """The differences over the sample standard deviation of the losses; 0 if all losses are equal."""
+    if min(losses) == max(losses):
+        return [0.0] * len(differences)
+    mean = sum(losses) / len(losses)
+    deviation = math.hypot(*(loss - mean for loss in losses)) / math.sqrt(len(losses) - 1)
+    return [difference / deviation if math.isfinite(deviation) else math.nan for difference in differences]
+
+
+ESTIMATORS: dict[str, type[Estimator]] = {cls.name: cls for cls in (SPSA, OneSided)}
+
+
+def get_estimator(name: str | Estimator, eps: float, probes: int, normalize: str) -> Estimator:
+    """The estimator of that name with these settings; an estimator stays as it is.
+
+    Raises:
+        ValueError: no such estimator, or a setting out of range.
+    """
+    if isinstance(name, Estimator):
+        return name
+    if name not in ESTIMATORS:
+        raise InputError(
+            f"unknown estimator {name!r}{nearest(str(name), ESTIMATORS)}: choose one of {', '.join(ESTIMATORS)}"
+        )
+    return ESTIMATORS[name](eps, probes, normalize)

@@ -60,7 +60,8 @@ def evaluate(
         outcomes: filled with the task's metric, or the reward, for every example, in their order.
 
     Returns:
-        ``{"accuracy": ..., "loss": ..., "examples": ...}`` for a choice; for free text, decoded greedily, the task's
+        ``{"accuracy": ..., "loss": ..., "examples": ...}`` for a choice, for preferences with a reference also
+        ``margin_accuracy``, the share whose margin over the reference is positive; for free text, decoded greedily, the task's
         metric with its kin (``f1`` and ``exact_match``), ``loss`` and ``examples``.
     """
     model.eval()
@@ -238,12 +239,20 @@ def _cached_scores(
 
 def _measure_choice(task: Task, batch: Sequence[Encoded], scores: Tensor) -> dict[str, list[float]]:
     labels = torch.tensor([example.label for example in batch], device=scores.device)
+    losses = score_loss(task, scores, labels).tolist()
     if task.preference is not None:
-        right = (scores > 0).float().tolist()
-    else:
-        chosen = scores.argmax(dim=1).tolist()
-        right = [float(option in example.right) for option, example in zip(chosen, batch, strict=True)]
-    return {"accuracy": right, "loss": score_loss(task, scores, labels).tolist()}
+        # Whether the model itself prefers the chosen text, and whether it does so more than its reference.
+        references = [example.reference or (0.0, 0.0) for example in batch]
+        own = [
+            margin + chosen - rejected for margin, (chosen, rejected) in zip(scores.tolist(), references, strict=True)
+        ]
+        measured = {"accuracy": [float(margin > 0) for margin in own], "loss": losses}
+        if all(example.reference is not None for example in batch):
+            measured["margin_accuracy"] = [float(margin > 0) for margin in scores.tolist()]
+        return measured
+    chosen = scores.argmax(dim=1).tolist()
+    right = [float(option in example.right) for option, example in zip(chosen, batch, strict=True)]
+    return {"accuracy": right, "loss": losses}
 
 
 def _measure_text(

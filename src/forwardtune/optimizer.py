@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .estimators import SPSA, Estimator
+from .estimators import Estimator, get_estimator
 from .noise import Direction, Noise, Update, get_direction
 from .parameters import TunedParameters
 from .perturbation import PERTURBATIONS, Copy, Perturbation, Scratch
-from .rules import RULES
+from .rules import History, Rule, get_rule, move_all
 
 Closure = Callable[[], "Tensor | float"]
 
@@ -59,13 +59,13 @@ class StepRecord:
         return not self.coefficients
 
     @property
-    def still(self) -> bool:
-        """True when every coefficient was 0: both sides of each probe had the same loss, as with counted objectives."""
-        return bool(self.coefficients) and not any(self.coefficients)
+    def flat(self) -> bool:
+        """True when every coefficient is 0: all probes gave the same loss, as accuracies often do."""
+        return not self.skipped and not any(self.coefficients)
 
 
 class MeZO(torch.optim.Optimizer):
-    r"""Memory-efficient zeroth-order SGD.
+    r"""Memory-efficient zeroth-order optimization; by default SGD.
 
     One step with minibatch loss L, direction z and n probes:
 
@@ -73,7 +73,8 @@ class MeZO(torch.optim.Optimizer):
         c_k = \frac{L(\theta + \epsilon z_k) - L(\theta - \epsilon z_k)}{2\epsilon}, \qquad
         \theta \leftarrow (1 - \eta\lambda)\,\theta - \eta \, \frac{1}{n} \sum_k c_k z_k
 
-    No gradient, activation or direction is stored: directions are regenerated from ``(seed, step, probe, tensor)``.
+    No gradient, activation or direction is stored: directions are regenerated from ``(seed, step, probe, tensor)``. Other
+    estimators (:mod:`forwardtune.estimators`) and rules (:mod:`forwardtune.rules`) take the place of the two equations.
 
     Example::
 
@@ -81,7 +82,7 @@ class MeZO(torch.optim.Optimizer):
         for batch in loader:
             loss = optimizer.step(lambda: model(**batch).loss)
 
-    The closure is called under ``torch.no_grad()``, 2 n times a step, and must return the loss of the *same* minibatch
+    The closure is called under ``torch.no_grad()``, 2 n times a step (n + 1 with one-sided probes), and must return the loss of the *same* minibatch
     each time: a scalar tensor or any Python number, lower is better. Put the model in evaluation mode, as dropout would
     differ between the two sides. With ``perturbation="auto"`` the first step calls it two or three times more.
 
@@ -91,7 +92,7 @@ class MeZO(torch.optim.Optimizer):
         lr: learning rate. MeZO's is constant: 1e-6 or 1e-7 for models of billions of parameters, 1e-5 to 3e-5 for
             ones of 100M.
         eps: perturbation scale.
-        probes: n, the directions a step (n-SPSA); ignored when ``estimator`` is given.
+        probes: n, the directions a step (n-SPSA).
         direction: ``"gaussian"`` or ``"rademacher"``.
         perturbation: ``"scratch"``, ``"copy"`` or ``"in_place"`` (see :mod:`forwardtune.perturbation`), or ``"auto"``:
             scratch if the first step's self-check finds that every weight is read through its own module, else copy.
@@ -100,7 +101,9 @@ class MeZO(torch.optim.Optimizer):
         clip_coefficient: largest magnitude of a coefficient; larger ones are clipped. ``None``: no clipping.
         max_skipped: after this many steps in a row with a loss that is not finite, raise.
         module: the module that holds ``params``, if those are not a module.
-        estimator: an estimator in place of two-sided SPSA.
+        estimator: ``"spsa"``, ``"one_sided"``, or an estimator, which brings its own eps, probes and normalisation.
+        normalize: ``"none"``, ``"sigma"`` (FZOO's) or ``"rank"``: what differences of losses are measured in.
+        rule: ``"sgd"``, ``"sign"``, ``"momentum"``, ``"adam"``, or a rule with settings, such as ``Momentum(0.9)``.
 
     Raises:
         ValueError: an argument out of range, nothing to tune, or a tensor that cannot be perturbed.
@@ -127,7 +130,9 @@ class MeZO(torch.optim.Optimizer):
         clip_coefficient: float | None = None,
         max_skipped: int = 10,
         module: nn.Module | None = None,
-        estimator: Estimator | None = None,
+        estimator: str | Estimator = "spsa",
+        normalize: str = "none",
+        rule: str | Rule = "sgd",
     ) -> None:
         if isinstance(params, nn.Module):
             module = params if module is None else module
@@ -140,9 +145,10 @@ class MeZO(torch.optim.Optimizer):
             raise ValueError(f"clip_coefficient must be positive or None, got {clip_coefficient!r}")
         if not (isinstance(max_skipped, int) and max_skipped >= 1):
             raise ValueError(f"max_skipped must be an integer of at least 1, got {max_skipped!r}")
-        self.estimator = SPSA(eps, probes) if estimator is None else estimator
+        self.estimator = get_estimator(estimator, eps, probes, normalize)
         self.noise = Noise(seed, get_direction(direction))
-        self.rule = "sgd"
+        self._rule = get_rule(rule)
+        self.history = History()
         self.clip_coefficient = clip_coefficient
         self.max_skipped = max_skipped
         self.module = module
@@ -157,6 +163,7 @@ class MeZO(torch.optim.Optimizer):
         self.perturbation: Perturbation | None = None
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self.tuned = TunedParameters.from_groups(self.param_groups, module)
+        self.rule = self._rule.settled(self.tuned)
         if perturbation == "auto" and module is None:
             perturbation = "copy"
         if perturbation != "auto":
@@ -179,6 +186,7 @@ class MeZO(torch.optim.Optimizer):
             except ValueError:
                 self.param_groups.pop()
                 raise
+            self.rule = self._rule.settled(self.tuned)
             if self.perturbation is not None:
                 self.perturbation = type(self.perturbation)(self.tuned, self.noise)
 
@@ -262,9 +270,8 @@ class MeZO(torch.optim.Optimizer):
         """What the rule makes of the coefficients, for each parameter group; nothing for a skipped step."""
         if not coefficients:
             return []
-        rule = RULES[self.rule]
         return [
-            rule(self.next_step, coefficients, float(group["lr"]), float(group["weight_decay"]))
+            self.rule.plan(self.next_step, coefficients, float(group["lr"]), float(group["weight_decay"]))
             for group in self.param_groups
         ]
 
@@ -273,11 +280,14 @@ class MeZO(torch.optim.Optimizer):
         if not updates:
             return self.tuned.numel
         self._interrupted = True
-        unchanged = sum(
-            self.noise.update(tensor.parameter, [updates[tensor.group]], tensor=tensor.id) for tensor in self.tuned
-        )
+        unchanged = move_all(self.rule, self.noise, self.tuned, [[update] for update in updates], self.history)
         self._interrupted = False
         return unchanged
+
+    @property
+    def gathering(self) -> bool:
+        """Whether :meth:`estimate` has gathered losses that :meth:`apply` has not used yet."""
+        return self._pending is not None
 
     def require_whole_weights(self) -> None:
         """Raise InterruptedUpdateError if an update stopped half-way."""
@@ -297,7 +307,7 @@ class MeZO(torch.optim.Optimizer):
                 stacklevel=4,
             )
         scratch = Scratch(self.tuned, self.noise)
-        probe, scale = self.estimator.queries()[0]
+        probe, scale = next(query for query in self.estimator.queries() if query.scale)
 
         def evaluate() -> float:
             scratch.shift(self.next_step, probe, scale)
@@ -334,22 +344,37 @@ class MeZO(torch.optim.Optimizer):
             stacklevel=4,
         )
 
-    def fast_forward(self, records: Sequence[StepRecord]) -> None:
-        """Take over the bookkeeping of a run whose weights were rebuilt from its records, all from step 0 on."""
+    def fast_forward(self, records: Sequence[StepRecord], history: History | None = None) -> None:
+        """Take over the bookkeeping of a run whose weights were rebuilt from its records, all from step 0 on.
+
+        Args:
+            history: what the rule knows after them; needed by rules with moments alone.
+        """
+        if history is None and self.rule.remembers:
+            raise ValueError(f"the rule {self.rule.name!r} remembers earlier steps: pass the history of the replay")
+        self.history = history or History()
         self.next_step = len(records)
         self._skipped = next((i for i, record in enumerate(reversed(records)) if not record.skipped), len(records))
 
     def state_dict(self) -> dict[str, Any]:
-        """As for any optimizer, with the step number: the whole state of MeZO."""
+        """As for any optimizer, with the step number and what the rule remembers: the whole state of MeZO."""
         state = super().state_dict()
         state["mezo"] = {"next_step": self.next_step, "seed": self.noise.seed, "skipped": self._skipped}
+        if self.rule.remembers:
+            state["mezo"]["rule"] = {
+                "name": self.rule.name,
+                "settings": self.rule.settings(),
+                "taken": self.history.taken,
+                "recent": [(update.step, update.sizes) for update in self.history.recent],
+                "moments": {name: list(moments) for name, moments in self.history.moments.items()},
+            }
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` gave.
 
         Raises:
-            ValueError: the state has another seed, or is not MeZO's.
+            ValueError: the state has another seed or rule, or is not MeZO's.
         """
         own = state_dict.get("mezo")
         if own is None:
@@ -358,10 +383,39 @@ class MeZO(torch.optim.Optimizer):
             raise ValueError(
                 f"the state was saved with seed {own['seed']}, this optimizer has {self.noise.seed}: use the same seed"
             )
+        history = self._history_of(own.get("rule"))
         super().load_state_dict(state_dict)
+        self.history = history
         self._pending = None
         self.next_step = own["next_step"]
         self._skipped = own["skipped"]
+
+    def _history_of(self, saved: dict[str, Any] | None) -> History:
+        """What a saved state says of the rule's memory, on the devices of the tuned tensors."""
+        ours = {"name": self.rule.name, "settings": self.rule.settings()} if self.rule.remembers else None
+        theirs = {key: saved[key] for key in ("name", "settings")} if saved else None
+        if ours != theirs:
+            raise ValueError(
+                f"the state was saved with {_described(theirs)}, this optimizer has {_described(ours)}: use the same rule"
+            )
+        if saved is None:
+            return History()
+        parameters = {tensor.name: tensor.parameter for tensor in self.tuned}
+        moments = {name: [moment.numel() for moment in tensors] for name, tensors in saved["moments"].items()}
+        if any(name not in parameters or set(n) != {parameters[name].numel()} for name, n in moments.items()):
+            raise ValueError("the state was saved for other tuned tensors: tune the same ones")
+        return History(
+            taken=saved["taken"],
+            recent=[Update(step, tuple(sizes)) for step, sizes in saved["recent"]],
+            moments={
+                name: tuple(moment.to(parameters[name].device, copy=True) for moment in tensors)
+                for name, tensors in saved["moments"].items()
+            },
+        )
+
+
+def _described(rule: dict[str, Any] | None) -> str:
+    return f"the rule {rule['name']!r} {rule['settings']}" if rule else "a rule without memory"
 
 
 def _number(loss: Tensor | float) -> float:

@@ -55,7 +55,10 @@ class Perturbation(ABC):
 
     @abstractmethod
     def shift(self, step: int, probe: int, scale: float) -> None:
-        """Evaluate at ``theta + scale * z(step, probe)`` from now on; theta is always the unperturbed point."""
+        """Evaluate at ``theta + scale * z(step, probe)`` from now on; theta is always the unperturbed point.
+
+        Scale 0 is theta itself, and costs no noise.
+        """
 
     @abstractmethod
     def __enter__(self) -> Perturbation: ...
@@ -77,6 +80,9 @@ class InPlace(Perturbation):
         return self
 
     def shift(self, step: int, probe: int, scale: float) -> None:
+        if scale == 0:
+            self._return()
+            return
         if self._at is not None and self._at[:2] == (step, probe):
             self._add(step, probe, scale - self._at[2])
         else:
@@ -119,6 +125,9 @@ class Copy(Perturbation):
 
     def shift(self, step: int, probe: int, scale: float) -> None:
         for tensor, original, shadow in zip(self.tuned, self._originals, self._shadows, strict=True):
+            if scale == 0:
+                tensor.parameter.data = original
+                continue
             self.noise.perturb(shadow, original, tensor=tensor.id, step=step, probe=probe, scale=scale)
             tensor.parameter.data = shadow
 
@@ -150,6 +159,11 @@ class Scratch(Perturbation):
             for module in tuned.module.modules()
             if (owned := [(k, by_parameter[id(p)]) for k, p in module._parameters.items() if id(p) in by_parameter])
         ]
+        # A slice of a vocabulary head takes no more scratch memory than the largest other module does.
+        self._slice_bytes = max(
+            (sum(_nbytes(t.parameter) for _, t in owned) for module, owned in self._owners if not _is_table(module)),
+            default=0,
+        )
         self._arena = Arena()
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._lent: list[tuple[nn.Module, list[tuple[str, nn.Parameter]], Any]] = []
@@ -164,7 +178,7 @@ class Scratch(Perturbation):
         return self
 
     def shift(self, step: int, probe: int, scale: float) -> None:
-        self._point = (step, probe, scale)
+        self._point = (step, probe, scale) if scale else None
 
     def __exit__(self, *exception: object) -> None:
         for hook in self._hooks:
@@ -242,7 +256,12 @@ class Scratch(Perturbation):
                 return None
             mark, poison = self._arena.mark(), bool(self._hidden)
             return _project_in_slices(
-                x, source, bias, perturbed_slice, lambda: self._arena.release(mark, poison=poison)
+                x,
+                source,
+                bias,
+                self._slice_rows(source),
+                perturbed_slice,
+                lambda: self._arena.release(mark, poison=poison),
             )
 
         def perturbed_slice(lo: int, hi: int) -> Tensor:
@@ -251,6 +270,12 @@ class Scratch(Perturbation):
             return _as_parameter(out, tensor)
 
         return _LazyTable.wrap(source, rows, project, functools.cache(lambda: self._perturbed(tensor)))
+
+    def _slice_rows(self, table: Tensor) -> int:
+        """Rows in a slice of a vocabulary head."""
+        slices = max(1, self._slice_bytes and -(-_nbytes(table) // self._slice_bytes))
+        least, most = _SLICES
+        return -(-table.shape[0] // min(max(slices, least), most))
 
     def _may_slice(self, tensor: TunedTensor, source: Tensor, x: Tensor, bias: Tensor | None) -> bool:
         """Whether slices of the head give the bits of the whole for inputs like x: tried once, on the unperturbed weights.
@@ -263,9 +288,14 @@ class Scratch(Perturbation):
         key = (tensor.id, x.shape, x.stride(), x.dtype, bias is None, torch.is_autocast_enabled(x.device.type))
         if key not in self._slices_are_exact:
             weight = _as_parameter(source.detach(), tensor)
-            sliced = _project_in_slices(x, weight, bias, lambda lo, hi: weight[lo:hi], lambda: None)
+            rows = self._slice_rows(source)
+            sliced = _project_in_slices(x, weight, bias, rows, lambda lo, hi: weight[lo:hi], lambda: None)
             self._slices_are_exact[key] = torch.equal(F.linear(x, weight, bias), sliced)
         return self._slices_are_exact[key]
+
+
+def _nbytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _as_parameter(value: Tensor, tensor: TunedTensor) -> Tensor:
@@ -275,7 +305,8 @@ def _as_parameter(value: Tensor, tensor: TunedTensor) -> Tensor:
 
 # A linear layer with so many outputs is a vocabulary head; the widest inner layers have fewer.
 _VOCABULARY = 30_000
-_SLICES = 8
+# It is cut into so many slices at least, and at most.
+_SLICES = (8, 64)
 
 
 def _is_table(module: nn.Module) -> bool:
@@ -283,17 +314,24 @@ def _is_table(module: nn.Module) -> bool:
 
 
 def _project_in_slices(
-    x: Tensor, weight: Tensor, bias: Tensor | None, piece: Callable[[int, int], Tensor], done: Callable[[], None]
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: int,
+    piece: Callable[[int, int], Tensor],
+    done: Callable[[], None],
 ) -> Tensor:
-    """``x W^T + b``, a range of rows of W at a time; ``piece`` gives the rows, ``done`` takes them back."""
+    """``x W^T + b``, so many rows of W at a time; ``piece`` gives the rows, ``done`` takes them back."""
     height = weight.shape[0]
-    step = -(-height // _SLICES)
-    parts = []
-    for lo in range(0, height, step):
-        hi = min(lo + step, height)
-        parts.append(F.linear(x, piece(lo, hi), None if bias is None else bias[lo:hi]))
+    out: Tensor | None = None
+    for lo in range(0, height, rows):
+        hi = min(lo + rows, height)
+        part = F.linear(x, piece(lo, hi), None if bias is None else bias[lo:hi])
+        out = part.new_empty(*part.shape[:-1], height) if out is None else out
+        out[..., lo:hi] = part
         done()
-    return torch.cat(parts, dim=-1)
+    assert out is not None
+    return out
 
 
 class _LazyTable(Tensor):

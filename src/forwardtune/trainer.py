@@ -17,7 +17,9 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SchedulerType, TrainOutput
 from transformers.training_args import OptimizerNames
 
+from .errors import InputError
 from .optimizer import MeZO
+from .rules import Rule, get_rule
 from .trajectory import LogError, StepLog, read_log
 from .trajectory.log import cut_log, require_same_run
 from .trajectory.reader import Log
@@ -53,6 +55,13 @@ class MeZOConfig(TrainingArguments):
     perturbation: str = field(default="auto", metadata={"help": "auto, scratch or copy."})
     clip_coefficient: float | None = field(default=None, metadata={"help": "Largest magnitude of a coefficient."})
     max_skipped: int = field(default=10, metadata={"help": "Stop after so many non-finite losses in a row."})
+    estimator: str = field(default="spsa", metadata={"help": "spsa (two-sided) or one_sided (probes + 1 evaluations)."})
+    normalize: str = field(default="none", metadata={"help": "Units of loss differences: none, sigma (FZOO) or rank."})
+    rule: str = field(default="sgd", metadata={"help": "sgd, sign, momentum or adam."})
+    momentum: float = field(default=0.9, metadata={"help": "For rule momentum. Adam's are adam_beta1 and adam_beta2."})
+    adam_beta2: float = field(default=0.95, metadata={"help": "For rule adam; 0.95 keeps its window at 90 steps."})
+    rule_state: str = field(default="auto", metadata={"help": "How moments are kept: exact, window or auto."})
+    rule_window: int | None = field(default=None, metadata={"help": "Steps in a window; by default 99% of the weight."})
 
     def __post_init__(self) -> None:
         for wrong, remedy in (
@@ -81,6 +90,17 @@ class MeZOConfig(TrainingArguments):
         if self.optim != OptimizerNames(TrainingArguments.__dataclass_fields__["optim"].default):
             raise ValueError(f"MeZO cannot honour optim={self.optim.value!r}: it is the optimizer itself. Drop it.")
 
+    def make_rule(self) -> Rule:
+        """The rule that these settings describe. ``adam_*`` and ``momentum`` are read by the rule of that name alone."""
+        kept = {"state": self.rule_state, "window": self.rule_window}
+        own: dict[str, dict[str, Any]] = {
+            "momentum": {"momentum": self.momentum, **kept},
+            "adam": {"beta1": self.adam_beta1, "beta2": self.adam_beta2, "epsilon": self.adam_epsilon, **kept},
+        }
+        if self.rule not in own and (self.rule_state, self.rule_window) != ("auto", None):
+            raise InputError(f"the rule {self.rule!r} remembers nothing: leave rule_state and rule_window out")
+        return get_rule(self.rule, **own.get(self.rule, {}))
+
 
 class MeZOTrainer(Trainer):
     """``transformers.Trainer`` that tunes with forward passes.
@@ -91,8 +111,8 @@ class MeZOTrainer(Trainer):
 
     Args:
         objective: ``(model, inputs) -> losses``, one per example or their mean, in place of the model's own loss. It
-            needs no gradient. Its method ``begin_step(step)``, if it has one, is told of every step, and what
-            ``take_statistics()`` returns is logged (:class:`forwardtune.objectives.TaskObjective` has both).
+            needs no gradient. Its methods ``begin_step(step, part)`` and ``end_step()``, if it has them, are told of every
+            step, and what ``take_statistics()`` returns is logged (:class:`forwardtune.objectives.TaskObjective`).
         run: anything to keep in the step log's header, as JSON.
 
     Raises:
@@ -108,6 +128,7 @@ class MeZOTrainer(Trainer):
         self, *args: Any, objective: Objective | None = None, run: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
         self.objective = objective
+        self._part = 0
         self._run = run
         super().__init__(*args, **kwargs)
         if not isinstance(self.args, MeZOConfig):
@@ -149,6 +170,9 @@ class MeZOTrainer(Trainer):
                 clip_coefficient=self.args.clip_coefficient,
                 max_skipped=self.args.max_skipped,
                 module=model,
+                estimator=self.args.estimator,
+                normalize=self.args.normalize,
+                rule=self.args.make_rule(),
             )
         return self.optimizer
 
@@ -171,9 +195,10 @@ class MeZOTrainer(Trainer):
         """Query the microbatch at the step's probes. Trainer's ``optimizer.step()`` then moves the weights."""
         model.eval()  # dropout would differ between the two sides of a probe
         inputs = self._prepare_inputs(inputs)
-        begin_step = getattr(self.objective, "begin_step", None)
+        begin_step, end_step = (getattr(self.objective, name, None) for name in ("begin_step", "end_step"))
         if begin_step is not None:  # both sides of a probe draw the same random numbers
-            begin_step(self.mezo.next_step)
+            self._part = self._part + 1 if self.mezo.gathering else 0
+            begin_step(self.mezo.next_step, self._part)
         take_statistics = getattr(self.objective, "take_statistics", None)
         share = 1 if self._scaled_for_accumulation(num_items_in_batch) else self.current_gradient_accumulation_steps
 
@@ -184,7 +209,11 @@ class MeZOTrainer(Trainer):
                 take_statistics()  # evaluations of the first step's self-check are no part of the step
             return loss / share
 
-        loss = self.mezo.estimate(closure)
+        try:
+            loss = self.mezo.estimate(closure)
+        finally:
+            if end_step is not None:
+                end_step()
         return torch.tensor(loss, device=self.args.device)
 
     def _scaled_for_accumulation(self, num_items_in_batch: Tensor | int | None) -> bool:
@@ -287,8 +316,7 @@ class MeZOTrainer(Trainer):
         optimizer = self.create_optimizer()
         assert isinstance(optimizer, MeZO)
         require_same_run(log, optimizer)
-        apply_records(log, log.records, optimizer.tuned)
-        optimizer.fast_forward(log.records)
+        apply_records(log, log.records, optimizer)
         max_steps = self._max_steps()
         state = self._state_before(log.steps)
         state.global_step = log.steps

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from .. import memory
 from ..errors import InputError
+from ..evaluation import training_objective
 from ..models import load_model, tune
 from ..objectives import Sampling, TaskObjective
 from ..tasks.batching import collate
@@ -145,7 +146,7 @@ def train_mezo(session: Session, folder: Path, log: Log | None, settings: dict[s
     perturbation = trainer.mezo.perturbation.name if trainer.mezo.perturbation else options.perturbation
     facts = _facts(len(records), sum(r.skipped for r in records), sum(r.seconds for r in records), peak, inference_peak)
     facts["perturbation"] = perturbation
-    still = sum(record.still for record in records)
+    still = sum(record.flat for record in records)
     facts["zero_coefficient_steps"] = still
     if still > _MANY_STILL * len(records):
         say(_advice(still, len(records)))
@@ -177,7 +178,7 @@ def train_adam(session: Session, folder: Path, log: Log | None, settings: dict[s
         use_cpu=options.device == "cpu",
         dataloader_pin_memory=options.device == "cuda",
     )
-    trainer = AdamTrainer(args=arguments, **_ingredients(session, make_objective(session)))
+    trainer = AdamTrainer(args=arguments, **_ingredients(session, training_objective(session.task)))
     clock = StepClock(lambda: trainer.last_loss)
     trainer.add_callback(clock)
     say(f"tuning for {options.steps} steps by backpropagation")
@@ -206,7 +207,7 @@ METHODS: dict[str, Callable[[Session, Path, Log | None, dict[str, Any]], Trained
 }
 
 
-def _ingredients(session: Session, objective: TaskObjective) -> dict[str, Any]:
+def _ingredients(session: Session, objective: Callable[[Any, Any], torch.Tensor]) -> dict[str, Any]:
     """What both trainers get."""
 
     def minibatch(examples: list[Encoded]) -> dict[str, Any]:

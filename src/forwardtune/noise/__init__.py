@@ -1,4 +1,4 @@
-"""L0: what z is, and the three sweeps over the weights that use it.
+"""L0: what z is, and the sweeps over the weights that use it.
 
 ``z = noise(seed, step, probe, tensor, element)`` is a pure function: never stored, never drawn from a global generator,
 the same on every device, dtype, shard layout and parameter order. :mod:`.definition` says what it is, in plain torch;
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -30,6 +31,7 @@ __all__ = [
     "Direction",
     "Noise",
     "Update",
+    "flattened",
     "get_direction",
 ]
 
@@ -98,6 +100,28 @@ class Noise:
         unchanged = _backend(weight).update(flat, updates, self.direction, self.seed, tensor, start)
         _give_back(weight, flat)
         return int(unchanged)
+
+    def store(self, weight: Tensor, x: Tensor, *, tensor: int, step: int, start: int = 0) -> int:
+        """``weight <- round(x)``, rounded as :meth:`update` rounds at that step: what other rules end with.
+
+        Args:
+            weight: flat and contiguous, of ``n`` elements.
+            x: float32 (float64 for float64 weights), shape ``(n,)``.
+
+        Returns:
+            How many stored values did not change.
+        """
+        half = weight.dtype in (torch.bfloat16, torch.float16)
+        backend = _backend(weight) if half else definition
+        return int(backend.store(weight.detach(), x.contiguous(), self.seed, tensor, step, start))
+
+
+@contextmanager
+def flattened(weight: Tensor) -> Iterator[Tensor]:
+    """The elements in row-major order, contiguous, to be changed: what is written to them is the weight's afterwards."""
+    flat = _flat(weight)
+    yield flat
+    _give_back(weight, flat)
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -252,6 +252,27 @@ def _update(weight, tables, probes, ends, steps, decays, shift, k0, k1, tensor, 
     return unchanged
 
 
+@numba.njit(nogil=True, cache=True)
+def _store(weight, x, k0, k1, tensor, step, start, lo, hi):  # type: ignore[no-untyped-def]
+    words = np.empty(2 * _BLOCKS, np.uint64)
+    halves = words.view(np.uint16)
+    like = weight[0]
+    unchanged = 0
+    position = lo
+    while position < hi:
+        element = start + position
+        tile = element // _TILE
+        _fill(words, np.uint32(tile * _BLOCKS), tensor, step, np.uint32(ROUNDING_PROBE), k0, k1)
+        offset = element - tile * _TILE
+        count = min(_TILE - offset, hi - position)
+        for i in range(count):
+            stored = _narrow(_round(x[position + i], halves[offset + i], like), like)
+            unchanged += np.int32(_widen(stored) == _widen(weight[position + i]))
+            weight[position + i] = stored
+        position += count
+    return unchanged
+
+
 # --- calls -----------------------------------------------------------------------------------------------------------
 
 
@@ -292,6 +313,12 @@ def update(
         arguments = (*_plan(active[lo : lo + _FUSED_STEPS], direction, seed), *_words(tensor), start)
         unchanged += sum(_spread(partial(_update, array, *arguments), weight.numel(), _TILE, _MIN_PER_THREAD))
     return unchanged
+
+
+def store(weight: Tensor, x: Tensor, seed: int, tensor: int, step: int, start: int = 0) -> int:
+    """See :func:`.definition.store`; for half precision."""
+    kernel = partial(_store, _array(weight), _array(x), *_words(*split_seed(seed)), *_words(tensor, step), start)
+    return int(sum(_spread(kernel, weight.numel(), _TILE, _MIN_PER_THREAD))) if weight.numel() else 0
 
 
 def _plan(updates: Sequence[Update], direction: Direction, seed: int) -> tuple[Any, ...]:

@@ -95,13 +95,33 @@ def update(
                     x = x + directions(
                         direction, seed, tensor, item.step, probe, *where, scale=size, device=weight.device
                     )
-            if weight.dtype in (torch.bfloat16, torch.float16):
-                x = round_stochastically(
-                    x, half_words(seed, tensor, item.step, ROUNDING_PROBE, *where, weight.device), weight.dtype
-                )
-            x = x.to(weight.dtype)
-            unchanged += int((x == piece).sum())
-            piece.copy_(x)
+            unchanged += _store(piece, x, seed, tensor, item.step, start + lo)
+    return unchanged
+
+
+def store(weight: Tensor, x: Tensor, seed: int, tensor: int, step: int, start: int = 0) -> int:
+    """``weight <- round(x)`` as :func:`update` ends: stochastically with the step's bits in half precision, else exactly.
+
+    Args:
+        weight: flat storage.
+        x: float32 values (float64 for float64 weights), as many.
+
+    Returns:
+        The number of elements whose stored value did not change.
+    """
+    return sum(
+        _store(weight[lo : lo + _CHUNK], x[lo : lo + _CHUNK], seed, tensor, step, start + lo)
+        for lo in range(0, weight.numel(), _CHUNK)
+    )
+
+
+def _store(piece: Tensor, x: Tensor, seed: int, tensor: int, step: int, start: int) -> int:
+    if piece.dtype in (torch.bfloat16, torch.float16):
+        random = half_words(seed, tensor, step, ROUNDING_PROBE, start, piece.numel(), piece.device)
+        x = round_stochastically(x, random, piece.dtype)
+    x = x.to(piece.dtype)
+    unchanged = int((x == piece).sum())
+    piece.copy_(x)
     return unchanged
 
 

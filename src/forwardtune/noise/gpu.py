@@ -187,6 +187,22 @@ def _update(  # type: ignore[no-untyped-def]
     tl.atomic_add(unchanged, tl.reduce(same, 0, _add).to(tl.int64), sem="relaxed")
 
 
+@triton.jit(do_not_specialize=["first", "k0", "k1", "tensor", "step"])  # type: ignore[untyped-decorator]
+def _store(weight, values, unchanged, count, offset, first, k0, k1, tensor, step, size: tl.constexpr):  # type: ignore[no-untyped-def]
+    dtype: tl.constexpr = weight.dtype.element_ty
+    tile = tl.program_id(0)
+    position = tile.to(tl.int64) * size + tl.arange(0, size) - offset
+    inside = (position >= 0) & (position < count)
+    block = first.to(tl.uint32, bitcast=True) + tile.to(tl.uint32) * (size // 8)
+    rounding = tl.full([], _ROUNDING, tl.int32)
+    x = tl.load(values + position, mask=inside, other=0)
+    stored = _narrow(_round(x, _half_words(block, k0, k1, tensor, step, rounding, size), dtype), dtype)
+    before = _widen(tl.load(weight + position, mask=inside, other=0))
+    same = ((_widen(stored) == before) & inside).to(tl.int32)
+    tl.store(weight + position, stored, mask=inside)
+    tl.atomic_add(unchanged, tl.reduce(same, 0, _add).to(tl.int64), sem="relaxed")
+
+
 # --- calls -----------------------------------------------------------------------------------------------------------
 
 
@@ -264,6 +280,20 @@ def update(
     return unchanged
 
 
+def store(weight: Tensor, x: Tensor, seed: int, tensor: int, step: int, start: int = 0) -> Tensor:
+    """See :func:`.definition.store`; for half precision. The count is an int64 scalar on the device."""
+    count, offset = weight.numel(), start % 8
+    unchanged = torch.zeros((), dtype=torch.int64, device=weight.device)
+    if count == 0:
+        return unchanged
+    with _on(weight.device):
+        _store[(triton.cdiv(count + offset, _UPDATE_TILE),)](
+            _stored(weight), x, unchanged, count, offset, _signed(start // 8), *_key(seed), _signed(tensor), _signed(step),
+            **_options(_UPDATE_TILE, _UPDATE_WARPS),
+        )  # fmt: skip
+    return unchanged
+
+
 def trouble(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the definition should serve this device and dtype instead; None if the kernels compile and give its bits.
 
@@ -284,6 +314,13 @@ def trouble(device: torch.device, dtype: torch.dtype) -> str | None:
             definition.perturb(expected.view(-1), weight.view(-1), direction, 1, 2, 3, 4, 1e-2)
             expected_count = definition.update(updated.view(-1), updates, direction, 1, 2)
             pairs = [(out, expected), (some, expected[rows]), (here, updated)]
+            if dtype != torch.float32:
+                moved = updated.float() * 1.001
+                there = here.clone()
+                count += int(store(there.view(-1), moved.to(device).view(-1), 1, 2, 3))
+                stored = updated.clone()
+                expected_count += definition.store(stored.view(-1), moved.view(-1), 1, 2, 3)
+                pairs.append((there, stored))
             if count != expected_count or not all(torch.equal(a.cpu(), b) for a, b in pairs):
                 return "its kernels give other bits here; please report the GPU and the version of Triton"
     except torch.OutOfMemoryError:

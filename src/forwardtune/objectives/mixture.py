@@ -60,7 +60,8 @@ class TaskObjective:
     def __init__(self, specification: str, task: Task, tokenizer: Any, sampling: Sampling = GREEDY) -> None:
         self.task, self.specification = task, specification
         self.terms = parse(specification, task)
-        self._tokenizer, self._sampling, self._step = tokenizer, sampling, 0
+        self._tokenizer, self._sampling, self._step = tokenizer, sampling, -1
+        self._part, self._recording = 0, True
         self._seen: dict[str, list[float]] = {}
 
     @property
@@ -73,9 +74,17 @@ class TaskObjective:
         """Whether small changes of the weights often change nothing."""
         return all(term.name != "loss" for term in self.terms)
 
-    def begin_step(self, step: int) -> None:
-        """Say which step comes: its evaluations draw the same random numbers."""
-        self._step = step
+    def begin_step(self, step: int, part: int = 0) -> None:
+        """Say which step comes, and which microbatch of it: all its evaluations draw the same random numbers.
+
+        Statistics are kept unless :meth:`end_step` was called after it.
+        """
+        self._step, self._part = step, part
+        self._recording = True
+
+    def end_step(self) -> None:
+        """Say that what is evaluated from now on, such as development examples, is no part of a step."""
+        self._recording = False
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         """The objective of every example, float32, shape (batch,).
@@ -87,7 +96,7 @@ class TaskObjective:
         Raises:
             RewardError: a reward function failed.
         """
-        sampling = replace(self._sampling, seed=self._sampling.seed * 1_000_003 + self._step)
+        sampling = replace(self._sampling, seed=((self._sampling.seed * 1_000_003) + self._step) * 1009 + self._part)
         measured = _Measured(model, batch, self.task, self._tokenizer, sampling)
         total: Tensor | None = None
         for term in self.terms:
@@ -97,7 +106,8 @@ class TaskObjective:
             else:
                 values = measured.raised(term)
                 part = -term.weight * values
-            self._seen.setdefault(term.name, []).extend(values.detach().tolist())
+            if self._recording:
+                self._seen.setdefault(term.name, []).extend(values.detach().tolist())
             total = part if total is None else total + part
         assert total is not None
         return total

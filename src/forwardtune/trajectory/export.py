@@ -1,7 +1,8 @@
 """The smallest form of a run: ``trajectory.safetensors``, four bytes a probe and step.
 
 Tensors: ``sizes`` float32 ``(groups or 1, steps, probes)``, the factors of the directions, NaN for a skipped step;
-``decay`` float32 ``(groups, steps or 1)``, the factors of weight decay, absent when all are 1. Metadata: the log's header
+``decay`` float32 ``(groups, steps or 1)``, the factors of weight decay, absent when all are 1; ``lr`` float32
+``(groups, steps or 1)``, the learning rates, for rules other than sgd, whose sizes contain them. Metadata: the log's header
 without versions, deflated, as base64, and the digest of the tuned weights.
 """
 
@@ -15,10 +16,12 @@ from os import PathLike
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..noise import Update
+from ..rules import Elementwise, Rule, Step
 from .format import LogError
-from .reader import Log, check_header
+from .reader import Log, check_header, rule_of
 from .updates import Trajectory, trajectory_of
 
 
@@ -41,22 +44,37 @@ def export_trajectory(log: Log, path: str | PathLike[str]) -> int:
         [[update.sizes or (math.nan,) * probes for update in group] for group in trajectory.updates],
         dtype=torch.float32,
     ).reshape(groups, steps, probes)
-    decay = torch.tensor([[update.decay for update in group] for group in trajectory.updates], dtype=torch.float32)
-    # Skipped steps have no decay of their own; one value is enough for the others when it never changes.
     taken = ~sizes.isnan().any(dim=2)
-    values = [row[mask].unique() for row, mask in zip(decay, taken, strict=True)]
-    if all(len(value) <= 1 for value in values):
-        decay = torch.stack([value if len(value) else torch.ones(1) for value in values])
+    decay = _compact([[update.decay for update in group] for group in trajectory.updates], taken)
     if all(torch.equal(group.nan_to_num(), sizes[0].nan_to_num()) for group in sizes):
         sizes = sizes[:1]
     tensors = {"sizes": sizes.contiguous()}
     if (decay != 1.0).any():
-        tensors["decay"] = decay.contiguous()
+        tensors["decay"] = decay
+    if needs_lr(trajectory.rule):
+        tensors["lr"] = _compact(
+            [[getattr(update, "lr", 1.0) for update in group] for group in trajectory.updates], taken
+        )
     header = {key: value for key, value in log.header.items() if key != "versions"}
     packed = base64.b85encode(zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)).decode()
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path, metadata={"forwardtune": "trajectory", "header": packed, "digest": trajectory.digest})
     return path.stat().st_size
+
+
+def needs_lr(rule: Rule) -> bool:
+    """Whether a step has a learning rate beside its sizes."""
+    return isinstance(rule, Elementwise)
+
+
+def _compact(rows: list[list[float]], taken: Tensor) -> Tensor:
+    """A number for every group and step; one for every group when those of the steps that were taken are all equal."""
+    numbers = torch.tensor(rows, dtype=torch.float32).reshape(taken.shape)
+    # Skipped steps have no number of their own.
+    values = [row[mask].unique() for row, mask in zip(numbers, taken, strict=True)]
+    if all(len(value) <= 1 for value in values):
+        return torch.stack([value if len(value) else torch.ones(1) for value in values])
+    return numbers
 
 
 def read_trajectory(path: str | PathLike[str]) -> Trajectory:
@@ -79,16 +97,26 @@ def read_trajectory(path: str | PathLike[str]) -> Trajectory:
         groups = len(header["groups"])
         sizes = tensors["sizes"].expand(groups, -1, header["probes"])
         decay = tensors.get("decay", torch.ones(1, 1)).expand(groups, sizes.shape[1])
-        if {sizes.dtype, decay.dtype} != {torch.float32}:
+        rated = "lr" in tensors
+        lr = tensors.get("lr", torch.ones(1, 1)).expand(groups, sizes.shape[1])
+        if {sizes.dtype, decay.dtype, lr.dtype} != {torch.float32}:
             raise ValueError("its numbers are not float32")
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, zlib.error) as error:
         raise LogError(f"{path} is not an intact exported trajectory ({error}): export it again from the log") from None
     check_header(path, {"versions": {}, **header})
+    rule = rule_of(path, header)
+    if rated != needs_lr(rule):
+        raise LogError(
+            f"{path} lacks the learning rates of its rule, or has some too many: export it again from the log"
+        )
+
+    def update(step: int, row: list[float], factor: float, rate: float) -> Update:
+        if any(map(math.isnan, row)):
+            return Update(step, ())
+        return Step(step, tuple(row), factor, rate) if rated else Update(step, tuple(row), factor)
+
     updates = [
-        [
-            Update(step, ()) if any(map(math.isnan, row)) else Update(step, tuple(row), factor)
-            for step, (row, factor) in enumerate(zip(rows, factors, strict=True))
-        ]
-        for rows, factors in zip(sizes.tolist(), decay.tolist(), strict=True)
+        [update(step, *numbers) for step, numbers in enumerate(zip(rows, factors, rates, strict=True))]
+        for rows, factors, rates in zip(sizes.tolist(), decay.tolist(), lr.tolist(), strict=True)
     ]
-    return Trajectory(path, header, updates, digest)
+    return Trajectory(path, header, rule, updates, digest)

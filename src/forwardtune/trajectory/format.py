@@ -56,6 +56,12 @@ def _check(previous: str, body: str) -> str:
     return hashlib.sha256((previous + body).encode()).hexdigest()[:_SEAL_DIGITS]
 
 
+#: Fields of the header that describe a run and decide nothing.
+DESCRIPTIVE = ("base", "versions", "run")
+#: What a field means that the header leaves out.
+ABSENT: dict[str, Any] = {"normalize": "none", "rule_settings": {}}
+
+
 def header_content(optimizer: MeZO, run: dict[str, Any] | None = None) -> dict[str, Any]:
     """The header of a run that starts from the optimizer's present weights (which it digests)."""
     return {**identity(optimizer), "base": optimizer.tuned.digest(), "versions": _versions(), "run": run or {}}
@@ -63,16 +69,15 @@ def header_content(optimizer: MeZO, run: dict[str, Any] | None = None) -> dict[s
 
 def identity(optimizer: MeZO) -> dict[str, Any]:
     """The part of the header that decides the meaning of the step lines; a resumed run must have the same."""
-    estimator = optimizer.estimator
+    rule = optimizer.rule.settings()
     return {
         "format": FORMAT_VERSION,
         "noise": NOISE_VERSION,
         "seed": optimizer.noise.seed,
         "direction": optimizer.noise.direction.name,
-        "estimator": estimator.name,
-        "eps": estimator.eps,
-        "probes": estimator.probes,
-        "rule": optimizer.rule,
+        **optimizer.estimator.settings(),
+        "rule": optimizer.rule.name,
+        **({"rule_settings": rule} if rule else {}),
         "groups": [{"weight_decay": float(group["weight_decay"])} for group in optimizer.param_groups],
         "tensors": optimizer.tuned.describe(),
     }

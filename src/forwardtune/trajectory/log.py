@@ -10,7 +10,7 @@ from typing import IO, Any
 
 from ..optimizer import MeZO, StepRecord
 from ..perturbation import InPlace
-from .format import LogError, LogWriteError, header_content, identity, seal, step_content
+from .format import ABSENT, DESCRIPTIVE, LogError, LogWriteError, header_content, identity, seal, step_content
 from .reader import Log, read_log
 from .replay import apply_records
 
@@ -68,8 +68,7 @@ class StepLog:
             log = read_log(path)  # after the lock: nobody else writes to it now
             require_same_run(log, optimizer)
             if optimizer.next_step == 0:
-                apply_records(log, log.records, optimizer.tuned)
-                optimizer.fast_forward(log.records)
+                apply_records(log, log.records, optimizer)
             if optimizer.next_step != log.steps:
                 raise LogError(
                     f"{log.path} holds {log.steps} steps, the optimizer has taken {optimizer.next_step}: "
@@ -187,18 +186,19 @@ def cut_log(log: Log, steps: int) -> Log:
 
 def require_same_run(log: Log, optimizer: MeZO) -> None:
     """Raise LogError, naming the first difference, unless the optimizer is set up as the log's header says."""
-    for key, ours in identity(optimizer).items():
-        theirs = log.header.get(key)
+    own = identity(optimizer)
+    for key in dict.fromkeys([*own, *(key for key in log.header if key not in DESCRIPTIVE)]):
+        ours, theirs = (header.get(key, ABSENT.get(key)) for header in (own, log.header))
         if theirs == ours:
             continue
         if key == "tensors":
-            names = [{t["name"] for t in tensors} for tensors in (theirs or [], ours)]
+            names = [{t["name"] for t in tensors} for tensors in (theirs or [], own[key])]
             odd = sorted(names[0] ^ names[1])
             if odd:
                 where = "only in the log" if odd[0] in names[0] else "only in this run"
                 detail = f"{len(odd)} tensors are tuned {where}, such as {odd[0]}"
             else:
-                a, b = next((a, b) for a, b in zip(theirs or [], ours, strict=True) if a != b)
+                a, b = next((a, b) for a, b in zip(theirs or [], own[key], strict=True) if a != b)
                 detail = f"{a['name']} is {a['dtype']} {a['shape']} (group {a['group']}) in the log, "
                 detail += f"{b['dtype']} {b['shape']} (group {b['group']}) here"
         else:

@@ -10,8 +10,8 @@ from typing import Any
 
 from ..noise import DIRECTIONS, NOISE_VERSION
 from ..optimizer import StepRecord
-from ..rules import RULES
-from .format import FORMAT_VERSION, LogError, step_record, unseal
+from ..rules import RULES, Rule, get_rule
+from .format import ABSENT, FORMAT_VERSION, LogError, step_record, unseal
 
 
 @dataclass(frozen=True)
@@ -112,3 +112,19 @@ def check_header(path: Path, header: dict[str, Any]) -> None:
     for key, known in (("direction", DIRECTIONS), ("rule", RULES)):
         if header[key] not in known:
             raise LogError(f"{path} uses the {key} {header[key]!r}, which this forwardtune does not know: upgrade it")
+    rule_of(path, header)
+
+
+def rule_of(path: Path, header: dict[str, Any]) -> Rule:
+    """The rule that a header names, with its settings. Raises LogError if they are not a whole rule's."""
+    settings = header.get("rule_settings", ABSENT["rule_settings"])
+    try:
+        rule = get_rule(header["rule"], **settings)
+    except (TypeError, ValueError) as error:
+        raise LogError(f"{path} uses the rule {header['rule']!r} otherwise than this forwardtune: {error}") from None
+    if rule.settings() != settings or not rule.is_settled:
+        raise LogError(
+            f"{path} uses the rule {header['rule']!r} with the settings {settings}, which are not all that it has: "
+            "use the forwardtune that wrote it, or restore the file from a copy"
+        )
+    return rule

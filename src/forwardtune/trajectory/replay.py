@@ -6,18 +6,17 @@ from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from ..noise import Noise, get_direction
-from ..optimizer import StepRecord
+from ..optimizer import MeZO, StepRecord
 from ..parameters import TunedParameters, dtype_name
+from ..rules import History, move_all
 from .export import read_trajectory
 from .format import LogError
 from .reader import Log, read_log
-from .updates import Trajectory, trajectory_of, updates_of
-
-# Steps handed to one sweep over a tensor; the kernel fuses as many of them as its caches hold.
-_STEPS_PER_SWEEP = 4096
+from .updates import Trajectory, part_of, trajectory_of
 
 Progress = Callable[[int, int], object]
 
@@ -58,7 +57,7 @@ def replay(
         raise LogError(f"{trajectory.path} holds {total} steps: {steps} cannot be replayed")
     tuned = tuned_by_header(trajectory, module)
     require_base(trajectory, tuned)
-    apply_updates(trajectory, tuned, slice(0, steps), progress)
+    apply_updates(trajectory, tuned, slice(0, steps), progress, keep=False)
     if steps == total and trajectory.digest is not None and tuned.digest() != trajectory.digest:
         raise LogError(
             f"the weights rebuilt from {trajectory.path} differ from those that the run ended with, though log and base "
@@ -67,22 +66,23 @@ def replay(
     return steps
 
 
-def apply_records(log: Log, records: Sequence[StepRecord], tuned: TunedParameters) -> None:
-    """Apply a log's first steps to tuned weights, which must be the base weights."""
-    trajectory = Trajectory(log.path, log.header, updates_of(log.header, records), None)
-    require_base(trajectory, tuned)
-    apply_updates(trajectory, tuned, slice(None), None)
+def apply_records(log: Log, records: Sequence[StepRecord], optimizer: MeZO) -> None:
+    """Bring an optimizer to the end of a log's first steps; its weights must be the base weights."""
+    trajectory = part_of(log, records)
+    require_base(trajectory, optimizer.tuned)
+    optimizer.fast_forward(records, apply_updates(trajectory, optimizer.tuned, slice(None), None, keep=True))
 
 
-def apply_updates(trajectory: Trajectory, tuned: TunedParameters, which: slice, progress: Progress | None) -> None:
-    """The sweeps: each tensor takes all its steps while it is in the cache."""
+@torch.no_grad()
+def apply_updates(
+    trajectory: Trajectory, tuned: TunedParameters, which: slice, progress: Progress | None, *, keep: bool
+) -> History:
+    """The sweeps: each tensor takes all its steps while it is in the cache. Returns what the rule remembers of them."""
     noise = Noise(trajectory.header["seed"], get_direction(trajectory.header["direction"]))
-    for done, tensor in enumerate(tuned):
-        updates = trajectory.updates[tensor.group][which]
-        for lo in range(0, len(updates), _STEPS_PER_SWEEP):
-            noise.update(tensor.parameter, updates[lo : lo + _STEPS_PER_SWEEP], tensor=tensor.id)
-        if progress is not None:
-            progress(done + 1, len(tuned))
+    history = History()
+    updates = [group[which] for group in trajectory.updates]
+    move_all(trajectory.rule, noise, tuned, updates, history, keep=keep, progress=progress)
+    return history
 
 
 def tuned_by_header(trajectory: Trajectory, module: nn.Module) -> TunedParameters:
