@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..estimators import ESTIMATORS, NORMALIZATIONS
 from ..evaluation import sign_test
 from ..models import save_model
 from ..optimizer import NonFiniteLossError
+from ..rules import RULES, STATES
 from ..trajectory import Log, read_log
 from . import add_model_options, methods, positive, say
 from .results import HISTORY, METRICS, OUTCOMES, new_folder, plain, read_json, table, write_json, write_lines
@@ -25,7 +27,12 @@ DEFAULTS: dict[str, Any] = {
     "lora_alpha": 16.0,
     "lora_targets": None,
     "prefix_length": 5,
+    "estimator": "spsa",
     "probes": 1,
+    "normalize": "none",
+    "rule": "sgd",
+    "momentum": 0.9,
+    "rule_state": "auto",
     "direction": "gaussian",
     "perturbation": "auto",
     "weight_decay": 0.0,
@@ -56,6 +63,7 @@ _ONLY = {
         "clip_coefficient",
         "save_steps",
     ),
+    "--rule momentum": ("momentum",),
     "--tune lora": ("lora_rank", "lora_alpha", "lora_targets"),
     "--tune prefix": ("prefix_length",),
 }
@@ -79,6 +87,11 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--lr", type=float, help="learning rate [1e-6, lora 1e-4, prefix 1e-2; adam 1e-5]")
     parser.add_argument("--eps", type=float, help="perturbation scale [1e-3, lora 1e-2, prefix 1e-1]")
     parser.add_argument("--probes", type=int, help="directions a step; each costs two forward passes [1]")
+    parser.add_argument("--estimator", choices=tuple(ESTIMATORS), help="two-sided spsa, or one_sided probes [spsa]")
+    parser.add_argument("--normalize", choices=NORMALIZATIONS, help="units of coefficients over the probes [none]")
+    parser.add_argument("--rule", choices=tuple(RULES), help="how coefficients move the weights [sgd]")
+    parser.add_argument("--momentum", type=float, help="of --rule momentum [0.9]")
+    parser.add_argument("--rule-state", choices=STATES, help="moments of momentum and adam: kept, or rebuilt [auto]")
     parser.add_argument("--direction", choices=("gaussian", "rademacher"), help="distribution of directions [gaussian]")
     parser.add_argument("--perturbation", choices=("auto", "scratch", "copy"), help="how to perturb [auto]")
     parser.add_argument("--weight-decay", type=float, help="decoupled, not on norms and biases [0]")
@@ -177,10 +190,14 @@ def _check(options: argparse.Namespace) -> None:
 
 def _refuse_idle(options: argparse.Namespace) -> None:
     """Raise InputError for an option that would have no effect."""
-    method, mode = options.method or DEFAULTS["method"], options.tune or DEFAULTS["tune"]
+    method, mode, rule = (getattr(options, name) or DEFAULTS[name] for name in ("method", "tune", "rule"))
     for belongs, names in _ONLY.items():
         for name in names:
-            if getattr(options, name) is not None and belongs not in (f"--method {method}", f"--tune {mode}"):
+            if getattr(options, name) is not None and belongs not in (
+                f"--method {method}",
+                f"--tune {mode}",
+                f"--rule {rule}",
+            ):
                 raise InputError(f"--{name.replace('_', '-')} belongs to {belongs}: leave it out")
     if options.eval_steps is not None and options.dev_examples == 0:
         raise InputError("--eval-steps measures development examples, and --dev-examples is 0: leave one of them out")
