@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import support
-from forwardtune import MeZO
+from forwardtune import MeZO, MeZOConfig, MeZOTrainer
 from forwardtune.evaluation import evaluate, find_layout, plain_layout, prepare
 from forwardtune.models import EMBEDDED_MODEL, context_length, load_model, save_model
 from forwardtune.objectives import option_cross_entropy
@@ -91,6 +91,15 @@ def test_step_moves_the_embedded_model_by_the_update_alone(smollm: tuple[Any, An
     for tensor, weight in zip(watched, expected, strict=True):
         assert optimizer.noise.update(weight, [update], tensor=tensor.id) < weight.numel()
         assert support.same_bits(tensor.parameter.data, weight), tensor.name
+
+
+def test_trainer_takes_the_embedded_model_for_what_it_is(smollm: tuple[Any, Any], tmp_path: Path) -> None:
+    """Trainer refuses quantised models; this one came from a quantised file."""
+    model, tokenizer = smollm
+    rows = [{key: torch.tensor(value) for key, value in tokenizer(STORY).items()}]
+    config = MeZOConfig(str(tmp_path), max_steps=1, report_to=[], use_cpu=True)
+    MeZOTrainer(model=model, args=config, train_dataset=rows, processing_class=tokenizer)
+    assert not model.is_quantized
 
 
 def test_saved_folder_is_an_ordinary_checkpoint(smollm: tuple[Any, Any], tmp_path: Path) -> None:

@@ -112,10 +112,11 @@ def _load_base(name: str, dtype: str, device: str) -> tuple[Any, Any]:
     _require_all_weights(name, model, info["missing_keys"])
     _require_no_offloading(name, model)
     if "gguf_file" in options:
-        # What is saved later is an ordinary checkpoint: it must not claim to be the quantised file it came from.
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
-        model.hf_quantizer = None
+        # The weights are ordinary ones now. Neither Trainer nor a saved checkpoint should take them for quantised.
+        model.hf_quantizer.remove_quantization_config(model)
+        for module in model.modules():
+            if hasattr(getattr(module, "config", None), "_is_quantized"):
+                module.config._is_quantized = False
         model.config._name_or_path = name
     model.name_or_path = name  # what an adapter remembers as its base
     if tokenizer.pad_token_id is None:
