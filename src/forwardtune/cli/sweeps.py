@@ -45,14 +45,14 @@ def run(options: argparse.Namespace) -> int:
         return 0
     with folder.locked() as lock:
         folder.require_same_runs(sweep.runs)
-        todo = [run for run in sweep.runs if folder.state(run) != "finished"]
+        pending = [run for run in sweep.runs if folder.state(run) != "finished"]
         folder.write_plan(sweep)
-        say(f"{sweep.name}: {len(sweep.runs)} runs in {folder.path}, {len(sweep.runs) - len(todo)} of them finished")
-        if todo:
-            say(f"a run's output goes to a .log beside its folder, the first one's to {folder.log_file(todo[0])}")
+        say(f"{sweep.name}: {len(sweep.runs)} runs in {folder.path}, {len(sweep.runs) - len(pending)} of them finished")
+        if pending:
+            say(f"a run's output goes to a .log beside its folder, the first one's to {folder.log_file(pending[0])}")
             if not sweep.keep_models:
                 say("weights of finished runs are removed, step logs stay (keep-models: true keeps the weights)")
-        bases = prepare_bases(folder.path, todo, say)
+        bases = prepare_bases(folder.path, pending, say)
         outcome = run_sweep(sweep, folder, bases=bases, jobs=options.jobs, say=say, lock=lock)
     again = f"forwardtune sweep {options.file} --output-dir {folder.path}"
     again += f" --data-dir {options.data_dir}" if options.data_dir else ""

@@ -62,16 +62,16 @@ def run_sweep(
         lock: the lock's file, which runs inherit.
         program: the command line's beginning.
     """
-    todo = deque(run for run in sweep.runs if folder.metrics(run) is None)
-    outcome = Outcome(len(sweep.runs) - len(todo), [], False)
+    pending = deque(run for run in sweep.runs if folder.metrics(run) is None)
+    outcome = Outcome(len(sweep.runs) - len(pending), [], False)
     environment = {**os.environ, **thread_limits(jobs)}
     active: list[_Child] = []
     with _noted_signals(say) as stops:
         sent = 0
         try:
-            while active or (todo and not stops):
-                while todo and len(active) < jobs and not stops:
-                    active.append(_start(todo.popleft(), folder, bases, environment, lock, program))
+            while active or (pending and not stops):
+                while pending and len(active) < jobs and not stops:
+                    active.append(_start(pending.popleft(), folder, bases, environment, lock, program))
                 if sent < len(stops):  # the first signal asks runs to stop, the second makes them
                     sent += 1
                     for child in active:
@@ -79,7 +79,7 @@ def run_sweep(
                 time.sleep(_POLL_SECONDS)
                 for child in [child for child in active if child.process.poll() is not None]:
                     active.remove(child)
-                    left = [*todo, *(other.run for other in active)]
+                    left = [*pending, *(other.run for other in active)]
                     _finish(child, sweep, folder, outcome, bool(stops), left, jobs, say)
         finally:
             for child in active:  # an error of our own: no run may outlive the sweep
