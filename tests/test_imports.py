@@ -17,7 +17,7 @@ SOURCE = Path(forwardtune.__file__).parent
 
 # A module imports from layers before its own, or from its own package. `forwardtune/__init__.py` may import them all.
 LAYERS = (
-    {"errors", "memory", "noise"},
+    {"errors", "files", "memory", "noise"},
     {"parameters", "arena"},
     {"perturbation", "estimators", "rules"},
     {"optimizer"},

@@ -675,6 +675,7 @@ def test_model_of_the_wrong_kind_for_a_task(settings: dict[str, Setting], tmp_pa
     ("kind", "arguments", "words"),
     [
         ("causal", ["--shots", -1], "--shots must not be negative, got -1"),
+        ("causal", ["--objective", "accuracy"], "eval always measures the task's own metric"),
         ("causal", ["--shots", 1000], "--shots 1000 asks for more than the 1. training examples: lower it"),
         ("causal", ["--shots", "many"], "invalid int value: 'many'"),
         ("masked", ["--shots", 2], "demonstrations are for causal models: leave --shots out"),

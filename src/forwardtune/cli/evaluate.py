@@ -39,6 +39,11 @@ def run_eval(options: argparse.Namespace) -> None:
     if options.shots < 0:
         raise InputError(f"--shots must not be negative, got {options.shots}")
     _new(options)
+    if options.objective != "loss" and ":" not in options.objective:
+        raise InputError(
+            f"--objective {options.objective}: eval always measures the task's own metric and loss. Give a reward, "
+            "module:function, or leave it out"
+        )
     session = open_session(options, "test", shots=options.shots, calibrate=options.calibrate)
     name = "icl" if options.shots else "zero-shot"
     metrics = session.facts("eval", f"{name}-calibrated" if options.calibrate else name)

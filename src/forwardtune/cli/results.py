@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from .. import files
 from ..errors import InputError
 from . import say
 
@@ -18,23 +18,14 @@ OUTCOMES = "outcomes.json"
 HISTORY = "history.jsonl"
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """What the file holds; nothing if it is missing or damaged, as then it is made again."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write the file whole, or leave what was there."""
-    _write(path, json.dumps(plain(content), indent=None if path.name == OUTCOMES else 2) + "\n")
+    files.write_json(path, plain(content), indent=None if path.name == OUTCOMES else 2)
 
 
 def write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
     """Write JSON Lines whole, or leave what was there."""
-    _write(path, "".join(json.dumps(plain(line)) + "\n" for line in lines))
+    files.write_text(path, "".join(json.dumps(plain(line)) + "\n" for line in lines))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -55,12 +46,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, list):
         return [plain(content) for content in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _write(path: Path, text: str) -> None:
-    partial_file = path.with_name(f"{path.name}.partial")
-    partial_file.write_text(text, encoding="utf-8")
-    os.replace(partial_file, path)
 
 
 def new_folder(name: str | Path, leftovers: tuple[str, ...] = (), resumable: bool = False) -> Path:

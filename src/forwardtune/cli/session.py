@@ -17,6 +17,7 @@ from tqdm import tqdm
 from .. import memory
 from ..errors import InputError
 from ..evaluation import evaluate, find_layout, prepare
+from ..files import read_json
 from ..models import context_length, load_model, model_kind
 from ..objectives import Reward, logits_at, option_likelihoods
 from ..objectives.mixture import parse
@@ -24,7 +25,7 @@ from ..tasks import Split, Task, get_task, load_splits
 from ..tasks.batching import Layout
 from ..tasks.encoding import Encoded, Encoder
 from . import positive, say
-from .results import METRICS, read_json
+from .results import METRICS
 
 MODEL_DEFAULTS: dict[str, Any] = {
     "dtype": "auto",

@@ -11,12 +11,13 @@ from typing import Any
 from ..errors import InputError
 from ..estimators import ESTIMATORS, NORMALIZATIONS
 from ..evaluation import sign_test
+from ..files import read_json
 from ..models import save_model
 from ..optimizer import NonFiniteLossError
 from ..rules import RULES, STATES
 from ..trajectory import Log, read_log
 from . import add_model_options, methods, positive, say
-from .results import HISTORY, METRICS, OUTCOMES, new_folder, plain, read_json, table, write_json, write_lines
+from .results import HISTORY, METRICS, OUTCOMES, new_folder, plain, table, write_json, write_lines
 from .session import MODEL_DEFAULTS, fill, open_session
 
 DEFAULTS: dict[str, Any] = {

@@ -69,11 +69,6 @@ class TaskObjective:
         """Whether the model writes text at every evaluation."""
         return any(term.generates for term in self.terms)
 
-    @property
-    def discrete(self) -> bool:
-        """Whether small changes of the weights often change nothing."""
-        return all(term.name != "loss" for term in self.terms)
-
     def begin_step(self, step: int, part: int = 0) -> None:
         """Say which step comes, and which microbatch of it: all its evaluations draw the same random numbers.
 

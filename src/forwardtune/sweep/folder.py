@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..files import read_json, write_json
 from .plan import Run, Sweep, show
 
 try:
@@ -55,7 +55,7 @@ class SweepFolder:
 
     def metrics(self, run: Run) -> dict[str, Any] | None:
         """The metrics of a finished run; None for one that is not finished."""
-        metrics = _read_json(self.of(run) / "metrics.json")
+        metrics = read_json(self.of(run) / "metrics.json")
         return metrics if isinstance(metrics.get("test"), dict) else None
 
     def failure(self, run: Run) -> str | None:
@@ -67,7 +67,7 @@ class SweepFolder:
 
     def seconds(self, run: Run) -> float | None:
         """How long the run took, all its parts together."""
-        seconds = _read_json(self.record_file(run)).get("seconds")
+        seconds = read_json(self.record_file(run)).get("seconds")
         return float(seconds) if isinstance(seconds, int | float) else None
 
     def state(self, run: Run) -> str:
@@ -102,7 +102,7 @@ class SweepFolder:
         self.failed_file(run).write_text(reason + "\n", encoding="utf-8")
 
     def _recorded(self, run: Run) -> dict[str, Any]:
-        return {key: value for key, value in _read_json(self.record_file(run)).items() if key in run.asked}
+        return {key: value for key, value in read_json(self.record_file(run)).items() if key in run.asked}
 
     # --- all of them ---------------------------------------------------------------------------------------------
 
@@ -160,7 +160,7 @@ class SweepFolder:
             InputError: none was.
         """
         try:
-            return Sweep.from_json(_read_json(self.path / PLAN))
+            return Sweep.from_json(read_json(self.path / PLAN))
         except (KeyError, TypeError):
             raise InputError(
                 f"{self.path} is not the folder of a sweep (no {PLAN} in it): make one with forwardtune sweep"
@@ -177,19 +177,3 @@ def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
         if values[0] != values[1]:
             return f"{key} {values[0]}, and the sweep file now asks for {values[1]}"
     return "other options"
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """What the file holds; nothing if it is missing or damaged."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a file that is whole or not there."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
