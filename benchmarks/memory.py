@@ -1,116 +1,163 @@
 """Peak memory of a full-tuning step, against one inference forward and against backpropagation with Adam.
 
-    python benchmarks/memory.py [--sizes 125m 1.3b] [--device cuda] [--length 32]
+    python benchmarks/memory.py [--sizes 125m 1.3b] [--dtypes bfloat16] [--device cuda] [--length 32]
 
-OPT-shaped models with random weights in bfloat16, batch 16. Every measurement is a process of its own: resident memory on a
-CPU, allocated memory on a GPU. ``bound`` is the largest tuned layer, embeddings and vocabulary head left out: what a step may
-take beyond inference. Adam holds two states of the weights' dtype and the gradient (AdamW of torch, bfloat16 throughout);
-sizes that do not fit are left out and said so.
+OPT-shaped models with random weights, batch 16, every weight tuned, one logit row a sequence. MeZO and Adam run in processes of
+their own: resident memory on a CPU, allocated memory on a GPU. ``more`` is the peak of a step over the peak of a forward pass
+of the same batch, both in the same process and after a first round of each, so that neither pays for what libraries load and
+cache at their first use; ``first`` is the same of the first step, self-check included. ``bound`` is the largest tuned
+layer, embeddings and vocabulary head left out.
+
+Adam is torch's AdamW with gradient and states in the weights' dtype. What would not fit into the memory that is free beside
+``--reserve`` is not tried: ``adam_at_least`` is then four times the weights, by arithmetic.
+
+On a CPU the C library keeps freed memory for later, how much depends on the order of calls. The processes tell it to return blocks
+of 64 KiB and more at once: what is measured is memory in use.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 from machine import write
-from shapes import OPT, opt
+from shapes import OPT, largest_layer, make, vocabulary
 from torch import nn
 
 from forwardtune import MeZO, memory
 from forwardtune.objectives import logits_at
 
-BATCH, VOCABULARY = 16, 50272
+BATCH = 16
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+PROMPT_RETURN = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+# What a process holds beside the model: libraries, activations of 512 tokens, logits.
+BESIDE = 3 << 30
 
 
-def measure(what: str, size: str, device: str, length: int) -> dict[str, Any]:
-    """Peak memory of one kind of work, in this process."""
-    # What libraries load at their first use is not the model's.
-    tiny = nn.Linear(64, 64).to(device)
-    MeZO(tiny, lr=1e-3).step(lambda: tiny(torch.ones(1, 64, device=device)).sum())
-    model = opt(size, torch.bfloat16, device)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+def measure(what: str, size: str, dtype: torch.dtype, device: str, length: int) -> dict[str, Any]:
+    """Peak memory of one method, in this process."""
+    warm_up(dtype, device)
+    model = make(size, dtype, device)
     generator = torch.Generator().manual_seed(0)
-    input_ids = torch.randint(0, VOCABULARY, (BATCH, length), generator=generator).to(device)
+    input_ids = torch.randint(0, vocabulary(model), (BATCH, length), generator=generator).to(device)
     last = torch.arange(BATCH, device=device) * length + length - 1
     batch = {"input_ids": input_ids, "positions": last}
 
     def loss() -> torch.Tensor:
         return logits_at(model, batch).logsumexp(dim=-1).mean()
 
-    with torch.no_grad():
-        loss()
-    memory.reset_peak(device)
-    if what == "inference":
-        with torch.no_grad():
-            loss()
-    elif what == "mezo":
-        optimizer = MeZO(model, lr=1e-9, perturbation="scratch")
-        for _ in range(2):
-            optimizer.step(loss)
-    else:
+    def peak_of(work: Any) -> int:
+        memory.reset_peak(device)
+        work()
+        return memory.peak(device)
+
+    if what == "adam":
         adam = torch.optim.AdamW(model.parameters(), lr=1e-9, foreach=False)
-        for _ in range(2):
+
+        def step() -> None:
             loss().backward()
             adam.step()
             adam.zero_grad()
-    largest = max(
-        sum(p.numel() * p.element_size() for p in module.parameters(recurse=False))
-        for module in model.modules()
-        if not isinstance(module, nn.Embedding) and module is not model.get_output_embeddings()
+
+        return {"adam": max(peak_of(step) for _ in range(2))}
+    with torch.no_grad():
+        loss()
+        inference = peak_of(loss)
+        optimizer = MeZO(model, lr=1e-9)
+        first = peak_of(lambda: optimizer.step(loss))
+        mezo = peak_of(lambda: optimizer.step(loss))
+    assert optimizer.perturbation is not None
+    assert optimizer.perturbation.name == "scratch"
+    return {
+        "weights": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "bound": largest_layer(model),
+        "inference": inference,
+        "mezo": mezo,
+        "more": mezo - inference,
+        "first": first - inference,
+    }
+
+
+def warm_up(dtype: torch.dtype, device: str) -> None:
+    """What libraries load at their first use is not the model's: every kernel runs once, on a model of a few weights."""
+    embedding, linear = nn.Embedding(8, 64), nn.Linear(64, 8)
+    tiny = nn.Sequential(embedding, linear).to(device, dtype)
+    numbers = torch.arange(8, device=device)
+    MeZO(tiny, lr=1e-3).step(lambda: tiny(numbers).float().logsumexp(dim=-1).sum())
+    tiny(numbers).sum().backward()
+
+
+def in_process(what: str, size: str, dtype: str, options: argparse.Namespace) -> dict[str, Any]:
+    """The measurement of a process of its own; nothing if memory is short."""
+    layers, _, width = OPT[size]
+    weights = (12 * layers * width**2 + 50272 * width) * DTYPES[dtype].itemsize
+    needed = weights * (4 if what == "adam" else 1) + BESIDE
+    if needed > free(options.device) - options.reserve * 2**30:
+        print(f"{size} {dtype} {what}: needs about {needed / 2**30:.0f} GiB, which are not free", file=sys.stderr)
+        return {"adam": None, "adam_at_least": 4 * weights} if what == "adam" else {}
+    arguments = ["--only", what, "--sizes", size, "--dtypes", dtype]
+    done = subprocess.run(
+        [sys.executable, __file__, *arguments, "--device", options.device, "--length", str(options.length)],
+        env=os.environ | PROMPT_RETURN,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
     )
-    return {"peak": memory.peak(device), "weights": weights, "bound": largest}
-
-
-def in_process(what: str, size: str, options: argparse.Namespace) -> dict[str, Any] | None:
-    """The measurement of a process of its own; None if it ran out of memory."""
-    arguments = ["--only", what, "--sizes", size, "--device", options.device, "--length", str(options.length)]
-    done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
-        print(f"{size} {what}: not measured ({(done.stderr.strip().splitlines() or ['killed'])[-1]:.100})")
-        return None
+        print(f"{size} {dtype} {what}: failed with exit code {done.returncode}", file=sys.stderr)
+        return {"adam": None, "adam_at_least": 4 * weights} if what == "adam" else {}
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def free(device: str) -> int:
+    """Bytes of memory that are not in use."""
+    if device != "cpu":
+        return torch.cuda.mem_get_info(device)[0]
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
 
 
 def main() -> None:
     """Print and save the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", choices=OPT, default=["125m", "350m", "1.3b"])
+    parser.add_argument("--sizes", nargs="+", choices=OPT, default=["125m", "350m", "1.3b", "2.7b"])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--length", type=int, default=32)
-    parser.add_argument("--only", choices=("inference", "mezo", "adam"), help=argparse.SUPPRESS)
+    parser.add_argument("--reserve", type=float, default=1.0, help="GiB to leave to others")
+    parser.add_argument("--only", choices=("mezo", "adam"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.only:
-        print(json.dumps(measure(options.only, options.sizes[0], options.device, options.length)))
+        dtype = DTYPES[options.dtypes[0]]
+        print(json.dumps(measure(options.only, options.sizes[0], dtype, options.device, options.length)))
         return
     rows = []
-    print(f"{'size':6}{'inference':>12}{'MeZO':>12}{'more':>10}{'bound':>10}{'Adam':>12}   MiB")
+    titles = ("inference", "mezo", "more", "first", "bound", "adam")
+    print(f"{'size':6}{'dtype':10}" + "".join(f"{title:>12}" for title in titles) + "   MiB")
     for size in options.sizes:
-        found = {what: in_process(what, size, options) for what in ("inference", "mezo", "adam")}
-        inference, mezo, adam = found["inference"], found["mezo"], found["adam"]
-        if inference is None or mezo is None:
-            continue
-        row = {
-            "size": size,
-            "weights": mezo["weights"],
-            "inference": inference["peak"],
-            "mezo": mezo["peak"],
-            "more": mezo["peak"] - inference["peak"],
-            "bound": mezo["bound"],
-            "adam": adam["peak"] if adam else None,
-        }
-        rows.append(row)
-        mib = {key: (value or float("nan")) / 2**20 for key, value in row.items() if key != "size"}
-        print(
-            f"{size:6}{mib['inference']:12,.0f}{mib['mezo']:12,.0f}{mib['more']:10,.1f}{mib['bound']:10,.1f}"
-            f"{mib['adam']:12,.0f}",
-            flush=True,
-        )
-    write(f"memory-{options.device}", {"batch": [BATCH, options.length], "rows": rows})
+        for dtype in options.dtypes:
+            mezo = in_process("mezo", size, dtype, options)
+            if not mezo:
+                continue
+            row = {
+                "size": size,
+                "dtype": dtype,
+                "batch": [BATCH, options.length],
+                **mezo,
+                **in_process("adam", size, dtype, options),
+            }
+            rows.append(row)
+            print(
+                f"{size:6}{dtype:10}" + "".join(f"{(row[title] or float('nan')) / 2**20:12,.1f}" for title in titles),
+                flush=True,
+            )
+            write("memory" if options.device == "cpu" else "memory-cuda", {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -12,20 +12,20 @@ import time
 
 import torch
 from machine import write
-from step import BATCH, LENGTH, model_like_smollm2
+from shapes import make
 from timing import interleave
 
 from forwardtune import MeZO
 from forwardtune.noise import Update
 from forwardtune.objectives import logits_at
 
-STEPS = 1000
+STEPS, BATCH, LENGTH = 1000, 16, 32
 
 
 @torch.no_grad()
 def main() -> None:
     """Print and save the ratio."""
-    model = model_like_smollm2(torch.bfloat16)
+    model = make("smollm2-135m", torch.bfloat16)
     input_ids = torch.randint(0, 49152, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": input_ids, "positions": torch.arange(BATCH) * LENGTH + LENGTH - 1}
     optimizer = MeZO(model, lr=1e-9)

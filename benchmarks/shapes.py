@@ -1,9 +1,12 @@
-"""OPT-shaped models of the paper's sizes with cheap weights: time and memory do not depend on the values."""
+"""Models of known shapes with cheap weights: time and memory do not depend on the values."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from transformers import OPTConfig, OPTForCausalLM
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 #: name -> (layers, heads, width)
 OPT = {
@@ -15,12 +18,56 @@ OPT = {
     "13b": (40, 40, 5120),
     "30b": (48, 56, 7168),
 }
+#: All shapes: that of SmolLM2-135M, and OPT's by their sizes.
+SHAPES = ("smollm2-135m", *OPT)
 
 
-def opt(size: str, dtype: torch.dtype, device: str = "cpu") -> OPTForCausalLM:
-    """An OPT of that size in evaluation mode. Weights are uniform noise, so no operation meets special values."""
+def make(name: str, dtype: torch.dtype, device: str = "cpu") -> Any:
+    """A model of that shape in evaluation mode. Weights are uniform noise, so no operation meets special values."""
+    with torch.device("meta"):
+        model = (LlamaForCausalLM(_smollm2()) if name == "smollm2-135m" else OPTForCausalLM(_opt(name))).to(dtype)
+    buffers = {key: buffer for key, buffer in model.named_buffers() if buffer.is_meta}
+    model = model.to_empty(device=device)
+    model.tie_weights()
+    generator = torch.Generator(device).manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.uniform_(-0.02, 0.02, generator=generator)
+        for key in buffers:  # rotary frequencies: made up, too
+            model.get_buffer(key).uniform_(0, 1, generator=generator)
+    return model.eval()
+
+
+def largest_layer(model: Any) -> int:
+    """Bytes of the largest module's own weights, embeddings and vocabulary head left out."""
+    head = model.get_output_embeddings()
+    return max(
+        sum(p.numel() * p.element_size() for p in module.parameters(recurse=False))
+        for module in model.modules()
+        if not isinstance(module, nn.Embedding) and module is not head
+    )
+
+
+def vocabulary(model: Any) -> int:
+    """How many tokens the model knows."""
+    return int(model.config.vocab_size)
+
+
+def _smollm2() -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    )
+
+
+def _opt(size: str) -> OPTConfig:
     layers, heads, width = OPT[size]
-    config = OPTConfig(
+    return OPTConfig(
         num_hidden_layers=layers,
         num_attention_heads=heads,
         hidden_size=width,
@@ -28,12 +75,3 @@ def opt(size: str, dtype: torch.dtype, device: str = "cpu") -> OPTForCausalLM:
         ffn_dim=4 * width,
         dropout=0.0,
     )
-    with torch.device("meta"):
-        model = OPTForCausalLM(config).to(dtype)
-    model = model.to_empty(device=device)
-    model.tie_weights()
-    generator = torch.Generator(device).manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.uniform_(-0.02, 0.02, generator=generator)
-    return model.eval()

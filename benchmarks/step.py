@@ -1,50 +1,42 @@
 """Seconds of a full-tuning step, against its floor of two forward passes and against the published loop.
 
-    python benchmarks/step.py
+    python benchmarks/step.py                     # the shape of SmolLM2-135M, 16 x 32, bfloat16 and float32, on a CPU
+    python benchmarks/step.py --device cuda       # OPT's shapes, 16 x 32, 64 and 400, bfloat16; with their memory
+    python benchmarks/step.py --shapes 125m --lengths 32 --rounds 2 --output smoke
 
-The model has the shape of SmolLM2-135M with random weights, the batch 16 sequences of 32 tokens, and one logit row a
-sequence is computed, as for a task with one-token answers. ``reference`` transcribes the published loop: three passes of
-``torch.normal`` over the stored weights and one for the update, with a logit row for every token.
+Models have random weights. One logit row a sequence is computed, as for a task with one-token answers. ``reference`` transcribes
+the published loop: three passes of ``torch.normal`` over the stored weights and one for the update, with a logit row for every token.
+On a GPU the peaks of allocated memory of a forward pass and of a step are compared as well, with the largest tuned layer beside
+them (on a CPU ``memory.py`` does that, in processes of their own).
 """
 
 from __future__ import annotations
 
+import argparse
+import gc
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from machine import write
+from shapes import SHAPES, largest_layer, make, vocabulary
 from timing import interleave
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from forwardtune import MeZO
+from forwardtune import MeZO, memory
 from forwardtune.objectives import logits_at
 
-BATCH, LENGTH, EPS = 16, 32, 1e-3
-
-
-def model_like_smollm2(dtype: torch.dtype) -> LlamaForCausalLM:
-    """SmolLM2-135M's shape with random weights."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        tie_word_embeddings=True,
-    )
-    return LlamaForCausalLM(config).to(dtype).eval()
+BATCH, EPS = 16, 1e-3
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 
 
 @torch.no_grad()
-def reference_step(model: LlamaForCausalLM, input_ids: torch.Tensor, last: torch.Tensor, lr: float, seed: int) -> None:
+def reference_step(model: Any, input_ids: torch.Tensor, last: torch.Tensor, lr: float, seed: int) -> None:
     """One step of the published loop."""
 
     def add_noise(scale: float) -> None:
         torch.manual_seed(seed)
         for parameter in model.parameters():
-            z = torch.normal(mean=0, std=1, size=parameter.shape, dtype=parameter.dtype)
+            z = torch.normal(mean=0, std=1, size=parameter.shape, dtype=parameter.dtype, device=parameter.device)
             parameter.data = parameter.data + scale * z
 
     def loss() -> float:
@@ -67,46 +59,107 @@ def perturbed(optimizer: MeZO, loss: Callable[[], torch.Tensor]) -> None:
         loss()
 
 
+def measure(model: Any, length: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds and their ratios; peaks of memory on a GPU."""
+    device = options.device
+    input_ids = torch.randint(0, vocabulary(model), (BATCH, length), generator=torch.Generator().manual_seed(0)).to(
+        device
+    )
+    last = torch.arange(BATCH, device=device) * length + length - 1
+    batch = {"input_ids": input_ids, "positions": last}
+    optimizer = MeZO(model, lr=1e-9, eps=EPS)
+
+    @torch.no_grad()
+    def loss() -> torch.Tensor:
+        return logits_at(model, batch).logsumexp(dim=-1).mean()
+
+    optimizer.step(loss)
+    assert optimizer.perturbation is not None
+    assert optimizer.perturbation.name == "scratch"
+    works: dict[str, Callable[[], object]] = {
+        "forward": loss,
+        "perturbed_forward": lambda: perturbed(optimizer, loss),
+        "step": lambda: optimizer.step(loss),
+    }
+    if not options.no_reference:
+        works["reference"] = lambda: reference_step(model, input_ids, last, 1e-9, 0)
+    seconds = interleave(works, options.rounds, device)
+    floor = 2 * seconds["forward"]
+    row: dict[str, Any] = {
+        "seconds": seconds,
+        "step_over_floor": seconds["step"] / floor,
+    }
+    if "reference" in seconds:
+        row["reference_over_floor"] = seconds["reference"] / floor
+        row["reference_over_step"] = seconds["reference"] / seconds["step"]
+    if torch.device(device).type == "cuda":
+        row["memory"] = peaks(optimizer, loss, model, device)
+    return row
+
+
+def peaks(optimizer: MeZO, loss: Callable[[], torch.Tensor], model: Any, device: str) -> dict[str, int]:
+    """Allocated bytes at the peak of a forward pass without an optimizer's scratch memory, and of a step."""
+    memory.reset_peak(device)
+    optimizer.step(loss)
+    step = memory.peak(device)
+    optimizer.perturbation = None  # its scratch memory is not inference's; the next first step finds the same again
+    gc.collect()
+    memory.reset_peak(device)
+    loss()
+    inference = memory.peak(device)
+    memory.reset_peak(device)
+    optimizer.step(loss)
+    first = memory.peak(device)
+    return {
+        "weights": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "inference": inference,
+        "step": step,
+        "more": step - inference,
+        "first": first - inference,
+        "bound": largest_layer(model),
+    }
+
+
 def main() -> None:
     """Print and save the ratios."""
-    input_ids = torch.randint(0, 49152, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
-    last = torch.arange(BATCH) * LENGTH + LENGTH - 1
-    batch = {"input_ids": input_ids, "positions": last}
-    rows = {}
-    print(f"{'dtype':10}{'step / 2 forwards':>20}{'reference / 2 forwards':>24}{'reference / step':>18}")
-    for dtype in (torch.bfloat16, torch.float32):
-        model = model_like_smollm2(dtype)
-        optimizer = MeZO(model, lr=1e-9, eps=EPS)
-
-        @torch.no_grad()
-        def loss(model: LlamaForCausalLM = model) -> torch.Tensor:
-            return logits_at(model, batch).logsumexp(dim=-1).mean()
-
-        optimizer.step(loss)
-        assert optimizer.perturbation is not None
-        assert optimizer.perturbation.name == "scratch"
-        seconds = interleave(
-            {
-                "forward": loss,
-                "perturbed_forward": lambda optimizer=optimizer, loss=loss: perturbed(optimizer, loss),
-                "step": lambda optimizer=optimizer, loss=loss: optimizer.step(loss),
-                "reference": lambda model=model: reference_step(model, input_ids, last, 1e-9, 0),
-            },
-            rounds=9,
-        )
-        floor = 2 * seconds["forward"]
-        name = str(dtype).removeprefix("torch.")
-        rows[name] = {
-            "seconds": seconds,
-            "step_over_floor": seconds["step"] / floor,
-            "reference_over_floor": seconds["reference"] / floor,
-            "reference_over_step": seconds["reference"] / seconds["step"],
-        }
-        row = rows[name]
-        print(
-            f"{name:10}{row['step_over_floor']:20.2f}{row['reference_over_floor']:24.2f}{row['reference_over_step']:18.2f}"
-        )
-    write("step", {"batch": [BATCH, LENGTH], "rows": rows})
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES)
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES)
+    parser.add_argument("--lengths", nargs="+", type=int)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--no-reference", action="store_true", help="leave the published loop out")
+    parser.add_argument("--output", help="name of the result file: step on a CPU, step-cuda on a GPU")
+    options = parser.parse_args()
+    gpu = torch.device(options.device).type == "cuda"
+    shapes = options.shapes or (["125m", "1.3b", "6.7b", "13b"] if gpu else ["smollm2-135m"])
+    dtypes = options.dtypes or (["bfloat16"] if gpu else ["bfloat16", "float32"])
+    lengths = options.lengths or ([32, 64, 400] if gpu else [32])
+    rows = []
+    titles = ("step / 2 forwards", "reference / 2 forwards", "reference / step", "step, s")
+    print(f"{'shape':14}{'dtype':10}{'length':>6}" + "".join(f"{title:>24}" for title in titles))
+    for shape in shapes:
+        for name in dtypes:
+            model = make(shape, DTYPES[name], options.device)
+            for length in lengths:
+                row = {"shape": shape, "dtype": name, "batch": [BATCH, length], **measure(model, length, options)}
+                rows.append(row)
+                none = float("nan")
+                numbers = (
+                    row["step_over_floor"],
+                    row.get("reference_over_floor", none),
+                    row.get("reference_over_step", none),
+                    row["seconds"]["step"],
+                )
+                print(f"{shape:14}{name:10}{length:6}" + "".join(f"{number:24.3f}" for number in numbers), flush=True)
+                if "memory" in row:
+                    mib = {key: value / 2**20 for key, value in row["memory"].items()}
+                    print("    MiB: " + ", ".join(f"{key} {value:,.1f}" for key, value in mib.items()), flush=True)
+                write(options.output or ("step-cuda" if gpu else "step"), {"rows": rows})
+            del model
+            gc.collect()
+            if gpu:
+                torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

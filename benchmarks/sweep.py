@@ -1,12 +1,13 @@
 """One noise sweep over 100M weights, against an in-place multiply-add over the same memory.
 
-    python benchmarks/sweep.py
+    python benchmarks/sweep.py [--device cuda] [--weights 100000000]
 
-Both use all torch threads; the perturbation is also timed as it runs inside a forward pass. First the sweeps are checked
-against the plain definition on a stretch of the same tensor.
+Both use all torch threads, or the GPU. First the sweeps are checked against the plain definition on a stretch of the same tensor.
 """
 
 from __future__ import annotations
+
+import argparse
 
 import torch
 from machine import write
@@ -14,36 +15,39 @@ from timing import interleave
 
 from forwardtune.noise import DIRECTIONS, Noise, Update, cpu, definition
 
-WEIGHTS = 100_000_000
 CHECKED = 100_000
 
 
 def check(noise: Noise, weight: torch.Tensor) -> None:
     """The fast sweeps give the definition's bits."""
-    assert cpu is not None
     piece = weight[:CHECKED].clone()
-    fast, slow = torch.empty_like(piece), torch.empty_like(piece)
-    cpu.perturb(fast, piece, noise.direction, noise.seed, 1, 2, 0, 1e-3)
-    definition.perturb(slow, piece, noise.direction, noise.seed, 1, 2, 0, 1e-3)
-    assert torch.equal(fast, slow)
-    fast, slow = piece.clone(), piece.clone()
-    cpu.update(fast, [Update(2, (1e-6,))], noise.direction, noise.seed, 1)
+    fast, slow = torch.empty_like(piece), torch.empty_like(piece.cpu())
+    noise.perturb(fast, piece, tensor=1, step=2, probe=0, scale=1e-3)
+    definition.perturb(slow, piece.cpu(), noise.direction, noise.seed, 1, 2, 0, 1e-3)
+    assert torch.equal(fast.cpu(), slow)
+    fast, slow = piece.clone(), piece.cpu().clone()
+    noise.update(fast, [Update(2, (1e-6,))], tensor=1)
     definition.update(slow, [Update(2, (1e-6,))], noise.direction, noise.seed, 1)
-    assert torch.equal(fast, slow)
+    assert torch.equal(fast.cpu(), slow)
 
 
 def main() -> None:
     """Print and save the ratios."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--weights", type=int, default=100_000_000)
+    options = parser.parse_args()
     assert cpu is not None
+    cpu._MIN_PER_THREAD_IN_FORWARD = cpu._MIN_PER_THREAD  # the sweep alone, not one between two modules
     rows = {}
     print(f"{'dtype':10}{'direction':12}{'perturb':>10}{'update':>10}   (times of an in-place multiply-add)")
     for dtype in (torch.float32, torch.bfloat16):
-        weight = torch.empty(WEIGHTS, dtype=dtype).normal_(std=0.02, generator=torch.Generator().manual_seed(0))
+        generator = torch.Generator(options.device).manual_seed(0)
+        weight = torch.empty(options.weights, dtype=dtype, device=options.device).normal_(std=0.02, generator=generator)
         other, out = weight.clone(), torch.empty_like(weight)
         for name, direction in DIRECTIONS.items():
             noise = Noise(0, direction)
             check(noise, weight)
-            cpu._MIN_PER_THREAD_IN_FORWARD = cpu._MIN_PER_THREAD
             seconds = interleave(
                 {
                     "multiply_add": lambda weight=weight, other=other: weight.add_(other, alpha=1e-9),
@@ -53,12 +57,14 @@ def main() -> None:
                     "update": lambda noise=noise, weight=weight: noise.update(weight, [Update(2, (1e-9,))], tensor=1),
                 },
                 rounds=9,
+                device=options.device,
             )
             label = str(dtype).removeprefix("torch.")
             ratios = {work: seconds[work] / seconds["multiply_add"] for work in ("perturb", "update")}
             rows[f"{label} {name}"] = {"seconds": seconds, **ratios}
             print(f"{label:10}{name:12}{ratios['perturb']:10.2f}{ratios['update']:10.2f}")
-    write("sweep", {"weights": WEIGHTS, "rows": rows})
+    name = "sweep" if options.device == "cpu" else "sweep-cuda"
+    write(name, {"weights": options.weights, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -6,15 +6,27 @@ import statistics
 import time
 from collections.abc import Callable
 
+import torch
 
-def interleave(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each piece of work; one untimed round first, then all of them in turn, ``rounds`` times."""
+
+def interleave(works: dict[str, Callable[[], object]], rounds: int, device: str = "cpu") -> dict[str, float]:
+    """Median seconds of each piece of work; one untimed round first, then all of them in turn, ``rounds`` times.
+
+    On a GPU the clock is read when everything that was launched is done.
+    """
     for work in works.values():
         work()
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(rounds):
         for name, work in works.items():
+            _finish(device)
             began = time.perf_counter()
             work()
+            _finish(device)
             seconds[name].append(time.perf_counter() - began)
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def _finish(device: str) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)

@@ -101,7 +101,7 @@ class Setting:
     def train(self, folder: Path, **changes: object) -> list[object]:
         """Arguments of ``train``; None leaves an option out, True makes it a flag."""
         options: dict[str, object] = {"model": self.model, "task": self.task, "output_dir": folder}
-        options |= {"steps": STEPS, "batch_size": 4, "lr": 1e-3, "device": "cpu", **changes}
+        options |= {"steps": STEPS, "batch_size": 4, "lr": 1e-3, "eps": 1e-3, "device": "cpu", **changes}
         return ["train", *_flags(options)]
 
     def resume(self, folder: Path, **changes: object) -> list[object]:
@@ -429,13 +429,13 @@ def refused(folder: Path, words: str, code: int = 2) -> Iterator[Any]:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"lr": 0}, "--lr must be positive"),
-        ({"lr": -1e-3}, "--lr must be positive"),
-        ({"lr": "nan"}, "--lr must be positive"),
-        ({"lr": "inf"}, "--lr must be positive"),
-        ({"lr": "fast"}, "invalid float value"),
-        ({"eps": 0}, "--eps must be positive"),
-        ({"eps": "nan"}, "--eps must be positive"),
+        ({"lr": 0}, "argument --lr: .* is neither a positive number nor 'auto'"),
+        ({"lr": -1e-3}, "argument --lr: .* is neither a positive number nor 'auto'"),
+        ({"lr": "nan"}, "argument --lr: .* is neither a positive number nor 'auto'"),
+        ({"lr": "inf"}, "argument --lr: .* is neither a positive number nor 'auto'"),
+        ({"lr": "fast"}, "'fast' is neither"),
+        ({"eps": 0}, "argument --eps: .* is neither"),
+        ({"eps": "nan"}, "argument --eps: .* is neither"),
         ({"steps": 0}, "--steps must be positive"),
         ({"steps": -5}, "--steps must be positive"),
         ({"batch_size": 0}, "--batch-size must be positive"),

@@ -16,6 +16,7 @@ import torch
 
 from forwardtune import MeZO, StepLog, noise, replay
 from forwardtune.noise import DIRECTIONS, GAUSSIAN, Noise, Update, definition
+from forwardtune.rules import RULES, _total
 from forwardtune.trajectory import read_log
 from support import DTYPES, HALF, assert_same_bits, closure_for, same_bits, snapshot, tiny_model, token_batch
 
@@ -110,6 +111,23 @@ def test_no_sweep_waits_for_the_device(dtype):
             Noise(7).z(weight, tensor=1, step=step, probe=0)
             unchanged = gpu.update(weight.view(-1), [Update(step, (1e-3 / (step + 1),), 0.99)], GAUSSIAN, 7, 1)
     assert 0 <= int(unchanged) <= weight.numel()
+
+
+@pytest.mark.parametrize("rule", RULES)
+@every_dtype
+def test_moving_all_tensors_waits_for_the_device_once_at_the_end(dtype, rule):
+    model = tiny_model("llama", dtype).to(CUDA)
+    optimizer = MeZO(model, lr=1e-3, rule=rule)
+    for step in range(3):
+        updates = [optimizer.rule.plan(step, [1.0 / (step + 1)], 1e-3, 0.1)]
+        # The first round may compile a kernel, which may wait.
+        with no_waiting() if step else torch.no_grad(), torch.no_grad():
+            counts = [
+                optimizer.rule.move(optimizer.noise, tensor, updates, optimizer.history, keep=True)
+                for tensor in optimizer.tuned
+            ]
+        assert all(isinstance(count, torch.Tensor) for count in counts)
+        assert 0 <= _total(counts) <= optimizer.tuned.numel
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)

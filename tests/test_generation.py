@@ -13,7 +13,7 @@ import torch
 
 import support
 from forwardtune.models import forward, tune
-from forwardtune.objectives import Context, Sampling, generate
+from forwardtune.objectives import Context, Sampling, generate, generation, write
 from forwardtune.tasks import Task
 from test_objectives import TOKENIZER, talking_model, tokens
 
@@ -131,6 +131,36 @@ def test_text_ends_where_the_model_ends_it() -> None:
     (found, *_) = generate(model, TOKENIZER, TASK, PROMPTS)
     assert found == text_of(written[:end])
     assert "<" not in found
+
+
+def test_tokens_are_those_of_the_text_with_its_stop_string(llama: Any) -> None:
+    """Without what fills the rows of a batch that ended before others."""
+    rows = [likeliest(llama, prompt) for prompt in PROMPTS]
+    assert write(llama, TOKENIZER, TASK, PROMPTS).tokens == rows
+    stop = text_of(rows[0])[2:5]
+    found = write(llama, TOKENIZER, replace(TASK, stop=stop), PROMPTS)
+    assert found.tokens == [rows[0][: len(found.tokens[0])], *rows[1:]]
+    assert stop in TOKENIZER.decode(found.tokens[0])
+    assert stop not in TOKENIZER.decode(found.tokens[0][:-1])
+    ends = speaker()
+    with torch.no_grad():  # its likeliest token is the end
+        head = ends.get_output_embeddings().weight
+        head[TOKENIZER.eos_token_id] = head[rows[1][3]] * 1.01
+    written = likeliest(ends, PROMPTS[1])
+    end = written.index(TOKENIZER.eos_token_id)
+    assert write(ends, TOKENIZER, TASK, PROMPTS).tokens[1] == written[:end]
+
+
+def test_stop_string_is_looked_up_in_the_vocabulary_once(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for every batch. A vocabulary that grew is looked through again."""
+    made: list[str] = []
+    real = generation.StopStringCriteria
+    monkeypatch.setattr(generation, "StopStringCriteria", lambda t, stop: made.append(stop[0]) or real(t, stop))
+    for stop in ("qz", "qz", "zq", "qz"):
+        generate(llama, TOKENIZER, replace(TASK, stop=stop, max_new_tokens=2), PROMPTS)
+    assert made == ["qz", "zq"]
+    generation._stopping(TOKENIZER, len(TOKENIZER) + 1, "qz")
+    assert made == ["qz", "zq", "qz"]
 
 
 def test_what_the_models_folder_says_of_decoding_is_left_aside(llama: Any) -> None:

@@ -17,14 +17,15 @@ SOURCE = Path(forwardtune.__file__).parent
 
 # A module imports from layers before its own, or from its own package. `forwardtune/__init__.py` may import them all.
 LAYERS = (
-    {"errors", "files", "memory", "noise"},
-    {"parameters", "arena"},
+    {"errors", "files", "memory", "noise", "line_search", "guard", "auto"},
+    {"parameters", "arena", "durations"},
     {"perturbation", "estimators", "rules"},
     {"optimizer"},
-    {"trajectory"},
+    {"trajectory", "epsilon"},
     {"tasks", "models"},
     {"objectives"},
     {"evaluation"},
+    {"automatic"},
     {"trainer", "baselines", "sweep"},
     {"report"},
     {"cli"},
@@ -37,7 +38,8 @@ NEEDS = {
     "noise": {"torch"},
     "noise/cpu.py": {"torch", "numba", "numpy", "llvmlite"},
     "noise/gpu.py": {"torch", "triton"},
-} | {part: {"torch"} for part in ("parameters", "arena", "perturbation", "estimators", "rules", "optimizer")}
+} | {part: {"torch"} for part in ("parameters", "arena", "perturbation", "estimators", "rules", "optimizer", "epsilon")}
+NEEDS |= {part: set() for part in ("line_search", "guard", "auto", "durations")}
 NEEDS["trajectory"] = {"torch", "safetensors"}
 
 MODULES = sorted(path.relative_to(SOURCE) for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from forwardtune.errors import InputError
-from forwardtune.evaluation import evaluate, find_layout, generate, plain_layout, prepare
+from forwardtune.evaluation import evaluate, find_layout, plain_layout, prepare
 from forwardtune.models import EMBEDDED_MODEL, load_model
-from forwardtune.objectives import option_scores
+from forwardtune.objectives import generate, option_scores
 from forwardtune.tasks import Example, Task, get_task, load_split, load_splits, task_names
 from forwardtune.tasks.encoding import Encoded, Encoder
 

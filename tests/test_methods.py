@@ -32,6 +32,7 @@ pytestmark = pytest.mark.usefixtures("short_collections")
 EVERY = 2  # steps between two looks at the development examples
 PART = {"causal": "norm", "masked": "bias"}  # of the parameters' names
 # Large enough that the tiny models are past their best step before the last one.
+SCALES = {"lora": 1e-2, "prefix": 1e-1}
 RATES = {
     "mezo": {"all": 1e-2, "lora": 1e-1, "prefix": 1.0, "part": 1.0},
     "adam": {"all": 1e-1, "lora": 1e-2, "prefix": 1.0, "part": 1e-2},
@@ -54,7 +55,8 @@ def settings(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 
 def options(kind: str, method: str, mode: str) -> dict[str, object]:
-    return {"method": method, "tune": PART[kind] if mode == "part" else mode, "lr": RATES[method][mode]}
+    eps = None if method == "adam" else SCALES.get(mode, 1e-3)
+    return {"method": method, "tune": PART[kind] if mode == "part" else mode, "lr": RATES[method][mode], "eps": eps}
 
 
 @pytest.fixture(scope="module")
@@ -239,13 +241,16 @@ def test_adam_takes_five_epochs_of_small_batches(settings: dict[str, Setting], t
     assert metrics["steps"] == 6
 
 
-@pytest.mark.parametrize(("mode", "lr", "eps"), [("all", 1e-6, 1e-3), ("lora", 1e-4, 1e-2), ("prefix", 1e-2, 1e-1)])
-def test_mezo_takes_the_papers_settings_for_what_is_tuned(
-    settings: dict[str, Setting], tmp_path: Path, mode: str, lr: float, eps: float
+@pytest.mark.parametrize(("mode", "eps"), [("all", 1e-3), ("lora", 1e-2), ("prefix", 1e-1)])
+def test_eps_begins_where_the_papers_is_for_what_is_tuned(
+    settings: dict[str, Setting], tmp_path: Path, mode: str, eps: float
 ) -> None:
-    assert cli(*settings["causal"].train(tmp_path / "run", tune=mode, lr=None, steps=1)).code == 0
-    header = read_log(tmp_path / "run" / "steps.jsonl").header
-    assert (header["run"]["lr"], header["eps"], header["run"]["tune"]) == (lr, eps, mode)
+    """One step leaves no forward passes for a search: eps stays, and the rate is the first guess."""
+    assert cli(*settings["causal"].train(tmp_path / "run", tune=mode, lr=None, eps=None, steps=1)).code == 0
+    log = read_log(tmp_path / "run" / "steps.jsonl")
+    assert (log.header["run"]["lr"], log.header["eps"], log.header["run"]["tune"]) == ("auto", eps, mode)
+    record = log.records[0]
+    assert record.lr[0] * abs(record.coefficients[0]) == pytest.approx(0.3 * eps)
 
 
 def test_settings_of_adapters_reach_them(settings: dict[str, Setting], tmp_path: Path) -> None:
@@ -630,7 +635,8 @@ def test_numbers_that_are_not_finite_are_written_as_json(settings: dict[str, Set
         ({"method": "adam", "clip_coefficient": 1}, "--clip-coefficient belongs to --method mezo: leave it out"),
         ({"method": "adam", "save_steps": 1}, "--save-steps belongs to --method mezo: leave it out"),
         ({"method": "adam", "resume": True}, "--method adam keeps no step log.*new folder"),
-        ({"method": "adam", "lr": 0}, "--lr must be positive"),
+        ({"method": "adam", "lr": 0}, "--lr: .* is neither a positive"),
+        ({"method": "adam", "lr": "auto"}, "--lr auto is found with forward passes.*a number for adam"),
         ({"method": "adam", "dtype": "float16"}, "Adam cannot tune float16 weights.*float32 or bfloat16"),
         # What would have no effect is not taken in silence.
         ({"method": "adam", "probes": 4}, "--probes"),

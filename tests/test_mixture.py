@@ -17,8 +17,8 @@ from transformers import TrainerCallback
 
 import support
 from forwardtune.errors import InputError
-from forwardtune.evaluation import evaluate, find_layout, generate, prepare
-from forwardtune.objectives import Reward, Sampling, TaskObjective
+from forwardtune.evaluation import evaluate, find_layout, prepare
+from forwardtune.objectives import Reward, Sampling, TaskObjective, generate
 from forwardtune.objectives.mixture import parse
 from forwardtune.tasks import Task, metrics
 from forwardtune.tasks.encoding import Encoded
@@ -367,11 +367,22 @@ def test_steps_without_a_coefficient_are_counted_and_advised(tiny_folder: Path, 
     assert "zero coefficient steps: 6" in cli("inspect", run / "steps.jsonl").err
 
 
+def test_advice_comes_early(tiny_folder: Path, tmp_path: Path) -> None:
+    """Not only at the end of a long run; and the bar counts with it."""
+    setting = Setting(tiny_folder, write_task(tmp_path / "task"))
+    ran = cli(*setting.train(tmp_path / "run", objective="accuracy", eps=1e-6, steps=30))
+    assert ran.code == 0, ran.err
+    assert ran.err.index("in 25 of 25 steps (100%)") < ran.err.index("in 30 of 30 steps (100%)")
+    assert "30 moved nothing" in ran.err
+    assert "objective 0." in ran.err or "objective 1." in ran.err
+
+
 def test_run_that_moves_is_not_advised(tiny_folder: Path, tmp_path: Path) -> None:
     setting = Setting(tiny_folder, write_task(tmp_path / "task"))
     ran = cli(*setting.train(tmp_path / "run", objective="accuracy + 0.1 * loss", eps=1e-2))
     assert ran.code == 0, ran.err
     assert "both sides" not in ran.err
+    assert "moved nothing" not in ran.err
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["zero_coefficient_steps"] == 0
     assert json.loads(cli("inspect", tmp_path / "run" / "steps.jsonl", "--json").out)["zero_coefficient_steps"] == 0
 

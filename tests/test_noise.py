@@ -544,7 +544,7 @@ def everything() -> str:
             noise.perturb(out, weight, **address)
             rows = noise.perturb_rows(weight, torch.tensor([[3, 49]]), **address)
             unchanged = noise.update(weight, run_of_updates(), tensor=7)
-            for tensor in (out, rows, weight, torch.tensor(unchanged)):
+            for tensor in (out, rows, weight, torch.as_tensor(unchanged)):
                 state.update(bytes(tensor.reshape(-1).view(torch.uint8).tolist()))
     return state.hexdigest()
 

@@ -7,6 +7,7 @@ the compiler nor the speed. What the compiler makes of the kernels is read from 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import math
 import os
 import re
@@ -20,10 +21,11 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import forwardtune
 import support
-from forwardtune import noise
+from forwardtune import MeZO, noise
 from forwardtune.noise import DIRECTIONS, GAUSSIAN, RADEMACHER, Direction, Noise, Update, definition
 from test_noise import LAYOUTS, SEED, all_values, assert_equal_bits, everything, hostile, run_of_updates
 
@@ -238,8 +240,59 @@ def test_layout_does_not_matter(through_noise, layout):
     assert_equal_bits(out, expected)
     unchanged = Noise(SEED).update(contiguous, updates, tensor=7)
     assert Noise(SEED).update(strided, updates, tensor=7) == unchanged
-    assert type(unchanged) is int
+    assert isinstance(unchanged, Tensor)  # still on the device, unread
     assert_equal_bits(strided, contiguous)
+
+
+# --- when the host waits ---------------------------------------------------------------------------------------------
+
+
+class Reads(TorchDispatchMode):
+    """Notes every number that is read from a tensor: on a GPU each of them is a wait."""
+
+    def __init__(self, events: list[str]) -> None:
+        super().__init__()
+        self.events = events
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            self.events.append("read")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rule", ["sgd", "sign", "momentum", "adam"])
+def test_a_step_reads_its_losses_after_its_last_evaluation_and_one_count(through_noise, rule, dtype):
+    """However many tensors it moves."""
+    unchanged = []
+    for device in (torch.device("cpu"), through_noise):
+        net = torch.nn.Sequential(*(torch.nn.Linear(16, 16) for _ in range(3)))
+        for i, parameter in enumerate(net.parameters()):
+            parameter.data = hostile(torch.float32, parameter.numel()).view_as(parameter).clamp(-9, 9) / (i + 1)
+        net = net.to(device, dtype)
+        events: list[str] = []
+        losses = itertools.cycle([2.0, 1.0])
+        value = torch.zeros((), device=device)
+
+        def loss(events=events, losses=losses, value=value) -> Tensor:
+            events.append("evaluation")
+            return value.fill_(next(losses))  # the same tensor each time, as a captured graph returns it
+
+        with pytest.MonkeyPatch.context() as patch:
+            if device is not through_noise:
+                patch.setattr(noise, "_fast", lambda device, dtype: noise.cpu)
+            optimizer = MeZO(net, lr=1e-4, perturbation="copy", rule=rule)
+            for _ in range(2):
+                events.clear()
+                with Reads(events):
+                    optimizer.step(loss)
+                assert optimizer.last is not None
+                assert optimizer.last.losses == (2.0, 1.0)
+                unchanged.append(optimizer.last.unchanged)
+        if device is through_noise:
+            assert events == ["evaluation"] * 2 + ["read"] * 3
+    assert unchanged[:2] == unchanged[2:]
+    assert all(type(count) is int for count in unchanged)
 
 
 # --- how sweeps are cut ----------------------------------------------------------------------------------------------

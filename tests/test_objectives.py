@@ -14,8 +14,8 @@ import torch
 
 import support
 from forwardtune.errors import InputError
-from forwardtune.evaluation import evaluate, find_layout, generate, plain_layout, prepare, sign_test, training_objective
-from forwardtune.objectives import logits_at, option_cross_entropy, option_scores, target_likelihood
+from forwardtune.evaluation import evaluate, find_layout, plain_layout, prepare, sign_test, training_objective
+from forwardtune.objectives import generate, logits_at, option_cross_entropy, option_scores, target_likelihood
 from forwardtune.tasks import Example, Task, metrics
 from forwardtune.tasks.batching import Layout, collate
 from forwardtune.tasks.encoding import SEPARATOR, Encoded, Encoder

@@ -548,6 +548,21 @@ def test_a_vocabulary_head_in_slices_gives_the_bits_of_the_whole(dtype, position
     assert (arena_bytes(scratch) < whole / 4) == sliced
 
 
+@pytest.mark.parametrize(
+    ("height", "expected"),
+    [(50272, {1571}), (49152, {2048}), (50000, {2500}), (50261, {2793, 2780})],
+    ids=["OPT's", "a power of two", "twenty slices", "a prime number"],
+)
+def test_slices_of_a_head_are_of_one_height_where_it_can_be_cut_so(height, expected):
+    """And none of them takes more memory than the largest other module does."""
+    net = nn.ModuleDict({"layer": nn.Linear(64, 2792), "head": nn.Linear(64, height, bias=False)})
+    scratch = Scratch(tune(net), NOISE)
+    rows = scratch._slice_rows(net["head"].weight)
+    heights = {min(rows, height - lo) for lo in range(0, height, rows)}
+    assert heights == expected
+    assert rows * 64 <= 64 * 2792 + 2792
+
+
 def test_a_head_whose_slices_differ_in_a_bit_is_computed_whole(monkeypatch):
     monkeypatch.setattr(perturbation, "_VOCABULARY", 1000)
     in_slices = perturbation._project_in_slices

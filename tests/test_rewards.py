@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -18,8 +19,9 @@ import torch
 import support
 from forwardtune import MeZO
 from forwardtune.errors import InputError
+from forwardtune.evaluation import evaluate
 from forwardtune.models import tune
-from forwardtune.objectives import Reward, RewardError, Sampling, TaskObjective, load_reward
+from forwardtune.objectives import Reward, RewardError, Sampling, TaskObjective, generate, load_reward
 from forwardtune.tasks import Example, Task
 from forwardtune.tasks.encoding import Encoded, Encoder
 from forwardtune.tasks.reader import read_task
@@ -92,6 +94,74 @@ def test_function_of_completions_alone() -> None:
     assert Reward(lambda prompts: list(range(len(prompts))), "r")(EXAMPLES, COMPLETIONS) == [0, 1, 2]
 
 
+def test_what_does_not_apply_is_none() -> None:
+    """As TRL has it for data of several kinds."""
+
+    def of_the_old(completions: list[str], age: list[int], **columns: Any) -> list[float | None]:
+        return [float(len(c)) if a > 10 else None for c, a in zip(completions, age, strict=True)]
+
+    assert Reward(of_the_old, "r")(EXAMPLES, COMPLETIONS) == [None, 3.0, 10.0]
+    assert Reward(lambda completions: [None] * 3, "r")(EXAMPLES, COMPLETIONS) == [None] * 3
+
+
+def test_tokens_come_by_trls_name() -> None:
+    ids = [[1, 2], [], [3]]
+    rows = [Example(e.prompt, row={**e.row, "completion_ids": "a column", "trainer_state": 1}) for e in EXAMPLES]
+    assert Reward(lambda completion_ids: [len(i) for i in completion_ids], "r")(rows, COMPLETIONS, ids) == [2, 0, 1]
+
+    def everything(**columns: Any) -> list[int]:
+        assert columns.keys() == {"prompts", "completions", "completion_ids", "name", "age"}
+        assert columns["completion_ids"] is not ids
+        return [0, 0, 0]
+
+    assert Reward(everything, "r")(rows, COMPLETIONS, ids) == [0, 0, 0]
+    assert Reward(plain, "r")(EXAMPLES, COMPLETIONS, ids) == [14.0, 15.0, 24.0]  # does not take them
+
+
+async def later(completions: list[str]) -> list[float]:
+    return [0.0] * len(completions)
+
+
+class Later:
+    async def __call__(self, completions: list[str]) -> list[float]:
+        return [0.0] * len(completions)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (later, "is an async function, which is not awaited here: give a plain function"),
+        (Later(), "is an async function"),
+        (functools.partial(later), "is an async function"),
+        (
+            lambda completions, trainer_state: [],
+            "takes trainer_state, which TRL's trainer alone has: give it a default",
+        ),
+        (lambda completions, *, log_metric, **rest: [], "takes log_metric, which .*such as log_metric=None"),
+    ],
+    ids=["async", "async-object", "async-partial", "trainer_state", "log_metric"],
+)
+def test_what_only_trls_trainer_can_do_is_refused(function: Any, message: str) -> None:
+    with pytest.raises(InputError, match=f"^reward mine:f {message}"):
+        Reward(function, "mine:f")
+
+
+def test_what_only_trls_trainer_can_give_may_be_left_out() -> None:
+    def curriculum(completions: list[str], trainer_state: Any = None, log_extra: Any = None) -> list[float]:
+        assert trainer_state is log_extra is None
+        return [1.0] * len(completions)
+
+    assert Reward(curriculum, "r")(EXAMPLES, COMPLETIONS) == [1.0] * 3
+
+
+def test_function_for_messages_is_told_that_there_are_none() -> None:
+    def conversational(completions: list[Any]) -> list[float]:
+        return [float(len(completion[0]["content"])) for completion in completions]
+
+    with pytest.raises(RewardError, match=r"raised TypeError: .*\(completions are texts here, not lists of messages\)"):
+        Reward(conversational, "r")(EXAMPLES, COMPLETIONS)
+
+
 def test_function_may_not_disturb_what_the_next_one_is_given() -> None:
     def eat(completions: list[str]) -> list[float]:
         return [float(len(completions.pop(0))) for _ in range(3)]
@@ -125,11 +195,11 @@ def test_numbers_of_every_kind_are_rewards(values: Any) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ([1.0, None, 0.0], "returned None, which is not a number, for 'one': return a list"),
+        ([1.0, object, 0.0], "returned <class 'object'>, which is not a number, for 'one': return a list"),
         ([1.0, 0.0, "1.0"], "returned '1.0', which is not a number, for 'the second'"),
         ("123", "returned '123' for 3 completions, the first of them 'zero'"),
         ({"a": 1, "b": 2, "c": 3}, "returned {'a': 1, 'b': 2, 'c': 3} for 3 completions"),
-        (None, "returned None for 3 completions, the first of them 'zero': return a list with a number for each"),
+        (None, "returned None for 3 completions, the first of them 'zero': return a list with a number, or None"),
         (0.5, "returned 0.5 for 3 completions"),
         (torch.tensor(0.5), "raised TypeError: iteration over a 0-d tensor.*'zero'"),
         ([1.0, 2.0], "returned 2 rewards for 3 completions, the first of them 'zero'"),
@@ -184,7 +254,7 @@ def test_ctrl_c_in_a_reward_is_none_of_our_business() -> None:
 
 def test_long_completions_are_shortened_in_messages() -> None:
     with pytest.raises(RewardError) as caught:
-        Reward(lambda completions: [None], "r")(EXAMPLES[:1], ["y" * 10_000])
+        Reward(lambda completions: ["?"], "r")(EXAMPLES[:1], ["y" * 10_000])
     assert "yyy" in str(caught.value)
     assert len(str(caught.value)) < 500
 
@@ -341,6 +411,88 @@ def test_trainer_logs_mean_and_spread(monkeypatch: pytest.MonkeyPatch, tmp_path:
         assert line["loss"] == pytest.approx(-line["objective/here:f/mean"], abs=1e-4)  # Trainer rounds
 
 
+# --- rewards that do not judge everything ------------------------------------------------------------------------
+
+
+SOME = """
+def of_short(completions, text, **columns):
+    return [-len(c) if len(t) < 30 else None for c, t in zip(completions, text)]
+
+def of_long(completions, text, **columns):
+    return [1 if len(t) >= 30 else None for t in text]
+
+def of_none(completions, **columns):
+    return [None for _ in completions]
+
+def counted(completions, completion_ids, **columns):
+    return [len(ids) for ids in completion_ids]
+"""
+
+
+def test_reward_of_none_adds_nothing(write: Write) -> None:
+    name, model, batch = write("some_rewards", SOME), talking_model(), {"examples": encoded()}
+    short = [len(example.example.row["text"]) < 30 for example in batch["examples"]]
+    assert 0 < sum(short) < len(short)
+    said = generate(model, TOKENIZER, TASK, [example.prompt for example in batch["examples"]])
+    objective = TaskObjective(f"{name}:of_short + 3 * {name}:of_long", TASK, TOKENIZER)
+    found = objective(model, batch).tolist()
+    assert found == [len(text) if is_short else -3 for text, is_short in zip(said, short, strict=True)]
+    judged = [-len(text) for text, is_short in zip(said, short, strict=True) if is_short]
+    assert objective.take_statistics() == {
+        f"{name}:of_short": {
+            "mean": pytest.approx(np.mean(judged)),
+            "std": pytest.approx(np.std(judged)),
+            "none": 4 - len(judged),
+        },
+        f"{name}:of_long": {"mean": 1.0, "std": 0.0, "none": len(judged)},
+    }
+
+
+def test_completions_that_no_reward_judges_are_said_once(write: Write) -> None:
+    name, model, batch = write("some_rewards", SOME), talking_model(), {"examples": encoded()}
+    objective = TaskObjective(f"{name}:of_none", TASK, TOKENIZER)
+    with pytest.warns(UserWarning, match="all rewards are None for 4 of 4 completions. They count as 0") as warned:
+        found = [objective(model, batch).tolist() for _ in range(2)]
+    assert found == [[0.0] * 4] * 2
+    assert len(warned) == 1
+    statistics = objective.take_statistics()[f"{name}:of_none"]
+    assert np.isnan([statistics["mean"], statistics["std"]]).all()
+    assert statistics["none"] == 8
+    measured = evaluate(model, TOKENIZER, TASK, batch["examples"], rewards=[load_reward(f"{name}:of_none")])
+    assert np.isnan(measured["reward"])
+
+
+def test_measured_means_are_over_what_is_judged(write: Write) -> None:
+    name, model, examples = write("some_rewards", SOME), talking_model(), encoded()
+    rewards = [load_reward(f"{name}:{function}", 2.0) for function in ("of_short", "of_long")]
+    outcomes: list[float] = []
+    completions: list[str] = []
+    how: dict[str, Any] = {"batch_size": 1, "outcomes": outcomes, "completions": completions}
+    both = evaluate(model, TOKENIZER, TASK, examples, rewards=rewards, **how)
+    assert completions == generate(model, TOKENIZER, TASK, [example.prompt for example in examples])
+    short = [len(example.example.row["text"]) < 30 for example in examples]
+    assert outcomes == [-2 * len(t) if is_short else 2 for t, is_short in zip(completions, short, strict=True)]
+    judged = [-len(text) for text, is_short in zip(completions, short, strict=True) if is_short]
+    assert both == {
+        f"{name}:of_short": pytest.approx(np.mean(judged)),
+        f"{name}:of_long": 1.0,
+        "reward": pytest.approx(np.mean(outcomes)),
+        "examples": 4,
+    }
+    alone = evaluate(model, TOKENIZER, TASK, examples, rewards=rewards[:1], **how)
+    assert alone["reward"] == pytest.approx(2 * np.mean(judged))
+    assert outcomes == [-2 * len(t) if is_short else 0 for t, is_short in zip(completions, short, strict=True)]
+
+
+def test_tokens_reach_the_reward_in_training_and_evaluation(write: Write) -> None:
+    name, model, examples = write("some_rewards", SOME), talking_model(), encoded()
+    objective = TaskObjective(f"{name}:counted", TASK, TOKENIZER)
+    count = TASK.max_new_tokens
+    assert objective(model, {"examples": examples}).tolist() == [-count] * 4
+    found = evaluate(model, TOKENIZER, TASK, examples, rewards=[load_reward(f"{name}:counted")])
+    assert found["reward"] == count
+
+
 # --- tasks -------------------------------------------------------------------------------------------------------
 
 
@@ -377,6 +529,14 @@ def test_task_of_a_prompt_alone_is_one_for_rewards(tmp_path: Path) -> None:
         read_task(reward_task(tmp_path, metric="f1"))
 
 
+def test_conversation_is_no_prompt(tmp_path: Path) -> None:
+    task = read_task(reward_task(tmp_path))
+    messages = [{"role": "user", "content": "a fox"}]
+    with pytest.raises(InputError, match=r"^row 1: column 'text' holds a list of messages.*apply_chat_template"):
+        task.example({"text": messages}, "row 1")
+    assert task.example({"text": ["a", "b"]}, "row 1").prompt == "['a', 'b'] It was"
+
+
 # --- the command line --------------------------------------------------------------------------------------------
 
 
@@ -392,7 +552,7 @@ def short(completions, **columns):
     global calls
     calls += 1
     if calls == 6:
-        return [None] * len(completions)
+        return ["short"] * len(completions)
     return [-len(c) for c in completions]
 """
 
@@ -402,7 +562,7 @@ def test_run_goes_on_when_the_reward_was_mended(setting: Setting, write: Write, 
     how: dict[str, Any] = {"temperature": 1, "eps": 1e-2, "no_before": True}
     name = write("mended_rewards", FAILING)
     message = message_of(*setting.train(tmp_path / "run", objective=f"{name}:short", **how))
-    assert "reward mended_rewards:short returned None, which is not a number, for '" in message
+    assert "reward mended_rewards:short returned 'short', which is not a number, for '" in message
     log = read_log(tmp_path / "run" / "steps.jsonl")
     assert (log.steps, log.end, log.torn) == (2, None, False)  # it failed at the second side of the third
     write("mended_rewards", SHORT)
@@ -495,6 +655,46 @@ def test_copy_and_scratch_write_the_same_texts(monkeypatch: pytest.MonkeyPatch) 
             assert given[0][0] != given[0][1]
 
 
+def test_completions_are_kept(setting: Setting, write: Write, tmp_path: Path) -> None:
+    """Those of the test examples before and after, and of every second step; a resumed run writes the same."""
+    name = write("kept_rewards", SHORT)
+    how: dict[str, Any] = {"objective": f"{name}:short", "temperature": 1, "eps": 1e-2, "log_completions": 2}
+    ran = cli(*setting.train(tmp_path / "run", **how, steps=5))
+    assert ran.code == 0, ran.err
+    lines = [json.loads(line) for line in (tmp_path / "run" / "completions.jsonl").read_text().splitlines()]
+    tests = json.loads((tmp_path / "run" / "metrics.json").read_text())["splits"]["test"]
+    batch = (len(lines) - 2 * tests) // 2
+    expected = [(0, "test")] * tests + [(2, "train")] * batch + [(4, "train")] * batch + [(5, "test")] * tests
+    assert batch > 0
+    assert [(line["step"], line["split"]) for line in lines] == expected
+    for line in lines:
+        assert line.keys() == {"step", "split", "prompt", "completion", "objective"}
+        reward = "reward" if line["split"] == "test" else f"{name}:short"
+        assert line["objective"] == {reward: -len(line["completion"])}
+        assert line["prompt"].endswith(" It was")
+    outcomes = json.loads((tmp_path / "run" / "outcomes.json").read_text())
+    assert [-len(line["completion"]) for line in lines if line["step"] == 0] == outcomes["before"]
+    assert [-len(line["completion"]) for line in lines if line["step"] == 5] == outcomes["after"]
+    assert cli(*setting.train(tmp_path / "parts", **how, steps=3)).code == 0
+    assert cli(*setting.resume(tmp_path / "parts", steps=5)).code == 0
+    parts = [json.loads(line) for line in (tmp_path / "parts" / "completions.jsonl").read_text().splitlines()]
+    assert [line for line in parts if line["step"] != 3] == lines
+    assert weights(tmp_path / "parts") == weights(tmp_path / "run")
+
+
+def test_completions_are_kept_only_where_some_are_written(setting: Setting, write: Write, tmp_path: Path) -> None:
+    name = write("kept_rewards", SHORT)
+    assert cli(*setting.train(tmp_path / "run", objective=f"{name}:short", steps=2)).code == 0
+    assert not (tmp_path / "run" / "completions.jsonl").exists()
+    choice = Setting(setting.model, write_task(tmp_path / "choice"))
+    assert "--log-completions is of generated text" in message_of(
+        *choice.train(tmp_path / "no", objective="accuracy", log_completions=1)
+    )
+    assert "--log-completions must be positive" in message_of(
+        *setting.train(tmp_path / "no", objective=f"{name}:short", log_completions=0)
+    )
+
+
 def test_task_for_rewards_wants_one(setting: Setting, tmp_path: Path) -> None:
     for command in (["eval"], ["train", "--output-dir", tmp_path / "run"]):
         message = message_of(*command, "--model", setting.model, "--task", setting.task)
@@ -510,6 +710,55 @@ def test_temperature_belongs_to_generated_text(setting: Setting, tmp_path: Path)
     assert "--temperature must be a number that is not negative" in message_of(
         *setting.train(tmp_path / "run", objective="m:f", temperature=-1)
     )
+
+
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the example, which is the current one."""
+    folder = Path(__file__).parents[1] / "examples" / "reward"
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.delitem(sys.modules, "rewards", raising=False)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("completion", "worth"),
+    [
+        ('{"name": "Anna", "age": 67}', 1.0),
+        ('{\n  "age": 1,\n  "name": "B"\n}', 1.0),
+        ('{"name": "Anna", "age": 67, "sea": true}', 0.5),
+        ('{"Name": "Anna"}', 0.5),
+        ("[1, 2]", 0.1),
+        ('{"name": "Anna", "age": }', 0.4),
+        ('{"name": "Anna", "ag', 0.2),
+        ("{", 0.1),
+        ("", 0.0),
+    ],
+)
+def test_example_rewards_what_it_says(example: Path, completion: str, worth: float) -> None:
+    row = {"name": "Anna", "age": 67}
+    assert load_reward("rewards:valid_json")([Example("", row=row)], [completion]) == [pytest.approx(worth)]
+    facts = ("Anna" in completion) / 2 + ("67" in completion) / 2
+    assert load_reward("rewards:true_facts")([Example("", row=row)], [completion]) == [facts]
+
+
+def test_example_from_end_to_end(example: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    """With a model that knows nothing; the report is made of what the run wrote."""
+    objective = "rewards:valid_json + 0.5 * rewards:true_facts"
+    how: dict[str, Any] = {"objective": objective, "test_examples": 3, "log_completions": 1, "steps": 3}
+    ran = cli(*Setting(tiny_folder, example / "people.yaml").train(tmp_path / "run", **how))
+    assert ran.code == 0, ran.err
+    command = [sys.executable, example / "report.py", tmp_path / "run", "--output-dir", tmp_path / "report"]
+    subprocess.run(command, check=True, timeout=60)
+    assert (tmp_path / "report" / "reward.png").read_bytes().startswith(b"\x89PNG")
+    results = json.loads((tmp_path / "report" / "results.json").read_text())
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert (results["before"], results["test"]) == (metrics["before"], metrics["test"])
+    assert [line["step"] for line in results["course"]] == [1, 2, 3]
+    samples = (tmp_path / "report" / "samples.md").read_text()
+    assert samples.count("Before, reward 0.") == samples.count("After, reward 0.") == 3
+    assert samples.count("Write the name and the age as a JSON object.") == 3
 
 
 def test_rewarded_stories_become_shorter(models_dir: Path, write: Write, tmp_path: Path) -> None:

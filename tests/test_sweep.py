@@ -20,12 +20,13 @@ import pytest
 import support
 from forwardtune.cli import main
 from forwardtune.cli.sweeps import command_options
+from forwardtune.durations import duration
 from forwardtune.errors import InputError
 from forwardtune.models import load_model
 from forwardtune.sweep import Run, Sweep, SweepFolder, read_sweep, run_sweep
 from forwardtune.sweep.bases import prepare_bases
 from forwardtune.sweep.plan import show
-from forwardtune.sweep.runner import duration, thread_limits, time_left
+from forwardtune.sweep.runner import thread_limits, time_left
 
 SHIPPED = sorted((Path(__file__).parent.parent / "sweeps").glob("*.yaml"))
 

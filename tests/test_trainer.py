@@ -47,7 +47,7 @@ def squares(model: Any, inputs: Any) -> torch.Tensor:
 
 def config(folder: Path, **changes: Any) -> MeZOConfig:
     quiet = {"report_to": [], "disable_tqdm": True, "logging_strategy": "no", "save_strategy": "no", "use_cpu": True}
-    small = {"max_steps": STEPS, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "seed": 3}
+    small = {"max_steps": STEPS, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "eps": 1e-3, "seed": 3}
     return MeZOConfig(**{"output_dir": str(folder), **quiet, **small, **changes})
 
 
@@ -235,7 +235,7 @@ def test_accumulation_equals_the_large_batch(tmp_path: Path, objective: Any) -> 
 
 def test_defaults_are_mezos(tmp_path: Path) -> None:
     args = MeZOConfig(output_dir=str(tmp_path))
-    assert (args.learning_rate, args.eps, args.probes, args.direction) == (1e-6, 1e-3, 1, "gaussian")
+    assert (args.learning_rate, args.eps, args.probes, args.direction) == ("auto", "auto", 1, "gaussian")
     assert (args.lr_scheduler_type, args.per_device_train_batch_size) == ("constant", 16)
     assert (args.max_grad_norm, args.weight_decay, args.clip_coefficient) == (0, 0, None)
     assert (args.perturbation, args.max_skipped) == ("auto", 10)
@@ -267,12 +267,12 @@ def test_what_cannot_be_honoured_is_refused_with_the_remedy(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"eps": 0.0}, "eps must be a positive"),
+        ({"eps": 0.0}, "eps: 0.0 is neither a positive number nor 'auto'"),
         ({"probes": 0}, "probes must be"),
         ({"direction": "cauchy"}, "cauchy.*gaussian"),
         ({"perturbation": "none"}, "perturbation 'none'.*scratch"),
         ({"clip_coefficient": -1.0}, "clip_coefficient must be positive"),
-        ({"learning_rate": -1.0}, "lr must be positive"),
+        ({"learning_rate": -1.0}, "learning_rate: -1.0 is neither"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )

@@ -110,7 +110,7 @@ def test_the_header_says_what_the_steps_mean(path):
         "format", "noise", "seed", "direction", "estimator", "eps", "probes", "rule", "groups", "tensors", "base",
         "versions", "run", "check",
     ]  # fmt: skip
-    assert [header[key] for key in list(header)[:8]] == [1, 1, 2**64 - 1, "rademacher", "spsa", 0.25, 2, "sgd"]
+    assert [header[key] for key in list(header)[:8]] == [2, 1, 2**64 - 1, "rademacher", "spsa", 0.25, 2, "sgd"]
     assert header["groups"] == [{"weight_decay": 0.5}, {"weight_decay": 0.0}]
     assert header["tensors"] == [
         {"name": name, "shape": shape, "dtype": "float32", "group": group}
@@ -137,23 +137,23 @@ def test_every_line_is_a_sealed_object(path):
 
 
 GOLDEN = (
-    r'{"format":1,"noise":1,"seed":5,"direction":"gaussian","estimator":"spsa","eps":0.25,"probes":1,"rule":"sgd",'
+    r'{"format":2,"noise":1,"seed":5,"direction":"gaussian","estimator":"spsa","eps":0.25,"probes":1,"rule":"sgd",'
     r'"groups":[{"weight_decay":0.5}],"tensors":[{"name":"bias","shape":[1],"dtype":"bfloat16","group":0},'
     r'{"name":"weight","shape":[1,2],"dtype":"bfloat16","group":0}],'
     r'"base":"87f0c6ec25c58057a476ad00c4e4bb32be507f0b38090590c7257895a6be8ad6",'
-    r'"versions":{"forwardtune":"golden"},"run":{"model":"g\u00f6ld"},"check":"c3b05810ce5c4efe"}'
+    r'"versions":{"forwardtune":"golden"},"run":{"model":"g\u00f6ld"},"check":"19028713f76eb4c1"}'
     "\n"
     r'{"step":0,"lr":0.5,"coefficients":[1.0],"losses":[1.5,1.0],"loss":1.25,"unchanged":0,"seconds":0.125,'
-    r'"check":"65b332a6fbbc1e12"}'
+    r'"check":"f3e0e35ca8535b2e"}'
     "\n"
     r'{"step":1,"lr":0.5,"coefficients":[],"losses":["inf",0.1],"loss":"inf","unchanged":3,"seconds":0.125,'
-    r'"check":"6dfd9434fde133df"}'
+    r'"check":"4e36f0b791772041"}'
     "\n"
     r'{"step":2,"lr":0.5,"coefficients":[-0.39999999999999997],"losses":[0.1,0.3],"loss":0.2,"unchanged":0,'
-    r'"seconds":0.125,"check":"5ba1074798158c03"}'
+    r'"seconds":0.125,"check":"7f1594dbab4a7f4e"}'
     "\n"
     r'{"end":3,"digest":"f9f904eeab4ce7edde5a54f7bf9309d6ef6cfe970ec5c046b3dfd88be60553e8",'
-    r'"check":"7a4843dbc04b16da"}'
+    r'"check":"ad5d2828de229d0b"}'
     "\n"
 )
 
@@ -423,8 +423,8 @@ def test_an_export_of_another_version_is_refused(part, path):
     small_run(path)
     log = read_log(path)
     exported = path.with_suffix(".safetensors")
-    export_trajectory(dataclasses.replace(log, header={**log.header, part: 2}), exported)
-    with pytest.raises(LogError, match=f"version 2 of the.*{part}"):
+    export_trajectory(dataclasses.replace(log, header={**log.header, part: 3}), exported)
+    with pytest.raises(LogError, match=f"version 3 of the.*{part}"):
         replay(exported, small_model(), steps=2)
 
 
@@ -526,7 +526,7 @@ def test_what_is_no_log_is_refused(path):
     ("changed", "message"),
     [
         ({"noise": 2}, "version 2 of the noise"),
-        ({"format": 2}, "version 2 of the log format"),
+        ({"format": 3}, "version 3 of the log format"),
         ({"direction": "sphere"}, "the direction 'sphere'"),
         ({"rule": "adam"}, "the rule 'adam'"),
     ],

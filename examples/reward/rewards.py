@@ -17,12 +17,11 @@ def true_facts(completions: list[str], name: list[str], age: list[int], **column
 
 
 def _worth(completion: str) -> float:
-    text = completion.strip()
     try:
-        content = json.loads(text)
+        content = json.loads(completion)
     except json.JSONDecodeError:
-        signs = [text.startswith("{"), text.endswith("}"), '"name":' in text, '"age":' in text]
-        return 0.15 * sum(signs)
+        signs = [completion.startswith("{"), completion.endswith("}"), '"name":' in completion, '"age":' in completion]
+        return 0.1 * sum(signs)
     if not isinstance(content, dict):
         return 0.1
-    return 1.0 if set(content) == {"name", "age"} else 0.8
+    return 1.0 if set(content) == {"name", "age"} else 0.5

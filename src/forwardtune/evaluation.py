@@ -15,11 +15,12 @@ from .models import model_kind
 from .objectives import (
     Context,
     Reward,
-    generate,
+    Written,
     option_scores,
     score_loss,
     target_likelihood,
     task_scores,
+    write,
 )
 from .tasks import Task, metrics
 from .tasks.batching import Layout, collate
@@ -44,6 +45,7 @@ def evaluate(
     rewards: Sequence[Reward] = (),
     progress: Progress | None = None,
     outcomes: list[float] | None = None,
+    completions: list[str] | None = None,
 ) -> dict[str, float]:
     """The task's metric and mean loss.
 
@@ -55,9 +57,12 @@ def evaluate(
         calibrations: the same examples without content (:meth:`~forwardtune.tasks.encoding.Encoder.calibrations`):
             scores are then ``log p(option | prompt) - log p(option | prompt without content)``, each length-normalised
             (surface form competition, Holtzman et al. 2021).
-        rewards: functions of what the model writes, for free text; their weighted sum is measured as ``reward``.
+        rewards: functions of what the model writes, for free text; their weighted sum is measured as ``reward``. A reward
+            that is None for an example adds nothing to its sum; the example is left out of that reward's own mean and, if
+            all of them are None, of the mean of the sums (its outcome is 0).
         progress: called with the numbers of examples done and in all.
         outcomes: filled with the task's metric, or the reward, for every example, in their order.
+        completions: filled with what the model wrote for every example, in their order, for free text.
 
     Returns:
         ``{"accuracy": ..., "loss": ..., "examples": ...}`` for a choice, for preferences with a reference also
@@ -70,29 +75,43 @@ def evaluate(
     bare = None if calibrations is None else _common_context(model, tokenizer, calibrations, layout)
     known: dict[str, list[float]] = {}
     by_length = sorted(range(len(examples)), key=lambda i: examples[i].length)
-    totals: dict[str, float] = {}
+    measurements: dict[str, list[float | None]] = {}
     judged = "reward" if rewards else task.metric
-    by_example = [0.0] * len(examples)
+    by_example, texts = [0.0] * len(examples), [""] * len(examples)
     for lo in range(0, len(examples), batch_size):
         numbers = by_length[lo : lo + batch_size]
         batch = [examples[i] for i in numbers]
         if task.free_text:
-            measured = _measure_text(model, tokenizer, task, batch, layout, context, rewards)
+            prompts = [example.prompt for example in batch]
+            written = write(model, tokenizer, task, prompts, context)
+            for i, text in zip(numbers, written.texts, strict=True):
+                texts[i] = text
+            measured = _measure_text(task, batch, written, rewards)
+            if task.label:
+                measured["loss"] = target_likelihood(model, _inputs(model, batch, layout, context)).tolist()
         else:
             scores = task_scores(model, _inputs(model, batch, layout, context), task)
             if calibrations is not None:
                 scores = scores - _cached_scores(model, [calibrations[i] for i in numbers], layout, bare, known, scores)
             measured = _measure_choice(task, batch, scores)
         for name, values in measured.items():
-            totals[name] = totals.get(name, 0.0) + sum(values)
+            measurements.setdefault(name, []).extend(values)
             if name == judged:
                 for i, value in zip(numbers, values, strict=True):
-                    by_example[i] = value
+                    by_example[i] = value or 0.0
         if progress is not None:
             progress(lo + len(batch), len(examples))
     if outcomes is not None:
         outcomes[:] = by_example
-    return {**{name: total / len(examples) for name, total in totals.items()}, "examples": len(examples)}
+    if completions is not None and task.free_text:
+        completions[:] = texts
+    return {**{name: _mean(values) for name, values in measurements.items()}, "examples": len(examples)}
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    """Over what is not None; NaN if that is nothing."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else math.nan
 
 
 def sign_test(before: Sequence[float], after: Sequence[float]) -> dict[str, float]:
@@ -237,7 +256,7 @@ def _cached_scores(
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
-def _measure_choice(task: Task, batch: Sequence[Encoded], scores: Tensor) -> dict[str, list[float]]:
+def _measure_choice(task: Task, batch: Sequence[Encoded], scores: Tensor) -> dict[str, list[float | None]]:
     labels = torch.tensor([example.label for example in batch], device=scores.device)
     losses = score_loss(task, scores, labels).tolist()
     if task.preference is not None:
@@ -246,36 +265,36 @@ def _measure_choice(task: Task, batch: Sequence[Encoded], scores: Tensor) -> dic
         own = [
             margin + chosen - rejected for margin, (chosen, rejected) in zip(scores.tolist(), references, strict=True)
         ]
-        measured = {"accuracy": [float(margin > 0) for margin in own], "loss": losses}
+        measured: dict[str, list[float | None]] = {
+            "accuracy": [float(margin > 0) for margin in own],
+            "loss": losses,
+        }
         if all(example.reference is not None for example in batch):
             measured["margin_accuracy"] = [float(margin > 0) for margin in scores.tolist()]
         return measured
     chosen = scores.argmax(dim=1).tolist()
-    right = [float(option in example.right) for option, example in zip(chosen, batch, strict=True)]
+    right: list[float | None] = [float(option in example.right) for option, example in zip(chosen, batch, strict=True)]
     return {"accuracy": right, "loss": losses}
 
 
 def _measure_text(
-    model: Any,
-    tokenizer: Any,
-    task: Task,
-    batch: Sequence[Encoded],
-    layout: Layout,
-    context: Context | None,
-    rewards: Sequence[Reward],
-) -> dict[str, list[float]]:
-    texts = generate(model, tokenizer, task, [example.prompt for example in batch], context)
-    measured: dict[str, list[float]] = {}
+    task: Task, batch: Sequence[Encoded], written: Written, rewards: Sequence[Reward]
+) -> dict[str, list[float | None]]:
+    measured: dict[str, list[float | None]] = {}
     if rewards:
-        by_reward = [reward([example.example for example in batch], texts) for reward in rewards]
+        by_reward = [reward([e.example for e in batch], written.texts, written.tokens) for reward in rewards]
         if len(rewards) > 1:
             measured |= {reward.name: values for reward, values in zip(rewards, by_reward, strict=True)}
         weights = [reward.weight for reward in rewards]
         measured["reward"] = [
-            sum(w * v for w, v in zip(weights, values, strict=True)) for values in zip(*by_reward, strict=True)
+            sum(w * v for w, v in zip(weights, values, strict=True) if v is not None)
+            if any(v is not None for v in values)
+            else None
+            for values in zip(*by_reward, strict=True)
         ]
     if not task.label:
         return measured
     for name in metrics.kin(task.metric):
-        measured[name] = [metrics.score(name, text, example.texts) for text, example in zip(texts, batch, strict=True)]
-    return {**measured, "loss": target_likelihood(model, _inputs(model, batch, layout, context)).tolist()}
+        pairs = zip(written.texts, batch, strict=True)
+        measured[name] = [metrics.score(name, text, example.texts) for text, example in pairs]
+    return measured

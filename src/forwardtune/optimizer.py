@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -155,6 +156,8 @@ class MeZO(torch.optim.Optimizer):
         #: Called with a :class:`StepRecord` after every step; the step log is one of them.
         self.recorders: list[Callable[[StepRecord], None]] = []
         self.last: StepRecord | None = None
+        #: Steps that :meth:`hold` keeps back.
+        self.held: list[StepRecord] | None = None
         self.next_step = 0
         self._skipped = 0
         self._pending: list[float] | None = None
@@ -213,14 +216,13 @@ class MeZO(torch.optim.Optimizer):
         self.require_whole_weights()
         began = time.perf_counter()
         queries = self.estimator.queries()
-        if self.perturbation is None:
-            self._choose_perturbation(closure)
-        perturbation = self.perturbation or Scratch(self.tuned, self.noise)
-        losses = []
+        perturbation = self.prepare(closure)
+        evaluated = []
         with perturbation:
             for probe, scale in queries:
                 perturbation.shift(self.next_step, probe, scale)
-                losses.append(_number(closure()))
+                evaluated.append(_checked(closure()))
+        losses = [float(loss) for loss in evaluated]  # read now: a GPU went from point to point without waiting
         self._pending = [a + b for a, b in zip(self._pending or [0.0] * len(losses), losses, strict=True)]
         self._seconds += time.perf_counter() - began
         return math.fsum(losses) / len(losses) if all(map(math.isfinite, losses)) else math.nan
@@ -238,41 +240,99 @@ class MeZO(torch.optim.Optimizer):
             coefficients = [min(max(c, -limit), limit) for c in self.estimator.coefficients(losses)]
             if not all(map(math.isfinite, coefficients)):
                 coefficients = []
-        try:
-            updates = self._updates(coefficients)
-        except OverflowError:  # a learning rate or a loss so large that the step does not fit float32
-            coefficients, updates = [], []
-        unchanged = self._move(updates)
-        self.last = StepRecord(
+        record = StepRecord(
             step=self.next_step,
             lr=tuple(float(group["lr"]) for group in self.param_groups),
             weight_decay=tuple(float(group["weight_decay"]) for group in self.param_groups),
             coefficients=tuple(coefficients),
             losses=tuple(losses),
             loss=sum(losses) / len(losses),
-            unchanged=unchanged,
-            seconds=self._seconds + time.perf_counter() - began,
+            unchanged=self.tuned.numel,
+            seconds=self._seconds,
         )
         self._seconds = 0.0
         self.next_step += 1
+        if self.held is None:
+            self._take(record, began)
+        else:
+            self.held.append(record)
+            self.last = record
+        assert self.last is not None
+        return self.last.loss
+
+    def hold(self) -> None:
+        """From now on steps are estimated but not taken: the weights stay, so all of them are of the same point."""
+        if self.held:
+            raise RuntimeError(f"{len(self.held)} steps are held back already: release or drop them first")
+        self.held = []
+
+    def drop(self) -> None:
+        """Forget the steps that are held, as if they had not been estimated."""
+        self.next_step -= len(self.held or ())
+        self.held, self._pending, self._seconds = None, None, 0.0
+
+    @torch.no_grad()
+    def try_held(self, lr: float) -> None:
+        """Move the weights by the steps that are held, with this learning rate, without taking them.
+
+        The weights are those that :meth:`release` would give, to the bit. Nothing here keeps the weights before: load them
+        again, and say so with :meth:`moved_back`.
+
+        Raises:
+            OverflowError: a step does not fit float32; nothing was moved. :meth:`release` skips such a step.
+        """
+        self.require_whole_weights()
+        steps = [self._updates(replace(r, lr=(lr,) * len(r.lr))) for r in self.held or () if not r.skipped]
+        groups = [[step[group] for step in steps] for group in range(len(self.param_groups))]
+        self.moving()
+        move_all(self.rule, self.noise, self.tuned, groups, copy.deepcopy(self.history))
+
+    def moving(self) -> None:
+        """The weights are about to belong to no step: until :meth:`moved_back`, no step can be taken."""
+        self._interrupted = True
+
+    def moved_back(self, history: History | None = None) -> None:
+        """The weights were brought back to an earlier step, after which the rule remembered ``history``."""
+        self._interrupted = False
+        if history is not None:
+            self.history = history
+
+    @torch.no_grad()
+    def release(self, lr: float) -> None:
+        """Take the steps that are held, with this learning rate, in order. Recorders are told of each."""
+        self.require_whole_weights()
+        held, self.held = self.held or [], None
+        for group in self.param_groups:
+            group["lr"] = lr
+        for record in held:
+            self._take(replace(record, lr=(lr,) * len(record.lr)), time.perf_counter())
+
+    def _take(self, record: StepRecord, began: float) -> None:
+        """Move the weights by one step and tell the recorders."""
+        try:
+            updates = self._updates(record)
+        except OverflowError:  # a learning rate or a loss so large that the step does not fit float32
+            record, updates = replace(record, coefficients=()), []
+        unchanged = self._move(updates)
+        record = replace(record, unchanged=unchanged, seconds=record.seconds + time.perf_counter() - began)
+        self.last = record
         for recorder in self.recorders:
-            recorder(self.last)
-        self._skipped = self._skipped + 1 if self.last.skipped else 0
+            recorder(record)
+        self._skipped = self._skipped + 1 if record.skipped else 0
         if self._skipped >= self.max_skipped:
             raise NonFiniteLossError(
                 f"the loss was not finite in {self._skipped} steps in a row, the last of them step {self.last.step}; "
                 "the weights are as the last good step left them. Lower the learning rate, or eps; in float16 also try "
                 "bfloat16 or float32"
             )
-        return self.last.loss
 
-    def _updates(self, coefficients: Sequence[float]) -> list[Update]:
-        """What the rule makes of the coefficients, for each parameter group; nothing for a skipped step."""
-        if not coefficients:
+    def _updates(self, record: StepRecord) -> list[Update]:
+        """What the rule makes of a step, for each parameter group; nothing for a skipped one."""
+        if record.skipped:
             return []
         return [
-            self.rule.plan(self.next_step, coefficients, float(group["lr"]), float(group["weight_decay"]))
-            for group in self.param_groups
+            self.rule.plan(record.step, record.coefficients, lr, weight_decay)
+            for lr, weight_decay in zip(record.lr, record.weight_decay, strict=True)
         ]
 
     def _move(self, updates: Sequence[Update]) -> int:
@@ -297,6 +357,13 @@ class MeZO(torch.optim.Optimizer):
                 "load the base weights again and replay the step log"
             )
 
+    @torch.no_grad()
+    def prepare(self, closure: Closure) -> Perturbation:
+        """How the weights will be perturbed; with ``"auto"``, found by the self-check at the first call."""
+        if self.perturbation is None:
+            self._choose_perturbation(closure)
+        return self.perturbation or Scratch(self.tuned, self.noise)
+
     def _choose_perturbation(self, closure: Closure) -> None:
         """The self-check: scratch, if poisoning every other way to read a weight leaves the loss as it is."""
         modules = self.module.modules() if self.module is not None else ()
@@ -304,14 +371,14 @@ class MeZO(torch.optim.Optimizer):
             warnings.warn(
                 "the model is in training mode with dropout, which differs between the evaluations of a step: "
                 "call model.eval() before step()",
-                stacklevel=4,
+                stacklevel=6,
             )
         scratch = Scratch(self.tuned, self.noise)
         probe, scale = next(query for query in self.estimator.queries() if query.scale)
 
         def evaluate() -> float:
             scratch.shift(self.next_step, probe, scale)
-            return _number(closure())
+            return float(_checked(closure()))
 
         with scratch:
             loss = evaluate()
@@ -332,7 +399,7 @@ class MeZO(torch.optim.Optimizer):
             warnings.warn(
                 f"the closure is not deterministic: it returned {loss!r} and {again!r} at the same point. It must "
                 "return the loss of the same minibatch at every call, without dropout",
-                stacklevel=4,
+                stacklevel=6,
             )
             self.perturbation = scratch
             return
@@ -341,7 +408,7 @@ class MeZO(torch.optim.Optimizer):
         warnings.warn(
             "the model reads a tuned weight outside the module that owns it, so every step evaluates a perturbed copy "
             f"of all tuned weights instead (perturbation='copy', {gib:.2f} GiB more memory)",
-            stacklevel=4,
+            stacklevel=6,
         )
 
     def fast_forward(self, records: Sequence[StepRecord], history: History | None = None) -> None:
@@ -418,11 +485,13 @@ def _described(rule: dict[str, Any] | None) -> str:
     return f"the rule {rule['name']!r} {rule['settings']}" if rule else "a rule without memory"
 
 
-def _number(loss: Tensor | float) -> float:
+def _checked(loss: Tensor | float) -> Tensor | float:
+    """What the closure returned, once it is known to be a number. A tensor is not read yet but copied: the next evaluation may
+    write to it."""
     if isinstance(loss, Tensor):
         if loss.numel() != 1:
             raise TypeError(f"the closure returned a tensor of shape {tuple(loss.shape)}: return one number, a mean")
-        return float(loss)
+        return loss.detach().clone()
     try:
         if isinstance(loss, (str, bytes)):
             raise TypeError

@@ -272,10 +272,15 @@ class Scratch(Perturbation):
         return _LazyTable.wrap(source, rows, project, functools.cache(lambda: self._perturbed(tensor)))
 
     def _slice_rows(self, table: Tensor) -> int:
-        """Rows in a slice of a vocabulary head."""
+        """Rows in a slice of a vocabulary head; slices of one height if the table can be cut so.
+
+        For every shape that a matrix product has, oneDNN keeps a kernel of about a megabyte.
+        """
+        height, (least, most) = table.shape[0], _SLICES
         slices = max(1, self._slice_bytes and -(-_nbytes(table) // self._slice_bytes))
-        least, most = _SLICES
-        return -(-table.shape[0] // min(max(slices, least), most))
+        slices = min(max(slices, least), most)
+        even = (n for n in range(slices, min(2 * slices, most) + 1) if height % n == 0)
+        return -(-height // next(even, slices))
 
     def _may_slice(self, tensor: TunedTensor, source: Tensor, x: Tensor, bias: Tensor | None) -> bool:
         """Whether slices of the head give the bits of the whole for inputs like x: tried once, on the unperturbed weights.

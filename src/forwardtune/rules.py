@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from .errors import InputError, nearest
-from .noise import Noise, Update, flattened
+from .noise import Count, Noise, Update, flattened
 from .parameters import TunedParameters, TunedTensor
 
 STATES = ("auto", "exact", "window")
@@ -107,7 +107,7 @@ class Rule(ABC):
     @abstractmethod
     def move(
         self, noise: Noise, tensor: TunedTensor, updates: Sequence[Update], history: History, *, keep: bool
-    ) -> int:
+    ) -> Count:
         """Apply steps to one tensor, in place. ``history`` is that before the first of them.
 
         Args:
@@ -115,7 +115,7 @@ class Rule(ABC):
             keep: leave the tensor's moments after the last step in ``history.moments``.
 
         Returns:
-            How many stored values did not change, summed over the steps.
+            How many stored values did not change, summed over the steps; it may be a tensor that was not read yet.
         """
 
 
@@ -129,7 +129,7 @@ class SGD(Rule):
 
     def move(
         self, noise: Noise, tensor: TunedTensor, updates: Sequence[Update], history: History, *, keep: bool
-    ) -> int:
+    ) -> Count:
         return sum(
             noise.update(tensor.parameter, updates[lo : lo + _STEPS_PER_SWEEP], tensor=tensor.id)
             for lo in range(0, len(updates), _STEPS_PER_SWEEP)
@@ -191,8 +191,8 @@ class Elementwise(Rule):
 
     def move(
         self, noise: Noise, tensor: TunedTensor, updates: Sequence[Update], history: History, *, keep: bool
-    ) -> int:
-        unchanged = 0
+    ) -> Count:
+        unchanged: Count = 0
         with flattened(tensor.parameter) as flat:
             moments = history.moments.get(tensor.name)
             if moments is None and keep and self.state == "exact":
@@ -213,11 +213,11 @@ class Elementwise(Rule):
         updates: Sequence[Update],
         history: History,
         where: dict[str, int],
-    ) -> int:
+    ) -> Count:
         def add(x: Tensor, steps: list[Update]) -> None:
             noise.update(x, steps, **where)
 
-        unchanged = 0
+        unchanged: Count = 0
         x = torch.empty(piece.numel(), dtype=_arithmetic(piece), device=piece.device)
         count, recent = history.taken, deque(history.recent, self.window)
         for update in updates:
@@ -457,9 +457,9 @@ def move_all(
     Returns:
         How many stored values did not change, summed over the steps.
     """
-    unchanged = 0
+    counts = []
     for done, tensor in enumerate(tuned):
-        unchanged += rule.move(noise, tensor, updates[tensor.group], history, keep=keep)
+        counts.append(rule.move(noise, tensor, updates[tensor.group], history, keep=keep))
         if progress is not None:
             progress(done + 1, len(tuned))
     if rule.remembers:
@@ -468,7 +468,17 @@ def move_all(
         window = getattr(rule, "window", None)
         history.taken += len(taken)
         history.recent = [*history.recent, *taken][-window:] if window else []
-    return unchanged
+    return _total(counts)
+
+
+def _total(counts: Sequence[Count]) -> int:
+    """The sum. Each device is waited for once, after all of its sweeps were launched."""
+    there: dict[torch.device, list[Tensor]] = {}
+    for count in counts:
+        if isinstance(count, Tensor):
+            there.setdefault(count.device, []).append(count)
+    sums = [torch.stack(of_device).sum() for of_device in there.values()]
+    return sum(count for count in counts if not isinstance(count, Tensor)) + sum(map(int, sums))
 
 
 def _zeros(count: int, like: Tensor) -> tuple[Tensor, ...]:

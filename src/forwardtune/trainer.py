@@ -3,53 +3,66 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SchedulerType, TrainOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SchedulerType, TrainOutput
 from transformers.training_args import OptimizerNames
 
+from .auto import AUTO, first_eps, number_or_auto
+from .automatic import Automatic, has_searched, plan_of
 from .errors import InputError
 from .optimizer import MeZO
 from .rules import Rule, get_rule
 from .trajectory import LogError, StepLog, read_log
-from .trajectory.log import cut_log, require_same_run
+from .trajectory.log import cut_log, require_no_log, require_same_run
 from .trajectory.reader import Log
-from .trajectory.replay import apply_records
+from .trajectory.replay import apply_log
 
 STEP_LOG = "steps.jsonl"
 _TRAINER_STATE = "trainer_state.json"
 _PLATEAU = {SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY}
 
 Objective = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
+# What the optimizer has until a learning rate is found.
+_PLACEHOLDER = 1e-6
+
+
+if TYPE_CHECKING:
+    NumberOrAuto = float | str
+else:
+    NumberOrAuto = number_or_auto  # HfArgumentParser reads an argument by calling its type
 
 
 @dataclass
 class MeZOConfig(TrainingArguments):
     """``TrainingArguments`` with MeZO's settings and defaults.
 
-    The learning rate is 1e-6 and constant, the batch size 16, and there is no gradient to clip. What MeZO cannot honour
-    is refused with what to do instead.
+    Learning rate and eps are found (:mod:`forwardtune.automatic`), the batch size is 16, and there is no gradient to clip. What
+    MeZO cannot honour is refused with what to do instead.
 
     Raises:
-        ValueError: an argument that has no meaning without gradients.
+        ValueError: an argument that has no meaning without gradients, or is out of range.
     """
 
-    learning_rate: float = field(
-        default=1e-6, metadata={"help": "Constant by default. 1e-6 or 1e-7 for billions of weights, 1e-5 for 100M."}
+    learning_rate: NumberOrAuto = field(
+        default=AUTO,
+        metadata={"help": "A number, or auto: found on held-out examples, and lowered when the run no longer gains."},
     )
     lr_scheduler_type: str = field(default="constant", metadata={"help": "As in Trainer; the paper's is constant."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "Must stay 0: see clip_coefficient."})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Examples in a minibatch."})
-    eps: float = field(default=1e-3, metadata={"help": "Perturbation scale (1e-2 for LoRA, 1e-1 for prefixes)."})
+    eps: NumberOrAuto = field(default=AUTO, metadata={"help": "Perturbation scale, or auto: measured before the run."})
     probes: int = field(default=1, metadata={"help": "Directions a step; each costs two evaluations."})
     direction: str = field(default="gaussian", metadata={"help": "gaussian or rademacher."})
     perturbation: str = field(default="auto", metadata={"help": "auto, scratch or copy."})
@@ -86,6 +99,11 @@ class MeZOConfig(TrainingArguments):
         ):
             if wrong:
                 raise ValueError(f"MeZO cannot honour this: {remedy}.")
+        for name in ("learning_rate", "eps"):
+            try:
+                setattr(self, name, number_or_auto(getattr(self, name)))
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
         super().__post_init__()
         if self.optim != OptimizerNames(TrainingArguments.__dataclass_fields__["optim"].default):
             raise ValueError(f"MeZO cannot honour optim={self.optim.value!r}: it is the optimizer itself. Drop it.")
@@ -141,8 +159,14 @@ class MeZOTrainer(Trainer):
         if self.optimizer is not None and not isinstance(self.optimizer, MeZO):
             raise ValueError(f"MeZOTrainer cannot step {type(self.optimizer).__name__}: pass a MeZO, or none")
         self._own_optimizer = self.optimizer is None
+        self._logged_eps: float | None = None
+        self._held_out_batches: list[Any] = []
+        #: What finds learning rate and eps, and watches the run.
+        self.automatic = Automatic(self)
+        self.automatic.is_told = self.args.eval_strategy != IntervalStrategy.NO
         self._keeper = _LogKeeper(self)
         self.add_callback(self._keeper)
+        self.add_callback(self.automatic)
 
     @property
     def mezo(self) -> MeZO:
@@ -159,10 +183,13 @@ class MeZOTrainer(Trainer):
                 {"params": [p for name, p in tuned if name in decayed], "weight_decay": self.args.weight_decay},
                 {"params": [p for name, p in tuned if name not in decayed], "weight_decay": 0.0},
             ]
+            lr, eps = self.args.learning_rate, self.args.eps
+            if isinstance(eps, str):
+                eps = self._logged_eps or first_eps([name for name, _ in tuned])
             self.optimizer = MeZO(
                 [group for group in groups if group["params"]],
-                lr=self.args.learning_rate,
-                eps=self.args.eps,
+                lr=_PLACEHOLDER if isinstance(lr, str) else lr,
+                eps=eps,
                 probes=self.args.probes,
                 direction=self.args.direction,
                 perturbation=self.args.perturbation,
@@ -215,6 +242,47 @@ class MeZOTrainer(Trainer):
             if end_step is not None:
                 end_step()
         return torch.tensor(loss, device=self.args.device)
+
+    def held_out(self, batches: int) -> Callable[[], float]:
+        """A function that measures the loss of the present weights on so many minibatches of held-out examples.
+
+        They are spread over ``eval_dataset``, or else ``train_dataset``, and are the same every time; so are the random numbers of
+        an objective that samples.
+        """
+        inputs = self._held_out_inputs(batches)
+        begin_step, end_step = (getattr(self.objective, name, None) for name in ("begin_step", "end_step"))
+
+        @torch.no_grad()
+        def measure() -> float:
+            model = self.model
+            model.eval()
+            if begin_step is not None and end_step is not None:
+                begin_step(0, 0)
+                end_step()  # nothing of this belongs to a step's statistics
+            losses = []
+            for batch in inputs:
+                with self.compute_loss_context_manager():
+                    losses.append(float(self.compute_loss(model, dict(batch))))
+            return math.fsum(losses) / len(losses)
+
+        return measure
+
+    def _held_out_inputs(self, batches: int) -> list[dict[str, Any]]:
+        dataset: Any = self.eval_dataset if self.eval_dataset is not None else self.train_dataset
+        if isinstance(dataset, dict):
+            dataset = next(iter(dataset.values()))
+        try:
+            count = len(dataset)
+        except TypeError:
+            raise ValueError(
+                "learning_rate='auto' and eps='auto' measure held-out examples, and this dataset has no length: pass an "
+                "eval_dataset that has one, or give numbers"
+            ) from None
+        size = self.args.per_device_train_batch_size
+        wanted = min(count, batches * size)
+        spread = Subset(dataset, [i * count // wanted for i in range(wanted)])
+        loader = DataLoader(spread, batch_size=size, collate_fn=self.get_eval_dataloader(spread).collate_fn)
+        return [self._prepare_inputs(batch) for batch in loader]
 
     def _scaled_for_accumulation(self, num_items_in_batch: Tensor | int | None) -> bool:
         """Whether the loss is already a share of the whole accumulated batch, by Trainer's own rule."""
@@ -279,6 +347,13 @@ class MeZOTrainer(Trainer):
                 f"hold: resume from a checkpoint by its path ({complete[max(complete)] if complete else 'there is none'})"
             )
         assert steps is not None
+        plan = plan_of(log)
+        if self.automatic.finds_lr and "held" not in plan:
+            raise LogError(f"the run in {log.path} has a learning rate of its own: pass it instead of 'auto'")
+        if self.automatic.finds_lr and not has_searched(log, steps):
+            steps = 0  # the first steps are all estimated at the base weights, and none was taken before all were
+        if self.args.eps == AUTO:
+            self._logged_eps = log.header["eps"]
         return cut_log(log, steps) if steps < log.steps else log
 
     def _checkpoint_of(self, log: Log) -> str | None:
@@ -286,6 +361,10 @@ class MeZOTrainer(Trainer):
         self._keeper.continues = log
         if log.steps == 0:
             return None
+        if self.automatic.finds_lr:
+            optimizer = self.create_optimizer()
+            assert isinstance(optimizer, MeZO)
+            self.automatic.keep_base(optimizer)
         existing = self._complete_checkpoints().get(log.steps)
         return str(existing) if existing else self._checkpoint_by_replay(log)
 
@@ -316,7 +395,7 @@ class MeZOTrainer(Trainer):
         optimizer = self.create_optimizer()
         assert isinstance(optimizer, MeZO)
         require_same_run(log, optimizer)
-        apply_records(log, log.records, optimizer)
+        apply_log(log, optimizer)
         max_steps = self._max_steps()
         state = self._state_before(log.steps)
         state.global_step = log.steps
@@ -354,16 +433,22 @@ class _LogKeeper(TrainerCallback):
         self.continues: Log | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        optimizer = self._trainer.mezo
+        optimizer, automatic = self._trainer.mezo, self._trainer.automatic
         if self.continues is not None:
             self._log = StepLog.resume(self.continues.path, optimizer)
+            automatic.resume(self._log, self.continues)
         else:
+            require_no_log(self._trainer.step_log)  # before anything is measured
+            plan = automatic.prepare(state.max_steps)
             self._log = StepLog(self._trainer.step_log, optimizer, self._trainer._run)
+            automatic.begin(self._log, plan)
         self.continues = None
 
     def finish(self) -> None:
         if self._log is not None:
+            self._trainer.automatic.stop()
             self._log.finish()
+            self._trainer.automatic.finish()
             self.close()
 
     def close(self) -> None:

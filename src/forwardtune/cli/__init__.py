@@ -1,4 +1,4 @@
-"""L7: the command line. ``forwardtune train | eval | probe | sweep | report | replay | inspect | export``.
+"""L7: the command line. ``forwardtune train | plan | eval | probe | sweep | report | replay | inspect | export``.
 
 stdout carries JSON alone; everything for people goes to stderr. Exit codes: 0 done, 1 the run failed, 2 the input was
 wrong, 130 stopped by Ctrl-C.
@@ -70,9 +70,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="forwardtune", description=_DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"forwardtune {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    from . import evaluate, logs, sweeps, train
+    from . import evaluate, logs, plan, sweeps, train
 
-    for module in (train, evaluate, sweeps, logs):
+    for module in (train, plan, evaluate, sweeps, logs):
         module.add_commands(commands)
     return parser
 

@@ -25,8 +25,9 @@ from ..tasks.batching import collate
 from ..tasks.encoding import Encoded
 from ..trajectory import Log, read_log, replay
 from . import say
+from .results import COMPLETIONS
 from .session import Session, bar
-from .watcher import Course, DevWatcher, StepClock, Watcher, keep_tuned, stop_on_interrupt
+from .watcher import Course, Deadline, DevWatcher, Samples, StepClock, Watcher, keep_tuned, stop_on_interrupt
 
 #: The adapter that a run began with, so that its step log can be replayed anywhere.
 INITIAL = "initial.safetensors"
@@ -35,6 +36,8 @@ _BEST = "best.pt"
 _REWARDS = "objective.jsonl"
 # From this share of steps on that moved nothing, because both sides of a probe had the same objective, advice is given.
 _MANY_STILL = 0.2
+# The same for weights that an update left at the same stored value.
+_MANY_ROUNDED, _NEARLY_ALL_ROUNDED = 0.5, 0.999
 
 
 @dataclass
@@ -94,6 +97,7 @@ def start_from(model: Any, path: Path) -> None:
 
 def train_mezo(session: Session, folder: Path, log: Log | None, settings: dict[str, Any]) -> Trained | None:
     """Run MeZO; None when Ctrl-C stopped it."""
+    from ..automatic import found
     from ..trainer import MeZOConfig, MeZOTrainer
 
     options, inference_peak = session.options, session.inference_peak()
@@ -114,7 +118,7 @@ def train_mezo(session: Session, folder: Path, log: Log | None, settings: dict[s
             momentum=options.momentum,
             rule_state=options.rule_state,
             direction=options.direction,
-            perturbation=_perturbation(session, objective),
+            perturbation=perturbation_of(session, objective),
             clip_coefficient=options.clip_coefficient,
             seed=options.seed,
             save_strategy="steps" if options.save_steps else "no",
@@ -129,8 +133,11 @@ def train_mezo(session: Session, folder: Path, log: Log | None, settings: dict[s
     except ValueError as error:
         raise InputError(str(error)) from None
     trainer = MeZOTrainer(args=config, run=settings, **_ingredients(session, objective))
+    trainer.automatic.announce = say
     course = Course(objective, folder / _REWARDS)
     trainer.add_callback(course)
+    if options.log_completions:
+        trainer.add_callback(Samples(objective, folder / COMPLETIONS))
     done = log.steps if log else 0
     say(f"tuning for {options.steps} steps{f', {done} of them done' if done else ''}; steps go to {trainer.step_log}")
 
@@ -138,32 +145,45 @@ def train_mezo(session: Session, folder: Path, log: Log | None, settings: dict[s
         record = trainer.mezo.last
         return math.nan if record is None or record.skipped else record.loss
 
-    dev = _watch_dev(session, folder)
-    peak = _run(trainer, session, done, last_loss, dev, resume=bool(log))
-    if trainer.state.global_step < options.steps:
+    def last_still() -> bool:
+        record = trainer.mezo.last
+        return record is not None and record.flat
+
+    dev = _watch_dev(session, folder, heard=partial(_hear, trainer, session))
+    trainer.automatic.is_told = dev is not None and options.eval_steps is not None
+    clock = Deadline(session.deadline, lambda: trainer.mezo.held is None)
+    trainer.add_callback(clock)
+    seen: dict[str, Any] = {"raised": options.objective != "loss", "still": last_still, "advise": _advise}
+    peak = _run(trainer, session, done, last_loss, dev, resume=bool(log), **seen)
+    stopped = "patience" if dev is not None and dev.gave_up else "time" if clock.is_over else None
+    if trainer.state.global_step < options.steps and stopped is None:
         saved = folder / f"checkpoint-{trainer.state.global_step}"
         say(f"stopped after step {trainer.state.global_step} of {options.steps}; the weights so far are in {saved}")
         say(f"go on with: forwardtune train --output-dir {folder} --resume")
         return None
     if dev is not None:  # a kill may have come after the last step
         dev.measure(trainer.state.global_step, trainer.model)
-    records = read_log(trainer.step_log).records
+    step_log = read_log(trainer.step_log)
+    records = step_log.records
     perturbation = trainer.mezo.perturbation.name if trainer.mezo.perturbation else options.perturbation
     facts = _facts(len(records), sum(r.skipped for r in records), sum(r.seconds for r in records), peak, inference_peak)
     facts["perturbation"] = perturbation
-    still = sum(record.flat for record in records)
-    facts["zero_coefficient_steps"] = still
-    if still > _MANY_STILL * len(records):
-        say(_advice(still, len(records)))
+    facts |= found(step_log)
+    if stopped is not None:
+        facts["stopped"] = stopped
+    facts["zero_coefficient_steps"] = sum(record.flat for record in records)
+    _advise(facts["zero_coefficient_steps"], len(records))
+    rounded = _rounded_away(step_log)
+    if rounded:
+        say(rounded)
     history = _history([(record.loss, record.seconds) for record in records], dev, course.lines)
     best = dev.best if dev else None
     if best is not None:
         facts["dev"], facts["best_step"] = best["dev"], best["step"]
         if best["step"] < len(records):
-            step_log = trainer.step_log
             session.model = None  # trainer and model go before the model is loaded again
-            del trainer
-            _go_back(session, step_log, best["step"])
+            del trainer, clock
+            _go_back(session, step_log.path, best["step"])
     return Trained(facts, history)
 
 
@@ -231,10 +251,12 @@ def make_objective(session: Session) -> TaskObjective:
     """The objective that the user named, or the task's loss."""
     options = session.options
     sampling = Sampling(options.temperature, options.seed)
-    return TaskObjective(options.objective, session.task, session.tokenizer, sampling)
+    return TaskObjective(
+        options.objective, session.task, session.tokenizer, sampling, sample_steps=options.log_completions
+    )
 
 
-def _perturbation(session: Session, objective: TaskObjective) -> str:
+def perturbation_of(session: Session, objective: TaskObjective) -> str:
     """Generation reads every weight at each token, so they are perturbed once, in a copy."""
     options = session.options
     if options.perturbation != "auto" or not objective.generates:
@@ -244,15 +266,39 @@ def _perturbation(session: Session, objective: TaskObjective) -> str:
     return "copy"
 
 
-def _watch_dev(session: Session, folder: Path, improved: Callable[[Any], object] | None = None) -> DevWatcher | None:
+def _watch_dev(
+    session: Session,
+    folder: Path,
+    improved: Callable[[Any], object] | None = None,
+    heard: Callable[[int, dict[str, float]], object] | None = None,
+) -> DevWatcher | None:
     if "dev" not in session.splits:
         return None
-    evaluate = partial(session.evaluate, "dev", "dev")
-    return DevWatcher(evaluate, session.metric, session.options.eval_steps, folder / _DEV, improved)
+    evaluate, options = partial(session.evaluate, "dev", "dev"), session.options
+    return DevWatcher(
+        evaluate, _judge(session), options.eval_steps, folder / _DEV, improved, heard=heard, patience=options.patience
+    )
+
+
+def _hear(trainer: Any, session: Session, step: int, dev: dict[str, float]) -> None:
+    """Tell the run's watch what was measured on the development split, as something that should fall."""
+    judge = _judge(session)
+    trainer.automatic.hear(step, dev[judge] if judge == "loss" else -dev[judge])
+
+
+def _judge(session: Session) -> str:
+    """What steps are compared by on the development split: the loss where that is tuned, as it is less noisy."""
+    return "loss" if session.options.objective == "loss" and session.task.loss != "none" else session.metric
 
 
 def _run(
-    trainer: Any, session: Session, done: int, loss: Callable[[], float], dev: DevWatcher | None, resume: bool = False
+    trainer: Any,
+    session: Session,
+    done: int,
+    loss: Callable[[], float],
+    dev: DevWatcher | None,
+    resume: bool = False,
+    **seen: Any,
 ) -> int:
     """Train with a progress bar, until the end or Ctrl-C; the peak memory in bytes."""
     for callback in list(trainer.callback_handler.callbacks):
@@ -260,7 +306,8 @@ def _run(
             trainer.remove_callback(callback)
     memory.reset_peak(session.model.device)
     with bar(session.options.steps, "tuning", "step", done) as progress, stop_on_interrupt() as interrupted:
-        trainer.add_callback(Watcher(progress, interrupted, loss, save=session.options.method == "mezo"))
+        held = (lambda: trainer.mezo.held is not None) if session.options.method == "mezo" else (lambda: False)
+        trainer.add_callback(Watcher(progress, interrupted, loss, held, session.options.method == "mezo", **seen))
         if dev is not None:
             trainer.add_callback(dev)
         trainer.train(**({"resume_from_checkpoint": True} if resume else {}))
@@ -289,12 +336,32 @@ def _facts(steps: int, skipped: int, seconds: float, peak: int, inference_peak: 
     }
 
 
-def _advice(still: int, steps: int) -> str:
+def _rounded_away(log: Log) -> str | None:
+    """Advice, where most of what the updates would have changed was too small for the weights' dtype."""
+    taken = [record for record in log.records if not record.skipped and not record.flat]
+    tensors = log.header["tensors"]
+    weights = sum(math.prod(tensor["shape"]) for tensor in tensors)
+    if not taken:
+        return None
+    share = sum(record.unchanged for record in taken) / (weights * len(taken))
+    dtypes = sorted({tensor["dtype"] for tensor in tensors})
+    # Half precision rounds at random, which loses nothing on average but adds noise; float32 rounds to the nearest.
+    if share <= (_MANY_ROUNDED if dtypes == ["float32"] else _NEARLY_ALL_ROUNDED):
+        return None
     return (
-        f"in {still} of {steps} steps ({still / steps:.0%}) both sides of the probe had the same objective, so they moved "
-        "nothing. What helps: more --probes, a larger --batch-size, a larger --eps, or an objective with a smooth part "
-        "such as 'accuracy + 0.1 * loss'"
+        f"{share:.1%} of the weights kept their stored value ({' and '.join(dtypes)}) in a step, mean: the updates are too small for it. "
+        "What helps: a larger --lr, --dtype float32, or an adapter (--tune lora)"
     )
+
+
+def _advise(still: int, steps: int) -> None:
+    """Say what helps, if many steps moved nothing."""
+    if still > _MANY_STILL * steps:
+        say(
+            f"in {still} of {steps} steps ({still / steps:.0%}) both sides of the probe had the same objective, so they moved "
+            "nothing. What helps: more --probes, a larger --batch-size, a larger --eps, or an objective with a smooth part "
+            "such as 'accuracy + 0.1 * loss'"
+        )
 
 
 def _history(

@@ -16,6 +16,7 @@ from . import say
 METRICS = "metrics.json"
 OUTCOMES = "outcomes.json"
 HISTORY = "history.jsonl"
+COMPLETIONS = "completions.jsonl"
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -26,6 +27,14 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
     """Write JSON Lines whole, or leave what was there."""
     files.write_text(path, "".join(json.dumps(plain(line)) + "\n" for line in lines))
+
+
+def add_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
+    """Write JSON Lines behind what is in the file."""
+    text = "".join(json.dumps(plain(line)) + "\n" for line in lines)
+    if text:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(text)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -49,6 +49,7 @@ class Session:
         calibrations: of the test split, where they were asked for.
         truncated: how many prompts were cut.
         demonstrations: how many stand before every prompt.
+        deadline: when tuning must end, by ``time.monotonic``.
     """
 
     model: Any
@@ -62,9 +63,21 @@ class Session:
     demonstrations: int = 0
     rewards: list[Reward] = field(default_factory=list)
     sizes: dict[str, int] = field(default_factory=dict)
+    deadline: float | None = None
 
-    def evaluate(self, what: str, split: str = "test", outcomes: list[float] | None = None) -> dict[str, float]:
-        """The task's metric and loss on a split, with a progress bar; ``outcomes`` gets the metric by example."""
+    def evaluate(
+        self,
+        what: str,
+        split: str = "test",
+        outcomes: list[float] | None = None,
+        completions: list[str] | None = None,
+    ) -> dict[str, float]:
+        """The task's metric and loss on a split, with a progress bar.
+
+        Args:
+            outcomes: gets the metric by example.
+            completions: gets what the model wrote by example.
+        """
         with bar(len(self.splits[split]), what, "example") as progress:
             return evaluate(
                 self.model,
@@ -77,6 +90,7 @@ class Session:
                 rewards=self.rewards,
                 progress=reach(progress),
                 outcomes=outcomes,
+                completions=completions,
             )
 
     @property
@@ -133,7 +147,7 @@ def open_session(
     if not 0 <= options.seed < 2**32:
         raise InputError(f"--seed must be from 0 to 4294967295, got {options.seed}")
     task = get_task(options.task)
-    rewards = _rewards(task, getattr(options, "objective", "loss"), getattr(options, "temperature", 0.0))
+    rewards = _rewards(task, options)
     splits = load_splits(
         task,
         data_dir=options.data_dir,
@@ -192,8 +206,9 @@ def open_session(
     return session
 
 
-def _rewards(task: Task, objective: str, temperature: float) -> list[Reward]:
+def _rewards(task: Task, options: argparse.Namespace) -> list[Reward]:
     """The reward functions among the objective's terms."""
+    objective = getattr(options, "objective", "loss")
     terms = parse(objective, task) if objective != "loss" else []
     rewards = [term.reward for term in terms if term.reward]
     if task.metric == "reward" and not rewards:
@@ -201,8 +216,12 @@ def _rewards(task: Task, objective: str, temperature: float) -> list[Reward]:
             f"task {task.name} has neither answers nor a target: give --objective module:function, a reward for what the "
             "model writes, or add answers or a target to the task file"
         )
-    if temperature and not any(term.generates for term in terms):
-        raise InputError(f"--temperature is of sampled text, and objective {objective!r} generates none: leave it out")
+    generates = any(term.generates for term in terms)
+    for name, what in (("temperature", "sampled"), ("log_completions", "generated")):
+        if getattr(options, name, None) and not generates:
+            raise InputError(
+                f"--{name.replace('_', '-')} is of {what} text, and objective {objective!r} generates none: leave it out"
+            )
     return rewards
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..auto import AUTO, number_or_auto
+from ..durations import duration, seconds_of
 from ..errors import InputError
 from ..estimators import ESTIMATORS, NORMALIZATIONS
 from ..evaluation import sign_test
@@ -17,8 +20,19 @@ from ..optimizer import NonFiniteLossError
 from ..rules import RULES, STATES
 from ..trajectory import Log, read_log
 from . import add_model_options, methods, positive, say
-from .results import HISTORY, METRICS, OUTCOMES, new_folder, plain, table, write_json, write_lines
-from .session import MODEL_DEFAULTS, fill, open_session
+from .results import (
+    COMPLETIONS,
+    HISTORY,
+    METRICS,
+    OUTCOMES,
+    new_folder,
+    plain,
+    read_lines,
+    table,
+    write_json,
+    write_lines,
+)
+from .session import MODEL_DEFAULTS, Session, fill, open_session
 
 DEFAULTS: dict[str, Any] = {
     **MODEL_DEFAULTS,
@@ -41,52 +55,75 @@ DEFAULTS: dict[str, Any] = {
     "clip_coefficient": None,
     "save_steps": None,
     "eval_steps": None,
+    "patience": None,
     "objective": "loss",
     "temperature": 0.0,
+    "log_completions": None,
 }
-# What the paper uses, by what is tuned (appendix E.3; the larger of its learning rates).
-_BY_MODE = {"lora": {"lr": 1e-4, "eps": 1e-2}, "prefix": {"lr": 1e-2, "eps": 1e-1}}
-_MEZO = {"lr": 1e-6, "eps": 1e-3, "steps": 1000}
-_ADAM = {"lr": 1e-5, "batch_size": 8}
+#: Steps of a run that is told neither steps nor time.
+STEPS = 1000
+_MEZO = {"lr": AUTO, "eps": AUTO}
+_ADAM = {"lr": 1e-5, "eps": None, "batch_size": 8}
 _ADAM_EPOCHS = 5
+_MEASUREMENTS = 10
 _SCHEDULERS = ("constant", "linear", "cosine", "inverse_sqrt", "polynomial")
 # What a resumed run may change; the rest comes from its log.
-_FREE = ("device", "steps", "save_steps", "eval_steps", "data_dir")
+_FREE = ("device", "steps", "save_steps", "eval_steps", "patience", "log_completions", "data_dir")
 # What has an effect with one method, or on one way to tune, alone.
 _ONLY = {
     "--method mezo": (
         "objective",
         "temperature",
+        "log_completions",
         "eps",
         "probes",
         "direction",
         "perturbation",
         "clip_coefficient",
         "save_steps",
+        "time_budget",
     ),
     "--rule momentum": ("momentum",),
     "--tune lora": ("lora_rank", "lora_alpha", "lora_targets"),
     "--tune prefix": ("prefix_length",),
 }
-_SETTINGS = ("model", "task", "lr", "eps", "steps", *DEFAULTS)
+# Test examples of which the completions are kept.
+_SAMPLES = 32
+_SETTINGS = ("model", "task", "lr", "eps", "steps", "time_budget", *DEFAULTS)
 
 
 def add_commands(commands: Any) -> None:
     """Add ``train`` to the command line."""
     parser = commands.add_parser("train", help="tune a model on a task")
-    add_model_options(parser)
     parser.add_argument("--output-dir", required=True, help="new folder for the tuned model and its step log")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --output-dir")
+    add_options(parser)
+    parser.set_defaults(run=run)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What describes a run."""
+    add_model_options(parser)
     parser.add_argument("--method", choices=tuple(methods.METHODS), help="mezo, or adam: backpropagation [mezo]")
     parser.add_argument("--objective", help="loss, accuracy, f1, exact_match, module:function, or a sum of them [loss]")
     parser.add_argument("--temperature", type=float, help="of sampled text; 0 takes the likeliest tokens [0]")
+    parser.add_argument(
+        "--log-completions",
+        type=int,
+        metavar="STEPS",
+        help="write what the model wrote at every so many steps, and before and after, to completions.jsonl [not]",
+    )
     parser.add_argument("--tune", help="all, lora, prefix, or a pattern of parameter names [all]")
     parser.add_argument("--lora-rank", type=int, help="width of the LoRA matrices [8]")
     parser.add_argument("--lora-alpha", type=float, help="scale of LoRA, times 1/rank [16]")
     parser.add_argument("--lora-targets", help="names of the layers to adapt, by commas [query and value projections]")
     parser.add_argument("--prefix-length", type=int, help="positions of the prefix [5]")
     parser.add_argument("--steps", type=int, help="optimizer steps [1000; adam: 5 epochs]")
-    parser.add_argument("--lr", type=float, help="learning rate [1e-6, lora 1e-4, prefix 1e-2; adam 1e-5]")
-    parser.add_argument("--eps", type=float, help="perturbation scale [1e-3, lora 1e-2, prefix 1e-1]")
+    parser.add_argument("--time-budget", type=_seconds, help="as many steps as fit this time: 90s, 30m, 1h30m")
+    parser.add_argument(
+        "--lr", type=_number_or_auto, help="learning rate, or auto: found on held-out data [auto; adam 1e-5]"
+    )
+    parser.add_argument("--eps", type=_number_or_auto, help="perturbation scale, or auto: measured [auto]")
     parser.add_argument("--probes", type=int, help="directions a step; each costs two forward passes [1]")
     parser.add_argument("--estimator", choices=tuple(ESTIMATORS), help="two-sided spsa, or one_sided probes [spsa]")
     parser.add_argument("--normalize", choices=NORMALIZATIONS, help="units of coefficients over the probes [none]")
@@ -99,44 +136,49 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--lr-scheduler", choices=_SCHEDULERS, help="course of the learning rate [constant]")
     parser.add_argument("--clip-coefficient", type=float, help="largest magnitude of a projected gradient [none]")
     parser.add_argument(
-        "--eval-steps", type=int, help="measure the dev split so often and keep the best step's weights"
+        "--eval-steps",
+        type=int,
+        help="measure the dev split so often and keep the best step's weights [--lr auto: ten times in a run]",
     )
+    parser.add_argument("--patience", type=int, help="stop after so many of these without improvement [never]")
     parser.add_argument("--save-steps", type=int, help="also save a checkpoint every so many steps [none]")
     parser.add_argument("--no-before", action="store_true", help="do not evaluate the untuned model")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --output-dir")
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Tune, evaluate before and after, and write model, step log and metrics."""
+    began = time.monotonic()
     folder = Path(options.output_dir)
     log = _resumed(options, folder) if options.resume else None
-    if log is None:
-        _refuse_idle(options)
-    _fill(options)
-    _check(options)
+    settle(options, log)
     if log is None:
         # A run that was killed before its first step leaves its first evaluation behind, and nothing else.
         begun = not read_json(folder / METRICS).keys() - {"before"}
-        new_folder(folder, leftovers=(METRICS, OUTCOMES, methods.INITIAL) if begun else (), resumable=True)
+        leftovers = (METRICS, OUTCOMES, COMPLETIONS, methods.INITIAL) if begun else ()
+        new_folder(folder, leftovers=leftovers, resumable=True)
     metrics = read_json(folder / METRICS) if log else {}
-    if log and "test" in metrics and log.end and log.steps >= options.steps:
+    if log and "test" in metrics and log.end and _is_done(options, log, metrics):
         say(f"the run in {folder} is complete after {log.steps} steps: nothing to do (more --steps would extend it)")
         return _report(metrics, options)
 
     prepare = partial(methods.prepare_model, options=options, first=folder / methods.INITIAL if log else None)
     session = open_session(options, "train", "dev", "test", prepare_model=prepare)
-    if options.steps is None:
-        options.steps = max(1, _ADAM_EPOCHS * len(session.splits["train"]) // options.batch_size)
     folder.mkdir(parents=True, exist_ok=True)
     if options.tune in ("lora", "prefix") and log is None:
         methods.keep_first(session.model, folder / methods.INITIAL)
     outcomes: dict[str, list[float]] = read_json(folder / OUTCOMES) if log else {}
     if not options.no_before and ("before" not in metrics or "before" not in outcomes):
         outcomes = {"before": []}
-        metrics = {"before": session.evaluate("before", outcomes=outcomes["before"])}
+        before: list[str] = []
+        metrics = {"before": session.evaluate("before", outcomes=outcomes["before"], completions=before)}
+        if options.log_completions:
+            write_lines(folder / COMPLETIONS, _samples(session, 0, before, outcomes["before"]))
         write_json(folder / METRICS, metrics)
         write_json(folder / OUTCOMES, outcomes)
+    if options.steps is None:
+        options.steps = _steps(session, began)
+    if options.eval_steps is None:
+        options.eval_steps = evaluation_steps(options, options.steps)
     trained = methods.METHODS[options.method](session, folder, log, settings(options))
     if trained is None:
         return 130
@@ -150,7 +192,12 @@ def run(options: argparse.Namespace) -> int:
         **session.facts("train", options.method),
         **({"before": metrics["before"]} if "before" in metrics else {}),
     }
-    metrics["test"] = session.evaluate("after", outcomes=outcomes["after"])
+    after: list[str] = []
+    metrics["test"] = session.evaluate("after", outcomes=outcomes["after"], completions=after)
+    if options.log_completions:
+        step = trained.facts.get("best_step", trained.facts["steps"])
+        kept = [line for line in read_lines(folder / COMPLETIONS) if (line["step"], line["split"]) != (step, "test")]
+        write_lines(folder / COMPLETIONS, [*kept, *_samples(session, step, after, outcomes["after"])])
     if "before" in outcomes:
         metrics["sign_test"] = sign_test(outcomes["before"], outcomes["after"])
     metrics.update(trained.facts)
@@ -161,23 +208,77 @@ def run(options: argparse.Namespace) -> int:
     return _report(metrics, options)
 
 
+def settle(options: argparse.Namespace, log: Log | None = None) -> None:
+    """Give options their defaults, and refuse what cannot be."""
+    if log is None:
+        _refuse_idle(options)
+    _fill(options)
+    _check(options)
+
+
+def evaluation_steps(options: argparse.Namespace, steps: int) -> int | None:
+    """Steps between measurements of the development split: as told, or ten in a run that finds its learning rate."""
+    if options.eval_steps is not None or options.lr != AUTO or options.dev_examples == 0:
+        return options.eval_steps
+    return max(1, steps // _MEASUREMENTS)
+
+
+def _steps(session: Session, began: float) -> int:
+    """The steps of a run that was not told them."""
+    from . import plan
+
+    options = session.options
+    if options.method == "adam":
+        return max(1, _ADAM_EPOCHS * len(session.splits["train"]) // options.batch_size)
+    if not options.time_budget:
+        return STEPS
+    cost = plan.measure(session)
+    # What is over by now, the evaluation before tuning included, is not to come.
+    left = options.time_budget - (time.monotonic() - began)
+    done = 0 if options.no_before else len(session.splits["test"]) * cost.evaluation
+    steps = plan.steps_within(left + done, cost, session)
+    session.deadline = began + options.time_budget - len(session.splits["test"]) * cost.evaluation
+    say(f"{cost.step:.2f} s a step: {steps} steps fit the {duration(max(0.0, left))} that are left")
+    return steps
+
+
+def _samples(session: Session, step: int, texts: list[str], outcomes: list[float]) -> list[dict[str, Any]]:
+    """What was written for the first test examples, and how it was judged."""
+    examples = session.splits["test"][:_SAMPLES]
+    return [
+        {
+            "step": step,
+            "split": "test",
+            "prompt": e.example.prompt,
+            "completion": text,
+            "objective": {session.metric: value},
+        }
+        for e, text, value in zip(examples, texts, outcomes, strict=False)
+    ]
+
+
 def settings(options: argparse.Namespace) -> dict[str, Any]:
     """What the step log records of a run."""
     return {key: value for key in _SETTINGS if (value := getattr(options, key)) is not None}
 
 
 def _fill(options: argparse.Namespace) -> None:
-    """Defaults, which depend on the method and on what is tuned."""
-    method, mode = options.method or DEFAULTS["method"], options.tune or DEFAULTS["tune"]
-    own = _ADAM if method == "adam" else {**_MEZO, **_BY_MODE.get(mode, {})}
-    fill(options, {**DEFAULTS, **own})
+    """Defaults, which depend on the method."""
+    method = options.method or DEFAULTS["method"]
+    fill(options, {**DEFAULTS, **(_ADAM if method == "adam" else _MEZO)})
 
 
 def _check(options: argparse.Namespace) -> None:
     positive(
-        options, "steps", "lr", "eps", "probes", "save_steps", "eval_steps", "clip_coefficient", "lora_rank",
-        "lora_alpha", "prefix_length",
+        options, "steps", "probes", "save_steps", "eval_steps", "patience", "log_completions",
+        "clip_coefficient", "lora_rank", "lora_alpha", "prefix_length",
     )  # fmt: skip
+    if options.method == "adam" and options.lr == AUTO:
+        raise InputError("--lr auto is found with forward passes, by --method mezo: give a number for adam")
+    if options.steps is not None and options.time_budget is not None and not options.resume:
+        raise InputError("--steps and --time-budget both say how long to tune: leave one of them out")
+    if options.patience is not None and evaluation_steps(options, options.steps or STEPS) is None:
+        raise InputError("--patience counts measurements of the dev split: give --eval-steps too")
     if not 0 <= options.weight_decay < float("inf"):
         raise InputError(f"--weight-decay must be a number that is not negative, got {options.weight_decay}")
     if not 0 <= options.temperature < float("inf"):
@@ -187,6 +288,20 @@ def _check(options: argparse.Namespace) -> None:
             f"training runs on the first device of its kind, not on {options.device}: choose it with "
             "CUDA_VISIBLE_DEVICES, and give --device cuda"
         )
+
+
+def _number_or_auto(text: str) -> float | str:
+    try:
+        return number_or_auto(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _seconds(text: str) -> float:
+    try:
+        return seconds_of(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _refuse_idle(options: argparse.Namespace) -> None:
@@ -202,6 +317,11 @@ def _refuse_idle(options: argparse.Namespace) -> None:
                 raise InputError(f"--{name.replace('_', '-')} belongs to {belongs}: leave it out")
     if options.eval_steps is not None and options.dev_examples == 0:
         raise InputError("--eval-steps measures development examples, and --dev-examples is 0: leave one of them out")
+
+
+def _is_done(options: argparse.Namespace, log: Log, metrics: dict[str, Any]) -> bool:
+    """Whether a run has all its steps, or ended early as it was told to, and no more are asked for."""
+    return bool(log.steps >= options.steps or ("stopped" in metrics and options.steps <= log.header["run"]["steps"]))
 
 
 def _resumed(options: argparse.Namespace, folder: Path) -> Log:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import definition
-from .definition import ROUNDING_PROBE, Update
+from .definition import ROUNDING_PROBE, Count, Update
 from .directions import DIRECTIONS, GAUSSIAN, NOISE_VERSION, RADEMACHER, Direction, get_direction
 from .philox import split_seed
 
@@ -28,6 +28,7 @@ __all__ = [
     "NOISE_VERSION",
     "RADEMACHER",
     "ROUNDING_PROBE",
+    "Count",
     "Direction",
     "Noise",
     "Update",
@@ -90,18 +91,18 @@ class Noise:
                 )
         return flat.view(*rows.shape, source.shape[-1])
 
-    def update(self, weight: Tensor, updates: Sequence[Update], *, tensor: int, start: int = 0) -> int:
+    def update(self, weight: Tensor, updates: Sequence[Update], *, tensor: int, start: int = 0) -> Count:
         """Apply optimizer steps to ``weight`` in place; half precision is rounded stochastically.
 
         Returns:
-            How many stored values did not change, summed over the steps.
+            How many stored values did not change, summed over the steps. It may be a tensor that was not read yet.
         """
         flat = _flat(weight)
-        unchanged = _backend(weight).update(flat, updates, self.direction, self.seed, tensor, start)
+        unchanged: Count = _backend(weight).update(flat, updates, self.direction, self.seed, tensor, start)
         _give_back(weight, flat)
-        return int(unchanged)
+        return unchanged
 
-    def store(self, weight: Tensor, x: Tensor, *, tensor: int, step: int, start: int = 0) -> int:
+    def store(self, weight: Tensor, x: Tensor, *, tensor: int, step: int, start: int = 0) -> Count:
         """``weight <- round(x)``, rounded as :meth:`update` rounds at that step: what other rules end with.
 
         Args:
@@ -109,11 +110,12 @@ class Noise:
             x: float32 (float64 for float64 weights), shape ``(n,)``.
 
         Returns:
-            How many stored values did not change.
+            How many stored values did not change. It may be a tensor that was not read yet.
         """
         half = weight.dtype in (torch.bfloat16, torch.float16)
         backend = _backend(weight) if half else definition
-        return int(backend.store(weight.detach(), x.contiguous(), self.seed, tensor, step, start))
+        unchanged: Count = backend.store(weight.detach(), x.contiguous(), self.seed, tensor, step, start)
+        return unchanged
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from typing import Any
 
@@ -356,36 +356,47 @@ def _words(*values: int) -> tuple[np.uint32, ...]:
 
 
 # --- threads ---------------------------------------------------------------------------------------------------------
-# Plain threads that release the GIL, as many as torch uses and asleep between sweeps: Numba's own thread pool would
-# spin beside torch's on the same cores.
+# Plain threads that release the GIL, together with the caller as many as torch uses, and asleep between sweeps: Numba's
+# own thread pool would spin beside torch's on the same cores.
 
 _pool: ThreadPoolExecutor | None = None
+_pool_size = 0
 _pool_lock = threading.Lock()
 
 
 def _spread(kernel: Callable[[int, int], Any], count: int, unit: int, least: int) -> list[Any]:
-    """Run ``kernel(lo, hi)`` over ``0 .. count``: a range of at least ``least``, a multiple of ``unit``, for each thread."""
-    threads = min(torch.get_num_threads(), max(1, count // max(1, least)))
+    """Run ``kernel(lo, hi)`` over ``0 .. count``: a range of at least ``least``, a multiple of ``unit``, for each thread.
+
+    When it returns or raises, no thread is at work on it.
+    """
+    available = torch.get_num_threads()
+    threads = min(available, max(1, count // max(1, least)))
     if threads == 1:
         return [kernel(0, count)]
     length = -(-count // (threads * unit)) * unit
     ranges = [(lo, min(lo + length, count)) for lo in range(0, count, length)]
-    others = [_threads().submit(kernel, lo, hi) for lo, hi in ranges[1:]]
-    return [kernel(*ranges[0]), *(other.result() for other in others)]
+    others = _submit(kernel, ranges[1:], available - 1)
+    try:
+        return [kernel(*ranges[0]), *(other.result() for other in others)]
+    finally:
+        wait(others)
 
 
-def _threads() -> ThreadPoolExecutor:
-    global _pool
-    with _pool_lock:
-        if _pool is None:
-            _pool = ThreadPoolExecutor(max(1, torch.get_num_threads() - 1), thread_name_prefix="forwardtune")
-        return _pool
+def _submit(kernel: Callable[[int, int], Any], ranges: Sequence[tuple[int, int]], workers: int) -> list[Future[Any]]:
+    """Start the ranges on a pool of so many threads. It is replaced when torch's number of threads was changed."""
+    global _pool, _pool_size
+    with _pool_lock:  # so that no one closes the pool in between
+        if _pool is None or _pool_size != workers:
+            if _pool is not None:
+                _pool.shutdown(wait=False)  # its threads end after the work they have
+            _pool, _pool_size = ThreadPoolExecutor(workers, thread_name_prefix="forwardtune"), workers
+        return [_pool.submit(kernel, lo, hi) for lo, hi in ranges]
 
 
 def _forget_threads() -> None:
-    """A forked child has the pool but not its threads."""
-    global _pool
-    _pool = None
+    """A forked child has the pool but not its threads, and the lock as another thread may have held it."""
+    global _pool, _pool_lock
+    _pool, _pool_lock = None, threading.Lock()
 
 
 os.register_at_fork(after_in_child=_forget_threads)

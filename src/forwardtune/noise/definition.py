@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,6 +21,10 @@ ROUNDING_PROBE = 0xFFFFFFFF
 
 # Elements handled at once: bounds the int64 temporaries of the plain path.
 _CHUNK = 1 << 20
+
+#: How many stored values a sweep left as they were: a number, or an int64 scalar on the weight's device that was not read yet,
+#: because reading it waits for the sweep.
+Count: TypeAlias = "int | Tensor"
 
 
 @dataclass(frozen=True)
@@ -73,13 +78,13 @@ def perturb(
 
 def update(
     weight: Tensor, updates: Sequence[Update], direction: Direction, seed: int, tensor: int, start: int = 0
-) -> int:
+) -> Count:
     """Apply steps in order to ``weight``, in place.
 
     Returns:
         The number of (element, step) pairs whose stored value did not change.
     """
-    unchanged = 0
+    unchanged: Count = 0
     for lo in range(0, weight.numel(), _CHUNK):
         piece = weight[lo : lo + _CHUNK]
         where = (start + lo, piece.numel())
@@ -99,7 +104,7 @@ def update(
     return unchanged
 
 
-def store(weight: Tensor, x: Tensor, seed: int, tensor: int, step: int, start: int = 0) -> int:
+def store(weight: Tensor, x: Tensor, seed: int, tensor: int, step: int, start: int = 0) -> Count:
     """``weight <- round(x)`` as :func:`update` ends: stochastically with the step's bits in half precision, else exactly.
 
     Args:
@@ -115,12 +120,12 @@ def store(weight: Tensor, x: Tensor, seed: int, tensor: int, step: int, start: i
     )
 
 
-def _store(piece: Tensor, x: Tensor, seed: int, tensor: int, step: int, start: int) -> int:
+def _store(piece: Tensor, x: Tensor, seed: int, tensor: int, step: int, start: int) -> Count:
     if piece.dtype in (torch.bfloat16, torch.float16):
         random = half_words(seed, tensor, step, ROUNDING_PROBE, start, piece.numel(), piece.device)
         x = round_stochastically(x, random, piece.dtype)
     x = x.to(piece.dtype)
-    unchanged = int((x == piece).sum())
+    unchanged = (x == piece).sum()
     piece.copy_(x)
     return unchanged
 

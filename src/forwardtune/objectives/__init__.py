@@ -4,7 +4,7 @@
 what the model writes, and ``mixture`` makes one objective of what the user names.
 """
 
-from .generation import GREEDY, Context, Sampling, generate
+from .generation import GREEDY, Context, Sampling, Written, generate, write
 from .likelihood import (
     logits_at,
     option_cross_entropy,
@@ -25,6 +25,7 @@ __all__ = [
     "RewardError",
     "Sampling",
     "TaskObjective",
+    "Written",
     "generate",
     "load_reward",
     "logits_at",
@@ -35,4 +36,5 @@ __all__ = [
     "score_loss",
     "target_likelihood",
     "task_scores",
+    "write",
 ]

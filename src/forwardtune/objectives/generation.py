@@ -6,9 +6,12 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import takewhile
 from typing import Any
 
 import torch
+from transformers import StoppingCriteriaList, StopStringCriteria
 
 from ..tasks import Task
 
@@ -43,11 +46,24 @@ class Sampling:
 
 GREEDY = Sampling()
 
+
+@dataclass(frozen=True)
+class Written:
+    """What a model wrote, one entry for each prompt.
+
+    Attributes:
+        texts: up to the stop string, stripped.
+        tokens: as they were written, the stop string's among them; without the end-of-text token and padding.
+    """
+
+    texts: list[str]
+    tokens: list[list[int]]
+
+
 # What a model's own generation_config.json may ask for otherwise: we want its distribution as it is.
 _PLAIN = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
 
 
-@torch.no_grad()
 def generate(
     model: Any,
     tokenizer: Any,
@@ -56,7 +72,20 @@ def generate(
     context: Context | None = None,
     sampling: Sampling = GREEDY,
 ) -> list[str]:
-    """Continuations of tokenised prompts, up to the task's stop string, stripped.
+    """The texts of :func:`write`."""
+    return write(model, tokenizer, task, prompts, context, sampling).texts
+
+
+@torch.no_grad()
+def write(
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    prompts: Sequence[Sequence[int]],
+    context: Context | None = None,
+    sampling: Sampling = GREEDY,
+) -> Written:
+    """Continuations of tokenised prompts, up to the task's stop string.
 
     Args:
         context: what all prompts begin with, if it was processed already.
@@ -67,7 +96,9 @@ def generate(
     fills = [width - len(prompt) for prompt in prompts]
     rows = [[*p[:known], *[pad] * fill, *p[known:]] for p, fill in zip(prompts, fills, strict=True)]
     seen = [[1] * known + [0] * fill + [1] * (width - known - fill) for fill in fills]
-    options: dict[str, Any] = {"stop_strings": [task.stop], "tokenizer": tokenizer} if task.stop else {}
+    options: dict[str, Any] = (
+        {"stopping_criteria": _stopping(tokenizer, len(tokenizer), task.stop)} if task.stop else {}
+    )
     if context is not None:
         options["past_key_values"] = context.repeated(len(rows))
     if sampling.temperature:
@@ -81,7 +112,23 @@ def generate(
             **{"do_sample": False, **_PLAIN, **options},
         )
     texts = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
-    return [(text.split(task.stop)[0] if task.stop else text).strip() for text in texts]
+    texts = [(text.split(task.stop)[0] if task.stop else text).strip() for text in texts]
+    ends = {pad, *_listed(model.generation_config.eos_token_id), *_listed(tokenizer.eos_token_id)}
+    return Written(texts, [list(takewhile(lambda t: t not in ends, row)) for row in out[:, width:].tolist()])
+
+
+def _listed(tokens: int | list[int] | None) -> list[int]:
+    return tokens if isinstance(tokens, list) else [] if tokens is None else [tokens]
+
+
+@lru_cache(maxsize=4)
+def _stopping(tokenizer: Any, size: int, stop: str) -> StoppingCriteriaList:
+    """The stop string's criterion. Making it goes through the vocabulary, which would be a tenth of a short generation.
+
+    Args:
+        size: of the vocabulary: the criterion is made anew when tokens were added.
+    """
+    return StoppingCriteriaList([StopStringCriteria(tokenizer, [stop])])
 
 
 @contextmanager

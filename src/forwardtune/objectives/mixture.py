@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from ..errors import InputError, nearest
 from ..tasks import Task, metrics
 from ..tasks.encoding import Encoded
-from .generation import GREEDY, Sampling, generate
+from .generation import GREEDY, Sampling, Written, write
 from .likelihood import score_loss, task_scores
 from .rewards import Reward, load_reward
 
@@ -43,7 +45,8 @@ class TaskObjective:
     """A weighted sum of what is measured on a minibatch: one loss per example, lower is better.
 
     ``sum_i w_i * loss_i``, where ``accuracy``, metrics and rewards enter with a minus sign. No gradient is needed, and
-    only ``loss`` has one. What several terms need is computed once: scores of the options, and the generated texts.
+    only ``loss`` has one. What several terms need is computed once: scores of the options, and the generated texts. A
+    reward that is None for an example adds nothing to its sum, as in TRL.
 
     Args:
         specification: terms joined by ``+``, each with a factor or without: ``accuracy + 0.1 * loss``,
@@ -52,17 +55,27 @@ class TaskObjective:
         task: what is tuned for.
         tokenizer: the model's.
         sampling: how texts are generated; the seed is combined with the step's number.
+        sample_steps: keep what was written at every so many steps, for :meth:`take_samples`; None keeps nothing.
 
     Raises:
         InputError: a term that does not suit the task, or cannot be read.
     """
 
-    def __init__(self, specification: str, task: Task, tokenizer: Any, sampling: Sampling = GREEDY) -> None:
+    def __init__(
+        self,
+        specification: str,
+        task: Task,
+        tokenizer: Any,
+        sampling: Sampling = GREEDY,
+        sample_steps: int | None = None,
+    ) -> None:
         self.task, self.specification = task, specification
         self.terms = parse(specification, task)
         self._tokenizer, self._sampling, self._step = tokenizer, sampling, -1
         self._part, self._recording = 0, True
         self._seen: dict[str, list[float]] = {}
+        self._samples: list[dict[str, Any]] = []
+        self._sample_steps, self._warned = sample_steps, False
 
     @property
     def generates(self) -> bool:
@@ -94,6 +107,7 @@ class TaskObjective:
         sampling = replace(self._sampling, seed=((self._sampling.seed * 1_000_003) + self._step) * 1009 + self._part)
         measured = _Measured(model, batch, self.task, self._tokenizer, sampling)
         total: Tensor | None = None
+        values_of: dict[str, list[float]] = {}
         for term in self.terms:
             if term.name == "loss":
                 values = measured.losses
@@ -101,17 +115,54 @@ class TaskObjective:
             else:
                 values = measured.raised(term)
                 part = -term.weight * values
-            if self._recording:
-                self._seen.setdefault(term.name, []).extend(values.detach().tolist())
+                if term.reward is not None:  # a reward is finite, or NaN where the function gave None
+                    part = part.nan_to_num(nan=0.0)
+            values_of[term.name] = values.detach().tolist()
             total = part if total is None else total + part
         assert total is not None
+        self._say_what_is_not_judged(values_of)
+        if self._recording:
+            for name, seen in values_of.items():
+                self._seen.setdefault(name, []).extend(seen)
+            if self._sample_steps and self.generates and (self._step + 1) % self._sample_steps == 0:
+                self._samples = measured.samples(values_of)
         return total
 
     def take_statistics(self) -> dict[str, dict[str, float]]:
-        """Mean and standard deviation of every term over the examples evaluated since the last call."""
+        """Mean and standard deviation of every term over the examples evaluated since the last call.
+
+        Where a reward was None for some of them, both are of the others (NaN if there are none), and ``none`` counts them.
+        """
         seen, self._seen = self._seen, {}
-        tensors = {name: torch.tensor(values, dtype=torch.float64) for name, values in seen.items()}
-        return {name: {"mean": float(t.mean()), "std": float(t.std(correction=0))} for name, t in tensors.items()}
+        rewards = {term.name for term in self.terms if term.reward is not None}
+        return {name: _statistics(values, name in rewards) for name, values in seen.items()}
+
+    def take_samples(self) -> list[dict[str, Any]]:
+        """Prompts, completions and terms of the step's last evaluation, if it is a step to keep."""
+        samples, self._samples = self._samples, []
+        return samples
+
+    def _say_what_is_not_judged(self, values_of: dict[str, list[float]]) -> None:
+        if self._warned or any(term.reward is None for term in self.terms):
+            return
+        idle = sum(all(map(math.isnan, values)) for values in zip(*values_of.values(), strict=True))
+        if idle:
+            self._warned = True
+            warnings.warn(
+                f"objective {self.specification!r}: all rewards are None for {idle} of {len(values_of[self.terms[0].name])} "
+                "completions. They count as 0 and teach nothing: leave such examples out of the data, or add a reward "
+                "for them",
+                stacklevel=3,
+            )
+
+
+def _statistics(values: list[float], none_is_nan: bool) -> dict[str, float]:
+    known = [value for value in values if not math.isnan(value)] if none_is_nan else values
+    found = {"mean": math.nan, "std": math.nan}
+    if known:
+        tensor = torch.tensor(known, dtype=torch.float64)
+        found = {"mean": float(tensor.mean()), "std": float(tensor.std(correction=0))}
+    return found if len(known) == len(values) else {**found, "none": len(values) - len(known)}
 
 
 class _Measured:
@@ -130,13 +181,21 @@ class _Measured:
         return score_loss(self._task, self._scores, self._batch["labels"])
 
     @cached_property
-    def _completions(self) -> list[str]:
+    def _written(self) -> Written:
         examples: Sequence[Encoded] = self._batch["examples"]
         prompts = [example.prompt[: len(example.prompt) - example.scored] for example in examples]
-        return generate(self._model, self._tokenizer, self._task, prompts, sampling=self._sampling)
+        return write(self._model, self._tokenizer, self._task, prompts, sampling=self._sampling)
+
+    def samples(self, values_of: dict[str, list[float]]) -> list[dict[str, Any]]:
+        """A line for each example: its prompt, its completion, and the value of every term."""
+        rows = zip(self._batch["examples"], self._written.texts, *values_of.values(), strict=True)
+        return [
+            {"prompt": e.example.prompt, "completion": text, "objective": dict(zip(values_of, values, strict=True))}
+            for e, text, *values in rows
+        ]
 
     def raised(self, term: Term) -> Tensor:
-        """Values of a term that is raised, shape (batch,)."""
+        """Values of a term that is raised, shape (batch,); NaN where a reward is None."""
         if term.name == "accuracy":
             if self._task.preference is not None:
                 return (self._scores > 0).float()
@@ -147,9 +206,10 @@ class _Measured:
             return torch.tensor(right, device=chosen.device)
         examples: Sequence[Encoded] = self._batch["examples"]
         if term.reward is not None:
-            values = term.reward([e.example for e in examples], self._completions)
+            given = term.reward([e.example for e in examples], self._written.texts, self._written.tokens)
+            values = [math.nan if value is None else value for value in given]
         else:
-            pairs = zip(self._completions, examples, strict=True)
+            pairs = zip(self._written.texts, examples, strict=True)
             values = [metrics.score(term.name, text, example.texts) for text, example in pairs]
         return torch.tensor(values, dtype=torch.float32, device=self._model.device)  # where the losses are
 

@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import InputError, nearest
 from ..tasks.task import Example
 
-RewardFunction = Callable[..., Sequence[float]]
+RewardFunction = Callable[..., Sequence[float | None]]
 
 
 class RewardError(InputError):
@@ -21,35 +21,58 @@ class RewardError(InputError):
 
 
 class Reward:
-    """A reward function ``reward(prompts, completions, **columns) -> list[float]``; higher is better.
+    """A reward function ``reward(prompts, completions, **columns) -> list[float | None]``; higher is better.
 
-    ``prompts`` and ``completions`` are lists of texts, and every column of the data is a list as long. Columns that the
-    function does not take are left out.
+    ``prompts`` and ``completions`` are lists of texts, ``completion_ids`` lists of their tokens, and every column of the
+    data is a list as long. What the function does not take is left out. None is the reward of a completion that the
+    function does not judge.
 
     Args:
         function: the function.
         name: for messages and logs.
         weight: its factor in a sum of several.
+
+    Raises:
+        InputError: the function cannot be called like that: it is a coroutine, or wants what TRL's trainer alone has.
     """
 
     def __init__(self, function: RewardFunction, name: str, weight: float = 1.0) -> None:
         self.name = name
         self.weight = weight
         self._function = function
+        call = getattr(function, "__call__", None)  # noqa: B004  # of an object, whose method may be the coroutine
+        if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call):
+            raise InputError(f"reward {name} is an async function, which is not awaited here: give a plain function")
         parameters = inspect.signature(function).parameters.values()
+        foreign = [p.name for p in parameters if p.name in _FOREIGN and p.default is inspect.Parameter.empty]
+        if foreign:
+            raise InputError(
+                f"reward {name} takes {foreign[0]}, which TRL's trainer alone has: give it a default, such as "
+                f"{foreign[0]}=None, and do without it there"
+            )
         takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
         self._taken = None if takes_all else {p.name for p in parameters}
 
-    def __call__(self, examples: Sequence[Example], completions: Sequence[str]) -> list[float]:
-        """The reward of each completion.
+    def __call__(
+        self,
+        examples: Sequence[Example],
+        completions: Sequence[str],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+    ) -> list[float | None]:
+        """The reward of each completion; None where the function does not judge it.
+
+        Args:
+            completion_ids: tokens of the completions, for functions that take them.
 
         Raises:
-            RewardError: the function raised, or did not return one finite number for each completion.
+            RewardError: the function raised, or did not return one finite number, or None, for each completion.
         """
         columns: dict[str, list[Any]] = {
             key: [example.row.get(key) for example in examples] for key in examples[0].row if key not in _OWN
         }
         columns |= {"prompts": [example.prompt for example in examples], "completions": list(completions)}
+        if completion_ids is not None:
+            columns["completion_ids"] = [list(ids) for ids in completion_ids]
         if self._taken is not None:
             columns = {key: values for key, values in columns.items() if key in self._taken}
         try:
@@ -57,19 +80,23 @@ class Reward:
             is_list = isinstance(returned, Iterable) and not isinstance(returned, (str, bytes, Mapping))
             rewards = list(returned) if is_list else []
         except Exception as error:
+            # A function for TRL's conversational data takes the text out of messages.
+            hint = " (completions are texts here, not lists of messages)" if _expects_messages(error) else ""
             raise RewardError(
-                f"reward {self.name} raised {type(error).__name__}: {error}. It was given {len(completions)} "
+                f"reward {self.name} raised {type(error).__name__}: {error}{hint}. It was given {len(completions)} "
                 f"completions, the first of them {completions[0]!r:.200}: mend the function, then go on with --resume"
             ) from error
         if not is_list or len(rewards) != len(completions):
             found = f"{len(rewards)} rewards" if is_list else f"{returned!r:.100}"
             raise RewardError(
                 f"reward {self.name} returned {found} for {len(completions)} completions, the first of them "
-                f"{completions[0]!r:.200}: return a list with a number for each completion"
+                f"{completions[0]!r:.200}: return a list with a number, or None, for each completion"
             )
         return [self._number(reward, completion) for reward, completion in zip(rewards, completions, strict=True)]
 
-    def _number(self, reward: Any, completion: str) -> float:
+    def _number(self, reward: Any, completion: str) -> float | None:
+        if reward is None:
+            return None
         try:
             value = reward.item() if hasattr(reward, "item") else reward  # of numpy and torch
             if isinstance(value, (str, bytes)):  # float() would read them
@@ -78,15 +105,26 @@ class Reward:
         except (TypeError, ValueError, RuntimeError, OverflowError):
             raise RewardError(
                 f"reward {self.name} returned {reward!r:.100}, which is not a number, for {completion!r:.200}: return a "
-                "list with a number for each completion"
+                "list with a number, or None, for each completion"
             ) from None
         if not math.isfinite(value):
-            raise RewardError(f"reward {self.name} is {value} for {completion!r:.200}: return a finite number")
+            raise RewardError(
+                f"reward {self.name} is {value} for {completion!r:.200}: return a finite number, or None where the "
+                "reward does not apply"
+            )
         return value
 
 
 # Columns that TRL's signature has a meaning of its own for.
-_OWN = ("prompts", "completions")
+_OWN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
+# Of these, what only TRL's trainer could give.
+_FOREIGN = _OWN[3:]
+
+
+def _expects_messages(error: Exception) -> bool:
+    # text["content"], and text[0] of an empty one.
+    told = ("string indices must be integers", "string index out of range")
+    return isinstance(error, (TypeError, IndexError)) and str(error).startswith(told)
 
 
 def load_reward(name: str, weight: float = 1.0) -> Reward:

@@ -16,6 +16,7 @@ from statistics import mean
 from types import FrameType
 from typing import Any
 
+from ..durations import duration
 from .bases import Bases, dtype_of
 from .folder import SweepFolder
 from .plan import Run, Sweep, label
@@ -173,18 +174,6 @@ def thread_limits(jobs: int) -> dict[str, str]:
     share = max(1, cores // jobs)
     given = {name: os.environ.get(name, "") for name in _THREAD_VARIABLES}
     return {name: str(min(share, int(value)) if value.isdigit() else share) for name, value in given.items()}
-
-
-def duration(seconds: float) -> str:
-    """``45 s``, ``12 min``, ``3 h 20 min``, ``2 d 4 h``."""
-    minutes, hours, days = round(seconds / 60), round(seconds / 3600), seconds / 86400
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if minutes < 60:
-        return f"{minutes} min"
-    if days < 1:
-        return f"{minutes // 60} h {minutes % 60} min"
-    return f"{hours // 24} d {hours % 24} h"
 
 
 def _score(metrics: dict[str, Any], metric: str) -> str:

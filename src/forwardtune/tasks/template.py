@@ -55,8 +55,18 @@ class Fields:
         return value
 
     def text(self, column: str, option: str | None = None) -> str:
-        """The value of a column as text, stripped, with the task's replacements made."""
-        text = str(self.value(column)).strip()
+        """The value of a column as text, stripped, with the task's replacements made.
+
+        Raises:
+            InputError: the column holds a conversation.
+        """
+        value = self.value(column)
+        if isinstance(value, list) and isinstance(value[0], Mapping) and "content" in value[0]:
+            raise InputError(
+                f"{self._where}: column {column!r} holds a list of messages, and a prompt is text: write the conversation "
+                "out, with tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)"
+            )
+        text = str(value).strip()
         for old, new in self._replace.get(column, {}).items():
             if old in text:
                 text = text.replace(old, self.fill(new, option))

@@ -3,7 +3,7 @@
 Tensors: ``sizes`` float32 ``(groups or 1, steps, probes)``, the factors of the directions, NaN for a skipped step;
 ``decay`` float32 ``(groups, steps or 1)``, the factors of weight decay, absent when all are 1; ``lr`` float32
 ``(groups, steps or 1)``, the learning rates, for rules other than sgd, whose sizes contain them. Metadata: the log's header
-without versions, deflated, as base64, and the digest of the tuned weights.
+without versions and with the rollbacks, deflated, as base 85, and the digest of the tuned weights.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from ..noise import Update
 from ..rules import Elementwise, Rule, Step
 from .format import LogError
-from .reader import Log, check_header, rule_of
+from .reader import Log, Rollback, check_header, rule_of
 from .updates import Trajectory, trajectory_of
 
 
@@ -56,6 +56,8 @@ def export_trajectory(log: Log, path: str | PathLike[str]) -> int:
             [[getattr(update, "lr", 1.0) for update in group] for group in trajectory.updates], taken
         )
     header = {key: value for key, value in log.header.items() if key != "versions"}
+    if log.rollbacks:
+        header["rollbacks"] = [[rollback.at, rollback.to] for rollback in log.rollbacks]
     packed = base64.b85encode(zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)).decode()
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path, metadata={"forwardtune": "trajectory", "header": packed, "digest": trajectory.digest})
@@ -94,6 +96,7 @@ def read_trajectory(path: str | PathLike[str]) -> Trajectory:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
         header = json.loads(zlib.decompress(base64.b85decode(metadata["header"])))
         digest = metadata["digest"]
+        rollbacks = [Rollback(at, to) for at, to in header.pop("rollbacks", [])]
         groups = len(header["groups"])
         sizes = tensors["sizes"].expand(groups, -1, header["probes"])
         decay = tensors.get("decay", torch.ones(1, 1)).expand(groups, sizes.shape[1])
@@ -119,4 +122,4 @@ def read_trajectory(path: str | PathLike[str]) -> Trajectory:
         [update(step, *numbers) for step, numbers in enumerate(zip(rows, factors, rates, strict=True))]
         for rows, factors, rates in zip(sizes.tolist(), decay.tolist(), lr.tolist(), strict=True)
     ]
-    return Trajectory(path, header, rule, updates, digest)
+    return Trajectory(path, header, rule, updates, rollbacks, digest)

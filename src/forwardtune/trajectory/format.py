@@ -12,7 +12,9 @@ from typing import Any
 from ..noise import NOISE_VERSION
 from ..optimizer import MeZO, StepRecord
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+#: Formats that can be read: in version 1 there were neither notes nor rollbacks.
+READABLE = (1, 2)
 _SEAL_DIGITS = 16
 _SEAL_LENGTH = len(',"check":""}') + _SEAL_DIGITS
 
@@ -56,8 +58,8 @@ def _check(previous: str, body: str) -> str:
     return hashlib.sha256((previous + body).encode()).hexdigest()[:_SEAL_DIGITS]
 
 
-#: Fields of the header that describe a run and decide nothing.
-DESCRIPTIVE = ("base", "versions", "run")
+#: Fields of the header that describe a run, or its file, and decide nothing.
+DESCRIPTIVE = ("format", "base", "versions", "run")
 #: What a field means that the header leaves out.
 ABSENT: dict[str, Any] = {"normalize": "none", "rule_settings": {}}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import accumulate
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
@@ -11,8 +12,8 @@ from typing import IO, Any
 from ..optimizer import MeZO, StepRecord
 from ..perturbation import InPlace
 from .format import ABSENT, DESCRIPTIVE, LogError, LogWriteError, header_content, identity, seal, step_content
-from .reader import Log, read_log
-from .replay import apply_records
+from .reader import Log, Rollback, read_log
+from .replay import apply_log
 
 try:
     import fcntl
@@ -68,7 +69,7 @@ class StepLog:
             log = read_log(path)  # after the lock: nobody else writes to it now
             require_same_run(log, optimizer)
             if optimizer.next_step == 0:
-                apply_records(log, log.records, optimizer)
+                apply_log(log, optimizer)
             if optimizer.next_step != log.steps:
                 raise LogError(
                     f"{log.path} holds {log.steps} steps, the optimizer has taken {optimizer.next_step}: "
@@ -97,9 +98,7 @@ class StepLog:
             # Unbuffered: what could not be written must not be written later, behind other lines.
             self._file: IO[bytes] = open(path, "xb" if new else "r+b", buffering=0)
         except FileExistsError:
-            raise LogError(
-                f"{path} already holds a run: resume that run, or choose another folder (nothing was overwritten)"
-            ) from None
+            raise _holds_a_run(path) from None
         except FileNotFoundError:
             raise LogError(f"{path}: there is no such file") from None
         except OSError as error:
@@ -116,6 +115,19 @@ class StepLog:
         if record.weight_decay != self._weight_decay:
             raise LogError("weight decay changed during the run, which a step log cannot hold: start a new run")
         self._write(*seal(self._check, step_content(record)))
+
+    def note(self, content: dict[str, Any]) -> None:
+        """Keep something beside the steps, as JSON: a decision, and what it was based on. Replay ignores it."""
+        self._write(*seal(self._check, {"note": content}))
+
+    def rolled_back(self, to: int) -> None:
+        """Write that the weights are again those after ``to`` steps; :meth:`BaseWeights.go_back` moves them.
+
+        Raises:
+            ValueError: ``to`` is no earlier step.
+        """
+        Rollback(self._optimizer.next_step, to)
+        self._write(*seal(self._check, {"rollback": to}))
 
     def _write(self, line: str, check: str) -> None:
         if self._failed:
@@ -163,6 +175,16 @@ class StepLog:
             self.close()
 
 
+def require_no_log(path: Path) -> None:
+    """Raise LogError if the file exists."""
+    if path.exists():
+        raise _holds_a_run(path)
+
+
+def _holds_a_run(path: Path) -> LogError:
+    return LogError(f"{path} already holds a run: resume that run, or choose another folder (nothing was overwritten)")
+
+
 def _require_exact(optimizer: MeZO) -> None:
     if isinstance(optimizer.perturbation, InPlace):
         raise LogError(
@@ -171,10 +193,16 @@ def _require_exact(optimizer: MeZO) -> None:
 
 
 def cut_log(log: Log, steps: int) -> Log:
-    """Keep the first ``steps`` steps of a log; what is cut off is appended to ``*.cut.jsonl`` beside it."""
+    """Keep the first ``steps`` steps of a log, with the notes and rollbacks that follow the last of them.
+
+    What is cut off is appended to ``*.cut.jsonl`` beside it.
+    """
     lines = log.path.read_bytes()[: log.length].splitlines(keepends=True)
     is_step = [line[:8] == b'{"step":' for line in lines]
-    keep = next((i for i, line in enumerate(is_step) if sum(is_step[:i]) == steps and line), len(lines))
+    before = accumulate(is_step, initial=0)
+    keep = next(
+        (i for i, (line, n) in enumerate(zip(is_step, before, strict=False)) if line and n == steps), len(lines)
+    )
     if keep < len(lines):
         with open(log.path.with_suffix(".cut.jsonl"), "ab") as file:
             file.writelines(lines[keep:])
@@ -187,7 +215,7 @@ def cut_log(log: Log, steps: int) -> Log:
 def require_same_run(log: Log, optimizer: MeZO) -> None:
     """Raise LogError, naming the first difference, unless the optimizer is set up as the log's header says."""
     own = identity(optimizer)
-    for key in dict.fromkeys([*own, *(key for key in log.header if key not in DESCRIPTIVE)]):
+    for key in (key for key in dict.fromkeys([*own, *log.header]) if key not in DESCRIPTIVE):
         ours, theirs = (header.get(key, ABSENT.get(key)) for header in (own, log.header))
         if theirs == ours:
             continue

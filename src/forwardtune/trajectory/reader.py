@@ -11,7 +11,31 @@ from typing import Any
 from ..noise import DIRECTIONS, NOISE_VERSION
 from ..optimizer import StepRecord
 from ..rules import RULES, Rule, get_rule
-from .format import ABSENT, FORMAT_VERSION, LogError, step_record, unseal
+from .format import ABSENT, READABLE, LogError, step_record, unseal
+
+
+@dataclass(frozen=True)
+class Rollback:
+    """After ``at`` steps the weights, and what the rule remembers, went back to those after ``to`` steps.
+
+    Raises:
+        ValueError: ``to`` is no earlier step.
+    """
+
+    at: int
+    to: int
+
+    def __post_init__(self) -> None:
+        if isinstance(self.to, bool) or not isinstance(self.to, int) or not 0 <= self.to < self.at:
+            raise ValueError(f"it goes back to step {self.to!r}, after {self.at} steps")
+
+
+@dataclass(frozen=True)
+class Note:
+    """What a program wanted to keep, after ``at`` steps: a decision, and what it was based on."""
+
+    at: int
+    content: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -22,6 +46,8 @@ class Log:
         path: where it was read.
         header: the first line, without its checksum.
         records: one for each step, in order from step 0.
+        rollbacks: in order.
+        notes: in order.
         end: the last line, if the run closed its log: number of steps and digest of the tuned weights.
         length: bytes up to the end of the last whole line; anything behind it is a torn line.
         check: checksum of the last whole line.
@@ -31,6 +57,8 @@ class Log:
     path: Path
     header: dict[str, Any]
     records: list[StepRecord]
+    rollbacks: list[Rollback]
+    notes: list[Note]
     end: dict[str, Any] | None
     length: int
     check: str
@@ -38,7 +66,7 @@ class Log:
 
     @property
     def steps(self) -> int:
-        """Number of steps, skipped ones included."""
+        """Number of steps, skipped ones and undone ones included."""
         return len(self.records)
 
 
@@ -66,11 +94,25 @@ def read_log(path: str | PathLike[str]) -> Log:
     header, check = _open(path, 1, "", lines[0])
     check_header(path, header)
     records: list[StepRecord] = []
+    rollbacks: list[Rollback] = []
+    notes: list[Note] = []
     end: dict[str, Any] | None = None
     for number, line in enumerate(lines[1:], start=2):
         content, check = _open(path, number, check, line)
         if "end" in content:
             end = content
+            continue
+        if "note" in content:
+            if not isinstance(content["note"], dict):
+                raise _refused(path, number, "its note is no object")
+            notes.append(Note(len(records), content["note"]))
+            continue
+        if "rollback" in content:
+            try:
+                rollbacks.append(Rollback(len(records), content["rollback"]))
+            except ValueError as error:
+                raise _refused(path, number, str(error)) from None
+            end = None
             continue
         if content.get("step") != len(records):
             raise _refused(path, number, f"it holds step {content.get('step')}, but step {len(records)} comes next")
@@ -79,7 +121,7 @@ def read_log(path: str | PathLike[str]) -> Log:
         except (KeyError, TypeError, ValueError):
             raise _refused(path, number, "a field of the step is missing or of another kind") from None
         end = None
-    return Log(path, header, records, end, len(data) - len(rest), check, torn=bool(rest))
+    return Log(path, header, records, rollbacks, notes, end, len(data) - len(rest), check, torn=bool(rest))
 
 
 def _open(path: Path, number: int, previous: str, line: bytes) -> tuple[dict[str, Any], str]:
@@ -102,11 +144,11 @@ def _refused(path: Path, number: int, why: str) -> LogError:
 
 def check_header(path: Path, header: dict[str, Any]) -> None:
     """Raise LogError unless this version of the package can read what the header announces."""
-    for key, ours, what in (("format", FORMAT_VERSION, "log format"), ("noise", NOISE_VERSION, "noise")):
+    for key, ours, what in (("format", READABLE, "log format"), ("noise", (NOISE_VERSION,), "noise")):
         theirs = header.get(key)
-        if theirs != ours:
+        if theirs not in ours:
             raise LogError(
-                f"{path} has version {theirs} of the {what}, this forwardtune reads version {ours}: "
+                f"{path} has version {theirs} of the {what}, this forwardtune reads version {ours[-1]}: "
                 f"use the forwardtune that wrote it ({header.get('versions', {}).get('forwardtune', 'unknown')}), or a newer one"
             )
     for key, known in (("direction", DIRECTIONS), ("rule", RULES)):

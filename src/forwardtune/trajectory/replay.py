@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from ..noise import Noise, get_direction
-from ..optimizer import MeZO, StepRecord
+from ..noise import Noise, Update, get_direction
+from ..optimizer import MeZO
 from ..parameters import TunedParameters, dtype_name
 from ..rules import History, move_all
 from .export import read_trajectory
 from .format import LogError
 from .reader import Log, read_log
-from .updates import Trajectory, part_of, trajectory_of
+from .updates import Trajectory, trajectory_of
 
 Progress = Callable[[int, int], object]
 
@@ -57,7 +57,7 @@ def replay(
         raise LogError(f"{trajectory.path} holds {total} steps: {steps} cannot be replayed")
     tuned = tuned_by_header(trajectory, module)
     require_base(trajectory, tuned)
-    apply_updates(trajectory, tuned, slice(0, steps), progress, keep=False)
+    apply_updates(trajectory, tuned, trajectory.first(steps), progress, keep=False)
     if steps == total and trajectory.digest is not None and tuned.digest() != trajectory.digest:
         raise LogError(
             f"the weights rebuilt from {trajectory.path} differ from those that the run ended with, though log and base "
@@ -66,21 +66,26 @@ def replay(
     return steps
 
 
-def apply_records(log: Log, records: Sequence[StepRecord], optimizer: MeZO) -> None:
-    """Bring an optimizer to the end of a log's first steps; its weights must be the base weights."""
-    trajectory = part_of(log, records)
+def apply_log(log: Log, optimizer: MeZO) -> None:
+    """Bring an optimizer to a log's last step; its weights must be the base weights."""
+    trajectory = trajectory_of(log)
     require_base(trajectory, optimizer.tuned)
-    optimizer.fast_forward(records, apply_updates(trajectory, optimizer.tuned, slice(None), None, keep=True))
+    history = apply_updates(trajectory, optimizer.tuned, trajectory.first(log.steps), None, keep=True)
+    optimizer.fast_forward(log.records, history)
 
 
 @torch.no_grad()
 def apply_updates(
-    trajectory: Trajectory, tuned: TunedParameters, which: slice, progress: Progress | None, *, keep: bool
+    trajectory: Trajectory,
+    tuned: TunedParameters,
+    updates: list[list[Update]],
+    progress: Progress | None,
+    *,
+    keep: bool,
 ) -> History:
     """The sweeps: each tensor takes all its steps while it is in the cache. Returns what the rule remembers of them."""
     noise = Noise(trajectory.header["seed"], get_direction(trajectory.header["direction"]))
     history = History()
-    updates = [group[which] for group in trajectory.updates]
     move_all(trajectory.rule, noise, tuned, updates, history, keep=keep, progress=progress)
     return history
 

@@ -10,7 +10,7 @@ from typing import Any
 from ..noise import Update
 from ..optimizer import StepRecord
 from ..rules import Rule
-from .reader import Log, rule_of
+from .reader import Log, Rollback, rule_of
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class Trajectory:
         path: where it came from, for messages.
         header: the log's header.
         rule: what moves the weights.
-        updates: for every parameter group, one update a step.
+        updates: for every parameter group, one update a step, undone ones included.
+        rollbacks: which steps were undone.
         digest: of the tuned weights; None when the run did not close its log.
     """
 
@@ -29,23 +30,41 @@ class Trajectory:
     header: dict[str, Any]
     rule: Rule
     updates: list[list[Update]]
+    rollbacks: list[Rollback]
     digest: str | None
 
     @property
     def steps(self) -> int:
-        """Number of steps, skipped ones included."""
+        """Number of steps, skipped ones and undone ones included."""
         return len(self.updates[0])
+
+    def first(self, steps: int) -> list[list[Update]]:
+        """The updates that lead to the weights after so many steps: one that was undone by then is empty, as if skipped."""
+        stands = self._stands(steps)
+        return [
+            [update if stands[i] else Update(update.step, ()) for i, update in enumerate(group[:steps])]
+            for group in self.updates
+        ]
+
+    def _stands(self, steps: int) -> list[bool]:
+        """Which of the first steps are in the weights after them."""
+        after: list[tuple[int, list[bool]]] = [(0, [])]  # the same at the beginning and after every rollback
+        for rollback in self.rollbacks:
+            if rollback.at <= steps:
+                after.append((rollback.at, _until(rollback.to, after) + [False] * (rollback.at - rollback.to)))
+        return _until(steps, after)
+
+
+def _until(steps: int, after: list[tuple[int, list[bool]]]) -> list[bool]:
+    at, stands = next(known for known in reversed(after) if known[0] <= steps)
+    return stands + [True] * (steps - at)
 
 
 def trajectory_of(log: Log) -> Trajectory:
     """The updates that a log describes, one list for each parameter group."""
-    return part_of(log, log.records, log.end["digest"] if log.end else None)
-
-
-def part_of(log: Log, records: Sequence[StepRecord], digest: str | None = None) -> Trajectory:
-    """The same for some of its records."""
     rule = rule_of(log.path, log.header)
-    return Trajectory(log.path, log.header, rule, updates_of(rule, records, len(log.header["groups"])), digest)
+    updates = updates_of(rule, log.records, len(log.header["groups"]))
+    return Trajectory(log.path, log.header, rule, updates, log.rollbacks, log.end["digest"] if log.end else None)
 
 
 def updates_of(rule: Rule, records: Sequence[StepRecord], groups: int) -> list[list[Update]]:

@@ -1,0 +1,31 @@
+"""L0: ``"auto"`` in place of a number: to be found by the run itself (:mod:`forwardtune.automatic`)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+AUTO = "auto"
+#: Share of a run's forward passes that finding learning rate and eps may take.
+SHARE = 0.15
+# Where eps begins, by the names of what is tuned, and for everything else (MeZO, appendix E.3).
+_EPS, _EPS_ELSE = {"lora_": 1e-2, "prompt_encoder": 1e-1}, 1e-3
+
+
+def number_or_auto(value: Any) -> float | str:
+    """A positive number, or ``"auto"``. Raises ValueError for anything else."""
+    if value == AUTO:
+        return AUTO
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise ValueError(f"{value!r} is neither a positive number nor 'auto'")
+    return number
+
+
+def first_eps(names: Iterable[str]) -> float:
+    """Where eps begins, by what is tuned (MeZO, appendix E.3)."""
+    return next((eps for part, eps in _EPS.items() if any(part in name for name in names)), _EPS_ELSE)

@@ -1,0 +1,371 @@
+"""L6: learning rate and eps found for the user, inside :class:`~forwardtune.trainer.MeZOTrainer`.
+
+With ``learning_rate="auto"`` a run
+
+1. estimates its first steps at the base weights and holds them back;
+2. takes all of them with the learning rate that is best on held-out examples, found by a line search, and goes on with it;
+3. goes back to its best point with a lower rate when it diverges, or when held-out losses stop falling (:mod:`.guard`).
+
+With ``eps="auto"`` the scale is measured before the first step (:mod:`.epsilon`). Every decision is a note in the step log, and
+the log replays as any other.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from transformers import TrainerCallback
+
+from .auto import AUTO, SHARE
+from .epsilon import EVALUATIONS, Scale, choose_eps
+from .guard import GoBack, Guard
+from .line_search import line_search
+from .optimizer import MeZO, StepRecord
+from .parameters import dtype_name
+from .trajectory import BaseWeights, Log, StepLog
+
+_logger = logging.getLogger(__name__)
+
+#: The weights that a run began with, while it goes.
+BASE_WEIGHTS = "base.safetensors"
+# Steps that are held back for the line search, and the share of a short run.
+_HELD, _HELD_SHARE = 8, 0.2
+# A step moves a weight by this share of eps, root mean square: what the search begins with. Good runs lie within a factor of ten.
+_MOVE = 0.3
+# Evaluations of a line search, and minibatches in each.
+_TRIES, _BATCHES = 7, (1, 8)
+_LEAST_TRIES = 3
+# Scales that the choice of eps measures at most.
+_SCALES = 3
+# Held-out measurements in a run.
+_MEASUREMENTS = 10
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How a run's forward passes are divided.
+
+    Attributes:
+        held: steps that are held back for the line search.
+        batches: minibatches of held-out examples.
+        tries: evaluations of the line search; fewer than 3 mean that there is no search.
+        scales: scales that the choice of eps may measure; 0: eps stays as it begins.
+    """
+
+    held: int
+    batches: int
+    tries: int
+    scales: int
+
+    @classmethod
+    def of(cls, steps: int, evaluations: int, *, find_eps: bool) -> Budget:
+        """For a run of so many steps of so many evaluations, of which the search takes at most :data:`SHARE`."""
+        left = int(SHARE * steps * evaluations)
+        scales = min(_SCALES, left // 2 // EVALUATIONS) if find_eps else 0
+        left -= scales * EVALUATIONS
+        batches = min(max(left // _TRIES, _BATCHES[0]), _BATCHES[1])
+        return cls(max(1, min(_HELD, int(_HELD_SHARE * steps))), batches, min(_TRIES, left // batches), scales)
+
+
+class Tunes(Protocol):
+    """What is asked of the trainer."""
+
+    args: Any
+    state: Any
+    lr_scheduler: Any
+
+    @property
+    def mezo(self) -> MeZO:
+        """The optimizer."""
+
+    def held_out(self, batches: int) -> Callable[[], float]:
+        """What measures the loss on so many minibatches of held-out examples."""
+
+
+class Automatic(TrainerCallback):
+    """Finds what is ``"auto"`` in a trainer's arguments, and keeps watch over the run.
+
+    What it knows follows from the log's steps and notes, so a resumed run goes on as if nothing had happened.
+
+    Args:
+        trainer: whose run it is.
+    """
+
+    # Set when a run begins whose learning rate is found; the guard only once it was found.
+    _log: StepLog
+    _base: BaseWeights
+    _guard: Guard
+
+    def __init__(self, trainer: Tunes) -> None:
+        self._trainer = trainer
+        self._plan: dict[str, Any] = {}
+        self._watches = False
+        self._heard = -1
+        #: Whether somebody else measures held-out examples, and reports with :meth:`hear`.
+        self.is_told = False
+        #: What is told of decisions.
+        self.announce: Callable[[str], object] = _logger.info
+
+    @property
+    def finds_lr(self) -> bool:
+        """Whether the learning rate is this object's business."""
+        return self._trainer.args.learning_rate == AUTO
+
+    # --- the beginning ---------------------------------------------------------------------------------------------
+
+    def prepare(self, steps: int) -> dict[str, Any]:
+        """Choose eps for a new run of so many steps, before its log begins. Returns the plan, the log's first note."""
+        optimizer, finds_eps = self._trainer.mezo, self._trainer.args.eps == AUTO
+        budget = Budget.of(steps, len(optimizer.estimator.queries()), find_eps=finds_eps)
+        plan: dict[str, Any] = {}
+        if finds_eps:
+            plan["eps"] = self._choose_eps(budget)
+        if self.finds_lr:
+            plan |= {"held": budget.held, "batches": budget.batches, "tries": budget.tries}
+            plan["every"] = max(1, steps // _MEASUREMENTS)
+            self._base_path.unlink(missing_ok=True)  # of another run
+            self._base = BaseWeights(self._base_path, optimizer.tuned)
+        return plan
+
+    def _choose_eps(self, budget: Budget) -> dict[str, Any]:
+        optimizer = self._trainer.mezo
+        start = optimizer.estimator.eps
+        scales: list[Scale] = []
+        if budget.scales:
+            loss = self._trainer.held_out(1)
+            scales = choose_eps(optimizer, loss, start, most=budget.scales)
+            optimizer.estimator = replace(optimizer.estimator, eps=scales[-1].eps)
+            if not scales[-1].is_finite:
+                self.announce(f"the loss is not finite around the untuned weights, down to eps {scales[-1].eps:.1e}")
+            elif not scales[-1].is_clear:
+                self.announce(
+                    f"rounding in {_dtypes(optimizer)} hides what a perturbation does to the loss, up to eps "
+                    f"{max(s.eps for s in scales):.1e}: choose float32, a larger batch, or a larger --eps"
+                )
+            self.announce(
+                f"eps {scales[-1].eps:.1e}: the loss moves by {scales[-1].signal:.1e}, rounding by {scales[-1].noise:.0e}"
+            )
+        tried = [{"eps": s.eps, "signal": _plain(s.signal), "noise": _plain(s.noise), "kept": s.kept} for s in scales]
+        return {"chosen": optimizer.estimator.eps, "tried": tried, "evaluations": sum(s.evaluations for s in scales)}
+
+    def begin(self, log: StepLog, plan: dict[str, Any]) -> None:
+        """Start a new run, whose log was opened."""
+        self._log, self._plan, self._watches, self._heard = log, plan, False, -1
+        if plan:
+            log.note({"plan": plan})
+        if self.finds_lr:
+            self._trainer.mezo.hold()
+
+    def resume(self, log: StepLog, before: Log) -> None:
+        """Go on with a run whose log was ``before``, at its last step."""
+        self._log, self._plan = log, plan_of(before)
+        if not self.finds_lr:
+            return
+        self._base = BaseWeights(self._base_path, self._trainer.mezo.tuned)  # its file is there already
+        if before.steps == 0:
+            self._trainer.mezo.hold()
+            return
+        decisions = self._recall(before)
+        self._watches = True
+        self._set_rate(self._guard.lr)
+        if len(decisions) > len(before.rollbacks):  # a kill came between a decision and what followed from it
+            self._go_back(decisions[-1])
+        elif self._is_due(before.steps) and self._heard < before.steps:  # or between a step and its measurement
+            self._measure(before.steps)
+
+    def keep_base(self, optimizer: MeZO) -> None:
+        """Keep the base weights of a run that is resumed, before they are moved."""
+        if self.finds_lr:
+            BaseWeights(self._base_path, optimizer.tuned)
+
+    def _recall(self, log: Log) -> list[GoBack]:
+        """Tell a new guard all that the old one was told; returns what it decides."""
+        told: dict[int, list[dict[str, Any]]] = {}
+        for note in log.notes:
+            told.setdefault(note.at, []).append(note.content)
+        held = self._plan["held"]
+        self._guard = Guard(log.records[held - 1].lr[0], best_step=held)
+        decisions: list[GoBack | None] = []
+        for step, record in enumerate(log.records, start=1):
+            decisions.append(self._guard.stepped(_loss(record)))
+            for content in told.get(step, ()):
+                if "search" in content:
+                    self._tell_search(step, content["search"])
+                if "held_out" in content:
+                    self._heard = step
+                    decisions.append(self._guard.measured(step, float(content["held_out"])))
+        return [decision for decision in decisions if decision is not None]
+
+    # --- the course ------------------------------------------------------------------------------------------------
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self.finds_lr:
+            return
+        optimizer = self._trainer.mezo
+        if optimizer.held is not None:
+            if len(optimizer.held) < self._plan["held"]:
+                control.should_save = control.should_training_stop = False  # what is held is in no checkpoint
+                return
+            self._search()
+        elif optimizer.last is not None:
+            self._act(self._guard.stepped(_loss(optimizer.last)))
+        if self._is_due(state.global_step):
+            self._measure(state.global_step)
+
+    def _is_due(self, step: int) -> bool:
+        return not self.is_told and step % self._plan["every"] == 0
+
+    def _measure(self, step: int) -> None:
+        self.hear(step, self._trainer.held_out(self._plan["batches"])())
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        if metrics and "eval_loss" in metrics:
+            self.hear(state.global_step, metrics["eval_loss"])
+
+    def hear(self, step: int, loss: float) -> None:
+        """Hear the loss on held-out examples after a step, lower is better."""
+        if not self._watches or step <= self._heard or step >= self._trainer.state.max_steps:
+            return
+        self._heard = step
+        self._log.note({"held_out": loss if math.isfinite(loss) else str(loss)})
+        self._act(self._guard.measured(step, loss))
+
+    def _search(self) -> None:
+        """Choose the learning rate, and take the steps that were held back."""
+        optimizer, plan = self._trainer.mezo, self._plan
+        held, base = optimizer.held or [], self._base
+        measure = self._trainer.held_out(plan["batches"])
+
+        def loss_at(lr: float) -> float:
+            if lr:
+                try:
+                    optimizer.try_held(lr)
+                except OverflowError:
+                    return math.inf
+            try:
+                return measure()
+            finally:
+                if lr:
+                    base.restore()
+                    optimizer.moved_back()
+
+        start = self._first_guess()
+        tried: dict[float, float] = {}
+        lr = start
+        if plan["tries"] >= _LEAST_TRIES:
+            found = line_search(loss_at, start, most=plan["tries"])
+            tried, lr = found.tried, found.best or min(size for size in found.tried if size)
+        optimizer.release(lr)
+        search = {"lr": lr, "tried": [[size, _plain(loss)] for size, loss in tried.items()]}
+        self._log.note({"search": search})
+        shown = ", ".join(f"{size:.1e}: {loss:.4f}" for size, loss in sorted(tried.items()))
+        self.announce(f"learning rate {lr:.1e}" + (f"; losses of held-out examples: {shown}" if shown else ""))
+        self._guard, self._watches = Guard(lr, best_step=len(held)), True
+        for record in held:
+            self._guard.stepped(_loss(record))
+        self._tell_search(len(held), search)
+        self._set_rate(lr)
+
+    def _tell_search(self, step: int, search: dict[str, Any]) -> None:
+        """Tell the guard what a search measured, unless other examples are measured from now on."""
+        tried = {size: float(loss) for size, loss in search["tried"]}
+        if tried and not self.is_told:
+            self._guard.measured(0, tried[0.0])
+            self._guard.measured(step, tried[search["lr"]])
+
+    def _first_guess(self) -> float:
+        """The learning rate with which a step of the size seen moves a weight by a set share of eps."""
+        optimizer = self._trainer.mezo
+        taken = [record for record in optimizer.held or () if not record.skipped]
+        unit = 1.0  # rules that normalise move a weight by about the learning rate itself
+        if optimizer.rule.name in ("sgd", "momentum"):
+            probes = optimizer.estimator.probes
+            unit = math.sqrt(sum(c * c for r in taken for c in r.coefficients) / max(1, len(taken))) / probes
+            unit /= 1 - optimizer.rule.settings().get("momentum", 0.0)
+        guess = _MOVE * optimizer.estimator.eps / unit if unit else 0.0
+        return guess if 0 < guess < math.inf else float(optimizer.defaults["lr"])
+
+    def _act(self, decision: GoBack | None) -> None:
+        if decision is not None:
+            self._go_back(decision)
+
+    def _go_back(self, decision: GoBack) -> None:
+        why = {"diverged": "the loss left its range", "stalled": "the held-out loss no longer falls"}[decision.why]
+        self.announce(f"{why}: back to the weights of step {decision.step}, learning rate {decision.lr:.1e}")
+        self._base.go_back(self._trainer.mezo, self._log.path, decision.step)
+        self._log.rolled_back(decision.step)
+        self._set_rate(decision.lr)
+
+    def _set_rate(self, lr: float) -> None:
+        """Give the learning rate to the optimizer, at the present point of the schedule's course."""
+        scheduler = self._trainer.lr_scheduler
+        scheduler = getattr(scheduler, "scheduler", scheduler)
+        groups = self._trainer.mezo.param_groups
+        bases = getattr(scheduler, "base_lrs", None)
+        shares = [1.0] * len(groups)
+        if bases is not None:
+            shares = [now / base for now, base in zip(scheduler.get_last_lr(), bases, strict=True)]
+            scheduler.base_lrs = [lr] * len(groups)
+        for group, share in zip(groups, shares, strict=True):
+            group["lr"] = group["initial_lr"] = lr
+            group["lr"] = lr * share
+        if bases is not None:
+            scheduler._last_lr = [group["lr"] for group in groups]
+
+    def stop(self) -> None:
+        """The run ends here, for now or for good: steps that are held back were not taken."""
+        if self._trainer.mezo.held is not None:
+            self._trainer.mezo.drop()
+
+    def finish(self) -> None:
+        """The run is over: nothing goes back any more."""
+        if self.finds_lr:
+            self._watches = False
+            self._base.remove()
+
+    @property
+    def _base_path(self) -> Path:
+        return Path(self._trainer.args.output_dir) / BASE_WEIGHTS
+
+
+def plan_of(log: Log) -> dict[str, Any]:
+    """What was planned when the run began."""
+    return next((note.content["plan"] for note in log.notes if "plan" in note.content), {})
+
+
+def has_searched(log: Log, steps: int) -> bool:
+    """Whether the learning rate was found within so many steps."""
+    return any("search" in note.content and note.at <= steps for note in log.notes)
+
+
+def found(log: Log) -> dict[str, Any]:
+    """What a run found, for people: learning rates, eps, forward passes of the search, how often it went back."""
+    plan = plan_of(log)
+    search = next((note.content["search"] for note in log.notes if "search" in note.content), None)
+    spent = plan.get("eps", {}).get("evaluations", 0)
+    if search is not None:
+        spent += plan["batches"] * len(search["tried"])
+    rates = [max(record.lr) for record in log.records]
+    return {
+        "learning_rate": {"first": rates[0], "last": rates[-1]} if rates else None,
+        "eps": log.header["eps"],
+        "search_forwards": spent,
+        "rollbacks": len(log.rollbacks),
+    }
+
+
+def _loss(record: StepRecord) -> float:
+    return math.nan if record.skipped else record.loss
+
+
+def _plain(x: float) -> float | str:
+    return x if math.isfinite(x) else str(x)
+
+
+def _dtypes(optimizer: MeZO) -> str:
+    return " and ".join(sorted({dtype_name(tensor.parameter.dtype) for tensor in optimizer.tuned}))

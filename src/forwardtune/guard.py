@@ -1,0 +1,105 @@
+"""L0: the watch over a run's losses. It decides when to go back, and to what learning rate; others act on it."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass, field
+
+#: By how much the learning rate falls when a run goes back.
+FALL = 10**0.5
+# So many losses of minibatches are averaged before they count.
+_WINDOW = 8
+# A mean so many standard errors above that of the untuned model is no accident: of a thousand runs of 500 normal losses
+# around one mean, one or two go back. With 4 it would be about 25.
+_ERRORS = 5.0
+# Nor is it worth going back for less than this share of the untuned loss.
+_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class GoBack:
+    """Go on from the weights after ``step`` steps, with this learning rate.
+
+    Attributes:
+        why: ``"diverged"`` or ``"stalled"``.
+    """
+
+    step: int
+    lr: float
+    why: str
+
+
+@dataclass
+class Guard:
+    """Watches losses of minibatches, which come with every step, and losses on held-out examples, which come rarely.
+
+    A run has *diverged* when the mean of its last eight losses is above that of its first eight by five standard errors and
+    a tenth, or when none of them was finite. It has *stalled* when ``patience`` held-out losses in a row were no better than
+    the best one. Either way it goes back to its best point, and the learning rate is divided by the square root of ten.
+
+    Its state follows from what it was told, in order, so a resumed run tells it the same again.
+
+    Args:
+        lr: the learning rate that the run has.
+        patience: held-out losses without improvement until the run goes back.
+    """
+
+    lr: float
+    patience: int = 2
+    best_step: int = 0
+    best_loss: float = math.inf
+    _failures: int = 0
+    _first: list[float] = field(default_factory=list)
+    _recent: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW))
+    # The variance of one loss, from neighbours: halved squares of their differences, which no trend can swell.
+    _squares: float = 0.0
+    _pairs: int = 0
+    _before: float | None = None
+
+    def stepped(self, loss: float) -> GoBack | None:
+        """Hear the loss of a step's minibatch; not finite for one that was skipped."""
+        if len(self._first) < _WINDOW and math.isfinite(loss):
+            self._first.append(loss)
+            self._recent.clear()  # losses that were not finite, and not eight in a row
+            self._settle(loss)
+            return None
+        if len(self._recent) == _WINDOW:
+            self._settle(self._recent[0])
+        self._recent.append(loss)
+        if len(self._recent) < _WINDOW or not self._is_beyond():
+            return None
+        return self._go_back("diverged")
+
+    def measured(self, step: int, loss: float) -> GoBack | None:
+        """Hear the loss on held-out examples after a step."""
+        if loss < self.best_loss:
+            self.best_step, self.best_loss, self._failures = step, loss, 0
+            return None
+        self._failures += 1
+        return self._go_back("stalled") if self._failures >= self.patience else None
+
+    def _settle(self, loss: float) -> None:
+        """Let a loss count for the variance: one that no window of a diverging run holds."""
+        if not math.isfinite(loss):
+            return
+        if self._before is not None:
+            self._squares += (loss - self._before) * (loss - self._before) / 2
+            self._pairs += 1
+        self._before = loss
+
+    def _is_beyond(self) -> bool:
+        finite = [loss for loss in self._recent if math.isfinite(loss)]
+        if not finite:
+            return bool(self._first)  # else the untuned model is no better
+        mean = sum(self._first) / _WINDOW
+        # The standard error of the difference of two means.
+        error = math.sqrt(self._squares / self._pairs * (1 / _WINDOW + 1 / len(finite)))
+        return sum(finite) / len(finite) > mean + max(_ERRORS * error, _SHARE * abs(mean))
+
+    def _go_back(self, why: str) -> GoBack:
+        self.lr /= FALL
+        self._failures = 0
+        self._recent.clear()
+        self._before = None
+        return GoBack(self.best_step, self.lr, why)

@@ -1,0 +1,225 @@
+"""Runs that find their learning rate and eps: the search, the way back, and resuming to the same bits."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import HfArgumentParser, TrainerCallback
+
+import support
+from forwardtune.automatic import BASE_WEIGHTS, Budget, found
+from forwardtune.trainer import MeZOConfig, MeZOTrainer
+from forwardtune.trajectory import LogError, read_log, replay
+
+STEPS = 48
+DATA = [{"input_ids": row, "labels": row} for row in support.token_batch(24, 6).tolist()]
+# Without the noise of minibatches, 48 steps are enough to see what a rate does.
+SAME = DATA[:1] * 24
+
+pytestmark = pytest.mark.usefixtures("short_collections")
+
+
+class KilledError(Exception):
+    """Stands for anything that ends a run between two steps."""
+
+
+class Kill(TrainerCallback):
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.after:
+            raise KilledError
+
+
+def wanted(model: Any, inputs: Any) -> torch.Tensor:
+    """How far one number that the model computes is from where it should be, shape (batch,)."""
+    return (model(input_ids=inputs["input_ids"]).logits.float()[..., :16].mean(dim=(1, 2)) * 10 - 1).pow(2)
+
+
+def make(folder: Path, *, callbacks: Any = (), data: Any = SAME, **changes: Any) -> MeZOTrainer:
+    quiet = {"report_to": [], "disable_tqdm": True, "logging_strategy": "no", "save_strategy": "no", "use_cpu": True}
+    small = {"max_steps": STEPS, "per_device_train_batch_size": 4, "seed": 3}
+    args = MeZOConfig(**{"output_dir": str(folder), **quiet, **small, **changes})
+    trainer = MeZOTrainer(
+        model=support.tiny_model(),
+        args=args,
+        train_dataset=data[:16],
+        eval_dataset=data[16:],
+        objective=wanted,
+        callbacks=list(callbacks),
+    )
+    trainer.automatic.announce = lambda text: None
+    return trainer
+
+
+def run(folder: Path, resume: bool | None = None, **changes: Any) -> MeZOTrainer:
+    trainer = make(folder, **changes)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    """The log without times and checksums."""
+    found = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("check", "seconds")} for line in found]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    run(folder)
+    return folder
+
+
+def test_the_loss_falls_with_no_setting_at_all(whole: Path) -> None:
+    log = read_log(whole / "steps.jsonl")
+    search = next(note for note in log.notes if "search" in note.content)
+    tried = {size: float(loss) for size, loss in search.content["search"]["tried"]}
+    assert search.at == 8
+    assert min(tried.values()) < tried[0.0]
+    assert {record.lr[0] for record in log.records[:8]} == {min(tried, key=lambda size: tried[size])}
+    model = make(whole / "unused").model
+    trainer = make(whole / "unused")
+    before = trainer.held_out(2)()
+    trainer.model = model
+    replay(whole / "steps.jsonl", model)
+    assert trainer.held_out(2)() < 0.8 * before
+
+
+def test_the_first_steps_are_estimated_at_the_base_weights(whole: Path) -> None:
+    """With rate 0 a run stays there: it sees the same losses."""
+    log = read_log(whole / "steps.jsonl")
+    still = run(whole.parent / "still", learning_rate=1e-30, eps=log.header["eps"])
+    records = read_log(still.step_log).records
+    assert [r.losses for r in log.records[:8]] == [r.losses for r in records[:8]]
+    assert log.records[8].losses != records[8].losses
+
+
+def test_the_log_replays_to_the_digest_and_the_base_weights_are_gone(whole: Path) -> None:
+    model = support.tiny_model()
+    assert replay(whole / "steps.jsonl", model) == STEPS
+    assert not (whole / BASE_WEIGHTS).exists()
+
+
+def test_the_search_takes_its_share_at_most(whole: Path) -> None:
+    facts = found(read_log(whole / "steps.jsonl"))
+    assert 0 < facts["search_forwards"] <= 0.15 * 2 * STEPS
+    assert facts["learning_rate"]["first"] > 0
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 20, 50, 100, 1000, 20000])
+@pytest.mark.parametrize("evaluations", [2, 3, 9, 32])
+@pytest.mark.parametrize("find_eps", [True, False])
+def test_budgets(steps: int, evaluations: int, find_eps: bool) -> None:
+    budget = Budget.of(steps, evaluations, find_eps=find_eps)
+    tries = budget.tries if budget.tries >= 3 else 0
+    assert 10 * budget.scales + tries * budget.batches <= 0.15 * steps * evaluations
+    assert 1 <= budget.held <= max(1, steps // 5)
+
+
+@pytest.mark.parametrize("after", [0, 3, 8, 9, 17, 30, 47])
+def test_a_killed_run_resumes_to_the_same_lines(whole: Path, tmp_path: Path, after: int) -> None:
+    with pytest.raises(KilledError):
+        run(tmp_path, callbacks=[Kill(after)])
+    run(tmp_path, resume=True)
+    assert lines(tmp_path) == lines(whole)
+
+
+def test_a_run_that_stalls_goes_back_and_on(tmp_path: Path) -> None:
+    """Minibatches that differ: the held-out loss goes up and down."""
+    whole = tmp_path / "whole"
+    run(whole, data=DATA, max_steps=90)
+    log = read_log(whole / "steps.jsonl")
+    assert len(log.rollbacks) > 1
+    for back in log.rollbacks:
+        before, after = log.records[back.at - 1], log.records[back.at]
+        assert after.lr[0] == pytest.approx(before.lr[0] / 10**0.5)
+    assert replay(log, support.tiny_model()) == 90  # compares the digest
+    for after in (log.rollbacks[0].at, log.rollbacks[0].at + 1, log.rollbacks[1].at + 2):
+        folder = tmp_path / str(after)
+        with pytest.raises(KilledError):
+            run(folder, data=DATA, max_steps=90, callbacks=[Kill(after)])
+        run(folder, resume=True, data=DATA, max_steps=90)
+        assert lines(folder) == lines(whole)
+
+
+def test_a_diverging_run_goes_back(tmp_path: Path) -> None:
+    """Weights that jump away in mid-run stand for a learning rate that was good only at the start."""
+
+    class Push(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 20:
+                for group in kwargs["optimizer"].param_groups:
+                    group["lr"] *= 3e3
+
+    trainer = make(tmp_path, callbacks=[Push()])
+    told: list[str] = []
+    trainer.automatic.announce = told.append
+    trainer.train()
+    log = read_log(tmp_path / "steps.jsonl")
+    assert any("left its range" in text for text in told)
+    assert log.rollbacks
+    assert log.rollbacks[0].to <= 20 < log.rollbacks[0].at <= 30
+    assert log.records[-1].loss < log.records[0].loss
+
+
+@pytest.mark.parametrize("rule", ["momentum", "adam", "sign"])
+def test_every_rule_finds_a_rate(tmp_path: Path, rule: str) -> None:
+    run(tmp_path, rule=rule)
+    log = read_log(tmp_path / "steps.jsonl")
+    first, last = (sum(r.loss for r in part) / 8 for part in (log.records[:8], log.records[-8:]))
+    assert last < first
+    assert replay(log, support.tiny_model()) == STEPS
+
+
+def test_a_schedule_goes_on_from_the_rate_that_was_found(tmp_path: Path) -> None:
+    run(tmp_path, lr_scheduler_type="linear")
+    log = read_log(tmp_path / "steps.jsonl")
+    found_rate = log.records[0].lr[0]
+    back = [rollback.at for rollback in log.rollbacks]
+    for record in log.records[8:]:
+        falls = sum(at <= record.step for at in back)
+        assert record.lr[0] == pytest.approx(found_rate * (1 - record.step / STEPS) / 10 ** (falls / 2))
+
+
+def test_a_number_means_that_number(tmp_path: Path) -> None:
+    run(tmp_path, learning_rate=1e-4, eps=2e-3)
+    log = read_log(tmp_path / "steps.jsonl")
+    assert {record.lr for record in log.records} == {(1e-4, 1e-4)}
+    assert (log.header["eps"], log.notes, log.rollbacks) == (2e-3, [], [])
+
+
+def test_evaluations_of_trainer_are_heard(tmp_path: Path) -> None:
+    trainer = run(tmp_path, eval_strategy="steps", eval_steps=6)
+    heard = [(note.at, note.content["held_out"]) for note in read_log(trainer.step_log).notes if "held_out" in note.content]
+    logged = [(line["step"], line["eval_loss"]) for line in trainer.state.log_history if "eval_loss" in line]
+    assert heard == [pair for pair in logged if 8 <= pair[0] < STEPS]
+
+
+def test_auto_and_numbers_come_from_a_command_line(tmp_path: Path) -> None:
+    parser = HfArgumentParser((MeZOConfig,))
+    (config,) = parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path)])
+    assert (config.learning_rate, config.eps) == ("auto", "auto")
+    (config,) = parser.parse_args_into_dataclasses(
+        ["--output_dir", str(tmp_path), "--learning_rate", "1e-5", "--eps", "auto"]
+    )
+    assert (config.learning_rate, config.eps) == (1e-5, "auto")
+
+
+@pytest.mark.parametrize("value", [0, -1.0, "fast", math.nan, math.inf, None])
+def test_anything_else_is_refused(tmp_path: Path, value: Any) -> None:
+    with pytest.raises(ValueError, match=r"learning_rate: .* is neither a positive number nor 'auto'"):
+        MeZOConfig(output_dir=str(tmp_path), learning_rate=value)
+
+
+def test_a_run_with_a_rate_of_its_own_is_not_resumed_with_auto(tmp_path: Path) -> None:
+    with pytest.raises(KilledError):
+        run(tmp_path, learning_rate=1e-4, callbacks=[Kill(20)])
+    with pytest.raises(LogError, match="a learning rate of its own: pass it"):
+        run(tmp_path, resume=True)

@@ -1,0 +1,236 @@
+"""The perturbation scale: signal and rounding of real models, and losses that are curved, flat or broken."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from forwardtune import MeZO
+from forwardtune.epsilon import EVALUATIONS, choose_eps, measure
+from support import assert_same_bits, closure_for, snapshot, tiny_model, token_batch
+
+ROOT = 10**0.5
+
+
+class Counted:
+    """A closure that counts its calls and keeps what it returned."""
+
+    def __init__(self, closure: Callable[[], Any]) -> None:
+        self._closure = closure
+        self.calls = 0
+
+    def __call__(self) -> Any:
+        self.calls += 1
+        return self._closure()
+
+
+def llama(dtype: torch.dtype = torch.float32, **settings: Any) -> tuple[Any, MeZO, Counted]:
+    model = tiny_model("llama", dtype)
+    optimizer = MeZO(model, **{"perturbation": "scratch", **settings})
+    return model, optimizer, Counted(closure_for(model, token_batch()))
+
+
+class Weights(nn.Module):
+    """A vector of weights and a loss of it."""
+
+    def __init__(self, loss: Callable[[Tensor], Tensor], size: int = 64) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.linspace(-1, 1, size))
+        self._loss = loss
+
+    def forward(self) -> Tensor:
+        return self._loss(self.w)
+
+
+def weights(loss: Callable[[Tensor], Tensor], **settings: Any) -> tuple[Weights, MeZO, Counted]:
+    net = Weights(loss)
+    return net, MeZO(net, perturbation="copy", **settings), Counted(net)
+
+
+def scales(measured: list[Any]) -> list[float]:
+    """In powers of the square root of ten around 1, in the order of measurement."""
+    return [round(math.log(scale.eps, ROOT)) for scale in measured]
+
+
+# --- what stays ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("perturbation", ["auto", "scratch", "copy"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_nothing_changes(dtype, perturbation, random_state_untouched):
+    """Weights and loss to the bit, and the steps that follow."""
+    model, optimizer, closure = llama(dtype, perturbation=perturbation)
+    other, untouched, _ = llama(dtype, perturbation=perturbation)
+    before = snapshot(model)
+    loss = closure()
+    measured = choose_eps(optimizer, closure, 1e-3)
+    assert_same_bits(model, before)
+    assert torch.equal(closure(), loss)
+    assert (optimizer.estimator.eps, optimizer.next_step, optimizer.last) == (1e-3, 0, None)
+    # As many evaluations as are reported; the first call's self-check comes on top.
+    checks = {"auto": 2, "scratch": 0, "copy": 0}[perturbation]
+    assert closure.calls == 2 + checks + sum(scale.evaluations for scale in measured)
+    for run, net in ((optimizer, model), (untouched, other)):
+        for seed in range(2):
+            run.step(closure_for(net, token_batch(seed=seed)))
+    assert_same_bits(model, snapshot(other))
+
+
+def test_directions_are_not_those_of_steps():
+    """A scale that suits the directions it was chosen on says nothing more of them."""
+    _, optimizer, closure = llama()
+    c = measure(optimizer, closure, 1e-3).coefficients
+    assert len(set(c)) == 3
+    optimizer.step(closure)
+    assert optimizer.last.coefficients[0] not in c
+
+
+def test_a_failing_closure_leaves_the_weights():
+    model, optimizer, _ = llama()
+    before = snapshot(model)
+    with pytest.raises(ZeroDivisionError):
+        measure(optimizer, lambda: 1 / 0, 1e-3)
+    assert_same_bits(model, before)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("eps", [0.0, -1e-3, math.inf, math.nan])
+def test_a_scale_that_is_none_is_refused(eps):
+    _, optimizer, closure = llama()
+    with pytest.raises(ValueError, match="eps must be positive"):
+        measure(optimizer, closure, eps)
+    assert closure.calls == 0
+
+
+# --- what is measured ------------------------------------------------------------------------------------------------
+
+
+def test_the_coefficients_are_derivatives_along_directions():
+    """Of a linear loss: exactly, whatever the scale, with a signal of 2 eps c and no noise but rounding."""
+    _, optimizer, closure = weights(lambda w: (w * torch.linspace(0, 1, 64)).double().sum())
+    small, large = measure(optimizer, closure, 1e-2), measure(optimizer, closure, 1.0)
+    assert small.coefficients == pytest.approx(large.coefficients, rel=1e-4)
+    for scale in (small, large):
+        norm = math.sqrt(sum(c * c for c in scale.coefficients) / 3)
+        assert scale.signal == pytest.approx(2 * scale.eps * norm)
+        assert scale.noise < 1e-5
+        assert scale.is_clear
+        assert scale.evaluations == EVALUATIONS == 10
+    assert measure(optimizer, closure, 1.0, directions=5).evaluations == 16
+    assert closure.calls == 10 + 10 + 16
+
+
+def test_the_noise_is_that_of_one_evaluation():
+    """A loss with noise of a known size on top, which is drawn anew at every evaluation."""
+    generator = torch.Generator().manual_seed(0)
+    for deviation in (1e-3, 1e-1):
+        noisy = lambda w, d=deviation: w.double().sum() + d * torch.randn((), generator=generator)  # noqa: E731
+        _, optimizer, closure = weights(noisy)
+        assert measure(optimizer, closure, 1e-2, directions=300).noise == pytest.approx(deviation, rel=0.15)
+
+
+def test_float32_finds_a_clear_signal_at_once():
+    _, optimizer, closure = llama()
+    measured = choose_eps(optimizer, closure, 1e-3)
+    assert [scale.eps for scale in measured] == pytest.approx([1e-3 / ROOT, 1e-3])
+    assert all(scale.is_clear for scale in measured)
+    assert measured[-1].signal > 100 * measured[-1].noise
+    assert measured[-1].eps == 1e-3
+
+
+def test_bfloat16_with_a_minute_scale_is_seen_as_rounding():
+    _, optimizer, closure = llama(torch.bfloat16)
+    assert not measure(optimizer, closure, 1e-6).is_clear
+    measured = choose_eps(optimizer, closure, 1e-6, most=10)
+    *hidden, chosen = measured
+    assert hidden
+    assert not any(scale.is_clear for scale in hidden)
+    assert chosen.is_clear
+    assert [scale.eps for scale in measured] == pytest.approx([1e-6 * ROOT**i for i in range(len(measured))])
+
+
+# --- what is chosen --------------------------------------------------------------------------------------------------
+
+
+def test_a_curved_loss_makes_it_smaller():
+    """cos(100 w) turns around every 0.03: the scale must be well below that."""
+    _, optimizer, closure = weights(lambda w: (100 * w).double().cos().sum())
+    measured = choose_eps(optimizer, closure, 1e-1, most=6)
+    assert scales(measured) == [-2, -3, -4, -6, -5]  # the last but one agreed with the chosen one
+    assert all(scale.is_clear for scale in measured)
+    assert closure.calls == 10 * len(measured)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_curvature_is_not_taken_for_rounding(dtype):
+    """Where the model is strongly curved and hardly steep, a larger scale would only hide the slope."""
+    _, optimizer, closure = llama(dtype)
+    *_, fine = choose_eps(optimizer, closure, 3e-3)
+    coarse = measure(optimizer, closure, 3e-2)
+    assert math.dist(coarse.coefficients, fine.coefficients) > 0.5 * math.hypot(*fine.coefficients)
+    assert coarse.is_clear
+    assert choose_eps(optimizer, closure, 3e-2)[-1].eps < 3e-2
+
+
+def test_the_scale_that_is_chosen_in_bfloat16_gives_the_slope():
+    """The coefficients of float32, of which rounding at the first scale shows nothing."""
+    _, exact, closure = llama()
+    _, optimizer, half = llama(torch.bfloat16)
+    first, *_, chosen = choose_eps(optimizer, half, 1e-6, most=10)
+    truth = measure(exact, closure, 1e-3).coefficients
+    size = math.hypot(*truth)
+    assert math.dist(first.coefficients, truth) > 10 * size
+    assert math.dist(chosen.coefficients, truth) < size
+    assert first.kept < 0.1
+    assert chosen.kept > 0.9
+
+
+def test_a_loss_that_is_hardly_curved_keeps_the_start():
+    _, optimizer, closure = weights(lambda w: (100 * w).double().cos().sum())
+    assert scales(choose_eps(optimizer, closure, 1e-3)) == [-7, -6]
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 5])
+def test_a_flat_loss_keeps_the_start(most):
+    """As accuracies may be: no scale moves them, so nothing speaks against the first."""
+    _, optimizer, closure = weights(lambda w: torch.tensor(0.25))
+    measured = choose_eps(optimizer, closure, 1e-3, most=most)
+    assert len(measured) == most
+    assert measured[-1].eps == 1e-3
+    assert (measured[-1].signal, measured[-1].noise, measured[-1].is_clear) == (0.0, 0.0, False)
+    assert closure.calls == 10 * most
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_a_scale_at_which_the_model_breaks_makes_it_smaller(broken):
+    """Rounding is not what is wrong there, and a larger scale would be no better."""
+    loss = lambda w: w.double().sum() if w.abs().max() < 1.2 else torch.tensor(broken)  # noqa: E731
+    _, optimizer, closure = weights(loss)
+    measured = choose_eps(optimizer, closure, 1.0, most=5)
+    assert scales(measured) == [0, -1, -2]
+    assert [scale.is_finite for scale in measured] == [False, False, True]
+    assert not any(scale.is_clear for scale in measured[:-1])
+    assert scales(choose_eps(optimizer, closure, 1.0, most=2)) == [0, -1]
+
+
+def test_it_does_not_grow_into_where_the_model_breaks():
+    loss = lambda w: torch.tensor(1.0 if w.abs().max() < 1.2 else math.nan)  # noqa: E731
+    _, optimizer, closure = weights(loss)
+    measured = choose_eps(optimizer, closure, 1e-2, most=9)
+    assert scales(measured) == [-3, -2, -1, -4]
+    assert not measured[-2].is_finite
+    assert measured[-1].eps == 1e-2
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 4])
+def test_no_more_scales_are_measured_than_may_be(most):
+    for loss in (lambda w: (1000 * w).double().cos().sum(), lambda w: w.double().sum(), lambda w: w.bfloat16().sum()):
+        _, optimizer, closure = weights(loss)
+        measured = choose_eps(optimizer, closure, 1e-2, most=most)
+        assert 1 <= len(measured) <= most
+        assert closure.calls == sum(scale.evaluations for scale in measured)

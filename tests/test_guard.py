@@ -1,0 +1,205 @@
+"""The watch over a run: when it goes back, to where, and when it had better not."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterable, Iterator
+from itertools import islice
+
+import pytest
+
+from forwardtune.guard import FALL, GoBack, Guard
+
+LR = 1e-5
+WINDOW = 8
+
+
+def alarms(guard: Guard, losses: Iterable[float]) -> list[int]:
+    """The steps, counted from 1, after which the guard went back."""
+    return [step for step, loss in enumerate(losses, start=1) if guard.stepped(loss) is not None]
+
+
+def normal(seed: int, mean: float = 0.7, deviation: float = 0.1) -> Iterator[float]:
+    rng = random.Random(seed)
+    while True:
+        yield rng.gauss(mean, deviation)
+
+
+def after(steps: int, losses: Iterator[float]) -> Guard:
+    """A guard that heard so many of these losses."""
+    guard = Guard(LR, best_step=3)
+    for _ in range(steps):
+        assert guard.stepped(next(losses)) is None
+    return guard
+
+
+# --- divergence ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("deviation", [0.01, 0.1, 0.3, 1.0])
+def test_noise_alone_is_hardly_ever_an_alarm(deviation):
+    """200 runs of 500 steps in which nothing happens: at most one goes back."""
+    runs = [alarms(Guard(LR), islice(normal(seed, 0.7, deviation), 500)) for seed in range(200)]
+    assert sum(bool(run) for run in runs) <= 1
+
+
+def test_noise_on_a_falling_loss_is_no_alarm():
+    for seed in range(50):
+        noise = normal(seed, 0.0, 0.15)
+        assert not alarms(Guard(LR), [0.3 + 0.6 * 0.99**step + next(noise) for step in range(500)])
+
+
+@pytest.mark.parametrize("quiet", [WINDOW, 30, 200])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda i, rng: rng.gauss(2.1, 0.3),
+        lambda i, rng: 0.7 * 1.2**i + rng.gauss(0, 0.15),
+        lambda i, rng: rng.gauss(8, 3),
+        lambda i, rng: rng.choice([math.nan, 6.0]),
+        lambda i, rng: 10.0 ** (25 * i),
+    ],
+    ids=["three times as high", "growing", "chaos", "half of it NaN", "overflow"],
+)
+def test_a_divergence_is_found_within_about_ten_steps(wrong, quiet):
+    for seed in range(20):
+        guard, rng = after(quiet, normal(seed, 0.7, 0.15)), random.Random(seed)
+        (first, *_) = alarms(guard, (wrong(i, rng) for i in range(1, 13)))
+        assert first <= 10
+
+
+def test_a_divergence_leads_back_to_the_best_point_with_a_lower_rate():
+    guard = after(20, normal(0))
+    assert guard.measured(20, 0.5) is None
+    decisions = [guard.stepped(1.3) for _ in range(6)]
+    assert [decision for decision in decisions if decision] == [GoBack(20, LR / FALL, "diverged")]
+    assert guard.lr == LR / FALL == pytest.approx(LR / math.sqrt(10))
+
+
+def test_before_anything_was_measured_it_goes_back_to_the_given_step():
+    guard = after(WINDOW, normal(0))
+    assert [guard.stepped(9.0) for _ in range(WINDOW)] == [None] * 7 + [GoBack(3, LR / FALL, "diverged")]
+
+
+def test_an_alarm_needs_eight_new_losses():
+    """Those that led to the first are forgotten; they say nothing of the lower rate."""
+    guard = after(20, normal(0))
+    first, *rest = alarms(guard, [9.0] * 32)
+    assert rest == [first + WINDOW, first + 2 * WINDOW, first + 3 * WINDOW]
+    assert guard.lr == pytest.approx(LR / 10**2)
+
+
+def test_losses_of_a_divergence_do_not_blunt_the_watch():
+    """What the variance is taken from is as quiet after a divergence as before."""
+    losses = normal(0)
+    guard = after(WINDOW, losses)
+    assert alarms(guard, islice(normal(1, 8.0, 3.0), WINDOW)) == [WINDOW]
+    assert alarms(guard, islice(losses, 30)) == []
+    assert alarms(guard, islice(normal(2, 1.2, 0.1), 10))
+
+
+def test_a_tenth_more_than_at_the_beginning_is_not_worth_going_back():
+    guard = Guard(LR)
+    assert not alarms(guard, [1.0] * 20 + [1.09] * 20)
+    assert alarms(guard, [1.2] * 10)
+
+
+def test_losses_may_be_negative():
+    """As accuracies and rewards are."""
+    guard = Guard(LR)
+    assert not alarms(guard, [-1.0] * 20 + [-0.95] * 20 + [-3.0] * 20)
+    assert alarms(guard, [-0.5] * 16)
+
+
+# --- losses that are not finite --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_eight_losses_in_a_row_that_are_no_number_are_a_divergence(loss):
+    assert alarms(after(20, normal(0)), [loss] * WINDOW) == [WINDOW]
+    assert alarms(after(3, normal(0)), [loss] * WINDOW) == [WINDOW]  # even if hardly any was one before
+
+
+def test_single_skipped_steps_are_none():
+    rng = random.Random(0)
+    losses = (math.nan if rng.random() < 0.3 else loss for loss in normal(0))
+    assert not alarms(Guard(LR), islice(losses, 300))
+
+
+def test_a_model_that_never_gave_a_number_cannot_go_back_to_one():
+    assert not alarms(Guard(LR), [math.nan] * 50)
+
+
+def test_skipped_steps_between_the_first_losses_do_not_add_up():
+    assert not alarms(Guard(LR), [0.7, math.nan] * 20)
+
+
+# --- held-out losses -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("patience", [1, 2, 4])
+def test_patience_counts_losses_in_a_row(patience):
+    guard = Guard(LR, patience=patience)
+    assert guard.measured(10, 0.9) is None
+    for step in range(11, 10 + patience):
+        assert guard.measured(step, 0.9) is None  # no better is a failure
+    if patience > 1:
+        assert guard.measured(50, 0.8) is None  # and a better one ends the count
+        for step in range(51, 50 + patience):
+            assert guard.measured(step, 0.85) is None
+    best = 50 if patience > 1 else 10
+    assert guard.measured(100, 1.0) == GoBack(best, LR / FALL, "stalled")
+    assert (guard.best_step, guard.lr) == (best, LR / FALL)
+
+
+def test_after_going_back_patience_begins_anew():
+    guard = Guard(LR)
+    guard.measured(10, 0.5)
+    decisions = [guard.measured(step, 0.6) for step in range(20, 80, 10)]
+    assert decisions == [
+        None, GoBack(10, LR / FALL, "stalled"),
+        None, GoBack(10, LR / FALL / FALL, "stalled"),
+        None, GoBack(10, LR / FALL / FALL / FALL, "stalled"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_held_out_loss_that_is_no_number_is_no_better(loss):
+    guard = Guard(LR)
+    guard.measured(5, 0.5)
+    assert guard.measured(10, loss) is None
+    assert guard.measured(15, loss) == GoBack(5, LR / FALL, "stalled")
+    assert guard.best_loss == 0.5
+
+
+def test_going_back_clears_the_window_of_both_kinds():
+    """A stall in the middle of a divergence: its losses are of weights that are gone."""
+    guard = after(20, normal(0))
+    guard.stepped(2.0)
+    guard.measured(21, 0.5)
+    guard.measured(22, 0.6)
+    assert guard.measured(23, 0.6).why == "stalled"
+    assert alarms(guard, [9.0] * (WINDOW - 1)) == []
+    assert alarms(guard, [9.0]) == [1]
+
+
+# --- state -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_guard_that_is_told_the_same_decides_the_same():
+    """At every point of a course with everything in it, a new guard that hears the history is the old one."""
+    rng, told, decisions, guard = random.Random(3), [], [], Guard(LR, best_step=WINDOW)
+    for step in range(1, 301):
+        mean = 5.0 if step % 100 in range(50, 62) else 0.7
+        told.append(("stepped", (math.nan if rng.random() < 0.05 else rng.gauss(mean, 0.1),)))
+        if step % 20 == 0:
+            told.append(("measured", (step, rng.choice([math.nan, rng.random()]))))
+        while len(decisions) < len(told):
+            name, values = told[len(decisions)]
+            decisions.append(getattr(guard, name)(*values))
+        if step % 25 == 0:
+            again = Guard(LR, best_step=WINDOW)
+            assert [getattr(again, name)(*values) for name, values in told] == decisions
+            assert repr(again) == repr(guard)
+    assert {decision.why for decision in decisions if decision} == {"diverged", "stalled"}

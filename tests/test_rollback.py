@@ -1,0 +1,679 @@
+"""Going back: what a log with rollbacks and notes means, the way back to any step, and steps that are held."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import math
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from forwardtune import MeZO, StepLog, StepRecord, replay
+from forwardtune.errors import InputError
+from forwardtune.noise import Update
+from forwardtune.optimizer import InterruptedUpdateError
+from forwardtune.rules import Adam, History, Momentum, Rule, get_rule, move_all
+from forwardtune.trajectory import BaseWeights, LogError, export_trajectory, read_log
+from forwardtune.trajectory.export import read_trajectory
+from forwardtune.trajectory.format import seal
+from forwardtune.trajectory.log import cut_log
+from forwardtune.trajectory.reader import Rollback
+from forwardtune.trajectory.updates import Trajectory
+from support import assert_same_bits, snapshot
+
+# A step, or back to the weights after so many steps: nested, to the same point again, into what was undone, to the base.
+COURSE: list[Any] = [*["step"] * 6, 4, *["step"] * 2, 5, "step", 1, *["step"] * 2, 9, "step", 7, 11, "step", 0, "step"]
+SKIPPED, FLAT = 2, 4
+STEPS = COURSE.count("step")
+
+RULES: dict[str, Rule | str] = {
+    "sgd": "sgd",
+    "momentum": Momentum(state="exact"),
+    "momentum window": Momentum(window=3),
+    "adam": Adam(state="exact"),
+    "adam window": Adam(window=3),
+}
+every_rule = pytest.mark.parametrize(
+    ("rule", "dtype"),
+    list(itertools.product(RULES, [torch.float32, torch.bfloat16])),
+    ids=lambda value: str(value).removeprefix("torch."),
+)
+
+
+def base_model(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    """Small weights, the same every time; tensors of several sizes."""
+    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+    for i, parameter in enumerate(net.parameters()):
+        parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)) / 2
+    return net.to(dtype)
+
+
+def optimizer_of(net: nn.Module, rule: str = "sgd", **settings: Any) -> MeZO:
+    groups = [{"params": net[0].parameters(), "weight_decay": 0.5}, {"params": net[2].parameters(), "lr": 0.02}]
+    return MeZO(groups, lr=0.05, eps=0.01, seed=7, module=net, perturbation="copy", rule=RULES[rule], **settings)
+
+
+def loss_of(net: nn.Module, step: int) -> Callable[[], Any]:
+    """Another minibatch for every step."""
+    if step in (SKIPPED, FLAT):
+        return lambda: math.nan if step == SKIPPED else 1.0
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(step)).to(next(net.parameters()).dtype)
+    return lambda: (net(x) - 1).float().square().mean()
+
+
+def step(net: nn.Module, optimizer: MeZO) -> None:
+    optimizer.step(loss_of(net, optimizer.next_step))
+
+
+class Run:
+    """A run with the course above, and what its weights were after every number of steps."""
+
+    def __init__(self, folder: Path, rule: str = "sgd", dtype: torch.dtype = torch.float32) -> None:
+        self.path, self.dtype, self.rule = folder / "steps.jsonl", dtype, rule
+        self.base_path = folder / "base.safetensors"
+        self.net = base_model(dtype)
+        optimizer = optimizer_of(self.net, rule)
+        self.weights = [snapshot(self.net)]
+        with StepLog(self.path, optimizer) as log:
+            log.note({"plan": "to go back often"})
+            self.base = BaseWeights(self.base_path, optimizer.tuned)
+            for number in self.play(optimizer, log, COURSE):
+                self.weights[number:] = [snapshot(self.net)]
+
+    def play(self, optimizer: MeZO, log: StepLog, course: list[Any]) -> Iterator[int]:
+        """Yields the number of steps after every event."""
+        net = optimizer.module
+        assert isinstance(net, nn.Module)
+        for event in course:
+            if event == "step":
+                step(net, optimizer)
+            else:
+                log.note({"because": f"{event} was better"})
+                self.base.go_back(optimizer, log.path, event)
+                log.rolled_back(event)
+            yield optimizer.next_step
+
+
+def standing(course: list[Any]) -> list[list[int]]:
+    """By hand: the steps that are in the weights after every number of steps."""
+    after: list[list[int]] = [[]]
+    for event in course:
+        if event == "step":
+            after.append([*after[-1], len(after) - 1])
+        else:
+            after[-1] = after[event]
+    return after
+
+
+def by_hand(records: list[StepRecord], rule: str, dtype: torch.dtype) -> nn.Sequential:
+    """Base weights moved by these steps alone, one after another."""
+    net = base_model(dtype)
+    optimizer = optimizer_of(net, rule)
+    history = History()
+    for record in records:
+        if not record.skipped:
+            groups = zip(record.lr, record.weight_decay, strict=True)
+            plans = [[optimizer.rule.plan(record.step, record.coefficients, *group)] for group in groups]
+            with torch.no_grad():
+                move_all(optimizer.rule, optimizer.noise, optimizer.tuned, plans, history)
+    return net
+
+
+# --- what a rollback means -------------------------------------------------------------------------------------------
+
+
+@every_rule
+def test_a_log_with_rollbacks_replays_to_the_steps_that_stand(rule, dtype, tmp_path):
+    """For every number of steps: the run's own weights, those of a simulation by hand, of the log and of its export."""
+    run = Run(tmp_path, rule, dtype)
+    log = read_log(run.path)
+    assert log.steps == log.end["end"] == STEPS
+    assert log.rollbacks == [Rollback(*pair) for pair in [(6, 4), (8, 5), (9, 1), (11, 9), (12, 7), (12, 11), (13, 0)]]
+    exported = tmp_path / "trajectory.safetensors"
+    assert export_trajectory(log, exported) == exported.stat().st_size
+    for number, steps in enumerate(standing(COURSE)):
+        simulated = by_hand([log.records[i] for i in steps], rule, dtype)
+        assert_same_bits(simulated, run.weights[number])
+        for source in (run.path, exported):
+            net = base_model(dtype)
+            assert replay(source, net, steps=number) == number
+            assert_same_bits(net, run.weights[number])
+    for source in (run.path, exported):
+        net = base_model(dtype)
+        assert replay(source, net) == STEPS  # it compares the digests, too
+        assert_same_bits(net, run.weights[-1])
+
+
+def first_of(rollbacks: list[Rollback], steps: int, total: int) -> list[int]:
+    """The steps that :meth:`Trajectory.first` leaves standing."""
+    updates = [[Update(i, (1.0,)) for i in range(total)]]
+    trajectory = Trajectory(Path("none"), {}, get_rule("sgd"), updates, rollbacks, None)
+    (kept,) = trajectory.first(steps)
+    assert [update.step for update in kept] == list(range(steps))
+    return [update.step for update in kept if update.sizes]
+
+
+def rollbacks_of(course: list[Any]) -> list[Rollback]:
+    done, found = 0, []
+    for event in course:
+        if event == "step":
+            done += 1
+        else:
+            found.append(Rollback(done, event))
+    return found
+
+
+def random_course(rng: random.Random) -> list[Any]:
+    course: list[Any] = []
+    for done in range(1, rng.randrange(2, 40)):
+        course.append("step")
+        while rng.random() < 0.3:
+            course.append(rng.randrange(done))
+    return course
+
+
+@pytest.mark.parametrize(
+    "course",
+    [
+        [*["step"] * 60, 40, *["step"] * 20, 50, *["step"] * 10, 10, *["step"] * 5],
+        [*["step"] * 90, 10, *["step"] * 5, 91, "step", 95],
+        ["step", 0, "step", 0, "step", 0],
+    ],
+    ids=["nested", "into what was undone", "to the base"],
+)
+def test_nested_rollbacks_by_hand(course):
+    for number, steps in enumerate(standing(course)):
+        assert first_of(rollbacks_of(course), number, course.count("step")) == steps
+
+
+def test_any_rollbacks_by_brute_force():
+    rng = random.Random(0)
+    for _ in range(300):
+        course = random_course(rng)
+        for number, steps in enumerate(standing(course)):
+            assert first_of(rollbacks_of(course), number, course.count("step")) == steps
+
+
+def test_many_rollbacks_take_no_time():
+    """Each goes back into the part before it: a search that began anew for every one would take 2^200 turns."""
+    course = [event for done in range(1, 201) for event in ("step", "step", 2 * done - 1)]
+    assert first_of(rollbacks_of(course), 400, 400) == standing(course)[-1] == list(range(0, 400, 2))
+
+
+# --- the lines -------------------------------------------------------------------------------------------------------
+
+
+def reseal(path: Path, change: Callable[[list[dict[str, Any]]], object]) -> None:
+    """Rewrite a log's lines with good checksums."""
+    contents = [json.loads(line) for line in path.read_text().splitlines()]
+    for content in contents:
+        del content["check"]
+    change(contents)
+    check, lines = "", []
+    for content in contents:
+        line, check = seal(check, content)
+        lines.append(line + "\n")
+    path.write_text("".join(lines))
+
+
+def test_the_lines_of_notes_and_rollbacks(tmp_path):
+    """Golden: what another program must read."""
+    net = base_model()
+    optimizer = optimizer_of(net)
+    base = BaseWeights(tmp_path / "base.safetensors", optimizer.tuned)
+    with StepLog(tmp_path / "steps.jsonl", optimizer) as log:
+        log.note({"plan": {"tries": 7}})
+        step(net, optimizer)
+        step(net, optimizer)
+        base.go_back(optimizer, log.path, 1)
+        log.rolled_back(1)
+        log.note({"held_out": "nan"})
+    contents = [json.loads(line) for line in log.path.read_text().splitlines()]
+    for content in contents:
+        del content["check"]
+    assert contents[0]["format"] == 2
+    assert contents[1] == {"note": {"plan": {"tries": 7}}}
+    assert [content.get("step") for content in contents[2:4]] == [0, 1]
+    assert contents[4:6] == [{"rollback": 1}, {"note": {"held_out": "nan"}}]
+    assert list(contents[6]) == ["end", "digest"]
+    read = read_log(log.path)
+    assert [(note.at, note.content) for note in read.notes] == [(0, {"plan": {"tries": 7}}), (2, {"held_out": "nan"})]
+    assert read.rollbacks == [Rollback(2, 1)]
+
+
+@pytest.mark.parametrize("to", [4, 5, -1, True, False, "2", 1.0, None, [1]], ids=repr)
+def test_a_rollback_to_no_earlier_step_is_refused(to, tmp_path):
+    run = Run(tmp_path)
+    cut_log(read_log(run.path), 4)
+    reseal(run.path, lambda contents: contents.append({"rollback": to}))
+    with pytest.raises(LogError, match=r"line 7: it goes back to step .*, after 4 steps\. Restore"):
+        read_log(run.path)
+
+
+@pytest.mark.parametrize("note", [1, "text", None, [1]], ids=repr)
+def test_a_note_that_is_no_object_is_refused(note, tmp_path):
+    run = Run(tmp_path)
+    reseal(run.path, lambda contents: contents.insert(1, {"note": note}))
+    with pytest.raises(LogError, match="line 2: its note is no object"):
+        read_log(run.path)
+
+
+@pytest.mark.parametrize("to", [2, 3, -1, True], ids=repr)
+def test_the_writer_refuses_what_the_reader_would(to, tmp_path):
+    net = base_model()
+    optimizer = optimizer_of(net)
+    with StepLog(tmp_path / "steps.jsonl", optimizer) as log:
+        step(net, optimizer)
+        step(net, optimizer)
+        with pytest.raises(ValueError, match="goes back to step"):
+            log.rolled_back(to)
+    assert replay(log.path, base_model()) == 2
+
+
+def test_a_rollback_makes_an_end_void_and_a_note_does_not(tmp_path):
+    run = Run(tmp_path)
+    data = run.path.read_bytes()
+    reseal(run.path, lambda contents: contents.append({"note": {"seen": True}}))
+    assert replay(run.path, base_model()) == STEPS
+    run.path.write_bytes(data)
+    reseal(run.path, lambda contents: contents.append({"rollback": 3}))
+    assert read_log(run.path).end is None
+    net = base_model()
+    with pytest.raises(LogError, match="no end line"):
+        replay(run.path, net)
+    replay(run.path, net, steps=STEPS)
+    assert_same_bits(net, run.weights[3])
+
+
+@pytest.mark.parametrize("pair", [[3, 3], [2, 5], [3, True], [3, "1"], [3], [3, 1, 1], 3, None], ids=repr)
+def test_an_export_with_impossible_rollbacks_is_refused(pair, tmp_path):
+    run = Run(tmp_path)
+    log = read_log(run.path)
+    wrong = copy.copy(log)
+    object.__setattr__(wrong, "header", {**log.header, "rollbacks": [pair]})
+    object.__setattr__(wrong, "rollbacks", [])
+    exported = tmp_path / "wrong.safetensors"
+    export_trajectory(wrong, exported)
+    with pytest.raises(LogError, match="not an intact exported trajectory"):
+        read_trajectory(exported)
+
+
+def test_an_export_keeps_the_rollbacks_and_no_header_field_more(tmp_path):
+    run = Run(tmp_path)
+    log = read_log(run.path)
+    exported = tmp_path / "trajectory.safetensors"
+    export_trajectory(log, exported)
+    trajectory = read_trajectory(exported)
+    assert trajectory.rollbacks == log.rollbacks
+    assert trajectory.header == {key: value for key, value in log.header.items() if key != "versions"}
+    assert trajectory.digest == log.end["digest"]
+
+
+# --- format 1 --------------------------------------------------------------------------------------------------------
+
+GOLDEN_1 = (
+    r'{"format":1,"noise":1,"seed":5,"direction":"gaussian","estimator":"spsa","eps":0.25,"probes":1,"rule":"sgd",'
+    r'"groups":[{"weight_decay":0.5}],"tensors":[{"name":"bias","shape":[1],"dtype":"bfloat16","group":0},'
+    r'{"name":"weight","shape":[1,2],"dtype":"bfloat16","group":0}],'
+    r'"base":"87f0c6ec25c58057a476ad00c4e4bb32be507f0b38090590c7257895a6be8ad6",'
+    r'"versions":{"forwardtune":"golden"},"run":{"model":"g\u00f6ld"},"check":"c3b05810ce5c4efe"}'
+    "\n"
+    r'{"step":0,"lr":0.5,"coefficients":[1.0],"losses":[1.5,1.0],"loss":1.25,"unchanged":0,"seconds":0.125,'
+    r'"check":"65b332a6fbbc1e12"}'
+    "\n"
+    r'{"step":1,"lr":0.5,"coefficients":[],"losses":["inf",0.1],"loss":"inf","unchanged":3,"seconds":0.125,'
+    r'"check":"6dfd9434fde133df"}'
+    "\n"
+    r'{"step":2,"lr":0.5,"coefficients":[-0.39999999999999997],"losses":[0.1,0.3],"loss":0.2,"unchanged":0,'
+    r'"seconds":0.125,"check":"5ba1074798158c03"}'
+    "\n"
+    r'{"end":3,"digest":"f9f904eeab4ce7edde5a54f7bf9309d6ef6cfe970ec5c046b3dfd88be60553e8",'
+    r'"check":"7a4843dbc04b16da"}'
+    "\n"
+)
+
+
+def golden_base() -> nn.Linear:
+    net = nn.Linear(2, 1, dtype=torch.bfloat16)
+    net.weight.data = torch.tensor([[1.0, -2.0]], dtype=torch.bfloat16)
+    net.bias.data = torch.tensor([0.25], dtype=torch.bfloat16)
+    return net
+
+
+def test_a_log_of_format_1_replays(tmp_path):
+    path, exported = tmp_path / "steps.jsonl", tmp_path / "trajectory.safetensors"
+    path.write_text(GOLDEN_1)
+    log = read_log(path)
+    assert (log.steps, log.rollbacks, log.notes) == (3, [], [])
+    export_trajectory(log, exported)
+    for source in (path, exported):
+        net = golden_base()
+        assert replay(source, net) == 3
+        assert not torch.equal(net.weight, golden_base().weight)
+
+
+def test_a_log_of_format_1_is_resumed(tmp_path):
+    path = tmp_path / "steps.jsonl"
+    path.write_text(GOLDEN_1)
+    net = golden_base()
+    optimizer = MeZO(net, lr=0.5, eps=0.25, weight_decay=0.5, seed=5, perturbation="copy")
+    with StepLog.resume(path, optimizer):
+        assert optimizer.tuned.digest() == json.loads(GOLDEN_1.splitlines()[-1])["digest"]
+        optimizer.step(lambda: net(torch.ones(2, dtype=torch.bfloat16)).float().square().sum())
+    assert path.read_text().startswith(GOLDEN_1)
+    again = golden_base()
+    assert replay(path, again) == 4
+    assert_same_bits(again, snapshot(net))
+
+
+# --- cutting and resuming --------------------------------------------------------------------------------------------
+
+
+def test_a_log_is_cut_behind_what_follows_a_step(tmp_path):
+    """Notes and rollbacks after the last step that is kept stay: they are of that point."""
+    run = Run(tmp_path)
+    whole, data = read_log(run.path), run.path.read_bytes()
+    for number in range(STEPS, -1, -1):
+        log = cut_log(read_log(run.path), number)
+        assert repr(log.records) == repr(whole.records[:number])  # repr finds NaN equal to itself
+        assert log.rollbacks == [rollback for rollback in whole.rollbacks if rollback.at <= number]
+        assert log.notes == [note for note in whole.notes if note.at <= number]
+        assert data.startswith(run.path.read_bytes())
+        net = base_model()
+        replay(log, net, steps=number)
+        assert_same_bits(net, run.weights[number])
+    assert [note.content for note in log.notes] == [{"plan": "to go back often"}]
+    tail = (tmp_path / "steps.cut.jsonl").read_bytes()
+    assert sorted((run.path.read_bytes() + tail).splitlines()) == sorted(data.splitlines())
+
+
+def without_notes(contents: list[dict[str, Any]]) -> None:
+    contents[:] = [content for content in contents if "note" not in content]
+
+
+@every_rule
+def test_a_run_that_went_back_resumes_with_the_same_bits(rule, dtype, tmp_path):
+    """Killed after any event of its course, and resumed from base weights, log and the file of base weights."""
+    run = Run(tmp_path, rule, dtype)
+    reseal(run.path, without_notes)
+    for done in range(0, len(COURSE), 3):
+        path = tmp_path / f"{done}.jsonl"
+        path.write_bytes(b"".join(run.path.read_bytes().splitlines(keepends=True)[: 1 + done]))
+        net = base_model(dtype)
+        optimizer = optimizer_of(net, rule)
+        with StepLog.resume(path, optimizer) as log:
+            assert optimizer.next_step == COURSE[:done].count("step")
+            run.base = BaseWeights(run.base_path, optimizer.tuned)
+            for _ in run.play(optimizer, log, COURSE[done:]):
+                pass
+        assert_same_bits(net, run.weights[-1])
+        assert read_log(path).end["digest"] == read_log(run.path).end["digest"]
+        assert read_log(path).rollbacks == read_log(run.path).rollbacks
+
+
+@every_rule
+def test_the_optimizer_goes_on_as_one_that_never_erred(rule, dtype, tmp_path):
+    """After going back, what the rule remembers is that of the steps that stand."""
+    run = Run(tmp_path, rule, dtype)
+    log = read_log(run.path)
+    net = base_model(dtype)
+    optimizer = optimizer_of(net, rule)
+    step_log = StepLog.resume(run.path, optimizer)
+    run.base = BaseWeights(run.base_path, optimizer.tuned)
+    for number in range(STEPS, -1, -1):
+        run.base.go_back(optimizer, run.path, number)
+        assert_same_bits(net, run.weights[number])
+        taken = [i for i in standing(COURSE)[number] if not log.records[i].skipped]
+        assert optimizer.history.taken == (len(taken) if optimizer.rule.remembers else 0)
+        assert [update.step for update in optimizer.history.recent] == (taken[-3:] if "window" in rule else [])
+        assert optimizer.next_step == STEPS  # noise is never used twice
+    step_log.close()
+
+
+# --- base weights ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_base_weights_come_back_to_the_bit(dtype, tmp_path):
+    net = base_model(dtype)
+    net[0].weight.data = net[0].weight.data.t().contiguous().t()  # not contiguous
+    net[0].bias.data[:2] = torch.tensor([-0.0, math.nan], dtype=dtype)
+    tuned = MeZO(net, perturbation="copy").tuned
+    before = snapshot(net)
+    base = BaseWeights(tmp_path / "new" / "folder" / "base.safetensors", tuned)
+    storage = [parameter.data_ptr() for parameter in net.parameters()]
+    for parameter in net.parameters():
+        parameter.data.zero_()
+    base.restore()
+    assert_same_bits(net, before)
+    assert [parameter.data_ptr() for parameter in net.parameters()] == storage
+    base.remove()
+    assert list(base.path.parent.iterdir()) == []
+    base.remove()  # nothing to do is no error
+
+
+def test_only_tuned_weights_are_kept(tmp_path):
+    net = base_model()
+    net[0].weight.requires_grad_(False)
+    base = BaseWeights(tmp_path / "base.safetensors", MeZO(net).tuned)
+    net[0].weight.data.zero_()
+    net[0].bias.data.zero_()
+    base.restore()
+    assert not net[0].weight.any()
+    assert torch.equal(net[0].bias, base_model()[0].bias)
+
+
+def test_a_file_that_is_there_is_used(tmp_path):
+    """A resumed run's weights are others by then."""
+    path = tmp_path / "base.safetensors"
+    BaseWeights(path, MeZO(base_model()).tuned)
+    data = path.read_bytes()
+    net = base_model()
+    net[0].weight.data.zero_()
+    BaseWeights(path, MeZO(net).tuned).restore()
+    assert_same_bits(net, snapshot(base_model()))
+    assert path.read_bytes() == data
+
+
+def test_a_file_of_another_run_leads_nowhere(tmp_path):
+    run = Run(tmp_path)
+    other = base_model()
+    other[0].weight.data += 1
+    run.base_path.unlink()
+    BaseWeights(run.base_path, MeZO(other).tuned)
+    optimizer = optimizer_of(base_model())
+    with (
+        pytest.raises(InterruptedUpdateError),  # the log is not closed over weights that belong to no step
+        StepLog.resume(run.path, optimizer),
+        pytest.raises(LogError, match=r"not the weights that the run .* began with"),
+    ):
+        BaseWeights(run.base_path, optimizer.tuned).go_back(optimizer, run.path, 3)
+
+
+def test_what_a_kill_left_is_no_obstacle(tmp_path):
+    """Half a file is written anew, under another name until it is whole."""
+    path = tmp_path / "base.safetensors"
+    whole = BaseWeights(path, MeZO(base_model()).tuned).path.read_bytes()
+    path.unlink()
+    path.with_suffix(".partial").write_bytes(whole[:100])
+    net = base_model()
+    BaseWeights(path, MeZO(net).tuned)
+    assert path.read_bytes() == whole
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_write_that_fails_leaves_no_file_that_would_be_used(tmp_path, monkeypatch):
+    path = tmp_path / "base.safetensors"
+    monkeypatch.setattr("os.replace", lambda *paths: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        BaseWeights(path, MeZO(base_model()).tuned)
+    assert not path.exists()
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    tuned = MeZO(base_model()).tuned
+    size = 4 * tuned.numel
+    for free in (0, size - 1):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        with pytest.raises(InputError, match=r"keeps the weights .*Make room, or give a learning rate$"):
+            BaseWeights(tmp_path / "base.safetensors", tuned)
+        assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=size))
+    BaseWeights(tmp_path / "base.safetensors", tuned)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    BaseWeights(tmp_path / "base.safetensors", tuned)  # it is there, and needs no room
+
+
+# --- steps that are held ---------------------------------------------------------------------------------------------
+
+HELD_RULES = {**RULES, "sign": "sign"}
+every_held_rule = pytest.mark.parametrize(
+    ("rule", "dtype"),
+    list(itertools.product(HELD_RULES, [torch.float32, torch.bfloat16])),
+    ids=lambda value: str(value).removeprefix("torch."),
+)
+
+
+def held_run(folder: Path, rule: str, dtype: torch.dtype, before: int = 2, held: int = 5) -> tuple[Any, MeZO, StepLog]:
+    """Some steps are taken, others held; one of those is skipped and one flat."""
+    net = base_model(dtype)
+    settings = {"eps": 0.01, "lr": 0.05, "seed": 7, "perturbation": "copy", "weight_decay": 0.5}
+    optimizer = MeZO(net, rule=HELD_RULES[rule], **settings)
+    log = StepLog(folder / f"{rule}-{dtype}.jsonl", optimizer)
+    for _ in range(before):
+        step(net, optimizer)
+    optimizer.hold()
+    for _ in range(held):
+        step(net, optimizer)
+    return net, optimizer, log
+
+
+@every_held_rule
+def test_what_is_tried_is_what_is_released(rule, dtype, tmp_path):
+    """To the bit, at any learning rate, and no trial leaves a trace in the next one or in what is released."""
+    net, optimizer, log = held_run(tmp_path, rule, dtype)
+    here, lr = snapshot(net), 0.003
+    memory = repr((optimizer.history.taken, optimizer.history.recent))
+    moments = copy.deepcopy(optimizer.history.moments)
+    tried = {}
+    for rate in (lr, 0.5, lr):
+        optimizer.try_held(rate)
+        if rate in tried:
+            assert_same_bits(net, tried[rate])
+        tried[rate] = snapshot(net)
+        net.load_state_dict(here)
+        optimizer.moved_back()
+        assert repr((optimizer.history.taken, optimizer.history.recent)) == memory
+        assert moments.keys() == optimizer.history.moments.keys()
+        assert all(
+            torch.equal(torch.stack(optimizer.history.moments[name]), torch.stack(moments[name])) for name in moments
+        )
+    assert any(not torch.equal(tried[lr][name], tried[0.5][name]) for name in here)
+    assert read_log(log.path).steps == 2
+
+    optimizer.release(lr)
+    assert_same_bits(net, tried[lr])
+    assert optimizer.held is None
+    assert [group["lr"] for group in optimizer.param_groups] == [lr]
+    step(net, optimizer)
+    log.finish()
+    log.close()
+    read = read_log(log.path)
+    assert [record.lr for record in read.records] == [(0.05,)] * 2 + [(lr,)] * 6
+    assert [record.skipped for record in read.records] == [i == SKIPPED for i in range(8)]
+    again = base_model(dtype)
+    assert replay(read, again) == 8  # release, and the step after it, are steps as any other
+    assert_same_bits(again, snapshot(net))
+
+
+@every_held_rule
+def test_steps_that_are_held_are_estimated_where_the_run_stands(rule, dtype, tmp_path):
+    """The weights stay, the losses are those at the same point, and every step has its own directions."""
+    net, optimizer, log = held_run(tmp_path, rule, dtype)
+    log.close()
+    other = base_model(dtype)
+    replay(log.path, other, steps=2)
+    assert_same_bits(net, snapshot(other))
+    for number, record in enumerate(optimizer.held, start=2):
+        lone = MeZO(other, eps=0.01, seed=7, perturbation="copy")
+        lone.next_step = number
+        lone.estimate(loss_of(other, number))
+        lone.apply()
+        replay_base = base_model(dtype)
+        replay(log.path, replay_base, steps=2)
+        other = replay_base
+        assert repr((lone.last.losses, lone.last.coefficients)) == repr((record.losses, record.coefficients))
+    assert optimizer.next_step == 7
+    assert optimizer.last is optimizer.held[-1]
+
+
+def test_base_weights_undo_a_trial(tmp_path):
+    """As a search does it: hold at the base weights, try, restore, release."""
+    net, optimizer, log = held_run(tmp_path, "sgd", torch.bfloat16, before=0)
+    base = BaseWeights(tmp_path / "base.safetensors", optimizer.tuned)
+    for rate in (0.1, 10.0):
+        optimizer.try_held(rate)
+        base.restore()
+        optimizer.moved_back()
+        assert_same_bits(net, snapshot(base_model(torch.bfloat16)))
+    optimizer.release(0.1)
+    log.finish()
+    log.close()
+    assert replay(log.path, base_model(torch.bfloat16)) == 5
+    base.go_back(optimizer, log.path, 0)
+    assert_same_bits(net, snapshot(base_model(torch.bfloat16)))
+
+
+def test_steps_that_are_dropped_were_never_estimated(tmp_path):
+    net, optimizer, log = held_run(tmp_path, "momentum", torch.float32, held=2)
+    optimizer.drop()
+    assert (optimizer.next_step, optimizer.held) == (2, None)
+    for _ in range(4):
+        step(net, optimizer)
+    log.finish()
+    log.close()
+    other = base_model()
+    plain = MeZO(other, eps=0.01, lr=0.05, seed=7, perturbation="copy", weight_decay=0.5, rule=RULES["momentum"])
+    for _ in range(6):
+        step(other, plain)
+    assert_same_bits(net, snapshot(other))
+    assert read_log(log.path).steps == 6
+    optimizer.drop()  # nothing is held
+    assert optimizer.next_step == 6
+
+
+def test_no_step_is_taken_on_weights_that_were_tried(tmp_path):
+    net, optimizer, log = held_run(tmp_path, "sgd", torch.float32)
+    here = snapshot(net)
+    optimizer.try_held(0.1)
+    for attempt in (lambda: step(net, optimizer), log.finish):
+        with pytest.raises(InterruptedUpdateError):
+            attempt()
+    net.load_state_dict(here)
+    optimizer.moved_back()
+    step(net, optimizer)
+    optimizer.release(0.1)
+    log.finish()
+    log.close()
+    assert replay(log.path, base_model()) == 8
+
+
+def test_a_trial_that_fits_no_float32_says_so_and_moves_nothing(tmp_path):
+    net, optimizer, log = held_run(tmp_path, "sgd", torch.float32)
+    here = snapshot(net)
+    with pytest.raises(OverflowError):
+        optimizer.try_held(1e300)
+    assert_same_bits(net, here)
+    optimizer.moved_back()
+    optimizer.release(1e-3)
+    log.close()
+    assert read_log(log.path).steps == 7
