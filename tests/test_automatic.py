@@ -197,7 +197,9 @@ def test_a_number_means_that_number(tmp_path: Path) -> None:
 
 def test_evaluations_of_trainer_are_heard(tmp_path: Path) -> None:
     trainer = run(tmp_path, eval_strategy="steps", eval_steps=6)
-    heard = [(note.at, note.content["held_out"]) for note in read_log(trainer.step_log).notes if "held_out" in note.content]
+    heard = [
+        (note.at, note.content["held_out"]) for note in read_log(trainer.step_log).notes if "held_out" in note.content
+    ]
     logged = [(line["step"], line["eval_loss"]) for line in trainer.state.log_history if "eval_loss" in line]
     assert heard == [pair for pair in logged if 8 <= pair[0] < STEPS]
 
