@@ -101,7 +101,8 @@ class Setting:
     def train(self, folder: Path, **changes: object) -> list[object]:
         """Arguments of ``train``; None leaves an option out, True makes it a flag."""
         options: dict[str, object] = {"model": self.model, "task": self.task, "output_dir": folder}
-        options |= {"steps": STEPS, "batch_size": 4, "lr": 1e-3, "eps": 1e-3, "device": "cpu", **changes}
+        options |= {"steps": STEPS, "batch_size": 4, "lr": 1e-3, "device": "cpu"}
+        options |= {"eps": None if changes.get("method") == "adam" else 1e-3, **changes}
         return ["train", *_flags(options)]
 
     def resume(self, folder: Path, **changes: object) -> list[object]:

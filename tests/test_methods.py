@@ -11,7 +11,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -55,8 +54,8 @@ def settings(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 
 def options(kind: str, method: str, mode: str) -> dict[str, object]:
-    eps = None if method == "adam" else SCALES.get(mode, 1e-3)
-    return {"method": method, "tune": PART[kind] if mode == "part" else mode, "lr": RATES[method][mode], "eps": eps}
+    own = {} if method == "adam" else {"eps": SCALES.get(mode, 1e-3)}
+    return {"method": method, "tune": PART[kind] if mode == "part" else mode, "lr": RATES[method][mode], **own}
 
 
 @pytest.fixture(scope="module")
@@ -479,15 +478,18 @@ def test_ctrl_c_leaves_no_weights_behind_that_nobody_reads(
     settings: dict[str, Setting], tmp_path: Path, method: str
 ) -> None:
     run = tmp_path / "run"
+    over = threading.Event()
 
     def interrupt() -> None:
         while not (run / "dev.jsonl").exists():
-            time.sleep(0.005)
+            if over.wait(0.005):
+                return
         os.kill(os.getpid(), signal.SIGINT)
 
     waiting = threading.Thread(target=interrupt, daemon=True)
     waiting.start()
     ran = cli(*settings["causal"].train(run, method=method, steps=10**6, eval_steps=1))
+    over.set()
     waiting.join()
     assert (ran.code, ran.out) == (130, "")
     if method == "adam":

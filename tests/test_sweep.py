@@ -124,7 +124,7 @@ WRONG = {
     BASE.replace("train", "eval, lr: 1e-5"): "forwardtune eval has no option --lr",
     BASE.replace("train", "train, seed: 3"): "give seeds: a list",
     BASE.replace("train", "train, resume: true"): "the sweep sets --resume itself",
-    BASE.replace("train", "train, lr: fast"): "lr cannot be 'fast': it must be a number",
+    BASE.replace("train", "train, lr: fast"): "lr cannot be 'fast': 'fast' is neither a positive number nor 'auto'",
     BASE.replace("train", "train, steps: 1.5"): "steps cannot be 1.5: it must be a whole number",
     BASE.replace("train", "train, method: adm"): "did you mean adam?",
     BASE.replace("train", "train, lr: []"): "empty list",

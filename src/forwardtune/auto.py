@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 AUTO = "auto"
 #: Share of a run's forward passes that finding learning rate and eps may take.
 SHARE = 0.15
-# Where eps begins, by the names of what is tuned, and for everything else (MeZO, appendix E.3).
-_EPS, _EPS_ELSE = {"lora_": 1e-2, "prompt_encoder": 1e-1}, 1e-3
+# Learning rate and eps of the paper by the names of what is tuned, and for everything else (MeZO, appendix E.3).
+_FIRST, _FIRST_ELSE = {"lora_": (1e-4, 1e-2), "prompt_encoder": (1e-2, 1e-1)}, (1e-6, 1e-3)
 
 
 def number_or_auto(value: Any) -> float | str:
@@ -26,6 +26,6 @@ def number_or_auto(value: Any) -> float | str:
     return number
 
 
-def first_eps(names: Iterable[str]) -> float:
-    """Where eps begins, by what is tuned (MeZO, appendix E.3)."""
-    return next((eps for part, eps in _EPS.items() if any(part in name for name in names)), _EPS_ELSE)
+def first_settings(names: Sequence[str]) -> tuple[float, float]:
+    """Learning rate and eps to begin with, by what is tuned: the paper's (MeZO, appendix E.3)."""
+    return next((found for part, found in _FIRST.items() if any(part in name for name in names)), _FIRST_ELSE)

@@ -19,7 +19,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SchedulerType, TrainOutput
 from transformers.training_args import OptimizerNames
 
-from .auto import AUTO, first_eps, number_or_auto
+from .auto import AUTO, first_settings, number_or_auto
 from .automatic import Automatic, has_searched, plan_of
 from .errors import InputError
 from .optimizer import MeZO
@@ -34,8 +34,6 @@ _TRAINER_STATE = "trainer_state.json"
 _PLATEAU = {SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY}
 
 Objective = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
-# What the optimizer has until a learning rate is found.
-_PLACEHOLDER = 1e-6
 
 
 if TYPE_CHECKING:
@@ -184,11 +182,12 @@ class MeZOTrainer(Trainer):
                 {"params": [p for name, p in tuned if name not in decayed], "weight_decay": 0.0},
             ]
             lr, eps = self.args.learning_rate, self.args.eps
+            first_lr, first_eps = first_settings([name for name, _ in tuned])
             if isinstance(eps, str):
-                eps = self._logged_eps or first_eps([name for name, _ in tuned])
+                eps = self._logged_eps or first_eps
             self.optimizer = MeZO(
                 [group for group in groups if group["params"]],
-                lr=_PLACEHOLDER if isinstance(lr, str) else lr,
+                lr=first_lr if isinstance(lr, str) else lr,
                 eps=eps,
                 probes=self.args.probes,
                 direction=self.args.direction,

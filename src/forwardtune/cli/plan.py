@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .. import memory
-from ..auto import AUTO, SHARE, first_eps
+from ..auto import AUTO, SHARE, first_settings
 from ..durations import duration
 from ..evaluation import evaluate, prepare
 from ..optimizer import MeZO
@@ -92,7 +92,7 @@ def measure(session: Session) -> Cost:
     optimizer = MeZO(
         model,
         lr=1e-6,
-        eps=first_eps(names) if options.eps == AUTO else options.eps,
+        eps=first_settings(names)[1] if options.eps == AUTO else options.eps,
         probes=options.probes,
         direction=options.direction,
         perturbation=methods.perturbation_of(session, objective),

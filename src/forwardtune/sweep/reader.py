@@ -186,7 +186,9 @@ def _value(value: Any, option: str, action: argparse.Action, where: str) -> Any:
     convert = action.type if callable(action.type) else str
     try:
         result = convert(str(value))
-    except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
+    except argparse.ArgumentTypeError as error:
+        raise InputError(f"{wrong}: {error}") from None
+    except (ValueError, TypeError) as error:
         kind = {"int": "a whole number", "float": "a number"}.get(getattr(convert, "__name__", ""), str(error))
         raise InputError(f"{wrong}: it must be {kind}") from None
     if action.choices is not None and result not in action.choices:
