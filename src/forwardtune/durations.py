@@ -26,12 +26,12 @@ def seconds_of(text: str) -> float:
 
 
 def duration(seconds: float) -> str:
-    """``45 s``, ``12 min``, ``3 h 20 min``, ``2 d 4 h``."""
+    """``45 s``, ``12 min``, ``3 h 20 min``, ``8 h``, ``2 d 4 h``."""
     minutes, hours, days = round(seconds / 60), round(seconds / 3600), seconds / 86400
     if seconds < 90:
         return f"{seconds:.0f} s"
     if minutes < 60:
         return f"{minutes} min"
     if days < 1:
-        return f"{minutes // 60} h {minutes % 60} min"
+        return f"{minutes // 60} h" + (f" {minutes % 60} min" if minutes % 60 else "")
     return f"{hours // 24} d {hours % 24} h"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shlex
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -57,6 +58,7 @@ def add_commands(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measure three steps and an evaluation, and say what follows."""
+    given = _flags(options)
     train.settle(options)
     prepare_model = partial(methods.prepare_model, options=options, first=None)
     session = open_session(options, "train", "dev", "test", prepare_model=prepare_model)
@@ -75,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
         wanted = steps_within(options.time_budget, cost, session)
         facts["time_budget_seconds"] = options.time_budget
     facts["steps"], facts["seconds"] = wanted, seconds_of_run(wanted, cost, session)
-    _tell(facts, cost, session)
+    _tell(facts, cost, session, given)
     if options.json:
         print(json.dumps(plain(facts)))
     return 0
@@ -155,22 +157,30 @@ def _beside(steps: int, cost: Cost, session: Session) -> float:
     return examples * cost.evaluation
 
 
-def _tell(facts: dict[str, Any], cost: Cost, session: Session) -> None:
-    mib = 2**20
-    free = facts["free_memory_bytes"]
+def _flags(options: argparse.Namespace) -> str:
+    """What the user gave, as it goes on to ``train``."""
+    parts = []
+    for name, value in vars(options).items():
+        if name in ("run", "json", "output_dir", "resume", "steps", "time_budget") or value in (None, False):
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        parts.append(flag if value is True else f"{flag} {shlex.quote(str(value))}")
+    return " ".join(parts)
+
+
+def _tell(facts: dict[str, Any], cost: Cost, session: Session, given: str) -> None:
+    mib, options, free = 2**20, session.options, facts["free_memory_bytes"]
     say()
     say(
         f"memory: {cost.bytes_now / mib:,.0f} MiB now, {cost.bytes_step / mib:,.0f} MiB at the peak of a step on the longest "
-        f"examples (inference {cost.bytes_inference / mib:,.0f} MiB); {free / mib:,.0f} MiB are free"
+        f"examples (inference {cost.bytes_inference / mib:,.0f} MiB)"
+        + (f"; {free / mib:,.0f} MiB are free" if free else "")
     )
     say(f"time: {cost.step:.2f} s a step, {cost.evaluation:.3f} s to evaluate an example")
     for span in _SPANS:
         say(f"  in {duration(span):>8}: {steps_within(span, cost, session):,} steps")
-    options = session.options
-    say(f"{facts['steps']:,} steps take about {duration(facts['seconds'])}:")
-    task = f" --data-dir {options.data_dir}" if options.data_dir else ""
-    tune = f" --tune {options.tune}" if options.tune != "all" else ""
+    say(f"{facts['steps']:,} steps take about {duration(facts['seconds'])}, evaluations included:")
     limit = f"--time-budget {options.time_budget:.0f}s" if options.time_budget else f"--steps {facts['steps']}"
-    say(f"  forwardtune train --model {options.model} --task {options.task}{task}{tune} {limit} --output-dir DIR")
-    if options.dtype in ("auto", "float32") and session.model.dtype == torch.float32:
+    say(f"  forwardtune train {given} {limit} --output-dir DIR")
+    if session.model.dtype == torch.float32:
         say("  --dtype bfloat16 halves the memory of the weights")

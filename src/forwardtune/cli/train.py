@@ -65,7 +65,7 @@ STEPS = 1000
 _MEZO = {"lr": AUTO, "eps": AUTO}
 _ADAM = {"lr": 1e-5, "eps": None, "batch_size": 8}
 _ADAM_EPOCHS = 5
-_MEASUREMENTS = 10
+_MEASUREMENTS, _APART = 10, 10
 _SCHEDULERS = ("constant", "linear", "cosine", "inverse_sqrt", "polynomial")
 # What a resumed run may change; the rest comes from its log.
 _FREE = ("device", "steps", "save_steps", "eval_steps", "patience", "log_completions", "data_dir")
@@ -217,10 +217,13 @@ def settle(options: argparse.Namespace, log: Log | None = None) -> None:
 
 
 def evaluation_steps(options: argparse.Namespace, steps: int) -> int | None:
-    """Steps between measurements of the development split: as told, or ten in a run that finds its learning rate."""
+    """Steps between measurements of the development split: as told, or ten in a run that finds its learning rate.
+
+    A short run is not measured more often than every ten steps, which would take longer than the steps.
+    """
     if options.eval_steps is not None or options.lr != AUTO or options.dev_examples == 0:
         return options.eval_steps
-    return max(1, steps // _MEASUREMENTS)
+    return max(_APART, steps // _MEASUREMENTS)
 
 
 def _steps(session: Session, began: float) -> int:
