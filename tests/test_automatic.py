@@ -195,6 +195,17 @@ def test_a_number_means_that_number(tmp_path: Path) -> None:
     assert (log.header["eps"], log.notes, log.rollbacks) == (2e-3, [], [])
 
 
+def test_a_given_rate_that_diverges_is_warned_of_once_and_kept(tmp_path: Path) -> None:
+    told: list[str] = []
+    for name, rate in (("good", 1e-6), ("bad", 2e-3)):
+        trainer = make(tmp_path / name, learning_rate=rate, eps=1e-3)
+        trainer.automatic.announce = told.append
+        trainer.train()
+        assert {record.lr[0] for record in read_log(trainer.step_log).records} == {rate}
+        assert len(told) == (name == "bad"), told
+    assert "lower the learning rate" in told[0]
+
+
 def test_evaluations_of_trainer_are_heard(tmp_path: Path) -> None:
     trainer = run(tmp_path, eval_strategy="steps", eval_steps=6)
     heard = [

@@ -106,10 +106,11 @@ class Automatic(TrainerCallback):
         self._plan: dict[str, Any] = {}
         self._watches = False
         self._heard = -1
+        self._alarm: Guard | None = None
         #: Whether somebody else measures held-out examples, and reports with :meth:`hear`.
         self.is_told = False
         #: What is told of decisions.
-        self.announce: Callable[[str], object] = _logger.info
+        self.announce: Callable[[str], object] = _logger.warning
 
     @property
     def finds_lr(self) -> bool:
@@ -203,10 +204,14 @@ class Automatic(TrainerCallback):
 
     # --- the course ------------------------------------------------------------------------------------------------
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._alarm = None if self.finds_lr else Guard(args.learning_rate)
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not self.finds_lr:
-            return
         optimizer = self._trainer.mezo
+        if not self.finds_lr:
+            self._listen(state.global_step)
+            return
         if optimizer.held is not None:
             if len(optimizer.held) < self._plan["held"]:
                 control.should_save = control.should_training_stop = False  # what is held is in no checkpoint
@@ -216,6 +221,17 @@ class Automatic(TrainerCallback):
             self._act(self._guard.stepped(_loss(optimizer.last)))
         if self._is_due(state.global_step):
             self._measure(state.global_step)
+
+    def _listen(self, step: int) -> None:
+        """Warn, once, of a given learning rate with which the run diverges."""
+        last = self._trainer.mezo.last
+        if self._alarm is None or last is None or self._alarm.stepped(_loss(last)) is None:
+            return
+        self._alarm = None
+        self.announce(
+            f"the loss has left its range by step {step}: lower the learning rate, or let it be found (auto), which also goes "
+            "back when that happens"
+        )
 
     def _is_due(self, step: int) -> bool:
         return not self.is_told and step % self._plan["every"] == 0
