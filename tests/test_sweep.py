@@ -438,7 +438,7 @@ def test_time_left_is_judged_by_the_nearest_relatives(bench: Bench) -> None:
 
 def test_durations_read_well() -> None:
     assert [duration(s) for s in (45, 89, 725, 3599, 12000, 187000)] == [
-        "45 s", "89 s", "12 min", "1 h 0 min", "3 h 20 min", "2 d 4 h",
+        "45 s", "89 s", "12 min", "1 h", "3 h 20 min", "2 d 4 h",
     ]  # fmt: skip
 
 
