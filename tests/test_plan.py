@@ -56,6 +56,12 @@ def test_plan_measures_and_says_how_to_go_on(setting: Setting) -> None:
     )
 
 
+def test_plan_is_of_mezo(setting: Setting) -> None:
+    ran = cli("plan", "--model", setting.model, "--task", setting.task, "--method", "adam")
+    assert ran.code == 2
+    assert "plan measures steps of --method mezo" in ran.err
+
+
 def test_more_time_is_more_steps(setting: Setting) -> None:
     ran = cli(
         "plan", "--model", setting.model, "--task", setting.task, "--device", "cpu", "--time-budget", "1h", "--json"

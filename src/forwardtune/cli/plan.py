@@ -16,6 +16,7 @@ import torch
 from .. import memory
 from ..auto import AUTO, SHARE, first_settings
 from ..durations import duration
+from ..errors import InputError
 from ..evaluation import evaluate, prepare
 from ..optimizer import MeZO
 from ..rules import get_rule
@@ -60,6 +61,8 @@ def run(options: argparse.Namespace) -> int:
     """Measure three steps and an evaluation, and say what follows."""
     given = _flags(options)
     train.settle(options)
+    if options.method != "mezo":
+        raise InputError(f"plan measures steps of --method mezo, not of {options.method}: leave --method out")
     prepare_model = partial(methods.prepare_model, options=options, first=None)
     session = open_session(options, "train", "dev", "test", prepare_model=prepare_model)
     cost = measure(session)
@@ -101,7 +104,7 @@ def measure(session: Session) -> Cost:
         seed=options.seed,
         estimator=options.estimator,
         normalize=options.normalize,
-        rule=get_rule(options.rule),
+        rule=get_rule(options.rule, **({"state": options.rule_state} if options.rule in ("momentum", "adam") else {})),
     )
     model.eval()
     train_split = session.splits["train"]

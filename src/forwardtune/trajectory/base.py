@@ -22,7 +22,7 @@ class BaseWeights:
     """A copy of the tuned weights on disk, as they are now. A file that is there already is used as it is.
 
     Args:
-        path: a ``.safetensors`` file.
+        path: a ``.pt`` file.
         tuned: what to keep.
 
     Raises:
@@ -36,8 +36,6 @@ class BaseWeights:
             self._write()
 
     def _write(self) -> None:
-        from safetensors.torch import save_file
-
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(".partial")
         partial.unlink(missing_ok=True)  # what a kill left takes no room
@@ -48,18 +46,16 @@ class BaseWeights:
                 f"a run that finds its own learning rate keeps the weights that it began with on disk: {needed / 2**30:.1f} GiB "
                 f"in {self.path.parent}, where {free / 2**30:.1f} are free. Make room, or give a learning rate"
             )
-        # One tensor at a time would need a format of our own; safetensors writes them without a second copy on a CPU.
-        save_file({t.name: t.parameter.detach().contiguous() for t in self._tuned}, partial)
+        # torch writes one tensor after another; safetensors would copy all of them first.
+        torch.save({t.name: t.parameter.detach() for t in self._tuned}, partial)
         os.replace(partial, self.path)
 
     @torch.no_grad()
     def restore(self) -> None:
         """Give the tuned weights the values in the file, one tensor after another."""
-        from safetensors import safe_open
-
-        with safe_open(self.path, framework="pt") as file:
-            for tensor in self._tuned:
-                tensor.parameter.copy_(file.get_tensor(tensor.name))
+        kept = torch.load(self.path, mmap=True, map_location="cpu", weights_only=True)
+        for tensor in self._tuned:
+            tensor.parameter.copy_(kept[tensor.name])
 
     def go_back(self, optimizer: MeZO, log: str | PathLike[str], steps: int) -> None:
         """Bring an optimizer that writes this log back to the weights, and the rule's memory, after so many of its steps.
