@@ -138,6 +138,23 @@ def masked_rte(row: Row) -> Transcribed:
     return prompt, words("Yes No"), ["Yes" if row["label"] == 0 else "No"], ""
 
 
+def masked_cb(row: Row) -> Transcribed:
+    prompt = f"{row['premise'].strip()}? [MASK], {row['hypothesis'].strip()}"
+    return prompt, words("Yes No Maybe"), [words("Yes No Maybe")[row["label"]]], ""
+
+
+def masked_boolq(row: Row) -> Transcribed:
+    question = row["question"].strip()
+    prompt = f"{row['passage'].strip()} {question[0].upper()}{question[1:]}? [MASK]."
+    return prompt, words("Yes No"), ["Yes" if row["label"] == 1 else "No"], ""
+
+
+def masked_wic(row: Row) -> Transcribed:
+    word, sentence1, sentence2 = (row[column].strip() for column in ("word", "sentence1", "sentence2"))
+    prompt = f'{sentence1} {sentence2} Does "{word}" have the same meaning in both? [MASK].'
+    return prompt, words("No Yes"), ["Yes" if row["label"] == 1 else "No"], ""
+
+
 def masked_trec(row: Row) -> Transcribed:
     kinds = ["abbreviation", "entity", "description", "human", "location", "number"]
     label_words = {kind: kind.capitalize() for kind in kinds} | {"abbreviation": "Expression"}
@@ -156,6 +173,9 @@ TRANSCRIBED: dict[tuple[str, str], Callable[[Row], Transcribed]] = {
     ("mnli", "masked"): masked_nli,
     ("rte", "masked"): masked_rte,
     ("trec", "masked"): masked_trec,
+    ("cb", "masked"): masked_cb,
+    ("boolq", "masked"): masked_boolq,
+    ("wic", "masked"): masked_wic,
 }
 # What may be cut, and what may not: the longest text that the question is about.
 CONTEXT = {
@@ -164,6 +184,7 @@ CONTEXT = {
     ("record", "causal"): "passage", ("squad", "causal"): "context", ("drop", "causal"): "passage",
     ("sst2", "masked"): "sentence", ("sst5", "masked"): "text", ("snli", "masked"): "premise", ("mnli", "masked"): "premise",
     ("rte", "masked"): "premise", ("trec", "masked"): "text",
+    ("cb", "masked"): "premise", ("boolq", "masked"): "passage", ("wic", "masked"): "sentence1",
 }  # fmt: skip
 
 every_wording = pytest.mark.parametrize(("name", "kind"), TRANSCRIBED, ids=lambda part: part)
