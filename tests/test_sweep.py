@@ -84,6 +84,12 @@ def test_a_run_is_a_command_line_that_the_commands_understand(tmp_path: Path, co
             assert getattr(parsed, name.replace("-", "_")) == value
 
 
+def test_tasks_that_bring_their_data_are_not_sent_to_the_folder(tmp_path: Path, commands: Any) -> None:
+    text = "model: m\ntasks: [reviews, sst2]\nmethods:\n  A: {command: train, steps: 1}\n"
+    runs = read(tmp_path, commands, text, data_dir="data").runs
+    assert {run.task: run.options.get("data-dir") for run in runs} == {"reviews": None, "sst2": "data"}
+
+
 def test_numbers_and_flags_are_read_as_the_command_line_reads_them(tmp_path: Path, commands: Any) -> None:
     """YAML 1.1 reads 1e-6 as text, 1.0e-6 as a number."""
     text = "model: m\ntasks: sst2\nmethods:\n  A: {command: train, lr: [1e-6, 0.002], no-before: true}\n"

@@ -21,7 +21,7 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("file", help="the sweep file (.yaml); docs/sweeps.md describes it")
     parser.add_argument("--output-dir", help="folder of all runs; the same one resumes [runs/NAME]")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, which share the cores [1]")
-    parser.add_argument("--data-dir", help="folder with the tasks' data, for every run")
+    parser.add_argument("--data-dir", help="folder with the data of tasks that do not bring them")
     parser.add_argument("--dry-run", action="store_true", help="list the runs and their state; run nothing")
     parser.set_defaults(run=run)
 

@@ -51,7 +51,7 @@ def read_sweep(path: Path, commands: Commands, data_dir: str | None = None) -> S
     Args:
         path: the sweep file.
         commands: the options of the command line.
-        data_dir: given to every run as ``--data-dir``.
+        data_dir: given as ``--data-dir`` to every run whose task does not bring its data.
 
     Raises:
         InputError: the file is missing, or anything in it cannot be used.
@@ -70,7 +70,8 @@ def _sweep(content: dict[str, Any], path: Path, commands: Commands, data_dir: st
             raise InputError(f"{key} is missing: add {key}: at the top level")
     models = _texts(content["model"], "model")
     tasks = _texts(content["tasks"], "tasks")
-    metrics = {task: get_task(task).metric for task in tasks}
+    found = {task: get_task(task) for task in tasks}
+    metrics = {name: task.metric for name, task in found.items()}
     seeds = _seeds(content.get("seeds", [0]), "seeds")
     name = content.get("name", path.stem)
     keep_models = content.get("keep-models", False)
@@ -84,8 +85,6 @@ def _sweep(content: dict[str, Any], path: Path, commands: Commands, data_dir: st
         for name, entry in _mapping(content["methods"], "methods").items()
     ]
     shared = _shared(content.get("options", {}), "options", methods, commands)
-    if data_dir is not None:
-        shared["data-dir"] = data_dir
     by_task = _mapping(content.get("task-options", {}), "task-options")
     _known(by_task, tasks, "task-options of a task")
     by_task = {task: _shared(entry, f"task-options of {task}", methods, commands) for task, entry in by_task.items()}
@@ -99,6 +98,8 @@ def _sweep(content: dict[str, Any], path: Path, commands: Commands, data_dir: st
         if task not in method.tasks:
             continue
         merged = {**shared, **method.options, **by_task.get(task, {})}
+        if data_dir is not None and not found[task].files:
+            merged["data-dir"] = data_dir
         accepted = commands[method.command]
         given = {
             option: _values(value, option, accepted[option], f"method {method.name}, task {label(task)}")
