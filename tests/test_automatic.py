@@ -13,6 +13,7 @@ from transformers import HfArgumentParser, TrainerCallback
 
 import support
 from forwardtune.automatic import BASE_WEIGHTS, Budget, found
+from forwardtune.guard import CHANGE
 from forwardtune.trainer import MeZOConfig, MeZOTrainer
 from forwardtune.trajectory import LogError, read_log, replay
 
@@ -131,15 +132,26 @@ def test_a_killed_run_resumes_to_the_same_lines(whole: Path, tmp_path: Path, aft
     assert lines(tmp_path) == lines(whole)
 
 
-def test_a_run_that_stalls_goes_back_and_on(tmp_path: Path) -> None:
+def test_the_rate_rises_and_falls_with_held_out_losses(tmp_path: Path) -> None:
     """Minibatches that differ: the held-out loss goes up and down."""
     whole = tmp_path / "whole"
     run(whole, data=DATA, max_steps=90)
     log = read_log(whole / "steps.jsonl")
     assert len(log.rollbacks) > 1
-    for back in log.rollbacks:
-        before, after = log.records[back.at - 1], log.records[back.at]
-        assert after.lr[0] == pytest.approx(before.lr[0] / 10**0.5)
+    best, worse, better = math.inf, [], []
+    for note in log.notes:
+        if "search" in note.content:
+            tried = dict(note.content["search"]["tried"])
+            best = min(tried[0.0], tried[note.content["search"]["lr"]])
+        if "held_out" not in note.content:
+            continue
+        loss = float(note.content["held_out"])
+        before, after = log.records[note.at - 1].lr[0], log.records[note.at].lr[0]
+        assert after == pytest.approx(before * CHANGE if loss < best else before / CHANGE)
+        (better if loss < best else worse).append(note.at)
+        best = min(best, loss)
+    assert better
+    assert [back.at for back in log.rollbacks] == worse
     assert replay(log, support.tiny_model()) == 90  # compares the digest
     for after in (log.rollbacks[0].at, log.rollbacks[0].at + 1, log.rollbacks[1].at + 2):
         folder = tmp_path / str(after)
@@ -182,10 +194,11 @@ def test_a_schedule_goes_on_from_the_rate_that_was_found(tmp_path: Path) -> None
     run(tmp_path, lr_scheduler_type="linear")
     log = read_log(tmp_path / "steps.jsonl")
     found_rate = log.records[0].lr[0]
-    back = [rollback.at for rollback in log.rollbacks]
+    back = {rollback.at for rollback in log.rollbacks}
+    heard = [note.at for note in log.notes if "held_out" in note.content]
     for record in log.records[8:]:
-        falls = sum(at <= record.step for at in back)
-        assert record.lr[0] == pytest.approx(found_rate * (1 - record.step / STEPS) / 10 ** (falls / 2))
+        changes = sum(-1 if at in back else 1 for at in heard if at <= record.step)
+        assert record.lr[0] == pytest.approx(found_rate * (1 - record.step / STEPS) * CHANGE**changes)
 
 
 def test_a_number_means_that_number(tmp_path: Path) -> None:
@@ -213,6 +226,33 @@ def test_evaluations_of_trainer_are_heard(tmp_path: Path) -> None:
     ]
     logged = [(line["step"], line["eval_loss"]) for line in trainer.state.log_history if "eval_loss" in line]
     assert heard == [pair for pair in logged if 8 <= pair[0] < STEPS]
+
+
+@pytest.mark.parametrize("after", [0, 5, 12, 13, 31])
+def test_the_untuned_model_is_a_point_to_go_back_to(tmp_path: Path, after: int) -> None:
+    """Where nothing is better than the beginning, the run ends there, and a killed run knows of it too."""
+
+    class Reversed(TrainerCallback):
+        """Says that the loss rises, whatever it does."""
+
+        def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+            metrics["eval_loss"] = 1.0 + state.global_step
+
+    def runs(folder: Path, *callbacks: Any, resume: bool | None = None) -> MeZOTrainer:
+        trainer = make(folder, eval_strategy="steps", eval_steps=6, eval_on_start=True, callbacks=callbacks)
+        callback = trainer.pop_callback(type(trainer.automatic))
+        trainer.add_callback(Reversed())
+        trainer.add_callback(callback)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    trainer = runs(tmp_path / "whole")
+    log = read_log(trainer.step_log)
+    assert [(back.at, back.to) for back in log.rollbacks] == [(at, 0) for at in range(12, STEPS, 6)]
+    with pytest.raises(KilledError):
+        runs(tmp_path / "killed", Kill(after))
+    runs(tmp_path / "killed", resume=True)
+    assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
 
 
 def test_auto_and_numbers_come_from_a_command_line(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from itertools import islice
 
 import pytest
 
-from forwardtune.guard import FALL, GoBack, Guard
+from forwardtune.guard import CHANGE, FALL, GoBack, Guard
 
 LR = 1e-5
 WINDOW = 8
@@ -71,7 +71,7 @@ def test_a_divergence_is_found_within_about_ten_steps(wrong, quiet):
 
 def test_a_divergence_leads_back_to_the_best_point_with_a_lower_rate():
     guard = after(20, normal(0))
-    assert guard.measured(20, 0.5) is None
+    guard.known(20, 0.5)
     decisions = [guard.stepped(1.3) for _ in range(6)]
     assert [decision for decision in decisions if decision] == [GoBack(20, LR / FALL, "diverged")]
     assert guard.lr == LR / FALL == pytest.approx(LR / math.sqrt(10))
@@ -138,48 +138,53 @@ def test_skipped_steps_between_the_first_losses_do_not_add_up():
 # --- held-out losses -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("patience", [1, 2, 4])
-def test_patience_counts_losses_in_a_row(patience):
-    guard = Guard(LR, patience=patience)
-    assert guard.measured(10, 0.9) is None
-    for step in range(11, 10 + patience):
-        assert guard.measured(step, 0.9) is None  # no better is a failure
-    if patience > 1:
-        assert guard.measured(50, 0.8) is None  # and a better one ends the count
-        for step in range(51, 50 + patience):
-            assert guard.measured(step, 0.85) is None
-    best = 50 if patience > 1 else 10
-    assert guard.measured(100, 1.0) == GoBack(best, LR / FALL, "stalled")
-    assert (guard.best_step, guard.lr) == (best, LR / FALL)
+def test_the_rate_rises_while_losses_fall():
+    guard = Guard(LR)
+    assert [guard.measured(step, 1 - step / 100) for step in (10, 20, 30)] == [None] * 3
+    assert (guard.best_step, guard.best_loss, guard.lr) == (30, 0.7, pytest.approx(LR * CHANGE**3))
 
 
-def test_after_going_back_patience_begins_anew():
+def test_a_higher_loss_leads_back_with_a_lower_rate():
     guard = Guard(LR)
     guard.measured(10, 0.5)
-    decisions = [guard.measured(step, 0.6) for step in range(20, 80, 10)]
-    assert decisions == [
-        None, GoBack(10, LR / FALL, "stalled"),
-        None, GoBack(10, LR / FALL / FALL, "stalled"),
-        None, GoBack(10, LR / FALL / FALL / FALL, "stalled"),
-    ]  # fmt: skip
+    decisions = [guard.measured(step, 0.6) for step in range(20, 50, 10)]
+    assert [(d.step, d.why) for d in decisions] == [(10, "worse")] * 3
+    assert [d.lr for d in decisions] == pytest.approx([LR, LR / CHANGE, LR / CHANGE**2])
+    assert guard.measured(50, 0.4) is None
+    assert (guard.best_step, guard.lr) == (50, pytest.approx(LR / CHANGE))
+
+
+def test_an_equal_loss_changes_nothing():
+    """As accuracies often are."""
+    guard = Guard(LR)
+    guard.measured(10, 0.5)
+    before = repr(guard)
+    assert [guard.measured(step, 0.5) for step in (20, 30)] == [None, None]
+    assert repr(guard) == before
+
+
+def test_a_loss_that_is_merely_known_leaves_the_rate():
+    guard = Guard(LR, best_step=8)
+    guard.known(0, 0.7)
+    guard.known(8, 0.8)
+    assert (guard.best_step, guard.best_loss, guard.lr) == (0, 0.7, LR)
+    assert guard.measured(10, 0.75) == GoBack(0, LR / CHANGE, "worse")
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
-def test_a_held_out_loss_that_is_no_number_is_no_better(loss):
+def test_a_held_out_loss_that_is_no_number_is_worse(loss):
     guard = Guard(LR)
-    guard.measured(5, 0.5)
-    assert guard.measured(10, loss) is None
-    assert guard.measured(15, loss) == GoBack(5, LR / FALL, "stalled")
+    guard.known(5, 0.5)
+    assert guard.measured(10, loss) == GoBack(5, LR / CHANGE, "worse")
     assert guard.best_loss == 0.5
 
 
 def test_going_back_clears_the_window_of_both_kinds():
-    """A stall in the middle of a divergence: its losses are of weights that are gone."""
+    """A worse measurement in the middle of a divergence: its losses are of weights that are gone."""
     guard = after(20, normal(0))
     guard.stepped(2.0)
     guard.measured(21, 0.5)
-    guard.measured(22, 0.6)
-    assert guard.measured(23, 0.6).why == "stalled"
+    assert guard.measured(22, 0.6).why == "worse"
     assert alarms(guard, [9.0] * (WINDOW - 1)) == []
     assert alarms(guard, [9.0]) == [1]
 
@@ -202,4 +207,4 @@ def test_a_guard_that_is_told_the_same_decides_the_same():
             again = Guard(LR, best_step=WINDOW)
             assert [getattr(again, name)(*values) for name, values in told] == decisions
             assert repr(again) == repr(guard)
-    assert {decision.why for decision in decisions if decision} == {"diverged", "stalled"}
+    assert {decision.why for decision in decisions if decision} == {"diverged", "worse"}

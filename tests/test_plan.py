@@ -73,7 +73,9 @@ def test_more_time_is_more_steps(setting: Setting) -> None:
 
 def test_steps_within_is_the_largest_number_that_fits() -> None:
     class Session:
-        options = argparse.Namespace(lr="auto", eps=1e-3, no_before=False, eval_steps=None, dev_examples=None)
+        options = argparse.Namespace(
+            lr="auto", eps=1e-3, no_before=False, eval_steps=None, dev_examples=None, batch_size=16
+        )
         splits = {"test": [0] * 50, "dev": [0] * 20}
 
     cost = Cost(step=0.5, evaluation=0.01, bytes_now=0, bytes_inference=0, bytes_step=0)

@@ -9,6 +9,8 @@ from typing import Any
 AUTO = "auto"
 #: Share of a run's forward passes that finding learning rate and eps may take.
 SHARE = 0.15
+#: Held-out measurements in a run that finds its learning rate.
+MEASUREMENTS = 20
 # Learning rate and eps of the paper by the names of what is tuned, and for everything else (MeZO, appendix E.3).
 _FIRST, _FIRST_ELSE = {"lora_": (1e-4, 1e-2), "prompt_encoder": (1e-2, 1e-1)}, (1e-6, 1e-3)
 

@@ -4,7 +4,8 @@ With ``learning_rate="auto"`` a run
 
 1. estimates its first steps at the base weights and holds them back;
 2. takes all of them with the learning rate that is best on held-out examples, found by a line search, and goes on with it;
-3. goes back to its best point with a lower rate when it diverges, or when held-out losses stop falling (:mod:`.guard`).
+3. lets the rate rise while held-out losses fall, and goes back to its best point with a lower one when they do not, or when
+   it diverges (:mod:`.guard`).
 
 With ``eps="auto"`` the scale is measured before the first step (:mod:`.epsilon`). Every decision is a note in the step log, and
 the log replays as any other.
@@ -21,10 +22,10 @@ from typing import Any, Protocol
 
 from transformers import TrainerCallback
 
-from .auto import AUTO, SHARE
+from .auto import AUTO, MEASUREMENTS, SHARE
 from .epsilon import EVALUATIONS, Scale, choose_eps
 from .guard import GoBack, Guard
-from .line_search import line_search
+from .line_search import LineSearch, line_search
 from .optimizer import MeZO, StepRecord
 from .parameters import dtype_name
 from .trajectory import BaseWeights, Log, StepLog
@@ -37,13 +38,14 @@ BASE_WEIGHTS = "base.pt"
 _HELD, _HELD_SHARE = 8, 0.2
 # A step moves a weight by this share of eps, root mean square: what the search begins with. Good runs lie within a factor of ten.
 _MOVE = 0.3
-# Evaluations of a line search, and minibatches in each.
-_TRIES, _BATCHES = 7, (1, 8)
-_LEAST_TRIES = 3
-# Scales that the choice of eps measures at most.
-_SCALES = 3
-# Held-out measurements in a run.
-_MEASUREMENTS = 10
+# Evaluations of a line search, at most, and for which minibatches are set aside; with fewer than the last there is no search.
+_TRIES, _PLANNED_TRIES, _LEAST_TRIES = 7, 5, 3
+# Minibatches in each.
+_MOST_BATCHES = 16
+# Scales that the choice of eps measures at most, and its share of the search.
+_SCALES, _SCALES_SHARE = 3, 1 / 3
+# A line search whose gain is below this share of the loss has found nothing, and as much harm is none.
+_SLIGHT = 0.02
 
 
 @dataclass(frozen=True)
@@ -66,9 +68,9 @@ class Budget:
     def of(cls, steps: int, evaluations: int, *, find_eps: bool) -> Budget:
         """For a run of so many steps of so many evaluations, of which the search takes at most :data:`SHARE`."""
         left = int(SHARE * steps * evaluations)
-        scales = min(_SCALES, left // 2 // EVALUATIONS) if find_eps else 0
+        scales = min(_SCALES, int(_SCALES_SHARE * left) // EVALUATIONS) if find_eps else 0
         left -= scales * EVALUATIONS
-        batches = min(max(left // _TRIES, _BATCHES[0]), _BATCHES[1])
+        batches = min(max(left // _PLANNED_TRIES, 1), _MOST_BATCHES)
         return cls(max(1, min(_HELD, int(_HELD_SHARE * steps))), batches, min(_TRIES, left // batches), scales)
 
 
@@ -106,6 +108,8 @@ class Automatic(TrainerCallback):
         self._plan: dict[str, Any] = {}
         self._watches = False
         self._heard = -1
+        self._untuned: float | None = None
+        self._has_stepped = False
         self._alarm: Guard | None = None
         #: Whether somebody else measures held-out examples, and reports with :meth:`hear`.
         self.is_told = False
@@ -128,7 +132,7 @@ class Automatic(TrainerCallback):
             plan["eps"] = self._choose_eps(budget)
         if self.finds_lr:
             plan |= {"held": budget.held, "batches": budget.batches, "tries": budget.tries}
-            plan["every"] = max(1, steps // _MEASUREMENTS)
+            plan["every"] = max(1, steps // MEASUREMENTS)
             self._base_path.unlink(missing_ok=True)  # of another run
             self._base = BaseWeights(self._base_path, optimizer.tuned)
         return plan
@@ -156,7 +160,7 @@ class Automatic(TrainerCallback):
 
     def begin(self, log: StepLog, plan: dict[str, Any]) -> None:
         """Start a new run, whose log was opened."""
-        self._log, self._plan, self._watches, self._heard = log, plan, False, -1
+        self._log, self._plan, self._watches, self._heard, self._untuned = log, plan, False, -1, None
         if plan:
             log.note({"plan": plan})
         if self.finds_lr:
@@ -168,6 +172,7 @@ class Automatic(TrainerCallback):
         if not self.finds_lr:
             return
         self._base = BaseWeights(self._base_path, self._trainer.mezo.tuned)  # its file is there already
+        self._watches, self._heard, self._untuned = False, -1, _heard_at_start(before)
         if before.steps == 0:
             self._trainer.mezo.hold()
             return
@@ -176,7 +181,7 @@ class Automatic(TrainerCallback):
         self._set_rate(self._guard.lr)
         if len(decisions) > len(before.rollbacks):  # a kill came between a decision and what followed from it
             self._go_back(decisions[-1])
-        elif self._is_due(before.steps) and self._heard < before.steps:  # or between a step and its measurement
+        elif self._is_due(before.steps):  # or between a step and its measurement
             self._measure(before.steps)
 
     def keep_base(self, optimizer: MeZO) -> None:
@@ -190,7 +195,7 @@ class Automatic(TrainerCallback):
         for note in log.notes:
             told.setdefault(note.at, []).append(note.content)
         held = self._plan["held"]
-        self._guard = Guard(log.records[held - 1].lr[0], best_step=held)
+        self._guard = self._new_guard(log.records[held - 1].lr[0], held)
         decisions: list[GoBack | None] = []
         for step, record in enumerate(log.records, start=1):
             decisions.append(self._guard.stepped(_loss(record)))
@@ -206,9 +211,11 @@ class Automatic(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._alarm = None if self.finds_lr else Guard(args.learning_rate)
+        self._has_stepped = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         optimizer = self._trainer.mezo
+        self._has_stepped = True
         if not self.finds_lr:
             self._listen(state.global_step)
             return
@@ -234,22 +241,33 @@ class Automatic(TrainerCallback):
         )
 
     def _is_due(self, step: int) -> bool:
-        return not self.is_told and step % self._plan["every"] == 0
+        return not self.is_told and step % self._plan["every"] == 0 and step > self._heard
 
     def _measure(self, step: int) -> None:
         self.hear(step, self._trainer.held_out(self._plan["batches"])())
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        if metrics and "eval_loss" in metrics:
+        resumed = (
+            state.global_step > 0 and not self._has_stepped
+        )  # an evaluation that the run without a kill did not have
+        if metrics and "eval_loss" in metrics and not resumed:
             self.hear(state.global_step, metrics["eval_loss"])
 
     def hear(self, step: int, loss: float) -> None:
-        """Hear the loss on held-out examples after a step, lower is better."""
-        if not self._watches or step <= self._heard or step >= self._trainer.state.max_steps:
+        """Hear the loss on held-out examples after a step, lower is better; after step 0 that of the untuned model."""
+        if not self.finds_lr or step >= self._trainer.state.max_steps:
+            return
+        if step == 0 and self._untuned is None:
+            self._log.note({"held_out": _plain(loss)})
+            self._untuned = loss
+        if not self._watches or step <= self._heard:
             return
         self._heard = step
-        self._log.note({"held_out": loss if math.isfinite(loss) else str(loss)})
+        self._log.note({"held_out": _plain(loss)})
+        before = self._guard.lr
         self._act(self._guard.measured(step, loss))
+        if self._guard.lr > before:
+            self._set_rate(self._guard.lr)
 
     def _search(self) -> None:
         """Choose the learning rate, and take the steps that were held back."""
@@ -275,13 +293,13 @@ class Automatic(TrainerCallback):
         lr = start
         if plan["tries"] >= _LEAST_TRIES:
             found = line_search(loss_at, start, most=plan["tries"])
-            tried, lr = found.tried, found.best or min(size for size in found.tried if size)
+            tried, lr = found.tried, _size(found, start)
         optimizer.release(lr)
         search = {"lr": lr, "tried": [[size, _plain(loss)] for size, loss in tried.items()]}
         self._log.note({"search": search})
         shown = ", ".join(f"{size:.1e}: {loss:.4f}" for size, loss in sorted(tried.items()))
         self.announce(f"learning rate {lr:.1e}" + (f"; losses of held-out examples: {shown}" if shown else ""))
-        self._guard, self._watches = Guard(lr, best_step=len(held)), True
+        self._guard, self._watches = self._new_guard(lr, len(held)), True
         for record in held:
             self._guard.stepped(_loss(record))
         self._tell_search(len(held), search)
@@ -291,8 +309,15 @@ class Automatic(TrainerCallback):
         """Tell the guard what a search measured, unless other examples are measured from now on."""
         tried = {size: float(loss) for size, loss in search["tried"]}
         if tried and not self.is_told:
-            self._guard.measured(0, tried[0.0])
-            self._guard.measured(step, tried[search["lr"]])
+            self._guard.known(0, tried[0.0])
+            self._guard.known(step, tried[search["lr"]])
+            self._heard = step
+
+    def _new_guard(self, lr: float, held: int) -> Guard:
+        guard = Guard(lr, best_step=held)
+        if self._untuned is not None:
+            guard.known(0, self._untuned)
+        return guard
 
     def _first_guess(self) -> float:
         """The learning rate with which a step of the size seen moves a weight by a set share of eps."""
@@ -311,7 +336,7 @@ class Automatic(TrainerCallback):
             self._go_back(decision)
 
     def _go_back(self, decision: GoBack) -> None:
-        why = {"diverged": "the loss left its range", "stalled": "the held-out loss no longer falls"}[decision.why]
+        why = {"diverged": "the loss left its range", "worse": "worse than before"}[decision.why]
         self.announce(f"{why}: back to the weights of step {decision.step}, learning rate {decision.lr:.1e}")
         self._base.go_back(self._trainer.mezo, self._log.path, decision.step)
         self._log.rolled_back(decision.step)
@@ -373,6 +398,26 @@ def found(log: Log) -> dict[str, Any]:
         "search_forwards": spent,
         "rollbacks": len(log.rollbacks),
     }
+
+
+def _heard_at_start(log: Log) -> float | None:
+    """The untuned model's held-out loss, if it was measured."""
+    heard = (note.content["held_out"] for note in log.notes if note.at == 0 and "held_out" in note.content)
+    return next(map(float, heard), None)
+
+
+def _size(found: LineSearch, start: float) -> float:
+    """The learning rate that follows from a line search.
+
+    Few directions and few examples often show no gain where longer runs have one. Then the rate is the first guess, or the
+    largest below it that does little harm; what follows makes it rise or fall.
+    """
+    untuned = found.tried[0.0]
+    slight = _SLIGHT * abs(untuned)
+    if untuned - found.tried[found.best] > slight:
+        return found.best
+    harmless = [size for size, loss in found.tried.items() if 0 < size <= start and loss - untuned <= slight]
+    return max([found.best, *harmless]) or min(size for size in found.tried if size)
 
 
 def _loss(record: StepRecord) -> float:

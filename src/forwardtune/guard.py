@@ -6,7 +6,9 @@ import math
 from collections import deque
 from dataclasses import dataclass, field
 
-#: By how much the learning rate falls when a run goes back.
+#: By how much the learning rate rises after a held-out loss that is the best so far, and falls after one that is not.
+CHANGE = 1.5
+#: By how much it falls when a run diverges.
 FALL = 10**0.5
 # So many losses of minibatches are averaged before they count.
 _WINDOW = 8
@@ -22,7 +24,7 @@ class GoBack:
     """Go on from the weights after ``step`` steps, with this learning rate.
 
     Attributes:
-        why: ``"diverged"`` or ``"stalled"``.
+        why: ``"diverged"`` or ``"no better"``.
     """
 
     step: int
@@ -35,21 +37,24 @@ class Guard:
     """Watches losses of minibatches, which come with every step, and losses on held-out examples, which come rarely.
 
     A run has *diverged* when the mean of its last eight losses is above that of its first eight by five standard errors and
-    a tenth, or when none of them was finite. It has *stalled* when ``patience`` held-out losses in a row were no better than
-    the best one. Either way it goes back to its best point, and the learning rate is divided by the square root of ten.
+    a tenth, or when none of them was finite. It goes back to its best point, and its learning rate is divided by the square
+    root of ten.
+
+    A held-out loss is compared with the best one. If it is lower, the learning rate rises by half. If it is higher, the steps
+    since then were in vain: the run goes back to the best point, and the learning rate falls by as much. So it climbs while
+    it is too low, comes down while it is too high, and follows the run. Equal losses, as of an objective with steps, change
+    nothing. The rule was chosen by simulation and on real runs (``docs/log.md``).
 
     Its state follows from what it was told, in order, so a resumed run tells it the same again.
 
     Args:
         lr: the learning rate that the run has.
-        patience: held-out losses without improvement until the run goes back.
+        best_step: where to go back to as long as no held-out loss is known.
     """
 
     lr: float
-    patience: int = 2
     best_step: int = 0
     best_loss: float = math.inf
-    _failures: int = 0
     _first: list[float] = field(default_factory=list)
     _recent: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW))
     # The variance of one loss, from neighbours: halved squares of their differences, which no trend can swell.
@@ -69,15 +74,21 @@ class Guard:
         self._recent.append(loss)
         if len(self._recent) < _WINDOW or not self._is_beyond():
             return None
-        return self._go_back("diverged")
+        return self._go_back("diverged", FALL)
+
+    def known(self, step: int, loss: float) -> None:
+        """Hear a loss on held-out examples from which nothing follows for the learning rate."""
+        if loss < self.best_loss:
+            self.best_step, self.best_loss = step, loss
 
     def measured(self, step: int, loss: float) -> GoBack | None:
-        """Hear the loss on held-out examples after a step."""
+        """Hear the loss on held-out examples after a step; the learning rate changes."""
         if loss < self.best_loss:
-            self.best_step, self.best_loss, self._failures = step, loss, 0
-            return None
-        self._failures += 1
-        return self._go_back("stalled") if self._failures >= self.patience else None
+            self.known(step, loss)
+            self.lr *= CHANGE
+        elif loss != self.best_loss:
+            return self._go_back("worse", CHANGE)
+        return None
 
     def _settle(self, loss: float) -> None:
         """Let a loss count for the variance: one that no window of a diverging run holds."""
@@ -97,9 +108,8 @@ class Guard:
         error = math.sqrt(self._squares / self._pairs * (1 / _WINDOW + 1 / len(finite)))
         return sum(finite) / len(finite) > mean + max(_ERRORS * error, _SHARE * abs(mean))
 
-    def _go_back(self, why: str) -> GoBack:
-        self.lr /= FALL
-        self._failures = 0
+    def _go_back(self, why: str, fall: float) -> GoBack:
+        self.lr /= fall
         self._recent.clear()
         self._before = None
         return GoBack(self.best_step, self.lr, why)

@@ -132,7 +132,8 @@ def train_mezo(session: Session, folder: Path, log: Log | None, settings: dict[s
         )
     except ValueError as error:
         raise InputError(str(error)) from None
-    trainer = MeZOTrainer(args=config, run=settings, **_ingredients(session, objective))
+    held_out = session.splits.get("dev")
+    trainer = MeZOTrainer(args=config, run=settings, eval_dataset=held_out, **_ingredients(session, objective))
     trainer.automatic.announce = say
     course = Course(objective, folder / _REWARDS)
     trainer.add_callback(course)

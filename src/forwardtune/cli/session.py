@@ -93,6 +93,14 @@ class Session:
                 completions=completions,
             )
 
+    def thin(self, split: str, count: int) -> None:
+        """Keep so many examples of a split, spread over it."""
+        whole = self.splits[split]
+        if count < len(whole):
+            self.splits[split] = [whole[i * len(whole) // count] for i in range(count)]
+            self.sizes[split] = count
+            say(f"{split}: {count} of the examples are measured (--{split}-examples says how many)")
+
     @property
     def metric(self) -> str:
         """What a model is judged by: the reward where there is one, else the task's metric."""

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..auto import AUTO, number_or_auto
+from ..auto import AUTO, MEASUREMENTS, number_or_auto
 from ..durations import duration, seconds_of
 from ..errors import InputError
 from ..estimators import ESTIMATORS, NORMALIZATIONS
@@ -65,7 +65,9 @@ STEPS = 1000
 _MEZO = {"lr": AUTO, "eps": AUTO}
 _ADAM = {"lr": 1e-5, "eps": None, "batch_size": 8}
 _ADAM_EPOCHS = 5
-_MEASUREMENTS, _APART = 10, 10
+_LEAST_MEASURED = 64
+# Where the step log keeps how many development examples are measured.
+_MEASURED = "dev_measured"
 _SCHEDULERS = ("constant", "linear", "cosine", "inverse_sqrt", "polynomial")
 # What a resumed run may change; the rest comes from its log.
 _FREE = ("device", "steps", "save_steps", "eval_steps", "patience", "log_completions", "data_dir")
@@ -138,7 +140,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--eval-steps",
         type=int,
-        help="measure the dev split so often and keep the best step's weights [--lr auto: ten times in a run]",
+        help="measure the dev split so often and keep the best step's weights [--lr auto: 20 times in a run]",
     )
     parser.add_argument("--patience", type=int, help="stop after so many of these without improvement [never]")
     parser.add_argument("--save-steps", type=int, help="also save a checkpoint every so many steps [none]")
@@ -177,9 +179,15 @@ def run(options: argparse.Namespace) -> int:
         write_json(folder / OUTCOMES, outcomes)
     if options.steps is None:
         options.steps = _steps(session, began)
+    described: dict[str, Any] = {}
+    if "dev" in session.splits:
+        whole = len(session.splits["dev"])
+        measured = log.header["run"].get(_MEASURED, whole) if log else measured_examples(options, options.steps, whole)
+        session.thin("dev", measured)
+        described[_MEASURED] = measured
     if options.eval_steps is None:
         options.eval_steps = evaluation_steps(options, options.steps)
-    trained = methods.METHODS[options.method](session, folder, log, settings(options))
+    trained = methods.METHODS[options.method](session, folder, log, {**settings(options), **described})
     if trained is None:
         return 130
     if trained.facts["skipped_steps"] == trained.facts["steps"]:
@@ -217,13 +225,20 @@ def settle(options: argparse.Namespace, log: Log | None = None) -> None:
 
 
 def evaluation_steps(options: argparse.Namespace, steps: int) -> int | None:
-    """Steps between measurements of the development split: as told, or ten in a run that finds its learning rate.
-
-    A short run is not measured more often than every ten steps, which would take longer than the steps.
-    """
+    """Steps between measurements of the development split: as told, or 20 in a run that finds its learning rate."""
     if options.eval_steps is not None or options.lr != AUTO or options.dev_examples == 0:
         return options.eval_steps
-    return max(_APART, steps // _MEASUREMENTS)
+    return max(1, steps // MEASUREMENTS)
+
+
+def measured_examples(options: argparse.Namespace, steps: int, examples: int) -> int:
+    """How many of the development examples are measured: all, unless the user said neither how many nor how often.
+
+    Then 20 measurements take a quarter of the passes that the steps take, but at least 64 examples each.
+    """
+    if options.lr != AUTO or options.eval_steps is not None or options.dev_examples is not None:
+        return examples
+    return min(examples, max(_LEAST_MEASURED, steps * options.batch_size // (2 * MEASUREMENTS)))
 
 
 def _steps(session: Session, began: float) -> int:
@@ -359,7 +374,9 @@ def _report(metrics: dict[str, Any], options: argparse.Namespace) -> int:
     mib = {key: metrics[f"{key}peak_memory_bytes"] / 2**20 for key in ("", "inference_")}
     say(f"peak memory {mib['']:,.0f} MiB; inference on the same batch size {mib['inference_']:,.0f} MiB")
     say(f"{metrics['seconds']:.0f} s in {metrics['steps']} steps, {metrics['seconds_per_step']:.2f} s a step")
-    if metrics.get("best_step", metrics["steps"]) != metrics["steps"]:
+    if metrics.get("best_step") == 0:
+        say("the weights are untuned: no step was better on the dev split")
+    elif metrics.get("best_step", metrics["steps"]) != metrics["steps"]:
         say(f"the weights are those of step {metrics['best_step']}, which was best on the dev split")
     say(f"model, {'steps.jsonl' if options.method == 'mezo' else HISTORY} and {METRICS} are in {options.output_dir}")
     if options.json:

@@ -117,12 +117,12 @@ class Deadline(TrainerCallback):
 
 
 class DevWatcher(TrainerCallback):
-    """Measures the development split every so many steps and at the end, and remembers which step was best.
+    """Measures the development split before, every so many steps, and at the end, and remembers which step was best.
 
     Args:
         evaluate: measures it.
         metric: what to compare by, ``loss`` or something that should rise, for which the loss decides between equals.
-        every: steps between measurements; None measures at the end alone.
+        every: steps between measurements; None measures at the end alone, not before.
         file: where the measurements are kept, so that a resumed run knows them.
         improved: called with the model when a step is better than all before it.
         heard: called with every step and what was measured after it.
@@ -154,9 +154,10 @@ class DevWatcher(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         # A resumed run may do its last steps again.
         self.lines = [line for line in self.lines if line["step"] <= state.global_step]
-        # A kill may have come between a step and its measurement.
-        if state.global_step:
+        if state.global_step:  # a kill may have come between a step and its measurement
             self.on_step_end(args, state, control, model)
+        elif self._every is not None:
+            self.measure(0, model)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         last = state.global_step == state.max_steps
