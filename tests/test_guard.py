@@ -9,7 +9,7 @@ from itertools import islice
 
 import pytest
 
-from forwardtune.guard import CHANGE, FALL, GoBack, Guard
+from forwardtune.guard import FALL, PLUNGE, RISE, GoBack, Guard
 
 LR = 1e-5
 WINDOW = 8
@@ -73,13 +73,13 @@ def test_a_divergence_leads_back_to_the_best_point_with_a_lower_rate():
     guard = after(20, normal(0))
     guard.known(20, 0.5)
     decisions = [guard.stepped(1.3) for _ in range(6)]
-    assert [decision for decision in decisions if decision] == [GoBack(20, LR / FALL, "diverged")]
-    assert guard.lr == LR / FALL == pytest.approx(LR / math.sqrt(10))
+    assert [decision for decision in decisions if decision] == [GoBack(20, LR / PLUNGE, "diverged")]
+    assert guard.lr == LR / PLUNGE == pytest.approx(LR / math.sqrt(10))
 
 
 def test_before_anything_was_measured_it_goes_back_to_the_given_step():
     guard = after(WINDOW, normal(0))
-    assert [guard.stepped(9.0) for _ in range(WINDOW)] == [None] * 7 + [GoBack(3, LR / FALL, "diverged")]
+    assert [guard.stepped(9.0) for _ in range(WINDOW)] == [None] * 7 + [GoBack(3, LR / PLUNGE, "diverged")]
 
 
 def test_an_alarm_needs_eight_new_losses():
@@ -141,7 +141,7 @@ def test_skipped_steps_between_the_first_losses_do_not_add_up():
 def test_the_rate_rises_while_losses_fall():
     guard = Guard(LR)
     assert [guard.measured(step, 1 - step / 100) for step in (10, 20, 30)] == [None] * 3
-    assert (guard.best_step, guard.best_loss, guard.lr) == (30, 0.7, pytest.approx(LR * CHANGE**3))
+    assert (guard.best_step, guard.best_loss, guard.lr) == (30, 0.7, pytest.approx(LR * RISE**3))
 
 
 def test_a_higher_loss_leads_back_with_a_lower_rate():
@@ -149,9 +149,9 @@ def test_a_higher_loss_leads_back_with_a_lower_rate():
     guard.measured(10, 0.5)
     decisions = [guard.measured(step, 0.6) for step in range(20, 50, 10)]
     assert [(d.step, d.why) for d in decisions] == [(10, "worse")] * 3
-    assert [d.lr for d in decisions] == pytest.approx([LR, LR / CHANGE, LR / CHANGE**2])
+    assert [d.lr for d in decisions] == pytest.approx([LR * RISE / FALL**k for k in (1, 2, 3)])
     assert guard.measured(50, 0.4) is None
-    assert (guard.best_step, guard.lr) == (50, pytest.approx(LR / CHANGE))
+    assert (guard.best_step, guard.lr) == (50, pytest.approx(LR * RISE**2 / FALL**3))
 
 
 def test_an_equal_loss_changes_nothing():
@@ -168,14 +168,14 @@ def test_a_loss_that_is_merely_known_leaves_the_rate():
     guard.known(0, 0.7)
     guard.known(8, 0.8)
     assert (guard.best_step, guard.best_loss, guard.lr) == (0, 0.7, LR)
-    assert guard.measured(10, 0.75) == GoBack(0, LR / CHANGE, "worse")
+    assert guard.measured(10, 0.75) == GoBack(0, LR / FALL, "worse")
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
 def test_a_held_out_loss_that_is_no_number_is_worse(loss):
     guard = Guard(LR)
     guard.known(5, 0.5)
-    assert guard.measured(10, loss) == GoBack(5, LR / CHANGE, "worse")
+    assert guard.measured(10, loss) == GoBack(5, LR / FALL, "worse")
     assert guard.best_loss == 0.5
 
 

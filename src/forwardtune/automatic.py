@@ -293,7 +293,7 @@ class Automatic(TrainerCallback):
         lr = start
         if plan["tries"] >= _LEAST_TRIES:
             found = line_search(loss_at, start, most=plan["tries"])
-            tried, lr = found.tried, _size(found, start)
+            tried, lr = found.tried, _size(found)
         optimizer.release(lr)
         search = {"lr": lr, "tried": [[size, _plain(loss)] for size, loss in tried.items()]}
         self._log.note({"search": search})
@@ -406,18 +406,18 @@ def _heard_at_start(log: Log) -> float | None:
     return next(map(float, heard), None)
 
 
-def _size(found: LineSearch, start: float) -> float:
+def _size(found: LineSearch) -> float:
     """The learning rate that follows from a line search.
 
-    Few directions and few examples often show no gain where longer runs have one. Then the rate is the first guess, or the
-    largest below it that does little harm; what follows makes it rise or fall.
+    Few directions and few examples often show no gain where longer runs have one. Then the rate is the largest that did little
+    harm; held-out losses make it rise or fall from there.
     """
     untuned = found.tried[0.0]
     slight = _SLIGHT * abs(untuned)
     if untuned - found.tried[found.best] > slight:
         return found.best
-    harmless = [size for size, loss in found.tried.items() if 0 < size <= start and loss - untuned <= slight]
-    return max([found.best, *harmless]) or min(size for size in found.tried if size)
+    harmless = [size for size, loss in found.tried.items() if size and loss - untuned <= slight]
+    return max(harmless, default=min(size for size in found.tried if size))
 
 
 def _loss(record: StepRecord) -> float:
