@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +218,56 @@ def test_a_given_rate_that_diverges_is_warned_of_once_and_kept(tmp_path: Path) -
         assert {record.lr[0] for record in read_log(trainer.step_log).records} == {rate}
         assert len(told) == (name == "bad"), told
     assert "lower the learning rate" in told[0]
+
+
+def test_a_given_rate_that_explodes_at_once_is_warned_of(tmp_path: Path) -> None:
+    told: list[str] = []
+    trainer = make(tmp_path, learning_rate=1.0, eps=1e-3, max_steps=6)
+    trainer.automatic.announce = told.append
+    trainer.train()
+    (text,) = told
+    assert "lower the learning rate" in text
+
+
+@pytest.mark.parametrize(
+    ("eps", "steps", "expected"),
+    [
+        (1e-3, 100, None),
+        (1e-12, 100, r"eps 1.0e-12 is below the spacing of weights in float32, which keeps \d+% of a perturbation"),
+        (1e-12, 20, None),  # too short to be worth ten passes
+    ],
+)
+def test_a_given_eps_below_the_noise_is_warned_of(tmp_path: Path, eps: float, steps: int, expected: str | None) -> None:
+    told: list[str] = []
+    trainer = make(tmp_path / "told", learning_rate=1e-9, eps=eps, max_steps=steps)
+    trainer.automatic.announce = told.append
+    trainer.train()
+    if expected is None:
+        assert told == []
+    else:
+        (text,) = told
+        assert re.match(expected, text), text
+        assert "a larger --eps" in text
+
+
+def test_a_given_eps_that_rounding_hides_is_warned_of(tmp_path: Path) -> None:
+    """A large constant in the loss takes its digits."""
+    told: list[str] = []
+    trainer = make(tmp_path, learning_rate=1e-9, eps=3e-6, max_steps=100)
+    trainer.objective = lambda model, inputs: wanted(model, inputs) + 3000.0
+    trainer.automatic.announce = told.append
+    trainer.train()
+    (text,) = told
+    assert re.match(
+        r"eps 3.0e-06 moves the loss by \de-\d\d, of which rounding in float32 is up to \de-\d\d: choose", text
+    )
+
+
+def test_the_check_of_a_given_eps_changes_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tmp_path / "checked", learning_rate=1e-4, eps=1e-3, max_steps=100)
+    monkeypatch.setattr(MeZOTrainer, "can_hold_out", False)
+    run(tmp_path / "not", learning_rate=1e-4, eps=1e-3, max_steps=100)
+    assert lines(tmp_path / "checked") == lines(tmp_path / "not")
 
 
 def test_evaluations_of_trainer_are_heard(tmp_path: Path) -> None:

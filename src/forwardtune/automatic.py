@@ -23,7 +23,7 @@ from typing import Any, Protocol
 from transformers import TrainerCallback
 
 from .auto import AUTO, MEASUREMENTS, SHARE
-from .epsilon import EVALUATIONS, Scale, choose_eps
+from .epsilon import EVALUATIONS, Scale, choose_eps, measure
 from .guard import GoBack, Guard
 from .line_search import LineSearch, line_search
 from .optimizer import MeZO, StepRecord
@@ -46,6 +46,11 @@ _MOST_BATCHES = 16
 _SCALES, _SCALES_SHARE = 3, 1 / 3
 # A line search whose gain is below this share of the loss has found nothing, and as much harm is none.
 _SLIGHT = 0.02
+# Share of a run's forward passes for which a given eps is checked, at most.
+_CHECK_SHARE = 0.05
+_ADVICE = "choose float32, a larger batch, or a larger --eps"
+# A given learning rate is too large when a loss of the first steps, before losses have a history, is so many times the first.
+_EARLY, _EXPLODED = 8, 10.0
 
 
 @dataclass(frozen=True)
@@ -81,9 +86,15 @@ class Tunes(Protocol):
     state: Any
     lr_scheduler: Any
 
+    model: Any
+
     @property
     def mezo(self) -> MeZO:
         """The optimizer."""
+
+    @property
+    def can_hold_out(self) -> bool:
+        """Whether there are examples of which some can be chosen."""
 
     def held_out(self, batches: int) -> Callable[[], float]:
         """What measures the loss on so many minibatches of held-out examples."""
@@ -110,6 +121,7 @@ class Automatic(TrainerCallback):
         self._heard = -1
         self._untuned: float | None = None
         self._has_stepped = False
+        self._first_loss: float | None = None
         self._alarm: Guard | None = None
         #: Whether somebody else measures held-out examples, and reports with :meth:`hear`.
         self.is_told = False
@@ -130,12 +142,29 @@ class Automatic(TrainerCallback):
         plan: dict[str, Any] = {}
         if finds_eps:
             plan["eps"] = self._choose_eps(budget)
+        elif _CHECK_SHARE * steps * len(optimizer.estimator.queries()) >= EVALUATIONS and self._trainer.can_hold_out:
+            self._check_eps()
         if self.finds_lr:
             plan |= {"held": budget.held, "batches": budget.batches, "tries": budget.tries}
             plan["every"] = max(1, steps // MEASUREMENTS)
             self._base_path.unlink(missing_ok=True)  # of another run
             self._base = BaseWeights(self._base_path, optimizer.tuned)
         return plan
+
+    def _check_eps(self) -> None:
+        """Warn of a given eps with which a run of some length would learn from rounding."""
+        optimizer = self._trainer.mezo
+        scale = measure(optimizer, self._trainer.held_out(1), optimizer.estimator.eps)
+        if not scale.survives:
+            self.announce(
+                f"eps {scale.eps:.1e} is below the spacing of weights in {self._dtypes()}, which keeps {scale.kept:.0%} of a "
+                f"perturbation: {_ADVICE}, or let it be found (auto)"
+            )
+        elif scale.is_finite and scale.signal and not scale.is_clear:
+            self.announce(
+                f"eps {scale.eps:.1e} moves the loss by {scale.signal:.0e}, of which rounding in {self._dtypes()} is up to "
+                f"{math.sqrt(2) * scale.noise:.0e}: {_ADVICE}, or let it be found (auto)"
+            )
 
     def _choose_eps(self, budget: Budget) -> dict[str, Any]:
         optimizer = self._trainer.mezo
@@ -149,8 +178,8 @@ class Automatic(TrainerCallback):
                 self.announce(f"the loss is not finite around the untuned weights, down to eps {scales[-1].eps:.1e}")
             elif not scales[-1].is_clear:
                 self.announce(
-                    f"rounding in {_dtypes(optimizer)} hides what a perturbation does to the loss, up to eps "
-                    f"{max(s.eps for s in scales):.1e}: choose float32, a larger batch, or a larger --eps"
+                    f"rounding in {self._dtypes()} hides what a perturbation does to the loss, up to eps "
+                    f"{max(s.eps for s in scales):.1e}: {_ADVICE}"
                 )
             self.announce(
                 f"eps {scales[-1].eps:.1e}: the loss moves by {scales[-1].signal:.1e}, rounding by {scales[-1].noise:.0e}"
@@ -211,7 +240,7 @@ class Automatic(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._alarm = None if self.finds_lr else Guard(args.learning_rate)
-        self._has_stepped = False
+        self._has_stepped, self._first_loss = False, None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         optimizer = self._trainer.mezo
@@ -232,7 +261,13 @@ class Automatic(TrainerCallback):
     def _listen(self, step: int) -> None:
         """Warn, once, of a given learning rate with which the run diverges."""
         last = self._trainer.mezo.last
-        if self._alarm is None or last is None or self._alarm.stepped(_loss(last)) is None:
+        if self._alarm is None or last is None:
+            return
+        loss = _loss(last)
+        if self._first_loss is None and math.isfinite(loss):
+            self._first_loss = loss
+        early = step <= _EARLY and self._first_loss is not None and loss > _EXPLODED * max(1.0, abs(self._first_loss))
+        if self._alarm.stepped(loss) is None and not early:
             return
         self._alarm = None
         self.announce(
@@ -273,7 +308,7 @@ class Automatic(TrainerCallback):
         """Choose the learning rate, and take the steps that were held back."""
         optimizer, plan = self._trainer.mezo, self._plan
         held, base = optimizer.held or [], self._base
-        measure = self._trainer.held_out(plan["batches"])
+        held_out = self._trainer.held_out(plan["batches"])
 
         def loss_at(lr: float) -> float:
             if lr:
@@ -282,7 +317,7 @@ class Automatic(TrainerCallback):
                 except OverflowError:
                     return math.inf
             try:
-                return measure()
+                return held_out()
             finally:
                 if lr:
                     base.restore()
@@ -369,6 +404,12 @@ class Automatic(TrainerCallback):
             self._watches = False
             self._base.remove()
 
+    def _dtypes(self) -> str:
+        """Of the whole model: what an adapter does to the loss is rounded where the rest computes."""
+        return " and ".join(
+            sorted({dtype_name(p.dtype) for p in self._trainer.model.parameters() if p.is_floating_point()})
+        )
+
     @property
     def _base_path(self) -> Path:
         return Path(self._trainer.args.output_dir) / BASE_WEIGHTS
@@ -426,7 +467,3 @@ def _loss(record: StepRecord) -> float:
 
 def _plain(x: float) -> float | str:
     return x if math.isfinite(x) else str(x)
-
-
-def _dtypes(optimizer: MeZO) -> str:
-    return " and ".join(sorted({dtype_name(tensor.parameter.dtype) for tensor in optimizer.tuned}))

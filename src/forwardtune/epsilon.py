@@ -57,9 +57,14 @@ class Scale:
         return math.isfinite(self.signal) and math.isfinite(self.noise)
 
     @property
+    def survives(self) -> bool:
+        """Whether enough of a perturbation is left in the weights' dtype."""
+        return self.kept > _KEPT
+
+    @property
     def is_clear(self) -> bool:
         """Whether the weights move as they should, and the signal stands out of the noise of two evaluations."""
-        return self.is_finite and self.kept > _KEPT and self.signal > _ENOUGH * math.sqrt(2) * self.noise
+        return self.is_finite and self.survives and self.signal > _ENOUGH * math.sqrt(2) * self.noise
 
 
 def measure(optimizer: MeZO, closure: Callable[[], float], eps: float, directions: int = _DIRECTIONS) -> Scale:

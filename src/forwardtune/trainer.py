@@ -242,6 +242,15 @@ class MeZOTrainer(Trainer):
                 end_step()
         return torch.tensor(loss, device=self.args.device)
 
+    @property
+    def can_hold_out(self) -> bool:
+        """Whether :meth:`held_out` has a dataset from which examples can be chosen."""
+        return hasattr(self._held_out_dataset(), "__len__")
+
+    def _held_out_dataset(self) -> Any:
+        dataset: Any = self.eval_dataset if self.eval_dataset is not None else self.train_dataset
+        return next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
+
     def held_out(self, batches: int) -> Callable[[], float]:
         """A function that measures the loss of the present weights on so many minibatches of held-out examples.
 
@@ -267,9 +276,7 @@ class MeZOTrainer(Trainer):
         return measure
 
     def _held_out_inputs(self, batches: int) -> list[dict[str, Any]]:
-        dataset: Any = self.eval_dataset if self.eval_dataset is not None else self.train_dataset
-        if isinstance(dataset, dict):
-            dataset = next(iter(dataset.values()))
+        dataset = self._held_out_dataset()
         try:
             count = len(dataset)
         except TypeError:
