@@ -9,7 +9,7 @@ from itertools import islice
 
 import pytest
 
-from forwardtune.guard import FALL, PLUNGE, RISE, GoBack, Guard
+from forwardtune.guard import FALL, NUDGE, PLUNGE, RISE, GoBack, Guard
 
 LR = 1e-5
 WINDOW = 8
@@ -152,6 +152,14 @@ def test_a_higher_loss_leads_back_with_a_lower_rate():
     assert [d.lr for d in decisions] == pytest.approx([LR * RISE / FALL**k for k in (1, 2, 3)])
     assert guard.measured(50, 0.4) is None
     assert (guard.best_step, guard.lr) == (50, pytest.approx(LR * RISE**2 / FALL**3))
+
+
+@pytest.mark.parametrize("best", [0.5, -0.5])
+def test_a_loss_that_is_hardly_higher_leads_back_with_a_higher_rate(best):
+    guard = Guard(LR)
+    guard.known(0, best)
+    assert guard.measured(10, best + 0.009) == GoBack(0, LR * NUDGE, "worse")
+    assert guard.measured(20, best + 0.011) == GoBack(0, LR * NUDGE / FALL, "worse")
 
 
 def test_an_equal_loss_changes_nothing():

@@ -24,7 +24,7 @@ from transformers import TrainerCallback
 
 from .auto import AUTO, MEASUREMENTS, SHARE
 from .epsilon import EVALUATIONS, Scale, choose_eps, measure
-from .guard import GoBack, Guard
+from .guard import SLIGHT, GoBack, Guard
 from .line_search import LineSearch, line_search
 from .optimizer import MeZO, StepRecord
 from .parameters import dtype_name
@@ -44,8 +44,6 @@ _TRIES, _PLANNED_TRIES, _LEAST_TRIES = 7, 5, 3
 _MOST_BATCHES = 16
 # Scales that the choice of eps measures at most, and its share of the search.
 _SCALES, _SCALES_SHARE = 3, 1 / 3
-# A line search whose gain is below this share of the loss has found nothing, and as much harm is none.
-_SLIGHT = 0.02
 # Share of a run's forward passes for which a given eps is checked, at most.
 _CHECK_SHARE = 0.05
 _ADVICE = "choose float32, a larger batch, or a larger --eps"
@@ -301,7 +299,7 @@ class Automatic(TrainerCallback):
         self._log.note({"held_out": _plain(loss)})
         before = self._guard.lr
         self._act(self._guard.measured(step, loss))
-        if self._guard.lr > before:
+        if self._guard.lr != before:
             self._set_rate(self._guard.lr)
 
     def _search(self) -> None:
@@ -328,7 +326,7 @@ class Automatic(TrainerCallback):
         lr = start
         if plan["tries"] >= _LEAST_TRIES:
             found = line_search(loss_at, start, most=plan["tries"])
-            tried, lr = found.tried, _size(found)
+            tried, lr = found.tried, size_found(found)
         optimizer.release(lr)
         search = {"lr": lr, "tried": [[size, _plain(loss)] for size, loss in tried.items()]}
         self._log.note({"search": search})
@@ -447,14 +445,14 @@ def _heard_at_start(log: Log) -> float | None:
     return next(map(float, heard), None)
 
 
-def _size(found: LineSearch) -> float:
+def size_found(found: LineSearch) -> float:
     """The learning rate that follows from a line search.
 
     Few directions and few examples often show no gain where longer runs have one. Then the rate is the largest that did little
     harm; held-out losses make it rise or fall from there.
     """
     untuned = found.tried[0.0]
-    slight = _SLIGHT * abs(untuned)
+    slight = SLIGHT * abs(untuned)
     if untuned - found.tried[found.best] > slight:
         return found.best
     harmless = [size for size, loss in found.tried.items() if size and loss - untuned <= slight]

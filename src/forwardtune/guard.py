@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 
 #: By how much the learning rate rises after a held-out loss that is the best so far, and falls after one that is worse.
 RISE, FALL = 1.75, 1.5
+#: A loss that is worse by less than this share of the best one says that steps are small, or that they go nowhere yet: then the
+#: rate rises, by less.
+SLIGHT, NUDGE = 0.02, 1.5
 #: By how much it falls when a run diverges.
 PLUNGE = 10**0.5
 # So many losses of minibatches are averaged before they count.
@@ -41,9 +44,10 @@ class Guard:
     root of ten.
 
     A held-out loss is compared with the best one. If it is lower, the learning rate is multiplied by 1.75. If it is higher, the
-    steps since then were in vain: the run goes back to the best point, and the learning rate is divided by 1.5. So it climbs
-    while it is too low, comes down while it is too high, and follows the run. Equal losses, as of an objective with steps,
-    change nothing. The rule was chosen by simulation and on real runs (``docs/log.md``).
+    steps since then were in vain: the run goes back to the best point. The learning rate is then divided by 1.5, or multiplied
+    by as much if the loss was hardly higher (by 2%), as happens where a rate is too low to matter. So it climbs while it is too
+    low, comes down while it is too high, and follows the run. Equal losses, as of an objective with steps, change nothing. The rule was
+    chosen by simulation and on real runs (``docs/log.md``).
 
     Its state follows from what it was told, in order, so a resumed run tells it the same again.
 
@@ -87,7 +91,8 @@ class Guard:
             self.known(step, loss)
             self.lr *= RISE
         elif loss != self.best_loss:
-            return self._go_back("worse", FALL)
+            is_slight = loss - self.best_loss <= SLIGHT * abs(self.best_loss)
+            return self._go_back("worse", 1 / NUDGE if is_slight else FALL)
         return None
 
     def _settle(self, loss: float) -> None:

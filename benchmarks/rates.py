@@ -1,0 +1,192 @@
+"""Rules for a learning rate that follows held-out losses, compared by simulation.
+
+    python benchmarks/rates.py              # six problems, three lengths: some minutes
+    python benchmarks/rates.py --seeds 4    # a smoke test
+
+A network of two layers (1,600 to 1,800 weights) is tuned by SPSA with one probe on drawn examples, 8 or 16 a minibatch, and measured on 48
+others. The problems differ in how wrong the untuned network is and in the noise of the labels. Eleven constant rates, a factor of the
+square root of ten apart, take all the steps; their best, by the mean over seeds of the lowest held-out loss, is 100%. Runs that find
+their rate take 86% of the steps, begin with the line search of the library, and then follow a rule: after each of so many measurements
+the rate is multiplied by ``rise`` if the loss is the lowest so far, else divided by ``fall`` while the run goes back to the best point,
+at once or after ``patience`` measurements; if the loss is higher by less than 2%, it is multiplied by ``nudge`` instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import dataclass, replace
+from statistics import mean
+
+import numpy as np
+from machine import write
+
+from forwardtune.automatic import size_found
+from forwardtune.guard import FALL, NUDGE, RISE, SLIGHT
+from forwardtune.line_search import RATIO, line_search
+
+EPS, HELD, SHARE, TRIES, SEARCHED = 1e-3, 8, 0.86, 5, 24
+FEATURES, HIDDEN, DEV, TRAIN = 48, 32, 48, 1000
+GRID = [1e-2 * RATIO**k for k in range(-8, 3)]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a problem is drawn: ``bias`` of the first class and ``scale`` of the untuned logits, ``noise`` share of random labels."""
+
+    classes: int
+    bias: float
+    scale: float
+    noise: float
+
+
+KINDS = {
+    "badly calibrated": Kind(2, 3.0, 0.3, 0.1),
+    "five classes, badly calibrated": Kind(5, 4.0, 0.5, 0.1),
+    "weak signal": Kind(2, 0.5, 0.3, 0.5),
+    "strong signal": Kind(2, 0.5, 0.5, 0.1),
+    "three classes": Kind(3, 1.0, 1.0, 0.2),
+    "sure and wrong": Kind(3, 0.0, 2.0, 0.2),
+}
+
+
+@dataclass(frozen=True)
+class Rule:
+    rise: float
+    fall: float
+    measurements: int = 20
+    patience: int = 1
+    nudge: float | None = None
+
+    def __str__(self) -> str:
+        extra = f", patience {self.patience}" if self.patience > 1 else ""
+        extra += f", nudge {self.nudge:g}" if self.nudge else ""
+        return f"rise {self.rise:g}, fall {self.fall:.3g}, {self.measurements} measurements{extra}"
+
+
+RULES = [
+    Rule(RISE, FALL, nudge=NUDGE),
+    Rule(RISE, FALL, nudge=1.0),
+    Rule(RISE, FALL),
+    Rule(1.5, 1.5),
+    Rule(2.0, 1.5),
+    Rule(2.0, 2.0),
+    Rule(1.25, 1.5),
+    Rule(1.0, 2.0),
+    Rule(1.0, RATIO, patience=2),
+    Rule(RISE, FALL, measurements=10, nudge=NUDGE),
+    Rule(1.0, RATIO, measurements=10, patience=2),
+]
+
+
+class Problem:
+    """One drawing of a problem, with its minibatches and directions."""
+
+    def __init__(self, kind: Kind, seed: int, steps: int, batch: int) -> None:
+        draw = np.random.default_rng([seed, steps])
+        spectrum = np.arange(1, FEATURES + 1) ** -0.7
+        centre = draw.standard_normal(FEATURES) * spectrum
+        x = draw.standard_normal((TRAIN + DEV, FEATURES)) * spectrum + centre
+        teacher = 2 * draw.standard_normal((FEATURES, kind.classes))
+        labels = np.argmax((x - centre) @ teacher, axis=1)
+        random = draw.random(len(x)) < kind.noise
+        labels[random] = draw.integers(kind.classes, size=int(random.sum()))
+        first = draw.standard_normal((FEATURES, HIDDEN)) / math.sqrt(FEATURES)
+        second = 3 * kind.scale * draw.standard_normal((HIDDEN, kind.classes)) / math.sqrt(HIDDEN)
+        bias = np.zeros(kind.classes)
+        bias[0] = kind.bias
+        self.base = np.concatenate([first.ravel(), second.ravel(), bias])
+        self.classes = kind.classes
+        self.dev, self.train = (x[:DEV], labels[:DEV]), (x[DEV:], labels[DEV:])
+        self.minibatches = draw.integers(TRAIN, size=(steps, batch))
+        self.steps, self._seed = steps, int(draw.integers(2**31))
+
+    def losses(self, weights: np.ndarray, examples: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+        x, labels = examples
+        cut = FEATURES * HIDDEN
+        first, second = weights[:cut].reshape(FEATURES, HIDDEN), weights[cut : -self.classes].reshape(HIDDEN, -1)
+        logits = np.tanh(x @ first) @ second + weights[-self.classes :]
+        top = logits.max(axis=1)
+        return top + np.log(np.exp(logits - top[:, None]).sum(axis=1)) - logits[np.arange(len(labels)), labels]
+
+    def held_out(self, weights: np.ndarray, count: int = DEV) -> float:
+        with np.errstate(all="ignore"):
+            loss = float(self.losses(weights, (self.dev[0][:count], self.dev[1][:count])).mean())
+        return loss if math.isfinite(loss) else math.inf
+
+    def gradient(self, weights: np.ndarray, step: int) -> tuple[float, np.ndarray]:
+        """The projected gradient of a step, and its direction."""
+        chosen = self.minibatches[step]
+        z = np.random.Generator(np.random.SFC64(self._seed + step)).standard_normal(len(weights))
+        examples = (self.train[0][chosen], self.train[1][chosen])
+        with np.errstate(all="ignore"):
+            plus, minus = (float(self.losses(weights + sign * EPS * z, examples).mean()) for sign in (1, -1))
+        return (plus - minus) / (2 * EPS), z
+
+
+def constant(problem: Problem, lr: float) -> float:
+    """The fall of the held-out loss of a run with one rate, measured ten times."""
+    weights, every = problem.base, max(1, problem.steps // 10)
+    best = problem.held_out(weights)
+    untuned = best
+    for step in range(problem.steps):
+        c, z = problem.gradient(weights, step)
+        with np.errstate(all="ignore"):
+            weights = weights - lr * c * z
+        if (step + 1) % every == 0:
+            best = min(best, problem.held_out(weights))
+    return untuned - best
+
+
+def found(problem: Problem, rule: Rule) -> float:
+    """The same of a run that finds its rate and follows a rule."""
+    steps, base = int(SHARE * problem.steps), problem.base
+    estimates = [problem.gradient(base, step) for step in range(HELD)]
+    unit = math.sqrt(mean(c * c for c, _ in estimates))
+    jump = sum(c * z for c, z in estimates)
+    lr = size_found(
+        line_search(lambda size: problem.held_out(base - size * jump, SEARCHED), 0.3 * EPS / unit, most=TRIES)
+    )
+    every = max(1, problem.steps // rule.measurements)
+    weights = base - lr * jump
+    best, best_weights, failures = problem.held_out(base), base, 0
+    untuned = best
+    for step in range(HELD, steps):
+        c, z = problem.gradient(weights, step)
+        with np.errstate(all="ignore"):
+            weights = weights - lr * c * z
+        if (step + 1) % every and step + 1 < steps:
+            continue
+        loss = problem.held_out(weights)
+        if loss < best:
+            best, best_weights, failures, lr = loss, weights, 0, lr * rule.rise
+        elif (failures := failures + 1) >= rule.patience:
+            is_slight = rule.nudge is not None and loss - best <= SLIGHT * best
+            weights, failures, lr = best_weights, 0, lr * rule.nudge if is_slight else lr / rule.fall
+    return untuned - best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=16)
+    parser.add_argument("--output", default="rates")
+    options = parser.parse_args()
+    lengths = {100: (8, options.seeds), 300: (16, max(2, options.seeds // 2)), 1000: (16, max(2, options.seeds // 4))}
+    shares: dict[str, dict[int, dict[str, float]]] = {str(rule): {} for rule in RULES}
+    for steps, (batch, seeds) in lengths.items():
+        for name, kind in KINDS.items():
+            problems = [Problem(replace(kind), seed, steps, batch) for seed in range(seeds)]
+            grid = max(mean(constant(problem, lr) for problem in problems) for lr in GRID)
+            for rule in RULES:
+                gain = mean(found(problem, rule) for problem in problems)
+                shares[str(rule)].setdefault(steps, {})[name] = gain / grid
+    print("| rule | " + " | ".join(f"{steps} steps" for steps in lengths) + " |")
+    print("|---" * (1 + len(lengths)) + "|")
+    for name, by_length in shares.items():
+        cells = (f"{mean(found.values()):.0%} ({min(found.values()):.0%})" for found in by_length.values())
+        print(f"| {name} | " + " | ".join(cells) + " |")
+    write(options.output, {"seeds": options.seeds, "shares": shares})
+
+
+if __name__ == "__main__":
+    main()
