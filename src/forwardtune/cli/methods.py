@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .. import memory
+from ..auto import AUTO
 from ..errors import InputError
 from ..evaluation import training_objective
 from ..models import load_model, tune
@@ -277,7 +278,14 @@ def _watch_dev(
         return None
     evaluate, options = partial(session.evaluate, "dev", "dev"), session.options
     return DevWatcher(
-        evaluate, _judge(session), options.eval_steps, folder / _DEV, improved, heard=heard, patience=options.patience
+        evaluate,
+        _judge(session),
+        options.eval_steps,
+        folder / _DEV,
+        improved,
+        heard=heard,
+        patience=options.patience,
+        untuned=options.lr == AUTO,  # which goes back to it where nothing is better
     )
 
 

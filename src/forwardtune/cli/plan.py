@@ -155,7 +155,7 @@ def _beside(steps: int, cost: Cost, session: Session) -> float:
     options = session.options
     tests = 1 if options.no_before else 2
     every = train.evaluation_steps(options, steps)
-    measurements = 1 if every is None else 1 + -(-steps // every)
+    measurements = 1 if every is None else (options.lr == AUTO) + -(-steps // every)
     dev = train.measured_examples(options, steps, len(session.splits.get("dev", ())))
     examples = tests * len(session.splits["test"]) + measurements * dev
     return examples * cost.evaluation

@@ -184,6 +184,8 @@ def open_session(
     splits = {name: split.worded_for(kind) for name, split in splits.items()}
     count = sum(p.numel() for p in model.parameters())
     say(f"  {count / 1e6:.1f}M weights, {str(model.dtype).removeprefix('torch.')}, on {options.device}")
+    if model.dtype == torch.float16 and options.device == "cpu":
+        say("  float16 is slow on a processor: --dtype float32 or bfloat16 may be several times as fast")
     if prepare_model is not None:
         model = prepare_model(model, tokenizer)
     room = context_length(model)  # a prefix takes some of it

@@ -184,7 +184,8 @@ def run(options: argparse.Namespace) -> int:
         whole = len(session.splits["dev"])
         measured = log.header["run"].get(_MEASURED, whole) if log else measured_examples(options, options.steps, whole)
         session.thin("dev", measured)
-        described[_MEASURED] = measured
+        if measured < whole:
+            described[_MEASURED] = measured
     if options.eval_steps is None:
         options.eval_steps = evaluation_steps(options, options.steps)
     trained = methods.METHODS[options.method](session, folder, log, {**settings(options), **described})

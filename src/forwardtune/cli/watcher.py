@@ -117,16 +117,17 @@ class Deadline(TrainerCallback):
 
 
 class DevWatcher(TrainerCallback):
-    """Measures the development split before, every so many steps, and at the end, and remembers which step was best.
+    """Measures the development split every so many steps and at the end, and remembers which step was best.
 
     Args:
         evaluate: measures it.
         metric: what to compare by, ``loss`` or something that should rise, for which the loss decides between equals.
-        every: steps between measurements; None measures at the end alone, not before.
+        every: steps between measurements; None measures at the end alone.
         file: where the measurements are kept, so that a resumed run knows them.
         improved: called with the model when a step is better than all before it.
         heard: called with every step and what was measured after it.
         patience: stop after so many measurements in a row that were not better than the best one before; None: never.
+        untuned: measure before the first step too, as step 0.
     """
 
     def __init__(
@@ -139,7 +140,9 @@ class DevWatcher(TrainerCallback):
         *,
         heard: Callable[[int, dict[str, float]], object] | None = None,
         patience: int | None = None,
+        untuned: bool = False,
     ) -> None:
+        self._untuned = untuned
         self._evaluate, self._metric, self._every, self._file, self._improved = evaluate, metric, every, file, improved
         self._heard, self._patience = heard, patience
         #: Whether patience ended the run.
@@ -156,7 +159,7 @@ class DevWatcher(TrainerCallback):
         self.lines = [line for line in self.lines if line["step"] <= state.global_step]
         if state.global_step:  # a kill may have come between a step and its measurement
             self.on_step_end(args, state, control, model)
-        elif self._every is not None:
+        elif self._untuned:
             self.measure(0, model)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:

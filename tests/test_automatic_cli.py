@@ -1,0 +1,105 @@
+"""``forwardtune train`` without a learning rate: what is measured, what is kept, and that a kill changes nothing."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from forwardtune.cli.session import Session
+from forwardtune.trajectory import read_log
+from test_cli import REVIEWS, cli, process
+
+STEPS, DEV = 60, 90
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("task")
+    for name, count in (("train", 60), ("dev", DEV), ("test", 8)):
+        rows = [
+            {"text": f"{REVIEWS[i % len(REVIEWS)][0]} {i}", "label": REVIEWS[i % len(REVIEWS)][1]} for i in range(count)
+        ]
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    lines = ["prompt: '{text} It was'", "answers: {0: terrible, 1: great}"]
+    lines += [f"{name}: {name}.jsonl" for name in ("train", "dev", "test")]
+    (folder / "task.yaml").write_text("\n".join(lines), encoding="utf-8")
+    return folder / "task.yaml"
+
+
+def command(model: Path, task: Path, folder: Path) -> list[object]:
+    return [
+        "train", "--model", model, "--task", task, "--steps", STEPS, "--batch-size", 2, "--device", "cpu", "--no-before",
+        "--output-dir", folder,
+    ]  # fmt: skip
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("check", "seconds")} for line in found]
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_folder: Path, task: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert cli(*command(tiny_folder, task, folder)).code == 0
+    return folder
+
+
+def test_twenty_measurements_of_some_examples_and_the_best_weights_stay(whole: Path) -> None:
+    dev = lines(whole / "dev.jsonl")
+    assert [line["step"] for line in dev] == list(range(0, STEPS + 1, STEPS // 20))
+    assert {line["dev"]["examples"] for line in dev} == {64}
+    metrics = json.loads((whole / "metrics.json").read_text())
+    best = min(dev, key=lambda line: line["dev"]["loss"])
+    assert (metrics["best_step"], metrics["dev"]) == (best["step"], best["dev"])
+    assert metrics["splits"]["dev"] == 64
+    assert metrics["search_forwards"] <= 0.15 * 2 * STEPS
+    log = read_log(whole / "steps.jsonl")
+    heard = [(note.at, note.content["held_out"]) for note in log.notes if "held_out" in note.content]
+    assert heard == [(line["step"], line["dev"]["loss"]) for line in dev if not 0 < line["step"] < 8][:1] + [
+        (line["step"], line["dev"]["loss"]) for line in dev if 8 <= line["step"] < STEPS
+    ]
+
+
+@pytest.mark.parametrize("after", [3, 12, 30])
+def test_a_killed_run_ends_with_the_same_bits(
+    whole: Path, tiny_folder: Path, task: Path, tmp_path: Path, after: int
+) -> None:
+    folder = tmp_path / "run"
+    running = process(*command(tiny_folder, task, folder))
+    log = folder / "steps.jsonl"
+    while running.poll() is None and (not log.exists() or log.read_bytes().count(b'"step":') < after):
+        time.sleep(0.002)
+    running.kill()
+    running.communicate()
+    assert cli("train", "--output-dir", folder, "--resume").code == 0
+    for name in ("steps.jsonl", "dev.jsonl"):
+        assert lines(folder / name) == lines(whole / name)
+    assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_where_nothing_is_better_the_weights_stay_untuned(
+    tiny_folder: Path, task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = iter(range(1, 1000))
+    true = Session.evaluate
+
+    def worse(self: Session, what: str, split: str = "test", *args: Any, **kwargs: Any) -> dict[str, float]:
+        result = true(self, what, split, *args, **kwargs)
+        return {**result, "loss": float(next(measured))} if split == "dev" else result
+
+    monkeypatch.setattr(Session, "evaluate", worse)
+    ran = cli(*command(tiny_folder, task, tmp_path / "run"))
+    assert ran.code == 0
+    assert "the weights are untuned: no step was better" in ran.err
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["best_step"] == 0
+    tuned, untuned = (
+        AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (tmp_path / "run", tiny_folder)
+    )
+    assert all(torch.equal(tuned[name], untuned[name]) for name in untuned)
