@@ -8,7 +8,7 @@ others. The problems differ in how wrong the untuned network is and in the noise
 square root of ten apart, take all the steps; their best, by the mean over seeds of the lowest held-out loss, is 100%. Runs that find
 their rate take 86% of the steps, begin with the line search of the library, and then follow a rule: after each of so many measurements
 the rate is multiplied by ``rise`` if the loss is the lowest so far, else divided by ``fall`` while the run goes back to the best point,
-at once or after ``patience`` measurements; if the loss is higher by less than 2%, it is multiplied by ``nudge`` instead.
+at once or after ``patience`` measurements; if the loss is hardly higher, as ``Guard`` has it, it is multiplied by ``nudge`` instead.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 from machine import write
 
 from forwardtune.automatic import size_found
-from forwardtune.guard import FALL, NUDGE, RISE, SLIGHT
+from forwardtune.guard import FALL, NUDGE, RISE, SLIGHT, SLIGHT_OF_GAIN
 from forwardtune.line_search import RATIO, line_search
 
 EPS, HELD, SHARE, TRIES, SEARCHED = 1e-3, 8, 0.86, 5, 24
@@ -161,7 +161,8 @@ def found(problem: Problem, rule: Rule) -> float:
         if loss < best:
             best, best_weights, failures, lr = loss, weights, 0, lr * rule.rise
         elif (failures := failures + 1) >= rule.patience:
-            is_slight = rule.nudge is not None and loss - best <= SLIGHT * best
+            few = SLIGHT * best if best == untuned else min(SLIGHT * best, SLIGHT_OF_GAIN * (untuned - best))
+            is_slight = rule.nudge is not None and loss - best <= few
             weights, failures, lr = best_weights, 0, lr * rule.nudge if is_slight else lr / rule.fall
     return untuned - best
 

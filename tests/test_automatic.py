@@ -140,16 +140,17 @@ def test_the_rate_rises_and_falls_with_held_out_losses(tmp_path: Path) -> None:
     run(whole, data=DATA, max_steps=90)
     log = read_log(whole / "steps.jsonl")
     assert len(log.rollbacks) > 1
-    best, worse, better = math.inf, [], []
+    untuned, best, worse, better = math.inf, math.inf, [], []
     for note in log.notes:
         if "search" in note.content:
             tried = dict(note.content["search"]["tried"])
-            best = min(tried[0.0], tried[note.content["search"]["lr"]])
+            untuned = tried[0.0]
+            best = min(untuned, tried[note.content["search"]["lr"]])
         if "held_out" not in note.content:
             continue
         loss = float(note.content["held_out"])
         before, after = log.records[note.at - 1].lr[0], log.records[note.at].lr[0]
-        slight = loss - best <= SLIGHT * best
+        slight = loss - best <= (SLIGHT * best if best == untuned else min(SLIGHT * best, (untuned - best) / 2))
         assert after == pytest.approx(before * (RISE if loss < best else NUDGE if slight else 1 / FALL))
         (better if loss < best else worse).append(note.at)
         best = min(best, loss)

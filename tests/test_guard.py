@@ -162,6 +162,15 @@ def test_a_loss_that_is_hardly_higher_leads_back_with_a_higher_rate(best):
     assert guard.measured(20, best + 0.011) == GoBack(0, LR * NUDGE / FALL, "worse")
 
 
+def test_harm_as_large_as_the_gain_is_not_slight():
+    """A large constant in the loss makes 2% of it large."""
+    guard = Guard(LR)
+    guard.known(0, 10.0)
+    guard.measured(10, 9.96)
+    assert guard.measured(20, 9.975).lr == pytest.approx(LR * RISE * NUDGE)
+    assert guard.measured(30, 9.985).lr == pytest.approx(LR * RISE * NUDGE / FALL)
+
+
 def test_an_equal_loss_changes_nothing():
     """As accuracies often are."""
     guard = Guard(LR)

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 #: By how much the learning rate rises after a held-out loss that is the best so far, and falls after one that is worse.
 RISE, FALL = 1.75, 1.5
-#: A loss that is worse by less than this share of the best one says that steps are small, or that they go nowhere yet: then the
-#: rate rises, by less.
-SLIGHT, NUDGE = 0.02, 1.5
+#: A loss that is worse by less than this share of the best one, and of what was gained so far, says that steps are small or go
+#: nowhere yet: then the rate rises, by less.
+SLIGHT, SLIGHT_OF_GAIN, NUDGE = 0.02, 0.5, 1.5
 #: By how much it falls when a run diverges.
 PLUNGE = 10**0.5
 # So many losses of minibatches are averaged before they count.
@@ -45,7 +45,7 @@ class Guard:
 
     A held-out loss is compared with the best one. If it is lower, the learning rate is multiplied by 1.75. If it is higher, the
     steps since then were in vain: the run goes back to the best point. The learning rate is then divided by 1.5, or multiplied
-    by as much if the loss was hardly higher (by 2%), as happens where a rate is too low to matter. So it climbs while it is too
+    by as much if the loss was hardly higher (by 2%, and half of what was gained so far), as happens where a rate is too low. So it climbs while it is too
     low, comes down while it is too high, and follows the run. Equal losses, as of an objective with steps, change nothing. The rule was
     chosen by simulation and on real runs (``docs/log.md``).
 
@@ -59,6 +59,7 @@ class Guard:
     lr: float
     best_step: int = 0
     best_loss: float = math.inf
+    _first_known: float = math.inf
     _first: list[float] = field(default_factory=list)
     _recent: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW))
     # The variance of one loss, from neighbours: halved squares of their differences, which no trend can swell.
@@ -82,6 +83,8 @@ class Guard:
 
     def known(self, step: int, loss: float) -> None:
         """Hear a loss on held-out examples from which nothing follows for the learning rate."""
+        if self._first_known == math.inf:
+            self._first_known = loss
         if loss < self.best_loss:
             self.best_step, self.best_loss = step, loss
 
@@ -91,9 +94,12 @@ class Guard:
             self.known(step, loss)
             self.lr *= RISE
         elif loss != self.best_loss:
-            is_slight = loss - self.best_loss <= SLIGHT * abs(self.best_loss)
-            return self._go_back("worse", 1 / NUDGE if is_slight else FALL)
+            return self._go_back("worse", 1 / NUDGE if self._is_slight(loss - self.best_loss) else FALL)
         return None
+
+    def _is_slight(self, harm: float) -> bool:
+        gained = self._first_known - self.best_loss
+        return harm <= SLIGHT * abs(self.best_loss) and (gained <= 0 or harm <= SLIGHT_OF_GAIN * gained)
 
     def _settle(self, loss: float) -> None:
         """Let a loss count for the variance: one that no window of a diverging run holds."""
