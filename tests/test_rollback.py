@@ -79,7 +79,7 @@ class Run:
 
     def __init__(self, folder: Path, rule: str = "sgd", dtype: torch.dtype = torch.float32) -> None:
         self.path, self.dtype, self.rule = folder / "steps.jsonl", dtype, rule
-        self.base_path = folder / "base.pt"
+        self.base_path = folder / "base.bin"
         self.net = base_model(dtype)
         optimizer = optimizer_of(self.net, rule)
         self.weights = [snapshot(self.net)]
@@ -229,7 +229,7 @@ def test_the_lines_of_notes_and_rollbacks(tmp_path):
     """Golden: what another program must read."""
     net = base_model()
     optimizer = optimizer_of(net)
-    base = BaseWeights(tmp_path / "base.pt", optimizer.tuned)
+    base = BaseWeights(tmp_path / "base.bin", optimizer.tuned)
     with StepLog(tmp_path / "steps.jsonl", optimizer) as log:
         log.note({"plan": {"tries": 7}})
         step(net, optimizer)
@@ -449,7 +449,7 @@ def test_base_weights_come_back_to_the_bit(dtype, tmp_path):
     net[0].bias.data[:2] = torch.tensor([-0.0, math.nan], dtype=dtype)
     tuned = MeZO(net, perturbation="copy").tuned
     before = snapshot(net)
-    base = BaseWeights(tmp_path / "new" / "folder" / "base.pt", tuned)
+    base = BaseWeights(tmp_path / "new" / "folder" / "base.bin", tuned)
     storage = [parameter.data_ptr() for parameter in net.parameters()]
     for parameter in net.parameters():
         parameter.data.zero_()
@@ -464,7 +464,7 @@ def test_base_weights_come_back_to_the_bit(dtype, tmp_path):
 def test_only_tuned_weights_are_kept(tmp_path):
     net = base_model()
     net[0].weight.requires_grad_(False)
-    base = BaseWeights(tmp_path / "base.pt", MeZO(net).tuned)
+    base = BaseWeights(tmp_path / "base.bin", MeZO(net).tuned)
     net[0].weight.data.zero_()
     net[0].bias.data.zero_()
     base.restore()
@@ -474,7 +474,7 @@ def test_only_tuned_weights_are_kept(tmp_path):
 
 def test_a_file_that_is_there_is_used(tmp_path):
     """A resumed run's weights are others by then."""
-    path = tmp_path / "base.pt"
+    path = tmp_path / "base.bin"
     BaseWeights(path, MeZO(base_model()).tuned)
     data = path.read_bytes()
     net = base_model()
@@ -501,7 +501,7 @@ def test_a_file_of_another_run_leads_nowhere(tmp_path):
 
 def test_what_a_kill_left_is_no_obstacle(tmp_path):
     """Half a file is written anew, under another name until it is whole."""
-    path = tmp_path / "base.pt"
+    path = tmp_path / "base.bin"
     whole = BaseWeights(path, MeZO(base_model()).tuned).path.read_bytes()
     path.unlink()
     path.with_suffix(".partial").write_bytes(whole[:100])
@@ -512,7 +512,7 @@ def test_what_a_kill_left_is_no_obstacle(tmp_path):
 
 
 def test_a_write_that_fails_leaves_no_file_that_would_be_used(tmp_path, monkeypatch):
-    path = tmp_path / "base.pt"
+    path = tmp_path / "base.bin"
     monkeypatch.setattr("os.replace", lambda *paths: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         BaseWeights(path, MeZO(base_model()).tuned)
@@ -525,12 +525,12 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path, mon
     for free in (0, size - 1):
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
         with pytest.raises(InputError, match=r"keeps the weights .*Make room, or give a learning rate$"):
-            BaseWeights(tmp_path / "base.pt", tuned)
+            BaseWeights(tmp_path / "base.bin", tuned)
         assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=size))
-    BaseWeights(tmp_path / "base.pt", tuned)
+    BaseWeights(tmp_path / "base.bin", tuned)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
-    BaseWeights(tmp_path / "base.pt", tuned)  # it is there, and needs no room
+    BaseWeights(tmp_path / "base.bin", tuned)  # it is there, and needs no room
 
 
 # --- steps that are held ---------------------------------------------------------------------------------------------
@@ -619,7 +619,7 @@ def test_steps_that_are_held_are_estimated_where_the_run_stands(rule, dtype, tmp
 def test_base_weights_undo_a_trial(tmp_path):
     """As a search does it: hold at the base weights, try, restore, release."""
     net, optimizer, log = held_run(tmp_path, "sgd", torch.bfloat16, before=0)
-    base = BaseWeights(tmp_path / "base.pt", optimizer.tuned)
+    base = BaseWeights(tmp_path / "base.bin", optimizer.tuned)
     for rate in (0.1, 10.0):
         optimizer.try_held(rate)
         base.restore()
@@ -677,3 +677,10 @@ def test_a_trial_that_fits_no_float32_says_so_and_moves_nothing(tmp_path):
     optimizer.release(1e-3)
     log.close()
     assert read_log(log.path).steps == 7
+
+
+def test_a_cut_file_is_refused(tmp_path):
+    base = BaseWeights(tmp_path / "base.bin", MeZO(base_model()).tuned)
+    base.path.write_bytes(base.path.read_bytes()[:-1])
+    with pytest.raises(InputError, match=r"base.bin is damaged: start the run again in another folder"):
+        base.restore()

@@ -33,7 +33,7 @@ from .trajectory import BaseWeights, Log, StepLog
 _logger = logging.getLogger(__name__)
 
 #: The weights that a run began with, while it goes.
-BASE_WEIGHTS = "base.pt"
+BASE_WEIGHTS = "base.bin"
 # Steps that are held back for the line search, and the share of a short run.
 _HELD, _HELD_SHARE = 8, 0.2
 # A step moves a weight by this share of eps, root mean square: what the search begins with. Good runs lie within a factor of ten.

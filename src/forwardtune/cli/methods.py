@@ -151,7 +151,10 @@ def train_mezo(session: Session, folder: Path, log: Log | None, settings: dict[s
         record = trainer.mezo.last
         return record is not None and record.flat
 
-    dev = _watch_dev(session, folder, heard=partial(_hear, trainer, session))
+    def held() -> bool:
+        return trainer.mezo.held is not None
+
+    dev = _watch_dev(session, folder, heard=partial(_hear, trainer, session), held=held)
     trainer.automatic.is_told = dev is not None and options.eval_steps is not None
     clock = Deadline(session.deadline, lambda: trainer.mezo.held is None)
     trainer.add_callback(clock)
@@ -273,6 +276,7 @@ def _watch_dev(
     folder: Path,
     improved: Callable[[Any], object] | None = None,
     heard: Callable[[int, dict[str, float]], object] | None = None,
+    held: Callable[[], bool] = lambda: False,
 ) -> DevWatcher | None:
     if "dev" not in session.splits:
         return None
@@ -286,6 +290,7 @@ def _watch_dev(
         heard=heard,
         patience=options.patience,
         untuned=options.lr == AUTO,  # which goes back to it where nothing is better
+        held=held,
     )
 
 

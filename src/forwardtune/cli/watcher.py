@@ -128,6 +128,7 @@ class DevWatcher(TrainerCallback):
         heard: called with every step and what was measured after it.
         patience: stop after so many measurements in a row that were not better than the best one before; None: never.
         untuned: measure before the first step too, as step 0.
+        held: whether steps are held back: the weights are still untuned then, and are not measured.
     """
 
     def __init__(
@@ -141,8 +142,9 @@ class DevWatcher(TrainerCallback):
         heard: Callable[[int, dict[str, float]], object] | None = None,
         patience: int | None = None,
         untuned: bool = False,
+        held: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._untuned = untuned
+        self._untuned, self._held = untuned, held
         self._evaluate, self._metric, self._every, self._file, self._improved = evaluate, metric, every, file, improved
         self._heard, self._patience = heard, patience
         #: Whether patience ended the run.
@@ -164,7 +166,7 @@ class DevWatcher(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         last = state.global_step == state.max_steps
-        if last or (self._every is not None and state.global_step % self._every == 0):
+        if last or (self._every is not None and state.global_step % self._every == 0 and not self._held()):
             self.measure(state.global_step, model)
             if self._patience is not None and not last and self._in_vain() >= self._patience:
                 say(f"{self._in_vain()} measurements without improvement: stopping after step {state.global_step}")
@@ -183,12 +185,12 @@ class DevWatcher(TrainerCallback):
         before = self.best
         dev = self._evaluate()
         model.train(training)
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in dev.items() if name != "examples")
+        say(f"step {step}: dev {shown}")
         if self._heard is not None:  # before it is written: a resumed run measures again what was not heard
             self._heard(step, dev)
         self.lines.append({"step": step, "dev": dev})
         write_lines(self._file, self.lines)
-        shown = ", ".join(f"{name} {value:.4f}" for name, value in dev.items() if name != "examples")
-        say(f"step {step}: dev {shown}")
         if self._improved is not None and self.best is not before:
             self._improved(model)
 

@@ -21,8 +21,10 @@ from .updates import trajectory_of
 class BaseWeights:
     """A copy of the tuned weights on disk, as they are now. A file that is there already is used as it is.
 
+    The file holds the bytes of the tensors in the order of ``tuned``, and nothing else: it belongs to one run.
+
     Args:
-        path: a ``.pt`` file.
+        path: the file.
         tuned: what to keep.
 
     Raises:
@@ -46,16 +48,31 @@ class BaseWeights:
                 f"a run that finds its own learning rate keeps the weights that it began with on disk: {needed / 2**30:.1f} GiB "
                 f"in {self.path.parent}, where {free / 2**30:.1f} are free. Make room, or give a learning rate"
             )
-        # torch writes one tensor after another; safetensors would copy all of them first.
-        torch.save({t.name: t.parameter.detach() for t in self._tuned}, partial)
+        with open(partial, "wb") as file:
+            for tensor in self._tuned:
+                file.write(_bytes(tensor.parameter.detach().cpu().contiguous()))
         os.replace(partial, self.path)
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Give the tuned weights the values in the file, one tensor after another."""
-        kept = torch.load(self.path, mmap=True, map_location="cpu", weights_only=True)
-        for tensor in self._tuned:
-            tensor.parameter.copy_(kept[tensor.name])
+        """Give the tuned weights the values in the file, one tensor after another.
+
+        They are read into the weights themselves, or into a copy of one tensor where those lie elsewhere: a file that is mapped
+        would count as memory of the process.
+
+        Raises:
+            InputError: the file was cut.
+        """
+        with open(self.path, "rb") as file:
+            for tensor in self._tuned:
+                weight = tensor.parameter.detach()
+                direct = weight.device.type == "cpu" and weight.is_contiguous()
+                target = weight if direct else torch.empty(weight.shape, dtype=weight.dtype)
+                room = _bytes(target)
+                if file.readinto(room) != len(room):
+                    raise InputError(f"{self.path} is damaged: start the run again in another folder")
+                if not direct:
+                    weight.copy_(target)
 
     def go_back(self, optimizer: MeZO, log: str | PathLike[str], steps: int) -> None:
         """Bring an optimizer that writes this log back to the weights, and the rule's memory, after so many of its steps.
@@ -73,3 +90,8 @@ class BaseWeights:
     def remove(self) -> None:
         """Delete the file."""
         self.path.unlink(missing_ok=True)
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the processor."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
