@@ -14,7 +14,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -33,9 +33,10 @@ GREY, BLUE, RED = "#4D4D4D", "#0072B2", "#D55E00"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run came to: ``dev`` the losses that it measured, ``test`` that of the weights that it kept."""
+    """What a run came to: ``dev`` the losses that it measured; ``kept`` and ``test`` those of the weights that it kept."""
 
     dev: list[float]
+    kept: float
     test: float
     metrics: dict[str, Any]
 
@@ -82,7 +83,8 @@ def outcome(folder: SweepFolder, run: Run) -> Outcome | None:
     if metrics is None:
         return None
     lines = [json.loads(line) for line in (folder.of(run) / "dev.jsonl").read_text().splitlines()]
-    return Outcome([line["dev"]["loss"] for line in lines], float(metrics["test"]["loss"]), metrics)
+    kept, test = float(metrics["dev"]["loss"]), float(metrics["test"]["loss"])
+    return Outcome([line["dev"]["loss"] for line in lines], kept, test, metrics)
 
 
 def cells(path: Path) -> list[Cell]:
@@ -134,6 +136,7 @@ def row(cell: Cell) -> dict[str, Any]:
         "grid_test_gain": cell.test_gain(cell.best),
         "auto_test_gain": cell.test_gain(AUTO),
         "rollbacks": mean(run.metrics["rollbacks"] for run in runs),
+        "kept_worse": sum(run.kept > run.dev[0] for run in runs),
         "grid_worse": sum(
             not cell.runs[seed][rate].gain(cell.base(seed)) > 0 for seed in cell.seeds for rate in cell.rates
         )
@@ -162,17 +165,19 @@ def summary(rows: list[dict[str, Any]]) -> str:
     total = sum(r["auto_gain"] / r["untuned"] for r in rows) / sum(r["grid_gain"] / r["untuned"] for r in rows)
     text = (
         f"Of {len(judged)} cells in which the best rate gains more than {SLIGHT:.0%} of the untuned loss, automatic settings gain at "
-        f"least 95% as much in {good}; the mean share is {mean(r['share'] for r in judged):.0%}, the smallest "
+        f"least 95% as much in {good}; the median share is {median(r['share'] for r in judged):.0%}, the smallest "
         f"{min(r['share'] for r in judged):.0%}. Gains relative to the untuned loss, summed over all {len(rows)} cells: {total:.0%} "
         "of the grid's. "
     )
     if slight:
         names = ", ".join(f"{r['task']} ({r['tuned']}, {r['model']})" for r in slight)
         text += f"Nothing gains more than that in {names}. "
+    longer = sum(r["forwards"] > r["grid_forwards"] for r in rows)
     return text + (
-        f"The search takes at most {max(r['search_share'] for r in rows):.1%} of a run's forward passes, and a run with its search "
-        f"never more than the grid's runs. No automatic run keeps weights that are worse on the development split than the untuned "
-        f"ones; of the grid's runs {mean(r['grid_worse'] for r in rows):.0%} never measured a lower loss than that."
+        f"The search takes at most {max(r['search_share'] for r in rows):.1%} of a run's forward passes; cells in which an automatic "
+        f"run with its search takes more of them than the grid's runs: {longer}. Automatic runs that keep weights worse on the "
+        f"development split than the untuned ones: {sum(r['kept_worse'] for r in rows)}; of the grid's runs "
+        f"{mean(r['grid_worse'] for r in rows):.0%} never measured a lower loss than that."
     )
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import mean
 
 import numpy as np
@@ -176,7 +176,7 @@ def main() -> None:
     shares: dict[str, dict[int, dict[str, float]]] = {str(rule): {} for rule in RULES}
     for steps, (batch, seeds) in lengths.items():
         for name, kind in KINDS.items():
-            problems = [Problem(replace(kind), seed, steps, batch) for seed in range(seeds)]
+            problems = [Problem(kind, seed, steps, batch) for seed in range(seeds)]
             grid = max(mean(constant(problem, lr) for problem in problems) for lr in GRID)
             for rule in RULES:
                 gain = mean(found(problem, rule) for problem in problems)

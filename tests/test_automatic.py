@@ -14,8 +14,8 @@ from transformers import HfArgumentParser, TrainerCallback
 
 import support
 from forwardtune.automatic import BASE_WEIGHTS, Budget, found
-from forwardtune.epsilon import Scale
 from forwardtune.guard import FALL, NUDGE, RISE, SLIGHT
+from forwardtune.models import tune
 from forwardtune.trainer import MeZOConfig, MeZOTrainer
 from forwardtune.trajectory import LogError, read_log, replay
 
@@ -255,16 +255,18 @@ def test_a_given_eps_below_the_noise_is_warned_of(tmp_path: Path, eps: float, st
         assert "a larger --eps" in text
 
 
-def test_a_given_eps_that_rounding_hides_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The measurement has tests of its own; this is what is said of it."""
-    hidden = Scale(1e-3, signal=2e-3, noise=1e-3, kept=1.0, coefficients=(1.0,) * 3, evaluations=10)
-    monkeypatch.setattr("forwardtune.automatic.measure", lambda *_: hidden)
+def test_a_given_eps_that_rounding_hides_is_warned_of(tmp_path: Path) -> None:
+    """An adapter holds every perturbation, but what it adds is rounded in the model's dtype."""
     told: list[str] = []
-    trainer = make(tmp_path, learning_rate=1e-9, eps=1e-3, max_steps=100)
+    trainer = make(tmp_path, learning_rate=1e-9, eps=1e-6, max_steps=100)
+    trainer.model = tune(trainer.model.to(torch.bfloat16), None, "lora")
     trainer.automatic.announce = told.append
     trainer.train()
     (text,) = told
-    assert re.match(r"eps 1.0e-03 moves the loss by 2e-03, of which rounding in float32 is up to 1e-03: choose", text)
+    assert re.match(
+        r"eps 1.0e-06 moves the loss by \de-\d\d, of which rounding in bfloat16 and float32 is up to \de-\d\d: choose",
+        text,
+    )
 
 
 def test_the_check_of_a_given_eps_changes_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

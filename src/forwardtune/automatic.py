@@ -4,7 +4,7 @@ With ``learning_rate="auto"`` a run
 
 1. estimates its first steps at the base weights and holds them back;
 2. takes all of them with the learning rate that is best on held-out examples, found by a line search, and goes on with it;
-3. lets the rate rise while held-out losses fall, and goes back to its best point with a lower one when they do not, or when
+3. lets the rate rise while held-out losses fall, and goes back to its best point with another one when they do not, or when
    it diverges (:mod:`.guard`).
 
 With ``eps="auto"`` the scale is measured before the first step (:mod:`.epsilon`). Every decision is a note in the step log, and
@@ -83,7 +83,6 @@ class Tunes(Protocol):
     args: Any
     state: Any
     lr_scheduler: Any
-
     model: Any
 
     @property
@@ -280,9 +279,8 @@ class Automatic(TrainerCallback):
         self.hear(step, self._trainer.held_out(self._plan["batches"])())
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        resumed = (
-            state.global_step > 0 and not self._has_stepped
-        )  # an evaluation that the run without a kill did not have
+        # What eval_on_start measures of a resumed run, the run without a kill did not hear.
+        resumed = state.global_step > 0 and not self._has_stepped
         if metrics and "eval_loss" in metrics and not resumed:
             self.hear(state.global_step, metrics["eval_loss"])
 
@@ -404,9 +402,8 @@ class Automatic(TrainerCallback):
 
     def _dtypes(self) -> str:
         """Of the whole model: what an adapter does to the loss is rounded where the rest computes."""
-        return " and ".join(
-            sorted({dtype_name(p.dtype) for p in self._trainer.model.parameters() if p.is_floating_point()})
-        )
+        parameters = self._trainer.model.parameters()
+        return " and ".join(sorted({dtype_name(p.dtype) for p in parameters if p.is_floating_point()}))
 
     @property
     def _base_path(self) -> Path:

@@ -27,7 +27,7 @@ class GoBack:
     """Go on from the weights after ``step`` steps, with this learning rate.
 
     Attributes:
-        why: ``"diverged"`` or ``"no better"``.
+        why: ``"diverged"`` or ``"worse"``.
     """
 
     step: int
@@ -45,9 +45,9 @@ class Guard:
 
     A held-out loss is compared with the best one. If it is lower, the learning rate is multiplied by 1.75. If it is higher, the
     steps since then were in vain: the run goes back to the best point. The learning rate is then divided by 1.5, or multiplied
-    by as much if the loss was hardly higher (by 2%, and half of what was gained so far), as happens where a rate is too low. So it climbs while it is too
-    low, comes down while it is too high, and follows the run. Equal losses, as of an objective with steps, change nothing. The rule was
-    chosen by simulation and on real runs (``docs/log.md``).
+    by as much if the loss was hardly higher (by at most 2%, and half of what was gained so far), as happens where a rate is too
+    low. So it climbs while it is too low, comes down while it is too high, and follows the run. Equal losses, as of an
+    objective with steps, change nothing. The rule was chosen by simulation and on real runs (``docs/log.md``).
 
     Its state follows from what it was told, in order, so a resumed run tells it the same again.
 
@@ -79,7 +79,7 @@ class Guard:
         self._recent.append(loss)
         if len(self._recent) < _WINDOW or not self._is_beyond():
             return None
-        return self._go_back("diverged", PLUNGE)
+        return self._go_back("diverged", self.lr / PLUNGE)
 
     def known(self, step: int, loss: float) -> None:
         """Hear a loss on held-out examples from which nothing follows for the learning rate."""
@@ -94,7 +94,7 @@ class Guard:
             self.known(step, loss)
             self.lr *= RISE
         elif loss != self.best_loss:
-            return self._go_back("worse", 1 / NUDGE if self._is_slight(loss - self.best_loss) else FALL)
+            return self._go_back("worse", self.lr * NUDGE if self._is_slight(loss - self.best_loss) else self.lr / FALL)
         return None
 
     def _is_slight(self, harm: float) -> bool:
@@ -119,8 +119,8 @@ class Guard:
         error = math.sqrt(self._squares / self._pairs * (1 / _WINDOW + 1 / len(finite)))
         return sum(finite) / len(finite) > mean + max(_ERRORS * error, _SHARE * abs(mean))
 
-    def _go_back(self, why: str, fall: float) -> GoBack:
-        self.lr /= fall
+    def _go_back(self, why: str, lr: float) -> GoBack:
+        self.lr = lr
         self._recent.clear()
         self._before = None
         return GoBack(self.best_step, self.lr, why)

@@ -156,7 +156,7 @@ def train_mezo(session: Session, folder: Path, log: Log | None, settings: dict[s
 
     dev = _watch_dev(session, folder, heard=partial(_hear, trainer, session), held=held)
     trainer.automatic.is_told = dev is not None and options.eval_steps is not None
-    clock = Deadline(session.deadline, lambda: trainer.mezo.held is None)
+    clock = Deadline(session.deadline, lambda: not held())
     trainer.add_callback(clock)
     seen: dict[str, Any] = {"raised": options.objective != "loss", "still": last_still, "advise": _advise}
     peak = _run(trainer, session, done, last_loss, dev, resume=bool(log), **seen)

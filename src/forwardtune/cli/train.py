@@ -179,7 +179,7 @@ def run(options: argparse.Namespace) -> int:
         write_json(folder / OUTCOMES, outcomes)
     if options.steps is None:
         options.steps = _steps(session, began)
-    described: dict[str, Any] = {}
+    described: dict[str, Any] = {}  # what the step log records beside the options
     if "dev" in session.splits:
         whole = len(session.splits["dev"])
         measured = log.header["run"].get(_MEASURED, whole) if log else measured_examples(options, options.steps, whole)
