@@ -14,7 +14,7 @@ from transformers import HfArgumentParser, TrainerCallback
 
 import support
 from forwardtune.automatic import BASE_WEIGHTS, Budget, found
-from forwardtune.guard import FALL, NUDGE, RISE, SLIGHT
+from forwardtune.guard import FALL, RISE, SLIGHT
 from forwardtune.models import tune
 from forwardtune.trainer import MeZOConfig, MeZOTrainer
 from forwardtune.trajectory import LogError, read_log, replay
@@ -151,7 +151,7 @@ def test_the_rate_rises_and_falls_with_held_out_losses(tmp_path: Path) -> None:
         loss = float(note.content["held_out"])
         before, after = log.records[note.at - 1].lr[0], log.records[note.at].lr[0]
         slight = loss - best <= (SLIGHT * best if best == untuned else min(SLIGHT * best, (untuned - best) / 2))
-        assert after == pytest.approx(before * (RISE if loss < best else NUDGE if slight else 1 / FALL))
+        assert after == pytest.approx(before * (RISE if loss < best else 1 if slight else 1 / FALL))
         (better if loss < best else worse).append(note.at)
         best = min(best, loss)
     assert better
@@ -202,7 +202,7 @@ def test_a_schedule_goes_on_from_the_rate_that_was_found(tmp_path: Path) -> None
     before = found_rate
     for record in log.records[8:]:
         rate = record.lr[0] / (1 - record.step / STEPS)  # what it would be without the schedule
-        factors = [RISE, 1 / FALL, NUDGE] if record.step in heard else [1.0]
+        factors = [RISE, 1 / FALL, 1.0] if record.step in heard else [1.0]
         assert any(rate / before == pytest.approx(factor) for factor in factors)
         before = rate
 

@@ -9,7 +9,7 @@ from itertools import islice
 
 import pytest
 
-from forwardtune.guard import FALL, NUDGE, PLUNGE, RISE, GoBack, Guard
+from forwardtune.guard import FALL, PLUNGE, RISE, GoBack, Guard
 
 LR = 1e-5
 WINDOW = 8
@@ -155,11 +155,11 @@ def test_a_higher_loss_leads_back_with_a_lower_rate():
 
 
 @pytest.mark.parametrize("best", [0.5, -0.5])
-def test_a_loss_that_is_hardly_higher_leads_back_with_a_higher_rate(best):
+def test_a_loss_that_is_hardly_higher_leads_back_with_the_same_rate(best):
     guard = Guard(LR)
     guard.known(0, best)
-    assert guard.measured(10, best + 0.009) == GoBack(0, LR * NUDGE, "worse")
-    assert guard.measured(20, best + 0.011) == GoBack(0, LR * NUDGE / FALL, "worse")
+    assert guard.measured(10, best + 0.009) == GoBack(0, LR, "worse")
+    assert guard.measured(20, best + 0.011) == GoBack(0, LR / FALL, "worse")
 
 
 def test_harm_as_large_as_the_gain_is_not_slight():
@@ -167,8 +167,8 @@ def test_harm_as_large_as_the_gain_is_not_slight():
     guard = Guard(LR)
     guard.known(0, 10.0)
     guard.measured(10, 9.96)
-    assert guard.measured(20, 9.975).lr == pytest.approx(LR * RISE * NUDGE)
-    assert guard.measured(30, 9.985).lr == pytest.approx(LR * RISE * NUDGE / FALL)
+    assert guard.measured(20, 9.975).lr == pytest.approx(LR * RISE)
+    assert guard.measured(30, 9.985).lr == pytest.approx(LR * RISE / FALL)
 
 
 def test_an_equal_loss_changes_nothing():

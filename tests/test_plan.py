@@ -6,12 +6,16 @@ import argparse
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from forwardtune.cli.plan import Cost, seconds_of_run, steps_within
+import support
+from forwardtune import MeZO
+from forwardtune.cli.plan import Cost, fill_window, seconds_of_run, steps_within
 from forwardtune.durations import duration, seconds_of
 from forwardtune.errors import InputError
+from forwardtune.rules import Adam, Momentum
 from forwardtune.trajectory import read_log
 from test_cli import Setting, cli, write_task
 from test_methods import read
@@ -104,6 +108,20 @@ def test_measuring_moves_no_weight(setting: Setting, tmp_path: Path) -> None:
         assert cli(*setting.train(tmp_path / name, **changes)).code == 0
         digests.append(read_log(tmp_path / name / "steps.jsonl").header["base"])
     assert digests[0] == digests[1]
+
+
+@pytest.mark.parametrize(
+    "rule", [Momentum(state="window"), Adam(state="window", window=7), Momentum(state="exact"), "sgd"]
+)
+def test_a_window_is_timed_full(rule: Any) -> None:
+    model = support.tiny_model()
+    before = support.snapshot(model)
+    optimizer = MeZO(model, lr=1e-3, rule=rule)
+    optimizer.step(lambda: 0.5)
+    fill_window(optimizer)
+    optimizer.step(lambda: 0.5)
+    assert len(optimizer.history.recent) == (getattr(optimizer.rule, "window", None) or 0)
+    support.assert_same_bits(model, before)
 
 
 def test_patience_ends_a_run(setting: Setting, tmp_path: Path) -> None:

@@ -7,10 +7,10 @@ from collections import deque
 from dataclasses import dataclass, field
 
 #: By how much the learning rate rises after a held-out loss that is the best so far, and falls after one that is worse.
-RISE, FALL = 1.75, 1.5
+RISE, FALL = 1.35, 1.5
 #: A loss that is worse by less than this share of the best one, and of what was gained so far, says that steps are small or go
-#: nowhere yet: then the rate rises, by less.
-SLIGHT, SLIGHT_OF_GAIN, NUDGE = 0.02, 0.5, 1.5
+#: nowhere yet: then the rate stays.
+SLIGHT, SLIGHT_OF_GAIN = 0.02, 0.5
 #: By how much it falls when a run diverges.
 PLUNGE = 10**0.5
 # So many losses of minibatches are averaged before they count.
@@ -43,10 +43,10 @@ class Guard:
     a tenth, or when none of them was finite. It goes back to its best point, and its learning rate is divided by the square
     root of ten.
 
-    A held-out loss is compared with the best one. If it is lower, the learning rate is multiplied by 1.75. If it is higher, the
-    steps since then were in vain: the run goes back to the best point. The learning rate is then divided by 1.5, or multiplied
-    by as much if the loss was hardly higher (by at most 2%, and half of what was gained so far), as happens where a rate is too
-    low. So it climbs while it is too low, comes down while it is too high, and follows the run. Equal losses, as of an
+    A held-out loss is compared with the best one. If it is lower, the learning rate is multiplied by 1.35. If it is higher, the
+    steps since then were in vain: the run goes back to the best point. The learning rate is then divided by 1.5, but stays as
+    it is if the loss was hardly higher (by at most 2%, and half of what was gained so far), as happens where a rate is too low.
+    So it climbs while it is too low, comes down while it is too high, and follows the run. Equal losses, as of an
     objective with steps, change nothing. The rule was chosen by simulation and on real runs (``docs/log.md``).
 
     Its state follows from what it was told, in order, so a resumed run tells it the same again.
@@ -94,7 +94,7 @@ class Guard:
             self.known(step, loss)
             self.lr *= RISE
         elif loss != self.best_loss:
-            return self._go_back("worse", self.lr * NUDGE if self._is_slight(loss - self.best_loss) else self.lr / FALL)
+            return self._go_back("worse", self.lr if self._is_slight(loss - self.best_loss) else self.lr / FALL)
         return None
 
     def _is_slight(self, harm: float) -> bool:
