@@ -7,7 +7,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 #: By how much the learning rate rises after a held-out loss that is the best so far, and falls after one that is worse.
-RISE, FALL = 1.35, 1.5
+RISE, FALL = 1.5, 1.5
 #: A loss that is worse by less than this share of the best one, and of what was gained so far, says that steps are small or go
 #: nowhere yet: then the rate stays.
 SLIGHT, SLIGHT_OF_GAIN = 0.02, 0.5
@@ -43,7 +43,7 @@ class Guard:
     a tenth, or when none of them was finite. It goes back to its best point, and its learning rate is divided by the square
     root of ten.
 
-    A held-out loss is compared with the best one. If it is lower, the learning rate is multiplied by 1.35. If it is higher, the
+    A held-out loss is compared with the best one. If it is lower, the learning rate is multiplied by 1.5. If it is higher, the
     steps since then were in vain: the run goes back to the best point. The learning rate is then divided by 1.5, but stays as
     it is if the loss was hardly higher (by at most 2%, and half of what was gained so far), as happens where a rate is too low.
     So it climbs while it is too low, comes down while it is too high, and follows the run. Equal losses, as of an
