@@ -191,6 +191,12 @@ def summary(rows: list[dict[str, Any]]) -> str:
     if slight:
         names = ", ".join(f"{r['task']} ({r['tuned']}, {r['model']})" for r in slight)
         text += f"Nothing gains more than that in {names}. "
+    missed = [r for r in judged if r["share"] < 0.95]
+    if missed:
+        text += (
+            f"Of the {len(missed)} cells with less, the best rate left the test loss worse than the untuned one in "
+            f"{sum(r['grid_test_gain'] < 0 for r in missed)}. "
+        )
     better = sum(r["auto_test_gain"] >= r["grid_test_gain"] for r in rows)
     text += (
         f"On the test split, which chooses nothing, the kept weights of automatic runs have a loss as low as those of the best rate, "
