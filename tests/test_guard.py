@@ -99,6 +99,20 @@ def test_losses_of_a_divergence_do_not_blunt_the_watch():
     assert alarms(guard, islice(normal(2, 1.2, 0.1), 10))
 
 
+@pytest.mark.parametrize(("share", "most"), [(0.2, 5), (0.35, 20), (0.5, 40)])
+def test_losses_with_two_levels_are_seldom_an_alarm(share, most):
+    """Of small minibatches with few classes. All of the first eight happen to be low; of the others, this share is high."""
+
+    def losses(seed: int) -> Iterator[float]:
+        rng = random.Random(seed)
+        for step in range(200):
+            yield rng.gauss(1.4 if step >= WINDOW and rng.random() < share else 0.75, 0.08)
+
+    runs = [alarms(Guard(LR), losses(seed)) for seed in range(200)]
+    assert sum(bool(run) for run in runs) <= most
+    assert max(len(run) for run in runs) <= 3  # what raised an alarm counts for the variance, so they do not go on
+
+
 def test_a_tenth_more_than_at_the_beginning_is_not_worth_going_back():
     guard = Guard(LR)
     assert not alarms(guard, [1.0] * 20 + [1.09] * 20)

@@ -40,8 +40,9 @@ class Guard:
     """Watches losses of minibatches, which come with every step, and losses on held-out examples, which come rarely.
 
     A run has *diverged* when the mean of its last eight losses is above that of its first eight by five standard errors and
-    a tenth, or when none of them was finite. It goes back to its best point, and its learning rate is divided by the square
-    root of ten.
+    a tenth, or when none of them was finite. The standard error is of all losses so far; what is farther from the mean of the
+    first eight than that from zero counts as no farther. The run goes back to its best point, and its learning rate is divided
+    by the square root of ten.
 
     A held-out loss is compared with the best one. If it is lower, the learning rate is multiplied by 1.5. If it is higher, the
     steps since then were in vain: the run goes back to the best point. The learning rate is then divided by 1.5, but stays as
@@ -62,7 +63,9 @@ class Guard:
     _first_known: float = math.inf
     _first: list[float] = field(default_factory=list)
     _recent: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW))
-    # The variance of one loss, from neighbours: halved squares of their differences, which no trend can swell.
+    # The variance of one loss, from neighbours: halved squares of their differences, which no trend can swell. No loss counts as
+    # farther from the mean of the first eight than that is from zero, or five deviations of them.
+    _bounds: tuple[float, float] = (-math.inf, math.inf)
     _squares: float = 0.0
     _pairs: int = 0
     _before: float | None = None
@@ -72,10 +75,10 @@ class Guard:
         if len(self._first) < _WINDOW and math.isfinite(loss):
             self._first.append(loss)
             self._recent.clear()  # losses that were not finite, and not eight in a row
-            self._settle(loss)
+            if len(self._first) == _WINDOW:
+                self._count_first()
             return None
-        if len(self._recent) == _WINDOW:
-            self._settle(self._recent[0])
+        self._count(loss)
         self._recent.append(loss)
         if len(self._recent) < _WINDOW or not self._is_beyond():
             return None
@@ -101,20 +104,37 @@ class Guard:
         gained = self._first_known - self.best_loss
         return harm <= SLIGHT * abs(self.best_loss) and (gained <= 0 or harm <= SLIGHT_OF_GAIN * gained)
 
-    def _settle(self, loss: float) -> None:
-        """Let a loss count for the variance: one that no window of a diverging run holds."""
+    def _count_first(self) -> None:
+        for loss in self._first:
+            self._count(loss)
+        mean = self._first_mean
+        far = max(abs(mean), _ERRORS * math.sqrt(self._squares / self._pairs))
+        self._bounds = (mean - far, mean + far)
+
+    def _count(self, loss: float) -> None:
+        """Let a loss count for the variance, those of a diverging run as well.
+
+        The first eight alone may say little of it: where losses have two levels, as of small minibatches with few classes, all
+        may lie on the lower one. Those of an explosion cannot swell it, for beyond the bounds all count as the same.
+        """
         if not math.isfinite(loss):
             return
+        lowest, highest = self._bounds
+        loss = min(max(loss, lowest), highest)
         if self._before is not None:
             self._squares += (loss - self._before) * (loss - self._before) / 2
             self._pairs += 1
         self._before = loss
 
+    @property
+    def _first_mean(self) -> float:
+        return sum(self._first) / _WINDOW
+
     def _is_beyond(self) -> bool:
         finite = [loss for loss in self._recent if math.isfinite(loss)]
         if not finite:
             return bool(self._first)  # else the untuned model is no better
-        mean = sum(self._first) / _WINDOW
+        mean = self._first_mean
         # The standard error of the difference of two means.
         error = math.sqrt(self._squares / self._pairs * (1 / _WINDOW + 1 / len(finite)))
         return sum(finite) / len(finite) > mean + max(_ERRORS * error, _SHARE * abs(mean))
