@@ -12,6 +12,7 @@ import pytest
 
 import support
 from forwardtune import MeZO
+from forwardtune.cli import plan
 from forwardtune.cli.plan import Cost, fill_window, seconds_of_run, steps_within
 from forwardtune.durations import duration, seconds_of
 from forwardtune.errors import InputError
@@ -122,6 +123,24 @@ def test_a_window_is_timed_full(rule: Any) -> None:
     optimizer.step(lambda: 0.5)
     assert len(optimizer.history.recent) == (getattr(optimizer.rule, "window", None) or 0)
     support.assert_same_bits(model, before)
+
+
+def test_plan_times_steps_with_a_full_window(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A window of the long run costs from its first step on; one that fills while it is timed would be too cheap."""
+    remembered = []
+
+    class Watched(MeZO):
+        def step(self, closure: Any) -> Any:
+            remembered.append(len(self.history.recent))
+            return super().step(closure)
+
+    monkeypatch.setattr(plan, "MeZO", Watched)
+    asked = ("--model", setting.model, "--task", setting.task, "--batch-size", 4, "--device", "cpu")
+    assert cli("plan", *asked, "--rule", "momentum", "--rule-state", "window").code == 0
+    first, *timed = remembered
+    assert first == 0
+    assert len(timed) >= 3
+    assert set(timed) == {44}  # the least n with 0.9**n < 1%
 
 
 def test_patience_ends_a_run(setting: Setting, tmp_path: Path) -> None:
