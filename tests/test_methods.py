@@ -778,7 +778,6 @@ def test_careless_use_on_real_data(models_dir: Path, data_dir: Path, tmp_path: P
         ([*causal, "--task", "squad", "--calibrate"], "task squad cannot be calibrated.*--calibrate"),
         ([*masked, "--task", "sst2", "--shots", 2], "demonstrations are for causal models: leave --shots out"),
         ([*masked, "--task", "squad"], "prompt for causal models alone, and this model is masked"),
-        ([*causal, "--task", "trec"], "prompt for masked models alone, and this model is causal"),
         ([*causal, "--task", "sst-2"], "unknown task 'sst-2'.*did you mean sst2"),
         ([*causal, "--task", "boolQ"], "unknown task 'boolQ'.*did you mean boolq"),
         (
