@@ -40,9 +40,9 @@ class Guard:
     """Watches losses of minibatches, which come with every step, and losses on held-out examples, which come rarely.
 
     A run has *diverged* when the mean of its last eight losses is above that of its first eight by five standard errors and
-    a tenth, or when none of them was finite. The standard error is of all losses so far; what is farther from the mean of the
-    first eight than that from zero counts as no farther. The run goes back to its best point, and its learning rate is divided
-    by the square root of ten.
+    a tenth, or when none of them was finite. The standard error is of all losses so far, but none counts as farther from the
+    mean of the first eight than that is from zero, or than five of their deviations. The run goes back to its best point, and
+    its learning rate is divided by the square root of ten.
 
     A held-out loss is compared with the best one. If it is lower, the learning rate is multiplied by 1.5. If it is higher, the
     steps since then were in vain: the run goes back to the best point. The learning rate is then divided by 1.5, but stays as
@@ -63,8 +63,7 @@ class Guard:
     _first_known: float = math.inf
     _first: list[float] = field(default_factory=list)
     _recent: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW))
-    # The variance of one loss, from neighbours: halved squares of their differences, which no trend can swell. No loss counts as
-    # farther from the mean of the first eight than that is from zero, or five deviations of them.
+    # The variance of one loss, from neighbours: halved squares of their differences, which no trend can swell.
     _bounds: tuple[float, float] = (-math.inf, math.inf)
     _squares: float = 0.0
     _pairs: int = 0
