@@ -107,6 +107,12 @@ def closure_for(model: Any, input_ids: torch.Tensor) -> Callable[[], torch.Tenso
     return lambda: model(input_ids=input_ids, **extra).logits.float().pow(2).mean()
 
 
+def trusted(optimizer: Any) -> Any:
+    """The optimizer without its first step's self-check, for closures that count their calls or follow a script."""
+    optimizer._checked = True
+    return optimizer
+
+
 def snapshot(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Copies of all parameters and buffers."""
     return {name: tensor.clone() for name, tensor in module.state_dict().items()}

@@ -318,26 +318,26 @@ def test_an_export_keeps_the_rollbacks_and_no_header_field_more(tmp_path):
     assert trajectory.digest == log.end["digest"]
 
 
-# --- format 1 --------------------------------------------------------------------------------------------------------
+# --- format 2 --------------------------------------------------------------------------------------------------------
 
-GOLDEN_1 = (
-    r'{"format":1,"noise":1,"seed":5,"direction":"gaussian","estimator":"spsa","eps":0.25,"probes":1,"rule":"sgd",'
+GOLDEN_2 = (
+    r'{"format":2,"noise":1,"seed":5,"direction":"gaussian","estimator":"spsa","eps":0.25,"probes":1,"rule":"sgd",'
     r'"groups":[{"weight_decay":0.5}],"tensors":[{"name":"bias","shape":[1],"dtype":"bfloat16","group":0},'
     r'{"name":"weight","shape":[1,2],"dtype":"bfloat16","group":0}],'
     r'"base":"87f0c6ec25c58057a476ad00c4e4bb32be507f0b38090590c7257895a6be8ad6",'
-    r'"versions":{"forwardtune":"golden"},"run":{"model":"g\u00f6ld"},"check":"c3b05810ce5c4efe"}'
+    r'"versions":{"forwardtune":"golden"},"run":{"model":"g\u00f6ld"},"check":"19028713f76eb4c1"}'
     "\n"
     r'{"step":0,"lr":0.5,"coefficients":[1.0],"losses":[1.5,1.0],"loss":1.25,"unchanged":0,"seconds":0.125,'
-    r'"check":"65b332a6fbbc1e12"}'
+    r'"check":"f3e0e35ca8535b2e"}'
     "\n"
     r'{"step":1,"lr":0.5,"coefficients":[],"losses":["inf",0.1],"loss":"inf","unchanged":3,"seconds":0.125,'
-    r'"check":"6dfd9434fde133df"}'
+    r'"check":"4e36f0b791772041"}'
     "\n"
     r'{"step":2,"lr":0.5,"coefficients":[-0.39999999999999997],"losses":[0.1,0.3],"loss":0.2,"unchanged":0,'
-    r'"seconds":0.125,"check":"5ba1074798158c03"}'
+    r'"seconds":0.125,"check":"7f1594dbab4a7f4e"}'
     "\n"
     r'{"end":3,"digest":"f9f904eeab4ce7edde5a54f7bf9309d6ef6cfe970ec5c046b3dfd88be60553e8",'
-    r'"check":"7a4843dbc04b16da"}'
+    r'"check":"ad5d2828de229d0b"}'
     "\n"
 )
 
@@ -349,9 +349,9 @@ def golden_base() -> nn.Linear:
     return net
 
 
-def test_a_log_of_format_1_replays(tmp_path):
+def test_a_log_of_format_2_replays(tmp_path):
     path, exported = tmp_path / "steps.jsonl", tmp_path / "trajectory.safetensors"
-    path.write_text(GOLDEN_1)
+    path.write_text(GOLDEN_2)
     log = read_log(path)
     assert (log.steps, log.rollbacks, log.notes) == (3, [], [])
     export_trajectory(log, exported)
@@ -361,15 +361,15 @@ def test_a_log_of_format_1_replays(tmp_path):
         assert not torch.equal(net.weight, golden_base().weight)
 
 
-def test_a_log_of_format_1_is_resumed(tmp_path):
+def test_a_log_of_format_2_is_resumed(tmp_path):
     path = tmp_path / "steps.jsonl"
-    path.write_text(GOLDEN_1)
+    path.write_text(GOLDEN_2)
     net = golden_base()
     optimizer = MeZO(net, lr=0.5, eps=0.25, weight_decay=0.5, seed=5, perturbation="copy")
     with StepLog.resume(path, optimizer):
-        assert optimizer.tuned.digest() == json.loads(GOLDEN_1.splitlines()[-1])["digest"]
+        assert optimizer.tuned.digest() == json.loads(GOLDEN_2.splitlines()[-1])["digest"]
         optimizer.step(lambda: net(torch.ones(2, dtype=torch.bfloat16)).float().square().sum())
-    assert path.read_text().startswith(GOLDEN_1)
+    assert path.read_text().startswith(GOLDEN_2)
     again = golden_base()
     assert replay(path, again) == 4
     assert_same_bits(again, snapshot(net))

@@ -30,7 +30,7 @@ from forwardtune.trajectory import format as log_format
 from forwardtune.trajectory.export import read_trajectory
 from forwardtune.trajectory.format import seal, step_content
 from forwardtune.trajectory.log import cut_log
-from support import DTYPES, assert_same_bits, closure_for, snapshot, tiny_model, token_batch
+from support import DTYPES, assert_same_bits, closure_for, snapshot, tiny_model, token_batch, trusted
 
 
 def small_model(dtype: torch.dtype = torch.float32) -> nn.Sequential:
@@ -110,7 +110,7 @@ def test_the_header_says_what_the_steps_mean(path):
         "format", "noise", "seed", "direction", "estimator", "eps", "probes", "rule", "groups", "tensors", "base",
         "versions", "run", "check",
     ]  # fmt: skip
-    assert [header[key] for key in list(header)[:8]] == [2, 1, 2**64 - 1, "rademacher", "spsa", 0.25, 2, "sgd"]
+    assert [header[key] for key in list(header)[:8]] == [3, 1, 2**64 - 1, "rademacher", "spsa", 0.25, 2, "sgd"]
     assert header["groups"] == [{"weight_decay": 0.5}, {"weight_decay": 0.0}]
     assert header["tensors"] == [
         {"name": name, "shape": shape, "dtype": "float32", "group": group}
@@ -137,23 +137,23 @@ def test_every_line_is_a_sealed_object(path):
 
 
 GOLDEN = (
-    r'{"format":2,"noise":1,"seed":5,"direction":"gaussian","estimator":"spsa","eps":0.25,"probes":1,"rule":"sgd",'
+    r'{"format":3,"noise":1,"seed":5,"direction":"gaussian","estimator":"spsa","eps":0.25,"probes":1,"rule":"sgd",'
     r'"groups":[{"weight_decay":0.5}],"tensors":[{"name":"bias","shape":[1],"dtype":"bfloat16","group":0},'
     r'{"name":"weight","shape":[1,2],"dtype":"bfloat16","group":0}],'
     r'"base":"87f0c6ec25c58057a476ad00c4e4bb32be507f0b38090590c7257895a6be8ad6",'
-    r'"versions":{"forwardtune":"golden"},"run":{"model":"g\u00f6ld"},"check":"19028713f76eb4c1"}'
+    r'"versions":{"forwardtune":"golden"},"run":{"model":"g\u00f6ld"},"check":"255c073a0535f34f"}'
     "\n"
     r'{"step":0,"lr":0.5,"coefficients":[1.0],"losses":[1.5,1.0],"loss":1.25,"unchanged":0,"seconds":0.125,'
-    r'"check":"f3e0e35ca8535b2e"}'
+    r'"check":"19805513b4006bca"}'
     "\n"
     r'{"step":1,"lr":0.5,"coefficients":[],"losses":["inf",0.1],"loss":"inf","unchanged":3,"seconds":0.125,'
-    r'"check":"4e36f0b791772041"}'
+    r'"check":"f470ad824f2f270c"}'
     "\n"
     r'{"step":2,"lr":0.5,"coefficients":[-0.39999999999999997],"losses":[0.1,0.3],"loss":0.2,"unchanged":0,'
-    r'"seconds":0.125,"check":"7f1594dbab4a7f4e"}'
+    r'"seconds":0.125,"check":"bf4a4b390d28c2fd"}'
     "\n"
     r'{"end":3,"digest":"f9f904eeab4ce7edde5a54f7bf9309d6ef6cfe970ec5c046b3dfd88be60553e8",'
-    r'"check":"ad5d2828de229d0b"}'
+    r'"check":"6abb5981e6568884"}'
     "\n"
 )
 
@@ -162,7 +162,7 @@ def golden_run(path: Path, monkeypatch: pytest.MonkeyPatch) -> nn.Linear:
     """Three steps on scripted losses, the middle one skipped; versions and times, which vary, are set."""
     monkeypatch.setattr(log_format, "_versions", lambda: {"forwardtune": "golden"})
     net = golden_base()
-    optimizer = MeZO(net, lr=0.5, eps=0.25, weight_decay=0.5, seed=5, perturbation="copy")
+    optimizer = trusted(MeZO(net, lr=0.5, eps=0.25, weight_decay=0.5, seed=5, perturbation="copy"))
     with StepLog(path, optimizer, run={"model": "göld"}) as log:
         optimizer.recorders[:] = [lambda record: log.record(dataclasses.replace(record, seconds=0.125))]
         for plus, minus in [(1.5, 1.0), (math.inf, 0.1), (0.1, 0.3)]:
@@ -352,7 +352,7 @@ def test_twenty_thousand_steps_of_a_13b_model_fit_in_100_kb(path):
     digests = [rng.randbytes(32).hex() for _ in range(2)]
     contents: list[dict[str, Any]] = [
         {
-            "format": 1, "noise": 1, "seed": rng.getrandbits(64), "direction": "gaussian", "estimator": "spsa",
+            "format": 3, "noise": 1, "seed": rng.getrandbits(64), "direction": "gaussian", "estimator": "spsa",
             "eps": 1e-3, "probes": 1, "rule": "sgd", "groups": [{"weight_decay": 0.0}], "tensors": tensors,
             "base": digests[0], "versions": {}, "run": {"model": "facebook/opt-13b", "task": "sst2"},
         }
@@ -423,8 +423,8 @@ def test_an_export_of_another_version_is_refused(part, path):
     small_run(path)
     log = read_log(path)
     exported = path.with_suffix(".safetensors")
-    export_trajectory(dataclasses.replace(log, header={**log.header, part: 3}), exported)
-    with pytest.raises(LogError, match=f"version 3 of the.*{part}"):
+    export_trajectory(dataclasses.replace(log, header={**log.header, part: 4}), exported)
+    with pytest.raises(LogError, match=f"version 4 of the.*{part}"):
         replay(exported, small_model(), steps=2)
 
 
@@ -526,7 +526,8 @@ def test_what_is_no_log_is_refused(path):
     ("changed", "message"),
     [
         ({"noise": 2}, "version 2 of the noise"),
-        ({"format": 3}, "version 3 of the log format"),
+        ({"format": 1}, "version 1 of the log format"),
+        ({"format": 4}, "version 4 of the log format"),
         ({"direction": "sphere"}, "the direction 'sphere'"),
         ({"rule": "adam"}, "the rule 'adam'"),
     ],

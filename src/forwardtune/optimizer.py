@@ -11,15 +11,19 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .estimators import Estimator, get_estimator
 from .noise import Direction, Noise, Update, get_direction
 from .parameters import TunedParameters
-from .perturbation import PERTURBATIONS, Copy, Perturbation, Scratch
+from .perturbation import PERTURBATIONS, Closure, Perturbation, ReadElsewhereError, Scratch
 from .rules import History, Rule, get_rule, move_all
+from .self_check import check, copy_instead, refuse_stale_weights
 
-Closure = Callable[[], "Tensor | float"]
+# After so many steps from the start in which nothing changed the loss, that is said.
+_FLAT = 10
+# Names in a message.
+_SHOWN = 4
 
 
 class NonFiniteLossError(RuntimeError):
@@ -43,6 +47,7 @@ class StepRecord:
         loss: their mean.
         unchanged: how many weights the update left at the same stored value.
         seconds: from the start of the first evaluation to the end of the update.
+        unused: ids of the tuned tensors that no evaluation of the step went through; the update left them alone.
     """
 
     step: int
@@ -53,6 +58,7 @@ class StepRecord:
     loss: float
     unchanged: int
     seconds: float
+    unused: tuple[int, ...] = ()
 
     @property
     def skipped(self) -> bool:
@@ -85,7 +91,10 @@ class MeZO(torch.optim.Optimizer):
 
     The closure is called under ``torch.no_grad()``, 2 n times a step (n + 1 with one-sided probes), and must return the loss of the *same* minibatch
     each time: a scalar tensor or any Python number, lower is better. Put the model in evaluation mode, as dropout would
-    differ between the two sides. With ``perturbation="auto"`` the first step calls it two or three times more.
+    differ between the two sides. The first step calls it two or three times more (:mod:`forwardtune.self_check`).
+
+    A step moves what its evaluations went through: a tuned tensor that none of them read (a vision tower in a step on text) stays as it
+    is, without weight decay. With ``perturbation="copy"`` that cannot be seen, and every tuned tensor is moved.
 
     Args:
         params: a module (all its parameters that require grad are tuned), or parameters, named parameters or parameter
@@ -96,7 +105,7 @@ class MeZO(torch.optim.Optimizer):
         probes: n, the directions a step (n-SPSA).
         direction: ``"gaussian"`` or ``"rademacher"``.
         perturbation: ``"scratch"``, ``"copy"`` or ``"in_place"`` (see :mod:`forwardtune.perturbation`), or ``"auto"``:
-            scratch if the first step's self-check finds that every weight is read through its own module, else copy.
+            scratch, or copy without a module or where a weight is read on a way that scratch cannot see.
         weight_decay: decoupled weight decay.
         seed: 64-bit seed of all directions and of stochastic rounding.
         clip_coefficient: largest magnitude of a coefficient; larger ones are clipped. ``None``: no clipping.
@@ -110,6 +119,7 @@ class MeZO(torch.optim.Optimizer):
         ValueError: an argument out of range, nothing to tune, or a tensor that cannot be perturbed.
         NonFiniteLossError: from :meth:`step`, after ``max_skipped`` skipped steps in a row.
         TypeError: from :meth:`step`, when the closure returns no number.
+        ReadElsewhereError: from :meth:`step` with ``perturbation="scratch"``, where that would not be exact.
 
     Half-precision weights (bfloat16, float16) are updated with stochastic rounding; the weights after a step differ from
     those before by the update alone. torch's global random state is neither read nor changed.
@@ -159,10 +169,17 @@ class MeZO(torch.optim.Optimizer):
         #: Steps that :meth:`hold` keeps back.
         self.held: list[StepRecord] | None = None
         self.next_step = 0
+        #: True while the first step's self-check calls the closure.
+        self.checking = False
+        self._checked = False
         self._skipped = 0
+        self._flat: int | None = 0
+        # What estimate() gathers for the coming step.
         self._pending: list[float] | None = None
+        self._used: set[int] = set()
         self._seconds = 0.0
         self._interrupted = False
+        self._may_copy = perturbation == "auto"
         self.perturbation: Perturbation | None = None
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self.tuned = TunedParameters.from_groups(self.param_groups, module)
@@ -180,6 +197,10 @@ class MeZO(torch.optim.Optimizer):
             )
         for name, at_least in (("lr", "positive"), ("weight_decay", "not negative")):
             value = param_group.get(name, self.defaults[name])
+            if isinstance(value, str) or not hasattr(value, "__float__"):
+                raise ValueError(
+                    f"{name} must be a number, got {value!r}" + ("; MeZOTrainer finds one" if value == "auto" else "")
+                )
             if not (0 <= value < math.inf) or (name == "lr" and value == 0):
                 raise ValueError(f"{name} must be {at_least}, got {value!r}")
         super().add_param_group(param_group)
@@ -214,18 +235,33 @@ class MeZO(torch.optim.Optimizer):
             The mean of this call's losses.
         """
         self.require_whole_weights()
+        refuse_stale_weights()
         began = time.perf_counter()
         queries = self.estimator.queries()
-        perturbation = self.prepare(closure)
-        evaluated = []
-        with perturbation:
-            for probe, scale in queries:
-                perturbation.shift(self.next_step, probe, scale)
-                evaluated.append(_checked(closure()))
-        losses = [float(loss) for loss in evaluated]  # read now: a GPU went from point to point without waiting
+        try:
+            perturbation = self.prepare(closure)
+            try:
+                losses = perturbation.losses(self.next_step, queries, closure)
+            except ReadElsewhereError as error:
+                if not self._may_copy:
+                    raise ReadElsewhereError(f"{error}: use perturbation='auto' or 'copy'") from None
+                perturbation = self.perturbation = copy_instead(perturbation, error)
+                losses = perturbation.losses(self.next_step, queries, closure)
+        except BaseException:
+            self._forget_estimate()  # the step would be made of a part of its microbatches
+            raise
         self._pending = [a + b for a, b in zip(self._pending or [0.0] * len(losses), losses, strict=True)]
+        self._used |= set(range(len(self.tuned))) if perturbation.used is None else perturbation.used
         self._seconds += time.perf_counter() - began
         return math.fsum(losses) / len(losses) if all(map(math.isfinite, losses)) else math.nan
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As for any optimizer; what :meth:`estimate` has gathered is dropped, as gradients would be."""
+        self._forget_estimate()
+        super().zero_grad(set_to_none)
+
+    def _forget_estimate(self) -> None:
+        self._pending, self._used, self._seconds = None, set(), 0.0
 
     @torch.no_grad()
     def apply(self) -> float:
@@ -233,7 +269,8 @@ class MeZO(torch.optim.Optimizer):
         if self._pending is None:
             raise RuntimeError("there is no loss to step on: call step(closure), or estimate(closure) before step()")
         began = time.perf_counter()
-        losses, self._pending = self._pending, None
+        losses, used, seconds = self._pending, self._used, self._seconds
+        self._forget_estimate()
         coefficients: list[float] = []
         if all(map(math.isfinite, losses)):
             limit = self.clip_coefficient or math.inf
@@ -248,9 +285,11 @@ class MeZO(torch.optim.Optimizer):
             losses=tuple(losses),
             loss=sum(losses) / len(losses),
             unchanged=self.tuned.numel,
-            seconds=self._seconds,
+            seconds=seconds,
+            # Where nothing was seen to be read, the closure evaluates the weights on some other way.
+            unused=tuple(t.id for t in self.tuned if t.id not in used) if used else (),
         )
-        self._seconds = 0.0
+        self._warn_of_idle_weights(record, bool(used))
         self.next_step += 1
         if self.held is None:
             self._take(record, began)
@@ -269,7 +308,8 @@ class MeZO(torch.optim.Optimizer):
     def drop(self) -> None:
         """Forget the steps that are held, as if they had not been estimated."""
         self.next_step -= len(self.held or ())
-        self.held, self._pending, self._seconds = None, None, 0.0
+        self.held = None
+        self._forget_estimate()
 
     @torch.no_grad()
     def try_held(self, lr: float) -> None:
@@ -328,12 +368,29 @@ class MeZO(torch.optim.Optimizer):
 
     def _updates(self, record: StepRecord) -> list[Update]:
         """What the rule makes of a step, for each parameter group; nothing for a skipped one."""
-        if record.skipped:
-            return []
-        return [
-            self.rule.plan(record.step, record.coefficients, lr, weight_decay)
-            for lr, weight_decay in zip(record.lr, record.weight_decay, strict=True)
-        ]
+        return [] if record.skipped else updates_of(self.rule, record)
+
+    def _warn_of_idle_weights(self, record: StepRecord, was_used: bool) -> None:
+        """Say once that a part of what is tuned takes no part, and once that nothing changes the loss."""
+        if record.step == 0 and record.unused:
+            warnings.warn(
+                f"{len(record.unused)} of {len(self.tuned)} tuned tensors took no part in the first step "
+                f"({_summary(self.tuned, record.unused)}): a step moves only what its evaluations went through. Set "
+                "requires_grad=False on what is not meant to be tuned",
+                stacklevel=4,
+            )
+        if self._flat is None or record.skipped:
+            return
+        self._flat = self._flat + 1 if record.flat else None
+        if self._flat is not None and (self._flat == _FLAT or (not was_used and self._flat == 1)):
+            seen = "" if was_used else ", and no evaluation read one of them"
+            warnings.warn(
+                f"the tuned weights have not changed the loss so far ({self._flat} steps, every coefficient is 0{seen}): check that "
+                "the closure runs this model and that an adapter is not merged; objectives that are steps, such as accuracy, want "
+                "larger minibatches or a larger eps",
+                stacklevel=4,
+            )
+            self._flat = None if self._flat == _FLAT else self._flat
 
     def _move(self, updates: Sequence[Update]) -> int:
         """Apply its group's update to every tuned tensor; returns how many weights kept their value."""
@@ -359,57 +416,25 @@ class MeZO(torch.optim.Optimizer):
 
     @torch.no_grad()
     def prepare(self, closure: Closure) -> Perturbation:
-        """How the weights will be perturbed; with ``"auto"``, found by the self-check at the first call."""
-        if self.perturbation is None:
-            self._choose_perturbation(closure)
-        return self.perturbation or Scratch(self.tuned, self.noise)
+        """How the weights will be perturbed; at the first call the self-check evaluates the closure two or three times."""
+        perturbation = self.perturbation or Scratch(self.tuned, self.noise)
+        if self._checked:
+            return perturbation
+        query = next(query for query in self.estimator.queries() if query.scale)
+        self.checking = True
+        try:
+            found = check(perturbation, self.next_step, query, closure, may_copy=self._may_copy)
+        finally:
+            self.checking = False
+        if found is None:
+            return perturbation  # the loss is not finite, there is nothing to compare: ask again at the next step
+        self.perturbation, self._checked = found, True
+        return found
 
-    def _choose_perturbation(self, closure: Closure) -> None:
-        """The self-check: scratch, if poisoning every other way to read a weight leaves the loss as it is."""
-        modules = self.module.modules() if self.module is not None else ()
-        if any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for m in modules):
-            warnings.warn(
-                "the model is in training mode with dropout, which differs between the evaluations of a step: "
-                "call model.eval() before step()",
-                stacklevel=6,
-            )
-        scratch = Scratch(self.tuned, self.noise)
-        probe, scale = next(query for query in self.estimator.queries() if query.scale)
-
-        def evaluate() -> float:
-            scratch.shift(self.next_step, probe, scale)
-            return float(_checked(closure()))
-
-        with scratch:
-            loss = evaluate()
-            if not math.isfinite(loss):
-                return  # nothing to compare: ask again at the next step
-            try:
-                with scratch.poisoned():
-                    poisoned = evaluate()
-            except (MemoryError, torch.OutOfMemoryError):
-                raise
-            except Exception:
-                poisoned = math.nan
-            if poisoned == loss:
-                self.perturbation = scratch
-                return
-            again = evaluate()
-        if math.isfinite(poisoned) and again != loss:
-            warnings.warn(
-                f"the closure is not deterministic: it returned {loss!r} and {again!r} at the same point. It must "
-                "return the loss of the same minibatch at every call, without dropout",
-                stacklevel=6,
-            )
-            self.perturbation = scratch
-            return
-        self.perturbation = Copy(self.tuned, self.noise)
-        gib = sum(t.parameter.numel() * t.parameter.element_size() for t in self.tuned) / 2**30
-        warnings.warn(
-            "the model reads a tuned weight outside the module that owns it, so every step evaluates a perturbed copy "
-            f"of all tuned weights instead (perturbation='copy', {gib:.2f} GiB more memory)",
-            stacklevel=6,
-        )
+    def __getstate__(self) -> dict[str, Any]:
+        """For ``copy.deepcopy`` and pickle: recorders, which write to files, and scratch memory stay behind."""
+        fresh = None if self._may_copy or self.perturbation is None else type(self.perturbation)(self.tuned, self.noise)
+        return {**self.__dict__, "recorders": [], "perturbation": fresh, "_checked": False}
 
     def fast_forward(self, records: Sequence[StepRecord], history: History | None = None) -> None:
         """Take over the bookkeeping of a run whose weights were rebuilt from its records, all from step 0 on.
@@ -432,7 +457,8 @@ class MeZO(torch.optim.Optimizer):
                 "name": self.rule.name,
                 "settings": self.rule.settings(),
                 "taken": self.history.taken,
-                "recent": [(update.step, update.sizes) for update in self.history.recent],
+                "missed": dict(self.history.missed),
+                "recent": [(update.step, update.sizes, sorted(update.unused)) for update in self.history.recent],
                 "moments": {name: list(moments) for name, moments in self.history.moments.items()},
             }
         return state
@@ -453,7 +479,7 @@ class MeZO(torch.optim.Optimizer):
         history = self._history_of(own.get("rule"))
         super().load_state_dict(state_dict)
         self.history = history
-        self._pending = None
+        self._forget_estimate()
         self.next_step = own["next_step"]
         self._skipped = own["skipped"]
 
@@ -473,7 +499,8 @@ class MeZO(torch.optim.Optimizer):
             raise ValueError("the state was saved for other tuned tensors: tune the same ones")
         return History(
             taken=saved["taken"],
-            recent=[Update(step, tuple(sizes)) for step, sizes in saved["recent"]],
+            missed=dict(saved.get("missed", {})),
+            recent=[Update(step, tuple(sizes), unused=frozenset(*unused)) for step, sizes, *unused in saved["recent"]],
             moments={
                 name: tuple(moment.to(parameters[name].device, copy=True) for moment in tensors)
                 for name, tensors in saved["moments"].items()
@@ -485,16 +512,24 @@ def _described(rule: dict[str, Any] | None) -> str:
     return f"the rule {rule['name']!r} {rule['settings']}" if rule else "a rule without memory"
 
 
-def _checked(loss: Tensor | float) -> Tensor | float:
-    """What the closure returned, once it is known to be a number. A tensor is not read yet but copied: the next evaluation may
-    write to it."""
-    if isinstance(loss, Tensor):
-        if loss.numel() != 1:
-            raise TypeError(f"the closure returned a tensor of shape {tuple(loss.shape)}: return one number, a mean")
-        return loss.detach().clone()
-    try:
-        if isinstance(loss, (str, bytes)):
-            raise TypeError
-        return float(loss)
-    except (TypeError, ValueError):
-        raise TypeError(f"the closure returned {loss!r}, which is not a number: return the loss") from None
+def updates_of(rule: Rule, record: StepRecord) -> list[Update]:
+    """What a rule makes of a step that was not skipped, for each parameter group."""
+    updates = [
+        rule.plan(record.step, record.coefficients, lr, weight_decay)
+        for lr, weight_decay in zip(record.lr, record.weight_decay, strict=True)
+    ]
+    return [replace(update, unused=frozenset(record.unused)) for update in updates] if record.unused else updates
+
+
+def _summary(tuned: TunedParameters, ids: Sequence[int]) -> str:
+    """The largest modules that hold nothing else of what is tuned, the first few by name."""
+    among, others = {tuned[i].name for i in ids}, {t.name for t in tuned} - {tuned[i].name for i in ids}
+    taken = {prefix for name in others for prefix in _prefixes(name)}
+    tops = dict.fromkeys(next((p for p in _prefixes(name) if p not in taken), name) for name in sorted(among))
+    shown = list(tops)[:_SHOWN]
+    return ", ".join(shown) + (f" and {len(tops) - len(shown)} more" if len(tops) > len(shown) else "")
+
+
+def _prefixes(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts) + 1)]

@@ -21,9 +21,11 @@ All three evaluate at the same point: float32 addition, rounded to nearest in th
 from __future__ import annotations
 
 import functools
+import math
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -31,8 +33,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .arena import Arena
+from .estimators import Query
+from .lazy_weight import LazyWeight
 from .noise import Noise
 from .parameters import TunedParameters, TunedTensor
+
+Closure = Callable[[], "Tensor | float"]
+
+
+class ReadElsewhereError(RuntimeError):
+    """A tuned weight was read on a way that ``scratch`` cannot see, so its perturbation would be missing from the loss."""
 
 
 class Perturbation(ABC):
@@ -45,6 +55,9 @@ class Perturbation(ABC):
             plus = loss()
             perturbation.shift(step, probe, -eps)
             minus = loss()
+
+    Attributes:
+        used: ids of the tuned tensors that were read inside the last block; None where that cannot be seen.
     """
 
     name: str
@@ -52,6 +65,23 @@ class Perturbation(ABC):
     def __init__(self, tuned: TunedParameters, noise: Noise) -> None:
         self.tuned = tuned
         self.noise = noise
+        self.used: set[int] | None = None
+
+    def losses(self, step: int, queries: Sequence[Query], closure: Closure) -> list[float]:
+        """The closure's values at the points ``theta + scale * z(step, probe)`` of the queries, in their order.
+
+        Raises:
+            TypeError: the closure returned no number.
+        """
+        with self:
+            return self._losses(step, queries, closure)
+
+    def _losses(self, step: int, queries: Sequence[Query], closure: Closure) -> list[float]:
+        values = []
+        for probe, scale in queries:
+            self.shift(step, probe, scale)
+            values.append(as_loss(closure()))
+        return [float(value) for value in values]  # read now: a GPU went from point to point without waiting
 
     @abstractmethod
     def shift(self, step: int, probe: int, scale: float) -> None:
@@ -65,6 +95,25 @@ class Perturbation(ABC):
 
     @abstractmethod
     def __exit__(self, *exception: object) -> None: ...
+
+
+def as_loss(value: Any) -> Tensor | float:
+    """What a closure returned, once it is known to be a number. A tensor is not read yet but copied: the next evaluation may
+    write to it.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise TypeError(f"the closure returned a tensor of shape {tuple(value.shape)}: return one number, a mean")
+        return value.detach().clone()
+    try:
+        if isinstance(value, (str, bytes)):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"the closure returned {value!r}, which is not a number: return the loss") from None
 
 
 class InPlace(Perturbation):
@@ -100,6 +149,7 @@ class InPlace(Perturbation):
             self._add(step, probe, -scale)
 
     def _add(self, step: int, probe: int, scale: float) -> None:
+        torch.clear_autocast_cache()
         for tensor in self.tuned:
             weight = tensor.parameter.detach()
             self.noise.perturb(weight, weight, tensor=tensor.id, step=step, probe=probe, scale=scale)
@@ -124,6 +174,7 @@ class Copy(Perturbation):
         return self
 
     def shift(self, step: int, probe: int, scale: float) -> None:
+        torch.clear_autocast_cache()  # it holds casts by parameter, and knows nothing of what the parameter points to
         for tensor, original, shadow in zip(self.tuned, self._originals, self._shadows, strict=True):
             if scale == 0:
                 tensor.parameter.data = original
@@ -135,16 +186,20 @@ class Copy(Perturbation):
         for tensor, original in zip(self.tuned, self._originals, strict=True):
             tensor.parameter.data = original
         self._originals = []
+        torch.clear_autocast_cache()
 
 
 class Scratch(Perturbation):
     """Every module that owns tuned weights computes on a perturbed copy of them, made just before it runs.
 
-    The weights are only read. Hooks exist inside the block alone. A module lends its scratch copy from the moment that
+    The weights are only read. Hooks exist inside the block alone. A module is lent its scratch copy from the moment that
     it is called until it returns. An embedding computes only the rows that it looks up, and a vocabulary head that is asked
     for few positions works through its rows in slices, where that gives the same bits.
 
-    A weight that is read outside the module that owns it is seen unperturbed: :meth:`poisoned` finds that out.
+    A weight that another module reads as an attribute of its owner (``self.conv.weight``) is perturbed as a whole when that
+    happens, and kept in a second tensor from the next block on. What is read on any other way, as from a list of parameters made at
+    construction, cannot be seen: inside the block every tuned parameter therefore holds NaN (one element, expanded), which the loss then
+    shows. ``losses`` raises :class:`ReadElsewhereError` if that happens, and :meth:`check` finds it for losses that hide a NaN.
     """
 
     name = "scratch"
@@ -159,6 +214,7 @@ class Scratch(Perturbation):
             for module in tuned.module.modules()
             if (owned := [(k, by_parameter[id(p)]) for k, p in module._parameters.items() if id(p) in by_parameter])
         ]
+        self._tables = {t.id for module, owned in self._owners if _is_table(module) for k, t in owned if k == "weight"}
         # A slice of a vocabulary head takes no more scratch memory than the largest other module does.
         self._slice_bytes = max(
             (sum(_nbytes(t.parameter) for _, t in owned) for module, owned in self._owners if not _is_table(module)),
@@ -166,59 +222,154 @@ class Scratch(Perturbation):
         )
         self._arena = Arena()
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
-        self._lent: list[tuple[nn.Module, list[tuple[str, nn.Parameter]], Any]] = []
+        self._lent: list[tuple[nn.Module, dict[str, Any], Any]] = []
         self._point: tuple[int, int, float] | None = None
-        self._hidden: dict[int, Tensor] = {}
+        self._originals: dict[int, Tensor] = {}
+        self._outside: dict[int, LazyWeight] = {}
+        # Tensors that are read outside their owners: those seen in this block, and those perturbed as a whole since an earlier one.
+        self._strays: dict[int, Tensor] = {}
+        self._whole: dict[int, Tensor] = {}
+        self._seen: list[tuple[nn.Module, bool]] | None = None
+        self._eager: AbstractContextManager[Any] = nullcontext()
         self._slices_are_exact: dict[tuple[Any, ...], bool] = {}
 
     def __enter__(self) -> Scratch:
-        for module, owned in self._owners:
-            self._hooks.append(module.register_forward_pre_hook(self._lender(owned)))
-            self._hooks.append(module.register_forward_hook(self._take_back, always_call=True))
+        self._originals = {tensor.id: tensor.parameter.data for tensor in self.tuned}
+        self._whole = {i: w for i, w in self._whole.items() if _alike(w, self._originals[i])}
+        self._whole |= self._strays
+        self._strays = {}
+        self.used = set(self._whole)  # who reads these is not seen
+        try:
+            for tensor in self.tuned:
+                if tensor.id not in self._whole:
+                    self._outside[tensor.id] = self._seen_from_outside(tensor)
+            for module, owned in self._owners:
+                for name, tensor in owned:
+                    if tensor.id in self._outside:
+                        module._parameters[name] = self._outside[tensor.id]  # type: ignore[assignment]
+                self._hooks.append(module.register_forward_pre_hook(self._lender(owned)))
+                self._hooks.append(module.register_forward_hook(self._take_back, always_call=True))
+            self._poison(True)
+            self._eager = _without_compilation()
+            self._eager.__enter__()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def shift(self, step: int, probe: int, scale: float) -> None:
         self._point = (step, probe, scale) if scale else None
+        self._strays.clear()
+        torch.clear_autocast_cache()
+        for number, shadow in self._whole.items():
+            original, parameter = self._originals[number], self.tuned[number].parameter
+            if scale:
+                self.noise.perturb(shadow, original, tensor=number, step=step, probe=probe, scale=scale)
+            parameter.data = shadow if scale else original
 
     def __exit__(self, *exception: object) -> None:
+        self._eager.__exit__(None, None, None)
+        self._eager = nullcontext()
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
         # torch runs no hook after KeyboardInterrupt and its like: whatever is still lent comes back here.
         while self._lent:
             self._return_last()
-        self._point = None
+        for module, owned in self._owners:
+            for name, tensor in owned:
+                module._parameters[name] = tensor.parameter
+        for tensor in self.tuned:
+            tensor.parameter.data = self._originals[tensor.id]
+        self._outside, self._originals, self._point = {}, {}, None
+        torch.clear_autocast_cache()
+
+    def losses(self, step: int, queries: Sequence[Query], closure: Closure) -> list[float]:
+        with self:
+            losses = self._losses(step, queries, closure)
+            bad = next((q for q, loss in zip(queries, losses, strict=True) if not math.isfinite(loss)), None)
+            if bad is not None:
+                self.shift(step, *bad)
+                with self._clean():
+                    clean = float(as_loss(closure()))
+                if math.isfinite(clean) and not math.isfinite(float(as_loss(closure()))):
+                    raise ReadElsewhereError(_ELSEWHERE)
+        return losses
+
+    def check(self, step: int, query: Query, closure: Closure) -> tuple[float, float | None]:
+        """Evaluate one point twice, with the weights there to be read on any way, and with NaN in their place.
+
+        In the second evaluation scratch memory becomes NaN, too, when it is given back.
+
+        Returns:
+            The two losses. The second is None when the first is not finite: then there is nothing to compare.
+
+        Raises:
+            ReadElsewhereError: the second evaluation has a NaN that the first had not, in the loss or in the output of a
+                module that owns tuned weights.
+        """
+        with self:
+            self.shift(step, *query)
+            clean_seen: list[tuple[nn.Module, bool]] = []
+            seen: list[tuple[nn.Module, bool]] = []
+            self._seen = clean_seen
+            try:
+                with self._clean():
+                    clean = float(as_loss(closure()))
+                if not math.isfinite(clean):
+                    return clean, None
+                self._seen = seen
+                raised: Exception | None = None
+                poisoned = math.nan
+                try:
+                    poisoned = float(as_loss(closure()))
+                except Exception as error:
+                    raised = error
+                first = next((m for (m, bad), (_, was) in zip(seen, clean_seen, strict=False) if bad and not was), None)
+                if first is not None or (raised is None and math.isnan(poisoned)):
+                    raise ReadElsewhereError(_ELSEWHERE + self._named(first)) from raised
+                if raised is not None:
+                    raise raised
+                return clean, poisoned
+            finally:
+                self._seen = None
+
+    def _named(self, module: nn.Module | None) -> str:
+        assert self.tuned.module is not None
+        name = next((name for name, other in self.tuned.module.named_modules() if other is module and name), None)
+        return f" (it shows first in the output of {name})" if name else ""
 
     @contextmanager
-    def poisoned(self) -> Iterator[None]:
-        """Every tuned weight reads as NaN outside its owner, and scratch memory is NaN once it is given back.
-
-        An evaluation that gives the same loss inside and outside this block reads each tuned weight through its owner
-        alone, which is what makes the scratch path exact. It takes no memory: the NaNs are one element, expanded.
-        """
-        self._hidden = {tensor.id: tensor.parameter.data for tensor in self.tuned}
+    def _clean(self) -> Iterator[None]:
+        """Inside, weights can be read, unperturbed, on any way."""
+        self._poison(False)
         try:
-            for tensor in self.tuned:
-                weight = self._hidden[tensor.id]
-                tensor.parameter.data = weight.new_full((), float("nan")).expand(weight.shape)
             yield
         finally:
-            for tensor in self.tuned:
-                tensor.parameter.data = self._hidden[tensor.id]
-            self._hidden = {}
+            self._poison(True)
+
+    def _poison(self, on: bool) -> None:
+        self._poisoned = on
+        for number, outside in self._outside.items():
+            original = self._originals[number]
+            data = original.new_full((), math.nan).expand(original.shape) if on else original
+            self.tuned[number].parameter.data = data
+            outside.point_to(data)
 
     def _lender(self, owned: list[tuple[str, TunedTensor]]) -> Callable[[nn.Module, Any], None]:
         def lend(module: nn.Module, args: Any) -> None:
-            if self._point is None:
-                return
-            self._lent.append((module, [(name, tensor.parameter) for name, tensor in owned], self._arena.mark()))
+            assert self.used is not None
+            self._lent.append((module, {name: module._parameters[name] for name, _ in owned}, self._arena.mark()))
             for name, tensor in owned:
-                lazily = name == "weight" and _is_table(module)
-                module._parameters[name] = self._lazy(tensor) if lazily else self._perturbed(tensor)  # type: ignore[assignment]
+                self.used.add(tensor.id)
+                if tensor.id not in self._whole:
+                    module._parameters[name] = self._inside(tensor, name, module)  # type: ignore[assignment]
 
         return lend
 
     def _take_back(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._seen is not None:
+            self._seen.append((module, _has_nan(output)))
         # A module that a nested exception left behind is returned together with the one that encloses it.
         while any(lender is module for lender, _, _ in self._lent):
             if self._return_last() is module:
@@ -226,35 +377,64 @@ class Scratch(Perturbation):
 
     def _return_last(self) -> nn.Module:
         module, parameters, mark = self._lent.pop()
-        for name, parameter in parameters:
-            module._parameters[name] = parameter
-        self._arena.release(mark, poison=bool(self._hidden))
+        module._parameters.update(parameters)
+        self._arena.release(mark, poison=self._seen is not None and self._poisoned)
+        torch.clear_autocast_cache()  # of casts of scratch memory, which would add up to the whole model
         return module
 
-    def _source(self, tensor: TunedTensor) -> Tensor:
-        return self._hidden[tensor.id] if self._hidden else tensor.parameter.detach()
+    def _inside(self, tensor: TunedTensor, name: str, module: nn.Module) -> Tensor:
+        """The weight as its owner sees it while it runs."""
+        original = self._originals[tensor.id]
+        if self._point is None:
+            return _as_parameter(original, tensor)
+        if name == "weight" and _is_table(module):
+            return self._table(tensor, functools.cache(lambda: self._perturbed(tensor)))
+        return self._perturbed(tensor)
 
     def _perturbed(self, tensor: TunedTensor) -> Tensor:
         assert self._point is not None
         step, probe, scale = self._point
-        source = self._source(tensor)
+        source = self._originals[tensor.id]
         out = self._arena.take(source)
         self.noise.perturb(out, source, tensor=tensor.id, step=step, probe=probe, scale=scale)
         return _as_parameter(out, tensor)
 
-    def _lazy(self, tensor: TunedTensor) -> Tensor:
-        assert self._point is not None
-        step, probe, scale = self._point
-        source = _as_parameter(self._source(tensor).detach(), tensor)
-        address = {"tensor": tensor.id, "step": step, "probe": probe, "scale": scale}
+    def _seen_from_outside(self, tensor: TunedTensor) -> LazyWeight:
+        """The weight as others see it: perturbed where it is read."""
 
-        def rows(numbers: Tensor) -> Tensor:
-            return self.noise.perturb_rows(source, numbers, **address)  # type: ignore[arg-type]
+        def whole() -> Tensor:
+            original = self._originals[tensor.id]
+            if tensor.id not in self._strays:
+                with torch.inference_mode(False):  # it outlives the evaluation
+                    self._strays[tensor.id] = torch.empty_like(original)
+                if self._point is not None:
+                    step, probe, scale = self._point
+                    address = {"tensor": tensor.id, "step": step, "probe": probe}
+                    self.noise.perturb(self._strays[tensor.id], original, **address, scale=scale)
+            return _as_parameter(original if self._point is None else self._strays[tensor.id], tensor)
+
+        if tensor.id in self._tables:
+            return self._table(tensor, whole)
+        return LazyWeight.wrap(self._originals[tensor.id], whole, lambda: self._note_use(tensor))
+
+    def _note_use(self, tensor: TunedTensor) -> None:
+        assert self.used is not None
+        self.used.add(tensor.id)
+
+    def _table(self, tensor: TunedTensor, whole: Callable[[], Tensor]) -> LazyWeight:
+        """The weight of an embedding or a vocabulary head, of which only what is needed is computed."""
+        source = _as_parameter(self._originals[tensor.id], tensor)
+
+        def rows(numbers: Tensor) -> Tensor | None:
+            if self._point is None:
+                return None
+            step, probe, scale = self._point
+            return self.noise.perturb_rows(source, numbers, tensor=tensor.id, step=step, probe=probe, scale=scale)
 
         def project(x: Tensor, bias: Tensor | None) -> Tensor | None:
-            if not self._may_slice(tensor, source, x, bias):
+            if self._point is None or not self._may_slice(tensor, source, x, bias):
                 return None
-            mark, poison = self._arena.mark(), bool(self._hidden)
+            mark, poison = self._arena.mark(), self._seen is not None and self._poisoned
             return _project_in_slices(
                 x,
                 source,
@@ -265,11 +445,14 @@ class Scratch(Perturbation):
             )
 
         def perturbed_slice(lo: int, hi: int) -> Tensor:
+            assert self._point is not None
+            step, probe, scale = self._point
             out = self._arena.take(source[lo:hi])
-            self.noise.perturb(out, source[lo:hi], **address, start=lo * source.shape[1])  # type: ignore[arg-type]
+            address = {"tensor": tensor.id, "step": step, "probe": probe, "start": lo * source.shape[1]}
+            self.noise.perturb(out, source[lo:hi], **address, scale=scale)
             return _as_parameter(out, tensor)
 
-        return _LazyTable.wrap(source, rows, project, functools.cache(lambda: self._perturbed(tensor)))
+        return LazyWeight.wrap(source, whole, lambda: self._note_use(tensor), rows, project)
 
     def _slice_rows(self, table: Tensor) -> int:
         """Rows in a slice of a vocabulary head; slices of one height if the table can be cut so.
@@ -339,54 +522,30 @@ def _project_in_slices(
     return out
 
 
-class _LazyTable(Tensor):
-    """The perturbed weight of an embedding or a vocabulary head, of which only what is needed is computed.
+_ELSEWHERE = "the model reads a tuned weight on a way that perturbation='scratch' cannot see"
 
-    A look-up computes its rows, a projection may go through them in slices; questions about shape, dtype and device are
-    answered from the original; any other use computes the whole table first.
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
+
+
+def _has_nan(output: Any) -> bool:
+    if isinstance(output, Tensor):
+        return bool(output.is_floating_point() and output.isnan().any())
+    if isinstance(output, dict):
+        output = list(output.values())
+    return any(map(_has_nan, output)) if isinstance(output, (list, tuple)) else False
+
+
+def _without_compilation() -> AbstractContextManager[Any]:
+    """Compiled modules run eagerly inside: compiled code would not see that its weights are others for a while.
+
+    torch._dynamo is costly to import, and where nothing imported it nothing is compiled.
     """
-
-    _rows: Callable[[Tensor], Tensor]
-    _project: Callable[[Tensor, Tensor | None], Tensor | None]
-    _whole: Callable[[], Tensor]
-
-    @staticmethod
-    def wrap(
-        original: Tensor,
-        rows: Callable[[Tensor], Tensor],
-        project: Callable[[Tensor, Tensor | None], Tensor | None],
-        whole: Callable[[], Tensor],
-    ) -> _LazyTable:
-        table = Tensor._make_subclass(_LazyTable, original, original.requires_grad)
-        table._rows, table._project, table._whole = rows, project, whole
-        return table
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        with torch._C.DisableTorchFunctionSubclass():
-            if func is F.embedding and kwargs.get("max_norm") is None:
-                numbers, table = args
-                return table._rows(numbers)
-            if func is F.linear and not kwargs and isinstance(args[1], cls):
-                x, table, bias = (*args, None)[:3]
-                projected = table._project(x, bias)
-                if projected is not None:
-                    return projected
-            if func in _METADATA:
-                return func(*args, **kwargs)
-
-        def dense(value: Any) -> Any:
-            if isinstance(value, cls):
-                return value._whole()
-            return type(value)(map(dense, value)) if isinstance(value, (list, tuple)) else value
-
-        return func(*map(dense, args), **{key: dense(value) for key, value in kwargs.items()})
-
-
-_METADATA = {
-    getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_cuda")
-} | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_floating_point, Tensor.element_size}
+    if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "set_stance"):
+        return nullcontext()
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 PERTURBATIONS: dict[str, type[Perturbation]] = {cls.name: cls for cls in (Scratch, Copy, InPlace)}

@@ -18,7 +18,8 @@ What ``momentum`` and ``adam`` remember has two forms. ``state="exact"`` keeps f
 numbers of the last W steps and regenerates their directions at each update, a piece of a tensor at a time: no memory that
 grows with the weights, and W noise sweeps an update. While no more than W steps were taken, both give the same bits.
 
-A skipped step does not exist for a rule: moments stay, and no step is counted. A step whose coefficients are all 0 was
+A skipped step does not exist for a rule: moments stay, and no step is counted; nor does, for one tensor, a step whose evaluations did
+not read that tensor. A step whose coefficients are all 0 was
 taken: its gradient is 0, moments shrink, and momentum carries the weights on.
 """
 
@@ -70,11 +71,20 @@ class History:
         taken: number of steps taken, skipped ones not counted.
         recent: the last W of them, for ``state="window"``.
         moments: flat float32 tensors under the name of each tuned tensor, for ``state="exact"``.
+        missed: how many of the steps taken left a tensor alone, by its id.
     """
 
     taken: int = 0
     recent: list[Update] = field(default_factory=list)
     moments: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    missed: dict[int, int] = field(default_factory=dict)
+
+    def of(self, tensor: int) -> History:
+        """The history of one tensor, without the steps that left it alone."""
+        if not self.missed.get(tensor):
+            return self
+        recent = [update for update in self.recent if tensor not in update.unused]
+        return replace(self, taken=self.taken - self.missed[tensor], recent=recent)
 
 
 class Rule(ABC):
@@ -457,9 +467,13 @@ def move_all(
     Returns:
         How many stored values did not change, summed over the steps.
     """
+    ragged = any(update.unused for update in updates[0])
     counts = []
     for done, tensor in enumerate(tuned):
-        counts.append(rule.move(noise, tensor, updates[tensor.group], history, keep=keep))
+        own = updates[tensor.group]
+        if ragged:
+            own = [Update(update.step, ()) if tensor.id in update.unused else update for update in own]
+        counts.append(rule.move(noise, tensor, own, history.of(tensor.id), keep=keep))
         if progress is not None:
             progress(done + 1, len(tuned))
     if rule.remembers:
@@ -467,6 +481,9 @@ def move_all(
         taken = [update for update in updates[0] if update.sizes]
         window = getattr(rule, "window", None)
         history.taken += len(taken)
+        for update in taken:
+            for number in update.unused:
+                history.missed[number] = history.missed.get(number, 0) + 1
         history.recent = [*history.recent, *taken][-window:] if window else []
     return _total(counts)
 

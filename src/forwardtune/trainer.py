@@ -231,7 +231,7 @@ class MeZOTrainer(Trainer):
         def closure() -> Tensor:
             with self.compute_loss_context_manager():
                 loss = self.compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch)
-            if take_statistics is not None and self.mezo.perturbation is None:
+            if take_statistics is not None and self.mezo.checking:
                 take_statistics()  # evaluations of the first step's self-check are no part of the step
             return loss / share
 

@@ -7,7 +7,7 @@ element that is passed, so a shard gives the same bits as the whole.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
@@ -34,11 +34,15 @@ class Update:
     The multiplication comes first and is left out when ``decay`` is 1; terms are added in the order of k, and those of
     size 0 are left out. Arithmetic is float32 (float64 for float64 weights). Half-precision weights are then rounded
     stochastically, float32 weights need no rounding.
+
+    Attributes:
+        unused: ids of the tensors that the step leaves alone.
     """
 
     step: int
     sizes: tuple[float, ...]
     decay: float = 1.0
+    unused: frozenset[int] = field(default=frozenset(), kw_only=True)
 
     @property
     def is_empty(self) -> bool:

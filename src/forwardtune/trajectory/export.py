@@ -3,7 +3,7 @@
 Tensors: ``sizes`` float32 ``(groups or 1, steps, probes)``, the factors of the directions, NaN for a skipped step;
 ``decay`` float32 ``(groups, steps or 1)``, the factors of weight decay, absent when all are 1; ``lr`` float32
 ``(groups, steps or 1)``, the learning rates, for rules other than sgd, whose sizes contain them. Metadata: the log's header
-without versions and with the rollbacks, deflated, as base 85, and the digest of the tuned weights.
+without versions, with the rollbacks and with the tensors that steps left alone, deflated, as base 85, and the digest of the tuned weights.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import math
 import zlib
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..noise import Update
 from ..rules import Elementwise, Rule, Step
-from .format import LogError
+from .format import LogError, numbers, ranges
 from .reader import Log, Rollback, check_header, rule_of
 from .updates import Trajectory, trajectory_of
 
@@ -58,10 +59,26 @@ def export_trajectory(log: Log, path: str | PathLike[str]) -> int:
     header = {key: value for key, value in log.header.items() if key != "versions"}
     if log.rollbacks:
         header["rollbacks"] = [[rollback.at, rollback.to] for rollback in log.rollbacks]
+    if unused := _runs(trajectory.updates[0]):
+        header["unused"] = unused
     packed = base64.b85encode(zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)).decode()
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path, metadata={"forwardtune": "trajectory", "header": packed, "digest": trajectory.digest})
     return path.stat().st_size
+
+
+def _runs(updates: list[Update]) -> list[list[Any]]:
+    """Which tensors were left alone, for every run of steps that left the same ones alone: first step, last step, their ids."""
+    runs: list[list[Any]] = []
+    for update in updates:
+        if not update.unused:
+            continue
+        text = ranges(sorted(update.unused))
+        if runs and runs[-1][1:] == [update.step - 1, text]:
+            runs[-1][1] = update.step
+        else:
+            runs.append([update.step, update.step, text])
+    return runs
 
 
 def needs_lr(rule: Rule) -> bool:
@@ -98,6 +115,11 @@ def read_trajectory(path: str | PathLike[str]) -> Trajectory:
         digest = metadata["digest"]
         rollbacks = [Rollback(at, to) for at, to in header.pop("rollbacks", [])]
         groups = len(header["groups"])
+        unused = {
+            step: frozenset(numbers(text, len(header["tensors"])))
+            for first, last, text in header.pop("unused", [])
+            for step in range(first, last + 1)
+        }
         sizes = tensors["sizes"].expand(groups, -1, header["probes"])
         decay = tensors.get("decay", torch.ones(1, 1)).expand(groups, sizes.shape[1])
         rated = "lr" in tensors
@@ -116,7 +138,12 @@ def read_trajectory(path: str | PathLike[str]) -> Trajectory:
     def update(step: int, row: list[float], factor: float, rate: float) -> Update:
         if any(map(math.isnan, row)):
             return Update(step, ())
-        return Step(step, tuple(row), factor, rate) if rated else Update(step, tuple(row), factor)
+        left = unused.get(step, frozenset())
+        return (
+            Step(step, tuple(row), factor, lr=rate, unused=left)
+            if rated
+            else Update(step, tuple(row), factor, unused=left)
+        )
 
     updates = [
         [update(step, *numbers) for step, numbers in enumerate(zip(rows, factors, rates, strict=True))]

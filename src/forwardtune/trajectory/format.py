@@ -6,15 +6,16 @@ import hashlib
 import json
 import math
 import platform
+from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
 from ..noise import NOISE_VERSION
 from ..optimizer import MeZO, StepRecord
 
-FORMAT_VERSION = 2
-#: Formats that can be read: in version 1 there were neither notes nor rollbacks.
-READABLE = (1, 2)
+FORMAT_VERSION = 3
+#: Formats that can be read: in version 2 every step moved every tensor.
+READABLE = (2, 3)
 _SEAL_DIGITS = 16
 _SEAL_LENGTH = len(',"check":""}') + _SEAL_DIGITS
 
@@ -95,6 +96,7 @@ def step_content(record: StepRecord) -> dict[str, Any]:
         "loss": _plain(record.loss),
         "unchanged": record.unchanged,
         "seconds": round(record.seconds, 6),
+        **({"unused": ranges(record.unused)} if record.unused else {}),
     }
 
 
@@ -111,7 +113,30 @@ def step_record(content: dict[str, Any], header: dict[str, Any]) -> StepRecord:
         loss=float(content["loss"]),
         unchanged=content["unchanged"],
         seconds=content["seconds"],
+        unused=numbers(content.get("unused", ""), len(header["tensors"])),
     )
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers as text: ``(0, 1, 2, 7)`` -> ``"0-2,7"``."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and parts[-1][1] == number - 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return ",".join(str(lo) if lo == hi else f"{lo}-{hi}" for lo, hi in parts)
+
+
+def numbers(text: str, count: int) -> tuple[int, ...]:
+    """The inverse of :func:`ranges`. Raises ValueError unless the numbers ascend and are smaller than ``count``."""
+    found: list[int] = []
+    for part in text.split(",") if text else ():
+        lo, _, hi = part.partition("-")
+        found += range(int(lo), int(hi or lo) + 1)
+    if ranges(found) != text or sorted(set(found)) != found or (found and found[-1] >= count):
+        raise ValueError(f"{text!r} are no ids of {count} tensors")
+    return tuple(found)
 
 
 def _plain(x: float) -> float | str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..noise import Update
-from ..optimizer import StepRecord
+from ..optimizer import StepRecord, updates_of
 from ..rules import Rule
 from .reader import Log, Rollback, rule_of
 
@@ -63,18 +63,11 @@ def _until(steps: int, after: list[tuple[int, list[bool]]]) -> list[bool]:
 def trajectory_of(log: Log) -> Trajectory:
     """The updates that a log describes, one list for each parameter group."""
     rule = rule_of(log.path, log.header)
-    updates = updates_of(rule, log.records, len(log.header["groups"]))
+    updates = _all_updates(rule, log.records, len(log.header["groups"]))
     return Trajectory(log.path, log.header, rule, updates, log.rollbacks, log.end["digest"] if log.end else None)
 
 
-def updates_of(rule: Rule, records: Sequence[StepRecord], groups: int) -> list[list[Update]]:
+def _all_updates(rule: Rule, records: Sequence[StepRecord], groups: int) -> list[list[Update]]:
     """What the run's rule made of its records: a list for each parameter group, an empty update for a skipped step."""
-    return [
-        [
-            rule.plan(record.step, record.coefficients, record.lr[group], record.weight_decay[group])
-            if not record.skipped
-            else Update(record.step, ())
-            for record in records
-        ]
-        for group in range(groups)
-    ]
+    steps = [[Update(record.step, ())] * groups if record.skipped else updates_of(rule, record) for record in records]
+    return [[step[group] for step in steps] for group in range(groups)]

@@ -1,0 +1,110 @@
+"""L1: a weight that is computed when, and as far as, it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _nothing(*_: Any) -> None:
+    return None
+
+
+class LazyWeight(Tensor):
+    """Stands in a module for a weight that does not exist yet.
+
+    Questions about shape, dtype and device are answered from the original. A look-up may compute its rows alone, a projection may go
+    through them in slices; any other use computes the whole tensor first.
+    """
+
+    _rows: Callable[[Tensor], Tensor | None]
+    _project: Callable[[Tensor, Tensor | None], Tensor | None]
+    _whole: Callable[[], Tensor]
+    _note_use: Callable[[], None]
+    _original: Tensor
+    _is_param = True  # for isinstance(weight, nn.Parameter)
+
+    @staticmethod
+    def wrap(
+        original: Tensor,
+        whole: Callable[[], Tensor],
+        note_use: Callable[[], None],
+        rows: Callable[[Tensor], Tensor | None] = _nothing,
+        project: Callable[[Tensor, Tensor | None], Tensor | None] = _nothing,
+    ) -> LazyWeight:
+        """A stand-in for ``original``.
+
+        Args:
+            whole: computes the tensor.
+            note_use: called whenever something of the tensor is read.
+            rows: ``rows(numbers)`` computes ``tensor[numbers]``; None: the whole is wanted instead.
+            project: ``project(x, bias)`` computes ``x tensor^T + bias``; None: the whole is wanted instead.
+        """
+        weight = Tensor._make_subclass(LazyWeight, original.detach(), original.requires_grad)
+        weight._original, weight._whole, weight._note_use = original, whole, note_use
+        weight._rows, weight._project = rows, project
+        return weight
+
+    def point_to(self, data: Tensor) -> None:
+        """Let code that knows nothing of this class find ``data`` here."""
+        with torch._C.DisableTorchFunctionSubclass():
+            self.data = data
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _METADATA:
+            return func(args[0]._original, *args[1:], **kwargs)
+
+        with torch._C.DisableTorchFunctionSubclass():
+            if func is F.embedding and kwargs.get("max_norm") is None and isinstance(args[1], cls):
+                numbers, table = args
+                rows = table._rows(numbers)
+                if rows is not None:
+                    table._note_use()
+                    return rows
+            if func is F.linear and not kwargs and isinstance(args[1], cls):
+                x, table, bias = (*args, None)[:3]
+                if not isinstance(x, cls) and not isinstance(bias, cls):
+                    projected = table._project(x, bias)
+                    if projected is not None:
+                        table._note_use()
+                        return projected
+
+        def dense(value: Any) -> Any:
+            if isinstance(value, cls):
+                value._note_use()
+                return value._whole()
+            return type(value)(map(dense, value)) if isinstance(value, (list, tuple)) else value
+
+        return func(*map(dense, args), **{key: dense(value) for key, value in kwargs.items()})
+
+
+_METADATA = {
+    getattr(Tensor, name).__get__
+    for name in (
+        *("shape", "dtype", "device", "layout", "ndim", "requires_grad", "grad", "grad_fn", "is_leaf"),
+        *(
+            "is_cuda",
+            "is_cpu",
+            "is_meta",
+            "is_sparse",
+            "is_quantized",
+            "is_nested",
+            "is_mps",
+            "is_xpu",
+            "itemsize",
+            "nbytes",
+        ),
+    )
+} | {
+    getattr(Tensor, name)
+    for name in (
+        *("size", "dim", "ndimension", "numel", "nelement", "stride", "element_size", "get_device", "__len__"),
+        *("is_floating_point", "is_complex", "is_signed", "is_contiguous", "storage_offset"),
+    )
+}
