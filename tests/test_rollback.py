@@ -240,7 +240,7 @@ def test_the_lines_of_notes_and_rollbacks(tmp_path):
     contents = [json.loads(line) for line in log.path.read_text().splitlines()]
     for content in contents:
         del content["check"]
-    assert contents[0]["format"] == 2
+    assert contents[0]["format"] == 3
     assert contents[1] == {"note": {"plan": {"tries": 7}}}
     assert [content.get("step") for content in contents[2:4]] == [0, 1]
     assert contents[4:6] == [{"rollback": 1}, {"note": {"held_out": "nan"}}]
