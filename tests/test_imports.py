@@ -26,6 +26,7 @@ LAYERS = (
     {"objectives"},
     {"evaluation"},
     {"automatic"},
+    {"resuming"},
     {"trainer", "baselines", "sweep"},
     {"report"},
     {"cli"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -548,6 +549,67 @@ def test_folder_with_another_run_is_refused_and_left_as_it_is(tmp_path: Path) ->
             resumed(tmp_path, **changes)
     assert (tmp_path / "steps.jsonl").read_bytes() == before
     assert not list(tmp_path.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("moved", [False, True], ids=["in-its-own-folder", "copied-into-this-one"])
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, moved: bool) -> None:
+    ours, other = tmp_path / "ours", tmp_path / "other"
+    killed(ours, 6, **SAVED)
+    killed(other, 5, seed=4, **SAVED)
+    checkpoint = other / "checkpoint-2"
+    if moved:
+        shutil.rmtree(ours / "checkpoint-2")
+        checkpoint = shutil.copytree(checkpoint, ours / "checkpoint-2")
+    before = (ours / "steps.jsonl").read_bytes()
+    with pytest.raises(LogError, match=r"checkpoint-2 is not a .*checkpoint of the run"):
+        resumed(ours, str(checkpoint), **SAVED)
+    assert (ours / "steps.jsonl").read_bytes() == before
+
+
+def test_a_checkpoint_is_known_by_any_name_of_its_folder(
+    tmp_path: Path, uninterrupted: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed(tmp_path / "run", 5, **LONG, **SAVED)
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    trainer = resumed(Path("run"), str(tmp_path / "link" / "checkpoint-4"), **LONG, **SAVED)
+    support.assert_same_bits(trainer.model, uninterrupted[0])
+
+
+def test_checkpoints_of_steps_that_were_cut_off_are_not_used(tmp_path: Path) -> None:
+    """Steps 2 to 4 are taken again with other losses, and killed before the checkpoint of step 4 is written again."""
+    killed(tmp_path, 5, **SAVED)
+    other = {"objective": lambda model, inputs: squares(model, inputs) * 2, **SAVED}
+    trainer = make(tmp_path, callbacks=[Kill(4)], **other)
+    with pytest.raises(KilledError):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    trainer = resumed(tmp_path, **other)
+    replayed = support.tiny_model()
+    assert replay(trainer.step_log, replayed) == STEPS
+    support.assert_same_bits(trainer.model, support.snapshot(replayed))
+
+
+@pytest.mark.parametrize("wanted", [None, True, "checkpoint-2"])
+def test_two_trainers_do_not_share_a_folder(tmp_path: Path, uninterrupted: Any, wanted: Any) -> None:
+    """The second is refused before it reads, cuts or measures anything, and the first goes on."""
+    changes = {**LONG, **SAVED}
+    wanted = str(tmp_path / wanted) if isinstance(wanted, str) else wanted
+    told: list[str] = []
+
+    class Second(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 5:
+                before = (tmp_path / "steps.jsonl").read_bytes()
+                with pytest.raises(LogError, match="being written by another process") as refused:
+                    resumed(tmp_path, wanted, **changes)
+                told.append(str(refused.value))
+                assert (tmp_path / "steps.jsonl").read_bytes() == before
+
+    trainer = trained(tmp_path, callbacks=[Second()], **changes)
+    assert len(told) == 1
+    support.assert_same_bits(trainer.model, uninterrupted[0])
+    assert log_lines(tmp_path) == uninterrupted[1]
+    assert not list(tmp_path.glob("*.lock"))
 
 
 def test_nothing_to_resume(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -374,20 +374,7 @@ class Automatic(TrainerCallback):
         self._set_rate(decision.lr)
 
     def _set_rate(self, lr: float) -> None:
-        """Give the learning rate to the optimizer, at the present point of the schedule's course."""
-        scheduler = self._trainer.lr_scheduler
-        scheduler = getattr(scheduler, "scheduler", scheduler)
-        groups = self._trainer.mezo.param_groups
-        bases = getattr(scheduler, "base_lrs", None)
-        shares = [1.0] * len(groups)
-        if bases is not None:
-            shares = [now / base for now, base in zip(scheduler.get_last_lr(), bases, strict=True)]
-            scheduler.base_lrs = [lr] * len(groups)
-        for group, share in zip(groups, shares, strict=True):
-            group["lr"] = group["initial_lr"] = lr
-            group["lr"] = lr * share
-        if bases is not None:
-            scheduler._last_lr = [group["lr"] for group in groups]
+        set_rates(self._trainer.mezo, self._trainer.lr_scheduler, [lr] * len(self._trainer.mezo.param_groups))
 
     def stop(self) -> None:
         """The run ends here, for now or for good: steps that are held back were not taken."""
@@ -408,6 +395,21 @@ class Automatic(TrainerCallback):
     @property
     def _base_path(self) -> Path:
         return Path(self._trainer.args.output_dir) / BASE_WEIGHTS
+
+
+def set_rates(optimizer: MeZO, scheduler: Any, rates: Sequence[float]) -> None:
+    """Give every group of an optimizer its learning rate, at the present point of the schedule's course."""
+    scheduler = getattr(scheduler, "scheduler", scheduler)
+    bases = getattr(scheduler, "base_lrs", None)
+    shares = [1.0] * len(rates)
+    if bases is not None:
+        shares = [now / base for now, base in zip(scheduler.get_last_lr(), bases, strict=True)]
+        scheduler.base_lrs = list(rates)
+    for group, lr, share in zip(optimizer.param_groups, rates, shares, strict=True):
+        group["initial_lr"] = lr
+        group["lr"] = lr * share
+    if bases is not None:
+        scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
 
 
 def plan_of(log: Log) -> dict[str, Any]:

@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
-from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
-from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SchedulerType, TrainOutput
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 from transformers.training_args import OptimizerNames
 
 from .auto import AUTO, first_settings, number_or_auto
-from .automatic import Automatic, has_searched, plan_of
+from .automatic import Automatic
 from .errors import InputError
 from .optimizer import MeZO
+from .resuming import LogKeeper, Resumption
 from .rules import Rule, get_rule
-from .trajectory import LogError, StepLog, read_log
-from .trajectory.log import cut_log, require_no_log, require_same_run
-from .trajectory.reader import Log
-from .trajectory.replay import apply_log
 
 STEP_LOG = "steps.jsonl"
-_TRAINER_STATE = "trainer_state.json"
-_PLATEAU = {SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY}
 
 Objective = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
 
@@ -162,7 +153,7 @@ class MeZOTrainer(Trainer):
         #: What finds learning rate and eps, and watches the run.
         self.automatic = Automatic(self)
         self.automatic.is_told = self.args.eval_strategy != IntervalStrategy.NO
-        self._keeper = _LogKeeper(self)
+        self._keeper = LogKeeper(self)
         self.add_callback(self._keeper)
         self.add_callback(self.automatic)
 
@@ -300,20 +291,34 @@ class MeZOTrainer(Trainer):
         by_model = self.model_accepts_loss_kwargs and num_items_in_batch is not None
         return by_model or self.compute_loss_func is not None
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's. ``True`` resumes from the last logged step, a path from that checkpoint."""
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As Trainer's. ``True`` resumes from the last logged step, a path from that checkpoint of this run."""
         if self._own_optimizer:
             self.optimizer = None
             self.lr_scheduler = None if getattr(self, "_created_lr_scheduler", True) else self.lr_scheduler
-        if resume_from_checkpoint:
-            log = self._log_to_resume(resume_from_checkpoint)
-            if log.steps >= self._max_steps():
-                return self._already_trained(log)
-            resume_from_checkpoint = self._checkpoint_of(log)
+        self._logged_eps = None
         try:
-            return super().train(resume_from_checkpoint or None, *args, **kwargs)
+            checkpoint = None
+            if resume_from_checkpoint:
+                resumption = Resumption(self, resume_from_checkpoint, self._keeper.lock())
+                if self.args.eps == AUTO:
+                    self._logged_eps = resumption.log.header["eps"]
+                if resumption.is_over:
+                    return resumption.finish()
+                checkpoint = resumption.checkpoint()
+                self._keeper.continues = resumption.log
+            return super().train(checkpoint, trial, *args, **kwargs)
         finally:
             self._keeper.close()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As Trainer's. A checkpoint also says which steps of the log it follows from."""
+        super().save_model(output_dir, _internal_call)
+        folder = Path(self.args.output_dir if output_dir is None else output_dir)
+        if folder.name.startswith(PREFIX_CHECKPOINT_DIR):
+            self._keeper.mark(folder)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As Trainer's, with the magnitude of the last projected gradient in place of a gradient norm."""
@@ -332,140 +337,3 @@ class MeZOTrainer(Trainer):
     def step_log(self) -> Path:
         """Where the steps are logged."""
         return Path(self.args.output_dir) / STEP_LOG
-
-    # --- resuming ------------------------------------------------------------------------------------------------
-
-    def _log_to_resume(self, wanted: str | Literal[True]) -> Log:
-        """The log of the run, cut to the step from which it goes on."""
-        log = read_log(self.step_log)
-        steps: int | None = log.steps
-        complete = self._complete_checkpoints()
-        if wanted is not True:
-            steps = _steps_of(Path(wanted))
-            if steps is None or steps > log.steps:
-                raise LogError(f"{wanted} is not a complete checkpoint of the run in {log.path}: choose another one")
-        elif self.args.load_best_model_at_end and log.steps and log.steps not in complete:
-            # The kill may have come before the last step was evaluated and saved: do that step again.
-            steps = log.steps - 1
-        if self.args.lr_scheduler_type in _PLATEAU and steps not in complete:
-            raise LogError(
-                f"lr_scheduler_type={self.args.lr_scheduler_type!r} depends on evaluations, which the step log does not "
-                f"hold: resume from a checkpoint by its path ({complete[max(complete)] if complete else 'there is none'})"
-            )
-        assert steps is not None
-        plan = plan_of(log)
-        if self.automatic.finds_lr and "held" not in plan:
-            raise LogError(f"the run in {log.path} has a learning rate of its own: pass it instead of 'auto'")
-        if self.automatic.finds_lr and not has_searched(log, steps):
-            steps = 0  # the first steps are all estimated at the base weights, and none was taken before all were
-        if self.args.eps == AUTO:
-            self._logged_eps = log.header["eps"]
-        return cut_log(log, steps) if steps < log.steps else log
-
-    def _checkpoint_of(self, log: Log) -> str | None:
-        """The checkpoint at the log's end, made by replay if there is none; None if no step was taken."""
-        self._keeper.continues = log
-        if log.steps == 0:
-            return None
-        if self.automatic.finds_lr:
-            optimizer = self.create_optimizer()
-            assert isinstance(optimizer, MeZO)
-            self.automatic.keep_base(optimizer)
-        existing = self._complete_checkpoints().get(log.steps)
-        return str(existing) if existing else self._checkpoint_by_replay(log)
-
-    def _already_trained(self, log: Log) -> TrainOutput:
-        """Bring the model to the end of a run that has taken all its steps, and close its log if a kill did not."""
-        optimizer = self.create_optimizer()
-        assert isinstance(optimizer, MeZO)
-        step_log = StepLog.resume(log.path, optimizer)
-        if log.end is None:
-            step_log.finish()
-        step_log.close()
-        self.state = self._state_before(log.steps)
-        self.state.global_step = log.steps
-        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
-            self._load_best_model()
-        losses = [record.loss for record in log.records if not record.skipped]
-        return TrainOutput(log.steps, sum(losses) / max(1, len(losses)), {})
-
-    def _max_steps(self) -> int:
-        return int(self.set_initial_training_values(self.args, self.get_train_dataloader())[-1])
-
-    def _complete_checkpoints(self) -> dict[int, Path]:
-        folders = Path(self.args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        return {steps: folder for folder in folders if (steps := _steps_of(folder)) is not None}
-
-    def _checkpoint_by_replay(self, log: Log) -> str:
-        """Bring the model from its base weights to the log's end, and save that as Trainer would have."""
-        optimizer = self.create_optimizer()
-        assert isinstance(optimizer, MeZO)
-        require_same_run(log, optimizer)
-        apply_log(log, optimizer)
-        max_steps = self._max_steps()
-        state = self._state_before(log.steps)
-        state.global_step = log.steps
-        state.compute_steps(self.args, max_steps)
-        state.train_batch_size = self.args.train_batch_size
-        scheduler = self.create_scheduler(max_steps, optimizer)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the optimizer's steps were taken by replay, unseen by the scheduler
-            for _ in range(log.steps):
-                scheduler.step()
-        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{log.steps}"
-        shutil.rmtree(folder, ignore_errors=True)  # what a kill in mid-save left
-        self.save_model(str(folder))
-        torch.save(optimizer.state_dict(), folder / "optimizer.pt")
-        torch.save(scheduler.state_dict(), folder / "scheduler.pt")
-        state.save_to_json(str(folder / _TRAINER_STATE))
-        self.optimizer = self.lr_scheduler = None
-        return str(folder)
-
-    def _state_before(self, steps: int) -> TrainerState:
-        """Trainer's own state at the last checkpoint, or a new one."""
-        earlier = {s: folder for s, folder in self._complete_checkpoints().items() if s <= steps}
-        if not earlier:
-            stateful = [*self.callback_handler.callbacks, self.control]
-            return TrainerState(stateful_callbacks=[item for item in stateful if isinstance(item, ExportableState)])
-        return TrainerState.load_from_json(str(earlier[max(earlier)] / _TRAINER_STATE))
-
-
-class _LogKeeper(TrainerCallback):
-    """Opens the step log when the optimizer is ready, and closes it."""
-
-    def __init__(self, trainer: MeZOTrainer) -> None:
-        self._trainer = trainer
-        self._log: StepLog | None = None
-        self.continues: Log | None = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        optimizer, automatic = self._trainer.mezo, self._trainer.automatic
-        if self.continues is not None:
-            self._log = StepLog.resume(self.continues.path, optimizer)
-            automatic.resume(self._log, self.continues)
-        else:
-            require_no_log(self._trainer.step_log)  # before anything is measured
-            plan = automatic.prepare(state.max_steps)
-            self._log = StepLog(self._trainer.step_log, optimizer, self._trainer._run)
-            automatic.begin(self._log, plan)
-        self.continues = None
-
-    def finish(self) -> None:
-        if self._log is not None:
-            self._trainer.automatic.stop()
-            self._log.finish()
-            self._trainer.automatic.finish()
-            self.close()
-
-    def close(self) -> None:
-        if self._log is not None:
-            self._log.close()
-            self._log = None
-
-
-def _steps_of(checkpoint: Path) -> int | None:
-    """Steps that a checkpoint holds; None unless it is complete (Trainer writes its state last)."""
-    try:
-        return int(json.loads((checkpoint / _TRAINER_STATE).read_text(encoding="utf-8"))["global_step"])
-    except (OSError, ValueError, KeyError):
-        return None

@@ -156,7 +156,7 @@ def run(options: argparse.Namespace) -> int:
     if log is None:
         # A run that was killed before its first step leaves its first evaluation behind, and nothing else.
         begun = not read_json(folder / METRICS).keys() - {"before"}
-        leftovers = (METRICS, OUTCOMES, COMPLETIONS, methods.INITIAL) if begun else ()
+        leftovers = (METRICS, OUTCOMES, COMPLETIONS, methods.INITIAL, "steps.jsonl.lock") if begun else ()
         new_folder(folder, leftovers=leftovers, resumable=True)
     metrics = read_json(folder / METRICS) if log else {}
     if log and "test" in metrics and log.end and _is_done(options, log, metrics):
