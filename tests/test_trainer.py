@@ -617,6 +617,52 @@ def test_nothing_to_resume(tmp_path: Path) -> None:
         resumed(tmp_path)
 
 
+@pytest.mark.parametrize("own", [True, False], ids=["own-optimizer", "optimizer-made-by-hand"])
+@pytest.mark.parametrize("saving", [{}, SAVED], ids=["log-alone", "checkpoints"])
+def test_another_learning_rate_holds_from_where_a_run_is_resumed(
+    tmp_path: Path, saving: dict[str, Any], own: bool
+) -> None:
+    changes = {"lr_scheduler_type": "linear", **saving}
+    told: list[str] = []
+
+    def trainer(lr: float, **more: Any) -> MeZOTrainer:
+        model = support.tiny_model()
+        optimizers = {} if own else {"optimizers": (MeZO(model, lr=lr, seed=3), None)}
+        made = make(tmp_path, model=model, learning_rate=lr, **optimizers, **changes, **more)
+        made.automatic.announce = told.append
+        return made
+
+    with pytest.raises(KilledError):
+        trainer(1e-3, callbacks=[Kill(2)]).train()
+    with pytest.raises(KilledError):
+        trainer(1e-3, callbacks=[Kill(4)]).train(resume_from_checkpoint=True)
+    assert not told
+    second = trainer(5e-4)
+    second.train(resume_from_checkpoint=True)
+    logged = [record.lr[0] for record in read_log(second.step_log).records]
+    assert logged == pytest.approx([(1e-3 if step < 4 else 5e-4) * (1 - step / STEPS) for step in range(STEPS)])
+    (text,) = told
+    assert "changes with step 4" in text
+    assert f"{1e-3 * 4 / 7:.1e}" in text
+    assert f"{5e-4 * 4 / 7:.1e}" in text
+    replayed = support.tiny_model()
+    replay(second.step_log, replayed)
+    support.assert_same_bits(second.model, support.snapshot(replayed))
+
+
+def test_a_model_saved_without_its_optimizer_is_no_obstacle_to_resuming(tmp_path: Path, uninterrupted: Any) -> None:
+    saving = {**SAVED, "save_only_model": True}
+    killed(tmp_path, 5, **LONG, **saving)
+    assert not (tmp_path / "checkpoint-4" / "optimizer.pt").exists()
+    trainer = make(tmp_path, callbacks=[Kill(6)], **LONG, **saving)
+    with pytest.raises(KilledError):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    trainer = resumed(tmp_path, **LONG, **saving)
+    support.assert_same_bits(trainer.model, uninterrupted[0])
+    assert log_lines(tmp_path) == uninterrupted[1]
+
+
 def test_schedule_that_depends_on_evaluations_resumes_from_checkpoints_alone(tmp_path: Path) -> None:
     plateau = {**EVALUATED, "lr_scheduler_type": "reduce_lr_on_plateau", "max_steps": 6}
     whole = trained(tmp_path / "whole", **plateau)
@@ -624,5 +670,7 @@ def test_schedule_that_depends_on_evaluations_resumes_from_checkpoints_alone(tmp
     killed(folder, 5, **plateau)
     with pytest.raises(LogError, match=r"depends on evaluations.*checkpoint-4"):
         resumed(folder, **plateau)
+    with pytest.raises(LogError, match=r"leave learning_rate at 0\.001"):
+        resumed(folder, str(folder / "checkpoint-4"), learning_rate=1e-4, **plateau)
     trainer = resumed(folder, str(folder / "checkpoint-4"), **plateau)
     support.assert_same_bits(trainer.model, support.snapshot(whole.model))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import warnings
 from dataclasses import dataclass
@@ -9,12 +10,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SchedulerType, TrainOutput
 
-from .automatic import has_searched, plan_of
+from .automatic import has_searched, plan_of, set_rates
 from .files import read_json, write_json
+from .optimizer import MeZO
 from .trajectory import LogError, StepLog, read_log
 from .trajectory.lock import LogLock
 from .trajectory.log import cut_log, require_no_log, require_same_run
@@ -89,12 +92,32 @@ class LogKeeper(TrainerCallback):
         if before is not None:
             self._log = StepLog.resume(before.path, optimizer, lock=lock)
             automatic.resume(self._log, before)
+            if not automatic.finds_lr and before.steps:
+                self._settle_rates(before)
         else:
             require_no_log(trainer.step_log)  # before anything is measured
             plan = automatic.prepare(state.max_steps)
             self._log = StepLog(trainer.step_log, optimizer, trainer._run, lock=lock)
             automatic.begin(self._log, plan)
         self.continues = None
+
+    def _settle_rates(self, log: Log) -> None:
+        """Let the learning rate that was given hold from here on, in place of the one that Trainer found in a checkpoint."""
+        trainer = self._trainer
+        scheduler = getattr(trainer.lr_scheduler, "scheduler", trainer.lr_scheduler)
+        bases, given = getattr(scheduler, "base_lrs", None), trainer.given_rates(len(trainer.mezo.param_groups))
+        if bases is not None and list(bases) != given:
+            set_rates(trainer.mezo, scheduler, given)
+        if not isinstance(scheduler, LambdaLR):
+            return
+        before = log.records[-1].lr
+        # What the last step's would have been with the present settings.
+        now = [lr * course(log.steps - 1) for lr, course in zip(given, scheduler.lr_lambdas, strict=True)]
+        if not all(map(math.isclose, before, now)):
+            trainer.automatic.announce(
+                f"the learning rate changes with step {log.steps}: the last one was taken with {max(before):.1e}, where it would "
+                f"now have been {max(now):.1e}"
+            )
 
     def mark(self, folder: Path) -> None:
         """Write into a checkpoint which steps of the log it follows from."""
@@ -159,6 +182,12 @@ class Resumption:
             )
         if automatic.finds_lr and "held" not in plan_of(log):
             raise LogError(f"the run in {log.path} has a learning rate of its own: pass it instead of 'auto'")
+        first = log.records[0].lr[0] if log.records else None
+        if not automatic.finds_lr and args.lr_scheduler_type in _PLATEAU and self._trainer.given_rates(1)[0] != first:
+            raise LogError(
+                f"lr_scheduler_type={args.lr_scheduler_type!r} goes on from the learning rate that it has come to: leave "
+                f"learning_rate at {first}, or start a new run"
+            )
         if automatic.finds_lr and not has_searched(log, steps):
             steps = 0  # the first steps are all estimated at the base weights, and none was taken before all were
         return cut_log(log, steps) if steps < log.steps else log
@@ -183,7 +212,7 @@ class Resumption:
     def finish(self) -> TrainOutput:
         """Bring the model to the end of a run that has taken all its steps, and close its log if a kill did not."""
         trainer, log = self._trainer, self.log
-        step_log = StepLog.resume(log.path, trainer.create_optimizer(), lock=self._lock)
+        step_log = StepLog.resume(log.path, self._optimizer(), lock=self._lock)
         if log.end is None:
             step_log.finish()
         step_log.close()
@@ -200,14 +229,14 @@ class Resumption:
         if log.steps == 0:
             return None
         if automatic.finds_lr:
-            automatic.keep_base(self._trainer.create_optimizer())
+            automatic.keep_base(self._optimizer())
         existing = checkpoints_of(log).get(log.steps)
         return str(existing.folder if existing is not None and existing.is_whole else self._by_replay())
 
     def _by_replay(self) -> Path:
         """Bring the model from its base weights to the log's end, and save that as Trainer would have."""
         trainer, log = self._trainer, self.log
-        optimizer = trainer.create_optimizer()
+        optimizer = self._optimizer()
         require_same_run(log, optimizer)
         apply_log(log, optimizer)
         max_steps = self._max_steps()
@@ -227,8 +256,14 @@ class Resumption:
         torch.save(optimizer.state_dict(), folder / _OPTIMIZER)
         torch.save(scheduler.state_dict(), folder / _SCHEDULER)
         state.save_to_json(str(folder / _TRAINER_STATE))
-        trainer.optimizer = trainer.lr_scheduler = None
+        trainer.forget_own()
         return folder
+
+    def _optimizer(self) -> MeZO:
+        self._trainer.create_optimizer()
+        optimizer = self._trainer.mezo
+        assert isinstance(optimizer, MeZO)
+        return optimizer
 
     def _state(self) -> TrainerState:
         """Trainer's own state at the last checkpoint, or a new one."""

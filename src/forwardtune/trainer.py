@@ -114,7 +114,7 @@ class MeZOTrainer(Trainer):
 
     Takes what Trainer takes, with a :class:`MeZOConfig`. Every step goes to ``steps.jsonl`` in the output folder, and
     ``train(resume_from_checkpoint=True)`` continues from the last logged step, with or without a checkpoint: pass the
-    base model again.
+    base model again. A resumed run may have another learning rate, which holds from then on; the log has both.
 
     Args:
         objective: ``(model, inputs) -> losses``, one per example or their mean, in place of the model's own loss. It
@@ -148,6 +148,7 @@ class MeZOTrainer(Trainer):
         if self.optimizer is not None and not isinstance(self.optimizer, MeZO):
             raise ValueError(f"MeZOTrainer cannot step {type(self.optimizer).__name__}: pass a MeZO, or none")
         self._own_optimizer = self.optimizer is None
+        self._rates = [group.get("initial_lr", group["lr"]) for group in self.mezo.param_groups] if self.mezo else []
         self._logged_eps: float | None = None
         self._held_out_batches: list[Any] = []
         #: What finds learning rate and eps, and watches the run.
@@ -192,6 +193,17 @@ class MeZOTrainer(Trainer):
                 rule=self.args.make_rule(),
             )
         return self.optimizer
+
+    def forget_own(self) -> None:
+        """Let the optimizer and the scheduler be made again, unless they came from the user."""
+        if self._own_optimizer:
+            self.optimizer = None
+        if self._created_lr_scheduler:
+            self.lr_scheduler = None
+
+    def given_rates(self, groups: int) -> list[float]:
+        """The learning rate of every group as the user gave it, before any schedule."""
+        return [float(self.args.learning_rate)] * groups if self._own_optimizer else self._rates
 
     def compute_loss(
         self,
@@ -295,9 +307,7 @@ class MeZOTrainer(Trainer):
         self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
         """As Trainer's. ``True`` resumes from the last logged step, a path from that checkpoint of this run."""
-        if self._own_optimizer:
-            self.optimizer = None
-            self.lr_scheduler = None if getattr(self, "_created_lr_scheduler", True) else self.lr_scheduler
+        self.forget_own()
         self._logged_eps = None
         try:
             checkpoint = None
