@@ -7,12 +7,14 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import HPSearchBackend
 
 import support
 from forwardtune import MeZO
@@ -283,6 +285,125 @@ def test_settings_out_of_range_are_refused_before_the_first_step(
     with pytest.raises(ValueError, match=words):
         trained(tmp_path, **changes)
     assert not (tmp_path / "steps.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("learning_rate", "much", "learning_rate: 'much' is neither"),
+        ("eps", -1, "eps: -1 is neither"),
+        ("fp16", True, "cannot honour.*fp16"),
+        ("bf16_full_eval", True, "cannot honour.*bf16=True"),
+        ("fp16_full_eval", True, "cannot honour.*dtype=torch.float16"),
+        ("max_grad_norm", 1.0, "cannot honour.*clip_coefficient"),
+        ("optim", "sgd", "cannot honour optim='sgd'"),
+    ],
+)
+def test_what_is_set_later_is_checked_when_the_run_begins(tmp_path: Path, name: str, value: Any, words: str) -> None:
+    trainer = make(tmp_path)
+    setattr(trainer.args, name, value)
+    with pytest.raises(ValueError, match=words):
+        trainer.train()
+    assert not (tmp_path / "steps.jsonl").exists()
+    with pytest.raises(ValueError, match=words):
+        config(tmp_path, **{name: value})
+
+
+def test_numbers_that_are_set_later_may_be_text(tmp_path: Path) -> None:
+    trainer = make(tmp_path)
+    trainer.args.learning_rate, trainer.args.eps = "2e-3", "1e-2"
+    trainer.train()
+    log = read_log(trainer.step_log)
+    assert ({record.lr[0] for record in log.records}, log.header["eps"]) == ({2e-3}, 1e-2)
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"])
+def test_one_of_several_processes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """On CPUs torch would not even tell them apart."""
+    trainer = make(tmp_path)
+    monkeypatch.setenv(name, "2")
+    with pytest.raises(ValueError, match=f"2 processes.*{name}=2.*start one"):
+        config(tmp_path)
+    with pytest.raises(ValueError, match="2 processes"):
+        trainer.train()
+    monkeypatch.setenv(name, "1")
+    assert config(tmp_path).world_size == 1
+
+
+# --- hyperparameter search ---------------------------------------------------------------------------------------
+
+
+def searching(folder: Path, **changes: Any) -> MeZOTrainer:
+    settings = {"max_steps": 3, "objective": squares, "data": DATA, **changes}
+    objective, data = settings.pop("objective"), settings.pop("data")
+    return MeZOTrainer(
+        model_init=lambda: support.tiny_model(),
+        args=config(folder, **settings),
+        train_dataset=data,
+        eval_dataset=data[:4],
+        objective=objective,
+    )
+
+
+@pytest.mark.parametrize("given", ["auto", 1e-4])
+def test_trials_of_a_search_are_runs_with_their_own_settings_and_folders(
+    tmp_path: Path, given: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Trainer does it with any backend: a trial's values are put into the arguments when train() has begun."""
+    # What describes a trial in reports knows those of installed backends alone.
+    monkeypatch.setattr("transformers.integrations.hp_params", lambda trial: trial.params)
+    trainer = searching(tmp_path, learning_rate=given)
+    trainer.hp_search_backend = HPSearchBackend.OPTUNA
+    trials = [{"learning_rate": 2.65e-05}, {"learning_rate": 3e-4, "seed": 5}, {"learning_rate": "auto", "probes": 2}]
+    trainer.hp_space = lambda trial: trials[trial.number]
+    trainer.hp_name = None
+    losses = []
+    for number, wanted in enumerate(trials):
+        trainer.objective = None  # a name that Trainer's search uses for the number that it is after
+        trainer.train(trial=SimpleNamespace(number=number, params=wanted))
+        log = read_log(tmp_path / f"run-{number}" / "steps.jsonl")
+        assert trainer.step_log == log.path
+        rates = {record.lr[0] for record in log.records}
+        assert rates == {wanted["learning_rate"]} or wanted["learning_rate"] == "auto"
+        assert (log.steps, log.end["end"]) == (3, 3)
+        assert log.header["seed"] == wanted.get("seed", 5 if number else 3)
+        replayed = support.tiny_model()
+        replay(log, replayed)
+        support.assert_same_bits(trainer.model, support.snapshot(replayed))
+        losses.append(log.records[0].loss)
+    with torch.no_grad():  # of the objective, not of the model itself
+        first = float(squares(support.tiny_model(), trainer.data_collator(DATA)).mean())
+    assert losses == pytest.approx([first] * 3, rel=0.1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run-0", "run-1", "run-2"]
+    with pytest.raises(ValueError, match="cannot be resumed"):
+        trainer.train(resume_from_checkpoint=True, trial=SimpleNamespace(number=0, params={}))
+    trainer.hp_search_backend = None
+    trainer.args.learning_rate = 1e-3
+    trainer.train()  # with what was best
+    assert {record.lr[0] for record in read_log(tmp_path / "steps.jsonl").records} == {1e-3}
+
+
+@pytest.mark.parametrize("given", ["auto", 1e-4])
+def test_a_search_uses_the_rates_that_it_reports(tmp_path: Path, given: Any) -> None:
+    optuna = pytest.importorskip("optuna")
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+    def space(trial: Any) -> dict[str, Any]:
+        return {"learning_rate": trial.suggest_float("learning_rate", 1e-5, 1e-3, log=True)}
+
+    class PruneSecond(optuna.pruners.BasePruner):
+        def prune(self, study: Any, trial: Any) -> bool:
+            return trial.number == 1
+
+    evaluated = {"eval_strategy": "steps", "eval_steps": 1}
+    trainer = searching(tmp_path, learning_rate=given, **evaluated)
+    best = trainer.hyperparameter_search(space, n_trials=3, backend="optuna", pruner=PruneSecond())
+    logs = [read_log(tmp_path / f"run-{number}" / "steps.jsonl") for number in range(3)]
+    assert [log.steps for log in logs] == [3, 1, 3]
+    rates = [{record.lr[0] for record in log.records} for log in logs]
+    assert rates[int(best.run_id)] == {best.hyperparameters["learning_rate"]}
+    assert len(set.union(*rates)) == 3
+    assert not list(tmp_path.rglob("base.bin"))
 
 
 def test_trainer_needs_a_mezo_config_and_a_mezo(tmp_path: Path) -> None:

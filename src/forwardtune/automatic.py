@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from transformers import TrainerCallback
+from transformers.trainer_utils import IntervalStrategy
 
 from .auto import AUTO, MEASUREMENTS, SHARE
 from .epsilon import EVALUATIONS, Scale, choose_eps, measure
@@ -90,6 +91,10 @@ class Tunes(Protocol):
         """The optimizer."""
 
     @property
+    def run_folder(self) -> Path:
+        """Where the run's files lie."""
+
+    @property
     def can_hold_out(self) -> bool:
         """Whether there are examples of which some can be chosen."""
 
@@ -120,8 +125,7 @@ class Automatic(TrainerCallback):
         self._has_stepped = False
         self._first_loss: float | None = None
         self._alarm: Guard | None = None
-        #: Whether somebody else measures held-out examples, and reports with :meth:`hear`.
-        self.is_told = False
+        self._is_told: bool | None = None
         #: What is told of decisions.
         self.announce: Callable[[str], object] = _logger.warning
 
@@ -129,6 +133,17 @@ class Automatic(TrainerCallback):
     def finds_lr(self) -> bool:
         """Whether the learning rate is this object's business."""
         return self._trainer.args.learning_rate == AUTO
+
+    @property
+    def is_told(self) -> bool:
+        """Whether somebody else measures held-out examples, and reports with :meth:`hear`: Trainer, if it evaluates."""
+        if self._is_told is None:
+            return bool(self._trainer.args.eval_strategy != IntervalStrategy.NO)
+        return self._is_told
+
+    @is_told.setter
+    def is_told(self, told: bool) -> None:
+        self._is_told = told
 
     # --- the beginning ---------------------------------------------------------------------------------------------
 
@@ -387,6 +402,10 @@ class Automatic(TrainerCallback):
             self._watches = False
             self._base.remove()
 
+    def forget(self) -> None:
+        """The run will not be gone on with, as a trial that was pruned: leave nothing large behind."""
+        self._base_path.unlink(missing_ok=True)
+
     def _dtypes(self) -> str:
         """Of the whole model: what an adapter does to the loss is rounded where the rest computes."""
         parameters = self._trainer.model.parameters()
@@ -394,7 +413,7 @@ class Automatic(TrainerCallback):
 
     @property
     def _base_path(self) -> Path:
-        return Path(self._trainer.args.output_dir) / BASE_WEIGHTS
+        return self._trainer.run_folder / BASE_WEIGHTS
 
 
 def set_rates(optimizer: MeZO, scheduler: Any, rates: Sequence[float]) -> None:

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.training_args import OptimizerNames
 
 from .auto import AUTO, first_settings, number_or_auto
 from .automatic import Automatic
 from .errors import InputError
 from .optimizer import MeZO
+from .processes import require_one_process
 from .resuming import LogKeeper, Resumption
 from .rules import Rule, get_rule
 
@@ -41,7 +42,7 @@ class MeZOConfig(TrainingArguments):
     MeZO cannot honour is refused with what to do instead.
 
     Raises:
-        ValueError: an argument that has no meaning without gradients, or is out of range.
+        ValueError: an argument that has no meaning without gradients, or is out of range; or several processes.
     """
 
     learning_rate: NumberOrAuto = field(
@@ -66,11 +67,26 @@ class MeZOConfig(TrainingArguments):
     rule_window: int | None = field(default=None, metadata={"help": "Steps in a window; by default 99% of the weight."})
 
     def __post_init__(self) -> None:
+        self.validate()
+        super().__post_init__()
+
+    def validate(self) -> None:
+        """Read numbers that came as text, and raise ValueError for what MeZO cannot honour.
+
+        A run does it again when it begins, as fields may be set later: by hand, or by ``Trainer.hyperparameter_search``.
+        """
+        require_one_process()
+        full_eval = "evaluate() casts the model itself, and training goes on with what was rounded. Load the model in"
         for wrong, remedy in (
             (
                 self.fp16,
                 "fp16=True scales losses for gradients. Load the model in float16 (dtype=torch.float16) instead",
             ),
+            (
+                self.bf16_full_eval,
+                f"{full_eval} bfloat16 (dtype=torch.bfloat16), or set bf16=True to compute in it",
+            ),
+            (self.fp16_full_eval, f"{full_eval} float16 (dtype=torch.float16)"),
             (self.deepspeed, "DeepSpeed shards gradients and optimizer state, which MeZO does not have. Drop it"),
             (self.fsdp, "FSDP is not supported. Drop it, or spread a large model with device_map='auto'"),
             (self.max_grad_norm, "there is no gradient to clip. Leave max_grad_norm at 0 and set clip_coefficient"),
@@ -93,9 +109,9 @@ class MeZOConfig(TrainingArguments):
                 setattr(self, name, number_or_auto(getattr(self, name)))
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
-        super().__post_init__()
-        if self.optim != OptimizerNames(TrainingArguments.__dataclass_fields__["optim"].default):
-            raise ValueError(f"MeZO cannot honour optim={self.optim.value!r}: it is the optimizer itself. Drop it.")
+        optim = OptimizerNames(self.optim)
+        if optim != OptimizerNames(TrainingArguments.__dataclass_fields__["optim"].default):
+            raise ValueError(f"MeZO cannot honour optim={optim.value!r}: it is the optimizer itself. Drop it.")
 
     def make_rule(self) -> Rule:
         """The rule that these settings describe. ``adam_*`` and ``momentum`` are read by the rule of that name alone."""
@@ -134,8 +150,9 @@ class MeZOTrainer(Trainer):
     def __init__(
         self, *args: Any, objective: Objective | None = None, run: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        self.objective = objective
+        self._objective = objective  # Trainer's hyperparameter search puts a number of its own into `objective`
         self._part = 0
+        self._trial: Any = None
         self._run = run
         super().__init__(*args, **kwargs)
         if not isinstance(self.args, MeZOConfig):
@@ -153,7 +170,6 @@ class MeZOTrainer(Trainer):
         self._held_out_batches: list[Any] = []
         #: What finds learning rate and eps, and watches the run.
         self.automatic = Automatic(self)
-        self.automatic.is_told = self.args.eval_strategy != IntervalStrategy.NO
         self._keeper = LogKeeper(self)
         self.add_callback(self._keeper)
         self.add_callback(self.automatic)
@@ -165,6 +181,7 @@ class MeZOTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """MeZO over the parameters that require grad, in Trainer's two groups: with and without weight decay."""
+        self.args.validate()  # a trial's settings are known only now
         if self.optimizer is None:
             model = self.model if model is None else model
             decayed = set(self.get_decay_parameter_names(model))
@@ -213,9 +230,9 @@ class MeZOTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The mean of the objective over the batch, or without an objective the model's own loss."""
-        if self.objective is None:
+        if self._objective is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        losses = torch.as_tensor(self.objective(model, inputs), dtype=torch.float32)
+        losses = torch.as_tensor(self._objective(model, inputs), dtype=torch.float32)
         return (losses.mean(), {"losses": losses.reshape(-1)}) if return_outputs else losses.mean()
 
     def training_step(
@@ -224,11 +241,11 @@ class MeZOTrainer(Trainer):
         """Query the microbatch at the step's probes. Trainer's ``optimizer.step()`` then moves the weights."""
         model.eval()  # dropout would differ between the two sides of a probe
         inputs = self._prepare_inputs(inputs)
-        begin_step, end_step = (getattr(self.objective, name, None) for name in ("begin_step", "end_step"))
+        begin_step, end_step = (getattr(self._objective, name, None) for name in ("begin_step", "end_step"))
         if begin_step is not None:  # both sides of a probe draw the same random numbers
             self._part = self._part + 1 if self.mezo.gathering else 0
             begin_step(self.mezo.next_step, self._part)
-        take_statistics = getattr(self.objective, "take_statistics", None)
+        take_statistics = getattr(self._objective, "take_statistics", None)
         share = 1 if self._scaled_for_accumulation(num_items_in_batch) else self.current_gradient_accumulation_steps
 
         def closure() -> Tensor:
@@ -261,7 +278,7 @@ class MeZOTrainer(Trainer):
         an objective that samples.
         """
         inputs = self._held_out_inputs(batches)
-        begin_step, end_step = (getattr(self.objective, name, None) for name in ("begin_step", "end_step"))
+        begin_step, end_step = (getattr(self._objective, name, None) for name in ("begin_step", "end_step"))
 
         @torch.no_grad()
         def measure() -> float:
@@ -295,7 +312,7 @@ class MeZOTrainer(Trainer):
 
     def _scaled_for_accumulation(self, num_items_in_batch: Tensor | int | None) -> bool:
         """Whether the loss is already a share of the whole accumulated batch, by Trainer's own rule."""
-        if self.objective is not None:
+        if self._objective is not None:
             return False
         stated = getattr(self, "loss_is_scaled_for_ga", None)
         if stated is not None:
@@ -307,8 +324,16 @@ class MeZOTrainer(Trainer):
         self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
         """As Trainer's. ``True`` resumes from the last logged step, a path from that checkpoint of this run."""
+        self._trial = trial
+        self.args.validate()
         self.forget_own()
         self._logged_eps = None
+        if trial is not None:
+            if resume_from_checkpoint:
+                raise InputError("a trial of a hyperparameter search cannot be resumed: search again in another folder")
+            for name in ("learning_rate", "eps"):
+                # A trial's value is cast to the type of the one before: text takes numbers and "auto" alike.
+                setattr(self.args, name, str(getattr(self.args, name)))
         try:
             checkpoint = None
             if resume_from_checkpoint:
@@ -322,6 +347,8 @@ class MeZOTrainer(Trainer):
             return super().train(checkpoint, trial, *args, **kwargs)
         finally:
             self._keeper.close()
+            if trial is not None:
+                self.automatic.forget()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As Trainer's. A checkpoint also says which steps of the log it follows from."""
@@ -335,7 +362,7 @@ class MeZOTrainer(Trainer):
         if logs.pop("grad_norm", None) is not None and self.mezo.last is not None and not self.mezo.last.skipped:
             coefficients = self.mezo.last.coefficients
             logs["projected_gradient"] = sum(map(abs, coefficients)) / len(coefficients)
-        take_statistics = getattr(self.objective, "take_statistics", None)
+        take_statistics = getattr(self._objective, "take_statistics", None)
         if take_statistics is not None:
             for name, values in take_statistics().items():
                 logs |= {f"objective/{name}/{key}": value for key, value in values.items()}
@@ -344,6 +371,11 @@ class MeZOTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     @property
+    def run_folder(self) -> Path:
+        """``output_dir``, or the folder in it that belongs to the present trial of a hyperparameter search."""
+        return Path(self._get_output_dir(self._trial))
+
+    @property
     def step_log(self) -> Path:
         """Where the steps are logged."""
-        return Path(self.args.output_dir) / STEP_LOG
+        return self.run_folder / STEP_LOG

@@ -17,6 +17,7 @@ from ..evaluation import sign_test
 from ..files import read_json
 from ..models import save_model
 from ..optimizer import NonFiniteLossError
+from ..processes import require_one_process
 from ..rules import RULES, STATES
 from ..trajectory import Log, read_log
 from . import add_model_options, methods, positive, say
@@ -149,6 +150,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Tune, evaluate before and after, and write model, step log and metrics."""
+    require_one_process()
     began = time.monotonic()
     folder = Path(options.output_dir)
     log = _resumed(options, folder) if options.resume else None
