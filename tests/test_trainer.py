@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,8 +13,15 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
+from transformers import (
+    DataCollatorForLanguageModeling,
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.trainer_utils import HPSearchBackend
 
 import support
@@ -59,7 +67,13 @@ def make(folder: Path, *, model: Any = None, objective: Any = squares, data: Any
     own = {key: changes.pop(key) for key in ("callbacks", "optimizers", "run", "data_collator") if key in changes}
     model = support.tiny_model() if model is None else model
     args = config(folder, **changes)
-    return MeZOTrainer(model=model, args=args, train_dataset=data, eval_dataset=data[:4], objective=objective, **own)
+    return MeZOTrainer(
+        model=model, args=args, train_dataset=data, eval_dataset=_first(data), objective=objective, **own
+    )
+
+
+def _first(data: Any) -> Any:
+    return data.select(range(4)) if isinstance(data, Dataset) else data[:4] if isinstance(data, list) else None
 
 
 def trained(folder: Path, **changes: Any) -> MeZOTrainer:
@@ -195,6 +209,34 @@ def test_optimizer_made_by_hand_is_used(tmp_path: Path, scheduled: bool) -> None
     assert (log.header["eps"], log.header["seed"], log.steps) == (1e-2, 9, STEPS)
     expected = [1e-3 / (1 + step) if scheduled else 1e-3 for step in range(STEPS)]
     assert [record.lr[0] for record in log.records] == pytest.approx(expected, rel=1e-12)
+
+
+def test_an_objective_gets_every_column(tmp_path: Path) -> None:
+    """The model's own loss only those that it takes."""
+    weighted = Dataset.from_list([{**row, "weight": float(i)} for i, row in enumerate(DATA)])
+    seen: list[Any] = []
+
+    def objective(model: Any, inputs: Any) -> torch.Tensor:
+        seen.append(inputs.get("weight"))
+        return squares(model, inputs)
+
+    trained(tmp_path / "objective", objective=objective, data=weighted, max_steps=3)
+    assert all(weight is not None for weight in seen)
+    assert set(torch.cat(seen).tolist()) == set(range(12))
+    trained(tmp_path / "own", objective=None, data=weighted, max_steps=1)
+
+
+@pytest.mark.parametrize(("pad", "taught"), [("<eos>", False), ("<pad>", True)])
+def test_ends_of_text_that_the_collator_takes_for_padding_are_told_of(tmp_path: Path, pad: str, taught: bool) -> None:
+    tokenizer = support.tokenizer()
+    tokenizer.pad_token = pad
+    rows = [{"input_ids": [*row["input_ids"][: 3 + i % 3], tokenizer.eos_token_id]} for i, row in enumerate(DATA)]
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        trained(tmp_path, objective=None, data=rows, data_collator=collator, max_steps=2)
+    told = [str(warning.message) for warning in told]
+    assert [f"({pad})" in text and "none of the 4 ends" in text for text in told] == ([] if taught else [True])
 
 
 # --- gradient accumulation ---------------------------------------------------------------------------------------
@@ -413,6 +455,27 @@ def test_trainer_needs_a_mezo_config_and_a_mezo(tmp_path: Path) -> None:
     model = support.tiny_model()
     with pytest.raises(ValueError, match="cannot step SGD: pass a MeZO"):
         make(tmp_path, model=model, optimizers=(torch.optim.SGD(model.parameters()), None))
+
+
+@pytest.mark.parametrize("kind", ["Trainer", "SFTTrainer"])
+def test_a_trainer_that_would_backpropagate_learns_so_before_it_does(tmp_path: Path, kind: str) -> None:
+    model = support.tiny_model()
+    passes: list[str] = []
+    model.register_forward_hook(lambda *_: passes.append("forward"))
+    for parameter in model.parameters():
+        parameter.register_hook(lambda _: passes.append("backward"))
+    settings = {"output_dir": str(tmp_path), "report_to": [], "use_cpu": True, "max_steps": 1, "disable_tqdm": True}
+    made: dict[str, Any] = {"model": model, "optimizers": (MeZO(model), None)}
+    if kind == "Trainer":
+        trainer: Any = Trainer(args=TrainingArguments(**settings), train_dataset=DATA, **made)
+    else:
+        trl = pytest.importorskip("trl")
+        rows = Dataset.from_list([{"input_ids": row["input_ids"]} for row in DATA])
+        args = trl.SFTConfig(bf16=False, **settings)
+        trainer = trl.SFTTrainer(args=args, train_dataset=rows, processing_class=support.tokenizer(), **made)
+    with pytest.raises(RuntimeError, match=r"works by backpropagation.*MeZOTrainer"):
+        trainer.train()
+    assert not passes
 
 
 def cosine(step: int) -> float:

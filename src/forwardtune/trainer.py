@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -134,7 +135,8 @@ class MeZOTrainer(Trainer):
 
     Args:
         objective: ``(model, inputs) -> losses``, one per example or their mean, in place of the model's own loss. It
-            needs no gradient. Its methods ``begin_step(step, part)`` and ``end_step()``, if it has them, are told of every
+            needs no gradient. It gets every column of the data, whatever ``remove_unused_columns`` says: a data collator
+            that cannot batch one, such as text, wants it removed from the data. Its methods ``begin_step(step, part)`` and ``end_step()``, if it has them, are told of every
             step, and what ``take_statistics()`` returns is logged (:class:`forwardtune.objectives.TaskObjective`).
         run: anything to keep in the step log's header, as JSON.
 
@@ -157,6 +159,10 @@ class MeZOTrainer(Trainer):
         super().__init__(*args, **kwargs)
         if not isinstance(self.args, MeZOConfig):
             raise ValueError("MeZOTrainer needs args=MeZOConfig(...), whose defaults are MeZO's")
+        if objective is not None:
+            self.args.remove_unused_columns = (
+                False  # those that the model does not take may be what the objective needs
+            )
         if self.args.world_size > 1 or self.args.n_gpu > 1:
             raise ValueError(
                 "MeZOTrainer runs in one process on one device: set CUDA_VISIBLE_DEVICES=0, or spread a large model "
@@ -240,6 +246,8 @@ class MeZOTrainer(Trainer):
     ) -> Tensor:
         """Query the microbatch at the step's probes. Trainer's ``optimizer.step()`` then moves the weights."""
         model.eval()  # dropout would differ between the two sides of a probe
+        if self.state.global_step == 0 and not self.mezo.gathering:
+            self._require_ends(inputs)
         inputs = self._prepare_inputs(inputs)
         begin_step, end_step = (getattr(self._objective, name, None) for name in ("begin_step", "end_step"))
         if begin_step is not None:  # both sides of a probe draw the same random numbers
@@ -261,6 +269,24 @@ class MeZOTrainer(Trainer):
             if end_step is not None:
                 end_step()
         return torch.tensor(loss, device=self.args.device)
+
+    def _require_ends(self, inputs: dict[str, Any]) -> None:
+        """Warn of a collator that leaves no EOS in the labels because padding has the same token."""
+        tokenizer: Any = getattr(self.data_collator, "tokenizer", self.processing_class)
+        end = getattr(tokenizer, "eos_token_id", None)
+        if end is None or end != getattr(tokenizer, "pad_token_id", None):
+            return
+        tokens, seen, labels = (inputs.get(name) for name in ("input_ids", "attention_mask", "labels"))
+        if tokens is None or seen is None or labels is None or not tokens.shape == seen.shape == labels.shape:
+            return
+        ends = (tokens == end) & (seen == 1)
+        if ends.any() and (labels[ends] == -100).all():
+            warnings.warn(
+                f"padding and end of text are the same token ({tokenizer.eos_token}), and the data collator took it out of the "
+                f"labels: none of the {int(ends.sum())} ends in the first minibatch is a target, so the model is not taught to "
+                "stop. Give the tokenizer another pad_token before the collator is made, such as its unk_token",
+                stacklevel=2,
+            )
 
     @property
     def can_hold_out(self) -> bool:
