@@ -26,7 +26,7 @@ LAYERS = (
     {"objectives"},
     {"evaluation"},
     {"automatic"},
-    {"resuming"},
+    {"resuming", "model_card"},
     {"trainer", "baselines", "sweep"},
     {"report"},
     {"cli"},

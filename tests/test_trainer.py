@@ -586,6 +586,45 @@ def test_replay_of_the_log_equals_the_trained_weights(tmp_path: Path, dtype: tor
     assert read_log(trainer.step_log).header["run"] == {"model": "tiny"}
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"learning_rate": "auto", "eps": "auto", "max_steps": 40, "rule": "momentum"}, {"probes": 2}, BEST],
+    ids=["found", "given", "best-step"],
+)
+def test_model_card_says_what_was_done_and_how_to_do_it_again(tmp_path: Path, changes: dict[str, Any]) -> None:
+    trainer = trained(tmp_path, **changes)
+    trainer.create_model_card(model_name="tiny", tags="mezo")
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    log = read_log(trainer.step_log)
+    for wrong in ("adamw", "betas", "learning_rate: auto", "eps: auto"):
+        assert wrong not in card.lower()
+    rates = [max(record.lr) for record in log.records]
+    for right in (
+        "- method: MeZO",
+        f"- rule: {changes.get('rule', 'sgd')}",
+        f"- learning_rate: {rates[0]:.3g}",
+        f"{rates[-1]:.3g}",
+        f"- eps: {log.header['eps']:.3g}",
+        f"probes a step: {changes.get('probes', 1)}, gaussian",
+        "- train_batch_size: 4",
+        f"- training_steps: {log.steps}",
+        log.header["base"],
+        log.end["digest"],
+        "### Framework versions",
+    ):
+        assert right in card
+    assert ("found by the run" in card) == ("eps" in changes)
+    (call,) = [line for line in card.splitlines() if line.startswith("replay(")]
+    model = support.tiny_model()
+    exec(call.replace("steps.jsonl", str(trainer.step_log)), {"replay": replay, "model": model})
+    support.assert_same_bits(model, support.snapshot(trainer.model))
+
+
+def test_model_card_of_an_untrained_model_is_transformers_own(tmp_path: Path) -> None:
+    make(tmp_path).create_model_card()
+    assert "MeZO" not in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
 # --- resuming ----------------------------------------------------------------------------------------------------
 
 # Everything that changes from step to step: position in the data (three steps an epoch), schedule, checkpoints.

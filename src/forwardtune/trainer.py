@@ -19,10 +19,12 @@ from transformers.training_args import OptimizerNames
 from .auto import AUTO, first_settings, number_or_auto
 from .automatic import Automatic
 from .errors import InputError
+from .model_card import describe
 from .optimizer import MeZO
 from .processes import require_one_process
 from .resuming import LogKeeper, Resumption
 from .rules import Rule, get_rule
+from .trajectory import read_log
 
 STEP_LOG = "steps.jsonl"
 
@@ -395,6 +397,19 @@ class MeZOTrainer(Trainer):
         if "train_runtime" in logs:  # the closing report comes before the best weights are loaded: the log ends here
             self._keeper.finish()
         super().log(logs, *args, **kwargs)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """As Trainer's, which names an optimizer that was not there: with MeZO, what the run found, and how to replay it."""
+        super().create_model_card(*args, **kwargs)
+        if not self.step_log.exists():
+            return  # nothing was trained yet
+        best = (
+            self.args.load_best_model_at_end and not self.is_in_train and self.state.best_model_checkpoint is not None
+        )
+        log = read_log(self.step_log)
+        card = Path(self.args.output_dir) / "README.md"
+        steps = self.state.best_global_step if best else log.steps
+        card.write_text(describe(card.read_text(encoding="utf-8"), log, steps), encoding="utf-8")
 
     @property
     def run_folder(self) -> Path:
