@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -73,7 +73,7 @@ def make(folder: Path, *, model: Any = None, objective: Any = squares, data: Any
 
 
 def _first(data: Any) -> Any:
-    return data.select(range(4)) if isinstance(data, Dataset) else data[:4] if isinstance(data, list) else None
+    return data.select(range(4)) if isinstance(data, Dataset) else data[:4] if isinstance(data, list) else DATA[:4]
 
 
 def trained(folder: Path, **changes: Any) -> MeZOTrainer:
@@ -833,6 +833,66 @@ def test_two_trainers_do_not_share_a_folder(tmp_path: Path, uninterrupted: Any, 
     support.assert_same_bits(trainer.model, uninterrupted[0])
     assert log_lines(tmp_path) == uninterrupted[1]
     assert not list(tmp_path.glob("*.lock"))
+
+
+def stream(shuffled: bool) -> Any:
+    """Ten rows without a length: three batches of four."""
+    rows = Dataset.from_list(DATA[:10]).to_iterable_dataset()
+    return rows.shuffle(seed=1, buffer_size=10) if shuffled else rows
+
+
+@pytest.mark.parametrize(
+    ("changes", "kills", "shuffled"),
+    [
+        ({}, (2,), True),
+        ({}, (3,), False),
+        ({}, (4, 6), True),
+        (SAVED, (5,), False),
+        ({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}, (3, 5), True),
+        ({"learning_rate": "auto", "max_steps": 40}, (5,), False),
+        ({"learning_rate": "auto", "max_steps": 40}, (11,), True),
+    ],
+    ids=["first-pass", "end-of-a-pass", "twice", "checkpoint", "accumulation", "held", "found"],
+)
+def test_run_on_data_without_a_length_is_resumed_at_its_batch(
+    tmp_path: Path, changes: dict[str, Any], kills: tuple[int, ...], shuffled: bool
+) -> None:
+    """Also if the kill came between the last step of a pass and the note that the next one begins."""
+    whole = trained(tmp_path / "whole", data=stream(shuffled), **changes)
+    folder = tmp_path / "killed"
+    for after in kills:
+        trainer = make(folder, data=stream(shuffled), callbacks=[Kill(after)], **changes)
+        with pytest.raises(KilledError):
+            trainer.train(resume_from_checkpoint=True if after != kills[0] else None)
+    trainer = resumed(folder, data=stream(shuffled), **changes)
+    support.assert_same_bits(trainer.model, support.snapshot(whole.model))
+    assert log_lines(folder) == log_lines(tmp_path / "whole")
+
+
+def test_a_step_takes_no_batch_of_another_pass(tmp_path: Path) -> None:
+    """Five microbatches in a pass, two a step: the fifth is left out, and not added to the next pass's first two."""
+    changes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 3}
+    trainer = trained(tmp_path, data=stream(False), learning_rate=1e-9, **changes)
+    losses = [record.loss for record in read_log(trainer.step_log).records]
+    with torch.no_grad():
+        batches = [trainer.data_collator(DATA[i : i + 4]) for i in (0, 4, 0)]
+        expected = [float(squares(support.tiny_model(), batch).mean()) for batch in batches]
+    assert losses == pytest.approx(expected, rel=1e-2)
+
+
+def test_passes_of_different_lengths_are_not_resumed(tmp_path: Path) -> None:
+    class Uneven(torch.utils.data.IterableDataset[Any]):
+        def __init__(self) -> None:
+            self.passes = 0
+
+        def __iter__(self) -> Iterator[Any]:
+            self.passes += 1
+            return iter(DATA[: 4 * self.passes])
+
+    killed(tmp_path, 5, data=Uneven())
+    with pytest.raises(LogError, match=r"different numbers of steps \(1, 2\).*ignore_data_skip"):
+        resumed(tmp_path, data=Uneven())
+    assert resumed(tmp_path, data=Uneven(), ignore_data_skip=True).state.global_step == STEPS
 
 
 def test_nothing_to_resume(tmp_path: Path) -> None:

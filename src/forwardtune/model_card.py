@@ -57,10 +57,10 @@ def _rebuilding(log: Log, steps: int) -> str:
     call = f'replay("{log.path.name}", model{"" if whole else f", steps={steps}"})'
     return (
         "### Step log\n\n"
-        f"`{log.path.name}` holds every step, and rebuilds the weights from the base model bit for bit, without data:\n\n"
+        f"`{log.path.name}` holds every step, and rebuilds the weights from those that the run began with, bit for bit and without data:\n\n"
         "```python\n"
         "from forwardtune import replay\n\n"
-        f"{call}  # model: the base model, in {', '.join(sorted({t['dtype'] for t in log.header['tensors']}))}\n"
+        f"{call}  # model: as the run began with it, in {', '.join(sorted({t['dtype'] for t in log.header['tensors']}))}\n"
         "```\n\n"
         f"- weights after step {steps} of {log.steps}\n"
         f"- SHA-256 of the tuned weights before the run: `{log.header['base']}`\n"

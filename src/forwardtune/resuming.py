@@ -13,7 +13,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SchedulerType, TrainOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SchedulerType, TrainOutput, has_length
 
 from .automatic import has_searched, plan_of, set_rates
 from .files import read_json, write_json
@@ -66,6 +66,29 @@ def checkpoints_of(log: Log) -> dict[int, Checkpoint]:
     return {checkpoint.steps: checkpoint for checkpoint in found if checkpoint is not None and checkpoint.is_of(log)}
 
 
+def steps_in_pass(log: Log) -> int | None:
+    """Steps that a pass over data without a length takes; None as long as no pass has ended.
+
+    Raises:
+        LogError: passes differ, so that nobody knows at which batch the last step was.
+    """
+    begun = _passes(log)
+    lengths = {begun[number] - begun[number - 1] for number in begun if number}
+    if len(lengths) > 1 or (lengths and log.steps - begun[max(begun)] > max(lengths)):
+        raise LogError(
+            f"{log.path}: passes over the training data took different numbers of steps ({', '.join(map(str, sorted(lengths)))}), so "
+            "the batches that were used cannot be skipped. Pass a dataset with a length, or ignore_data_skip=True to begin "
+            "with the first batch again"
+        )
+    return max(lengths, default=None)
+
+
+def _passes(log: Log) -> dict[int, int]:
+    """By the number of a pass over data without a length, the step that it began with."""
+    notes = (note.content["pass"] for note in log.notes if "pass" in note.content)
+    return {0: 0} | {note["number"]: note["step"] for note in notes}
+
+
 class LogKeeper(TrainerCallback):
     """Opens a run's step log when the optimizer is ready, and closes it.
 
@@ -79,6 +102,8 @@ class LogKeeper(TrainerCallback):
         self._lock: LogLock | None = None
         #: The log of the run that is resumed, until it is open.
         self.continues: Log | None = None
+        self._pass = 0
+        self._passes: dict[int, int] = {}
 
     def lock(self) -> LogLock:
         """The lock of the run's log, from now until :meth:`close`. Raises LogError if another process has it."""
@@ -100,6 +125,23 @@ class LogKeeper(TrainerCallback):
             self._log = StepLog(trainer.step_log, optimizer, trainer._run, lock=lock)
             automatic.begin(self._log, plan)
         self.continues = None
+        self._passes = {0: 0} if before is None else _passes(before)
+        length = None if before is None or args.ignore_data_skip else steps_in_pass(before)
+        self._pass = -1 if length is None else state.global_step // length - 1
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note where a pass over data without a length begins: no number of batches says it when the run is resumed."""
+        self._pass += 1
+        if has_length(kwargs["train_dataloader"]):
+            return
+        optimizer = self._trainer.mezo
+        if optimizer.gathering:  # the data ended within a step: no part of the next pass
+            held, optimizer.held = optimizer.held, None
+            optimizer.drop()
+            optimizer.held = held
+        if self._log is not None and self._pass not in self._passes and not args.ignore_data_skip:
+            self._passes[self._pass] = state.global_step
+            self._log.note({"pass": {"number": self._pass, "step": state.global_step}})
 
     def _settle_rates(self, log: Log) -> None:
         """Let the learning rate that was given hold from here on, in place of the one that Trainer found in a checkpoint."""
@@ -190,7 +232,10 @@ class Resumption:
             )
         if automatic.finds_lr and not has_searched(log, steps):
             steps = 0  # the first steps are all estimated at the base weights, and none was taken before all were
-        return cut_log(log, steps) if steps < log.steps else log
+        log = cut_log(log, steps) if steps < log.steps else log
+        if not args.ignore_data_skip:
+            steps_in_pass(log)
+        return log
 
     def _steps_of(self, folder: Path, log: Log) -> int:
         """The steps of a checkpoint that was asked for."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 from transformers.training_args import OptimizerNames
 
 from .auto import AUTO, first_settings, number_or_auto
@@ -22,7 +22,7 @@ from .errors import InputError
 from .model_card import describe
 from .optimizer import MeZO
 from .processes import require_one_process
-from .resuming import LogKeeper, Resumption
+from .resuming import LogKeeper, Resumption, steps_in_pass
 from .rules import Rule, get_rule
 from .trajectory import read_log
 
@@ -377,6 +377,16 @@ class MeZOTrainer(Trainer):
             self._keeper.close()
             if trial is not None:
                 self.automatic.forget()
+
+    def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
+        """As Trainer's, which takes data without a length for one pass that lasts for the whole run, resumed ones too."""
+        values = super().set_initial_training_values(args, dataloader)
+        log = self._keeper.continues
+        steps = None if log is None or args.ignore_data_skip or has_length(dataloader) else steps_in_pass(log)
+        if steps is None:
+            return values
+        epochs, _, examples, samples, batch, _, max_steps = values
+        return epochs, steps, examples, samples, batch, steps * args.gradient_accumulation_steps, max_steps
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As Trainer's. A checkpoint also says which steps of the log it follows from."""
