@@ -37,7 +37,7 @@ class Checkpoint:
     Attributes:
         folder: where it lies.
         steps: steps of the run that it holds.
-        check: checksum of the log's line of the last of them; None in checkpoints that were written without one.
+        check: checksum of the log's last line by then that moved the weights; None in checkpoints written without one.
         is_whole: whether it holds the states of optimizer and scheduler as well, which ``save_only_model`` leaves out.
     """
 

@@ -91,7 +91,8 @@ class StepLog:
 
     def _open(self, path: Path, optimizer: MeZO, lock: LogLock | None, *, new: bool) -> None:
         self.path = path
-        #: Checksum of the last step's line, which follows from everything before it; None before the first step.
+        #: Checksum of the last line that moved the weights, a step or a rollback, which follows from everything before it; None
+        #: before the first step.
         self.step_check: str | None = None
         self._optimizer = optimizer
         self._check = ""
@@ -132,6 +133,7 @@ class StepLog:
         """
         Rollback(self._optimizer.next_step, to)
         self._write(*seal(self._check, {"rollback": to}))
+        self.step_check = self._check
 
     def _write(self, line: str, check: str) -> None:
         if self._failed:

@@ -46,7 +46,7 @@ class Log:
         path: where it was read.
         header: the first line, without its checksum.
         records: one for each step, in order from step 0.
-        step_checks: the checksum of each step's line.
+        step_checks: for each step, the checksum of its line, or of the last rollback between it and the next step.
         rollbacks: in order.
         notes: in order.
         end: the last line, if the run closed its log: number of steps and digest of the tuned weights.
@@ -115,6 +115,7 @@ def read_log(path: str | PathLike[str]) -> Log:
                 rollbacks.append(Rollback(len(records), content["rollback"]))
             except ValueError as error:
                 raise _refused(path, number, str(error)) from None
+            step_checks[-1] = check
             end = None
             continue
         if content.get("step") != len(records):
