@@ -18,7 +18,7 @@ SOURCE = Path(forwardtune.__file__).parent
 # A module imports from layers before its own, or from its own package. `forwardtune/__init__.py` may import them all.
 LAYERS = (
     {"errors", "files", "memory", "noise", "line_search", "guard", "auto"},
-    {"parameters", "arena", "durations"},
+    {"parameters", "arena", "durations", "processes"},
     {"perturbation", "estimators", "rules"},
     {"optimizer"},
     {"trajectory", "epsilon"},
@@ -26,6 +26,7 @@ LAYERS = (
     {"objectives"},
     {"evaluation"},
     {"automatic"},
+    {"resuming", "model_card"},
     {"trainer", "baselines", "sweep"},
     {"report"},
     {"cli"},

@@ -142,6 +142,27 @@ def classifier(family: str) -> Any:
 # --- devices, dtypes, lengths ------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("special", "pad"),
+    [
+        ({"bos_token": None, "unk_token": "<bos>"}, "<bos>"),
+        ({"bos_token": "<eos>", "unk_token": "<eos>"}, "<eos>"),
+        ({"unk_token": None}, "<eos>"),
+    ],
+    ids=["unknown", "one-for-all", "no-unknown"],
+)
+def test_padding_that_a_tokenizer_lacks_is_the_end_of_text_only_where_nothing_else_is_there(
+    tmp_path: Path, special: dict[str, Any], pad: str
+) -> None:
+    tokenizer = support.tokenizer()
+    tokenizer.pad_token = None
+    for name, token in special.items():
+        setattr(tokenizer, name, token)
+    support.tiny_model().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert load_model(str(tmp_path))[1].pad_token == pad
+
+
 def test_automatic_device_gives_the_same_model(saved: Callable[[str], str]) -> None:
     model, _ = load_model(saved("llama"), device="auto")
     expected, _ = load_model(saved("llama"))

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
+from transformers import (
+    DataCollatorForLanguageModeling,
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.trainer_utils import HPSearchBackend
 
 import support
 from forwardtune import MeZO
@@ -56,7 +67,13 @@ def make(folder: Path, *, model: Any = None, objective: Any = squares, data: Any
     own = {key: changes.pop(key) for key in ("callbacks", "optimizers", "run", "data_collator") if key in changes}
     model = support.tiny_model() if model is None else model
     args = config(folder, **changes)
-    return MeZOTrainer(model=model, args=args, train_dataset=data, eval_dataset=data[:4], objective=objective, **own)
+    return MeZOTrainer(
+        model=model, args=args, train_dataset=data, eval_dataset=_first(data), objective=objective, **own
+    )
+
+
+def _first(data: Any) -> Any:
+    return data.select(range(4)) if isinstance(data, Dataset) else data[:4] if isinstance(data, list) else DATA[:4]
 
 
 def trained(folder: Path, **changes: Any) -> MeZOTrainer:
@@ -194,6 +211,34 @@ def test_optimizer_made_by_hand_is_used(tmp_path: Path, scheduled: bool) -> None
     assert [record.lr[0] for record in log.records] == pytest.approx(expected, rel=1e-12)
 
 
+def test_an_objective_gets_every_column(tmp_path: Path) -> None:
+    """The model's own loss only those that it takes."""
+    weighted = Dataset.from_list([{**row, "weight": float(i)} for i, row in enumerate(DATA)])
+    seen: list[Any] = []
+
+    def objective(model: Any, inputs: Any) -> torch.Tensor:
+        seen.append(inputs.get("weight"))
+        return squares(model, inputs)
+
+    trained(tmp_path / "objective", objective=objective, data=weighted, max_steps=3)
+    assert all(weight is not None for weight in seen)
+    assert set(torch.cat(seen).tolist()) == set(range(12))
+    trained(tmp_path / "own", objective=None, data=weighted, max_steps=1)
+
+
+@pytest.mark.parametrize(("pad", "taught"), [("<eos>", False), ("<pad>", True)])
+def test_ends_of_text_that_the_collator_takes_for_padding_are_told_of(tmp_path: Path, pad: str, taught: bool) -> None:
+    tokenizer = support.tokenizer()
+    tokenizer.pad_token = pad
+    rows = [{"input_ids": [*row["input_ids"][: 3 + i % 3], tokenizer.eos_token_id]} for i, row in enumerate(DATA)]
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        trained(tmp_path, objective=None, data=rows, data_collator=collator, max_steps=2)
+    told = [str(warning.message) for warning in told]
+    assert [f"({pad})" in text and "none of the 4 ends" in text for text in told] == ([] if taught else [True])
+
+
 # --- gradient accumulation ---------------------------------------------------------------------------------------
 
 
@@ -284,6 +329,125 @@ def test_settings_out_of_range_are_refused_before_the_first_step(
     assert not (tmp_path / "steps.jsonl").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("learning_rate", "much", "learning_rate: 'much' is neither"),
+        ("eps", -1, "eps: -1 is neither"),
+        ("fp16", True, "cannot honour.*fp16"),
+        ("bf16_full_eval", True, "cannot honour.*bf16=True"),
+        ("fp16_full_eval", True, "cannot honour.*dtype=torch.float16"),
+        ("max_grad_norm", 1.0, "cannot honour.*clip_coefficient"),
+        ("optim", "sgd", "cannot honour optim='sgd'"),
+    ],
+)
+def test_what_is_set_later_is_checked_when_the_run_begins(tmp_path: Path, name: str, value: Any, words: str) -> None:
+    trainer = make(tmp_path)
+    setattr(trainer.args, name, value)
+    with pytest.raises(ValueError, match=words):
+        trainer.train()
+    assert not (tmp_path / "steps.jsonl").exists()
+    with pytest.raises(ValueError, match=words):
+        config(tmp_path, **{name: value})
+
+
+def test_numbers_that_are_set_later_may_be_text(tmp_path: Path) -> None:
+    trainer = make(tmp_path)
+    trainer.args.learning_rate, trainer.args.eps = "2e-3", "1e-2"
+    trainer.train()
+    log = read_log(trainer.step_log)
+    assert ({record.lr[0] for record in log.records}, log.header["eps"]) == ({2e-3}, 1e-2)
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"])
+def test_one_of_several_processes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """On CPUs torch would not even tell them apart."""
+    trainer = make(tmp_path)
+    monkeypatch.setenv(name, "2")
+    with pytest.raises(ValueError, match=f"2 processes.*{name}=2.*start one"):
+        config(tmp_path)
+    with pytest.raises(ValueError, match="2 processes"):
+        trainer.train()
+    monkeypatch.setenv(name, "1")
+    assert config(tmp_path).world_size == 1
+
+
+# --- hyperparameter search ---------------------------------------------------------------------------------------
+
+
+def searching(folder: Path, **changes: Any) -> MeZOTrainer:
+    settings = {"max_steps": 3, "objective": squares, "data": DATA, **changes}
+    objective, data = settings.pop("objective"), settings.pop("data")
+    return MeZOTrainer(
+        model_init=lambda: support.tiny_model(),
+        args=config(folder, **settings),
+        train_dataset=data,
+        eval_dataset=data[:4],
+        objective=objective,
+    )
+
+
+@pytest.mark.parametrize("given", ["auto", 1e-4])
+def test_trials_of_a_search_are_runs_with_their_own_settings_and_folders(
+    tmp_path: Path, given: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Trainer does it with any backend: a trial's values are put into the arguments when train() has begun."""
+    # What describes a trial in reports knows those of installed backends alone.
+    monkeypatch.setattr("transformers.integrations.hp_params", lambda trial: trial.params)
+    trainer = searching(tmp_path, learning_rate=given)
+    trainer.hp_search_backend = HPSearchBackend.OPTUNA
+    trials = [{"learning_rate": 2.65e-05}, {"learning_rate": 3e-4, "seed": 5}, {"learning_rate": "auto", "probes": 2}]
+    trainer.hp_space = lambda trial: trials[trial.number]
+    trainer.hp_name = None
+    losses = []
+    for number, wanted in enumerate(trials):
+        trainer.objective = None  # a name that Trainer's search uses for the number that it is after
+        trainer.train(trial=SimpleNamespace(number=number, params=wanted))
+        log = read_log(tmp_path / f"run-{number}" / "steps.jsonl")
+        assert trainer.step_log == log.path
+        rates = {record.lr[0] for record in log.records}
+        assert rates == {wanted["learning_rate"]} or wanted["learning_rate"] == "auto"
+        assert (log.steps, log.end["end"]) == (3, 3)
+        assert log.header["seed"] == wanted.get("seed", 5 if number else 3)
+        replayed = support.tiny_model()
+        replay(log, replayed)
+        support.assert_same_bits(trainer.model, support.snapshot(replayed))
+        losses.append(log.records[0].loss)
+    with torch.no_grad():  # of the objective, not of the model itself
+        first = float(squares(support.tiny_model(), trainer.data_collator(DATA)).mean())
+    assert losses == pytest.approx([first] * 3, rel=0.1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run-0", "run-1", "run-2"]
+    with pytest.raises(ValueError, match="cannot be resumed"):
+        trainer.train(resume_from_checkpoint=True, trial=SimpleNamespace(number=0, params={}))
+    trainer.hp_search_backend = None
+    trainer.args.learning_rate = 1e-3
+    trainer.train()  # with what was best
+    assert {record.lr[0] for record in read_log(tmp_path / "steps.jsonl").records} == {1e-3}
+
+
+@pytest.mark.parametrize("given", ["auto", 1e-4])
+def test_a_search_uses_the_rates_that_it_reports(tmp_path: Path, given: Any) -> None:
+    optuna = pytest.importorskip("optuna")
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+    def space(trial: Any) -> dict[str, Any]:
+        return {"learning_rate": trial.suggest_float("learning_rate", 1e-5, 1e-3, log=True)}
+
+    class PruneSecond(optuna.pruners.BasePruner):
+        def prune(self, study: Any, trial: Any) -> bool:
+            return trial.number == 1
+
+    evaluated = {"eval_strategy": "steps", "eval_steps": 1}
+    trainer = searching(tmp_path, learning_rate=given, **evaluated)
+    best = trainer.hyperparameter_search(space, n_trials=3, backend="optuna", pruner=PruneSecond())
+    logs = [read_log(tmp_path / f"run-{number}" / "steps.jsonl") for number in range(3)]
+    assert [log.steps for log in logs] == [3, 1, 3]
+    rates = [{record.lr[0] for record in log.records} for log in logs]
+    assert rates[int(best.run_id)] == {best.hyperparameters["learning_rate"]}
+    assert len(set.union(*rates)) == 3
+    assert not list(tmp_path.rglob("base.bin"))
+
+
 def test_trainer_needs_a_mezo_config_and_a_mezo(tmp_path: Path) -> None:
     plain = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
     with pytest.raises(ValueError, match="args=MeZOConfig"):
@@ -291,6 +455,27 @@ def test_trainer_needs_a_mezo_config_and_a_mezo(tmp_path: Path) -> None:
     model = support.tiny_model()
     with pytest.raises(ValueError, match="cannot step SGD: pass a MeZO"):
         make(tmp_path, model=model, optimizers=(torch.optim.SGD(model.parameters()), None))
+
+
+@pytest.mark.parametrize("kind", ["Trainer", "SFTTrainer"])
+def test_a_trainer_that_would_backpropagate_learns_so_before_it_does(tmp_path: Path, kind: str) -> None:
+    model = support.tiny_model()
+    passes: list[str] = []
+    model.register_forward_hook(lambda *_: passes.append("forward"))
+    for parameter in model.parameters():
+        parameter.register_hook(lambda _: passes.append("backward"))
+    settings = {"output_dir": str(tmp_path), "report_to": [], "use_cpu": True, "max_steps": 1, "disable_tqdm": True}
+    made: dict[str, Any] = {"model": model, "optimizers": (MeZO(model), None)}
+    if kind == "Trainer":
+        trainer: Any = Trainer(args=TrainingArguments(**settings), train_dataset=DATA, **made)
+    else:
+        trl = pytest.importorskip("trl")
+        rows = Dataset.from_list([{"input_ids": row["input_ids"]} for row in DATA])
+        args = trl.SFTConfig(bf16=False, **settings)
+        trainer = trl.SFTTrainer(args=args, train_dataset=rows, processing_class=support.tokenizer(), **made)
+    with pytest.raises(RuntimeError, match=r"works by backpropagation.*MeZOTrainer"):
+        trainer.train()
+    assert not passes
 
 
 def cosine(step: int) -> float:
@@ -399,6 +584,45 @@ def test_replay_of_the_log_equals_the_trained_weights(tmp_path: Path, dtype: tor
     assert replay(trainer.step_log, model) == STEPS
     support.assert_same_bits(model, support.snapshot(trainer.model))
     assert read_log(trainer.step_log).header["run"] == {"model": "tiny"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"learning_rate": "auto", "eps": "auto", "max_steps": 40, "rule": "momentum"}, {"probes": 2}, BEST],
+    ids=["found", "given", "best-step"],
+)
+def test_model_card_says_what_was_done_and_how_to_do_it_again(tmp_path: Path, changes: dict[str, Any]) -> None:
+    trainer = trained(tmp_path, **changes)
+    trainer.create_model_card(model_name="tiny", tags="mezo")
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    log = read_log(trainer.step_log)
+    for wrong in ("adamw", "betas", "learning_rate: auto", "eps: auto"):
+        assert wrong not in card.lower()
+    rates = [max(record.lr) for record in log.records]
+    for right in (
+        "- method: MeZO",
+        f"- rule: {changes.get('rule', 'sgd')}",
+        f"- learning_rate: {rates[0]:.3g}",
+        f"{rates[-1]:.3g}",
+        f"- eps: {log.header['eps']:.3g}",
+        f"probes a step: {changes.get('probes', 1)}, gaussian",
+        "- train_batch_size: 4",
+        f"- training_steps: {log.steps}",
+        log.header["base"],
+        log.end["digest"],
+        "### Framework versions",
+    ):
+        assert right in card
+    assert ("found by the run" in card) == ("eps" in changes)
+    (call,) = [line for line in card.splitlines() if line.startswith("replay(")]
+    model = support.tiny_model()
+    exec(call.replace("steps.jsonl", str(trainer.step_log)), {"replay": replay, "model": model})
+    support.assert_same_bits(model, support.snapshot(trainer.model))
+
+
+def test_model_card_of_an_untrained_model_is_transformers_own(tmp_path: Path) -> None:
+    make(tmp_path).create_model_card()
+    assert "MeZO" not in (tmp_path / "README.md").read_text(encoding="utf-8")
 
 
 # --- resuming ----------------------------------------------------------------------------------------------------
@@ -550,9 +774,176 @@ def test_folder_with_another_run_is_refused_and_left_as_it_is(tmp_path: Path) ->
     assert not list(tmp_path.glob("checkpoint-*"))
 
 
+@pytest.mark.parametrize("moved", [False, True], ids=["in-its-own-folder", "copied-into-this-one"])
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, moved: bool) -> None:
+    ours, other = tmp_path / "ours", tmp_path / "other"
+    killed(ours, 6, **SAVED)
+    killed(other, 5, seed=4, **SAVED)
+    checkpoint = other / "checkpoint-2"
+    if moved:
+        shutil.rmtree(ours / "checkpoint-2")
+        checkpoint = shutil.copytree(checkpoint, ours / "checkpoint-2")
+    before = (ours / "steps.jsonl").read_bytes()
+    with pytest.raises(LogError, match=r"checkpoint-2 is not a .*checkpoint of the run"):
+        resumed(ours, str(checkpoint), **SAVED)
+    assert (ours / "steps.jsonl").read_bytes() == before
+
+
+def test_a_checkpoint_is_known_by_any_name_of_its_folder(
+    tmp_path: Path, uninterrupted: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed(tmp_path / "run", 5, **LONG, **SAVED)
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    trainer = resumed(Path("run"), str(tmp_path / "link" / "checkpoint-4"), **LONG, **SAVED)
+    support.assert_same_bits(trainer.model, uninterrupted[0])
+
+
+def test_checkpoints_of_steps_that_were_cut_off_are_not_used(tmp_path: Path) -> None:
+    """Steps 2 to 4 are taken again with other losses, and killed before the checkpoint of step 4 is written again."""
+    killed(tmp_path, 5, **SAVED)
+    other = {"objective": lambda model, inputs: squares(model, inputs) * 2, **SAVED}
+    trainer = make(tmp_path, callbacks=[Kill(4)], **other)
+    with pytest.raises(KilledError):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    trainer = resumed(tmp_path, **other)
+    replayed = support.tiny_model()
+    assert replay(trainer.step_log, replayed) == STEPS
+    support.assert_same_bits(trainer.model, support.snapshot(replayed))
+
+
+@pytest.mark.parametrize("wanted", [None, True, "checkpoint-2"])
+def test_two_trainers_do_not_share_a_folder(tmp_path: Path, uninterrupted: Any, wanted: Any) -> None:
+    """The second is refused before it reads, cuts or measures anything, and the first goes on."""
+    changes = {**LONG, **SAVED}
+    wanted = str(tmp_path / wanted) if isinstance(wanted, str) else wanted
+    told: list[str] = []
+
+    class Second(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 5:
+                before = (tmp_path / "steps.jsonl").read_bytes()
+                with pytest.raises(LogError, match="being written by another process") as refused:
+                    resumed(tmp_path, wanted, **changes)
+                told.append(str(refused.value))
+                assert (tmp_path / "steps.jsonl").read_bytes() == before
+
+    trainer = trained(tmp_path, callbacks=[Second()], **changes)
+    assert len(told) == 1
+    support.assert_same_bits(trainer.model, uninterrupted[0])
+    assert log_lines(tmp_path) == uninterrupted[1]
+    assert not list(tmp_path.glob("*.lock"))
+
+
+def stream(shuffled: bool) -> Any:
+    """Ten rows without a length: three batches of four."""
+    rows = Dataset.from_list(DATA[:10]).to_iterable_dataset()
+    return rows.shuffle(seed=1, buffer_size=10) if shuffled else rows
+
+
+@pytest.mark.parametrize(
+    ("changes", "kills", "shuffled"),
+    [
+        ({}, (2,), True),
+        ({}, (3,), False),
+        ({}, (4, 6), True),
+        (SAVED, (5,), False),
+        ({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}, (3, 5), True),
+        ({"learning_rate": "auto", "max_steps": 40}, (5,), False),
+        ({"learning_rate": "auto", "max_steps": 40}, (11,), True),
+    ],
+    ids=["first-pass", "end-of-a-pass", "twice", "checkpoint", "accumulation", "held", "found"],
+)
+def test_run_on_data_without_a_length_is_resumed_at_its_batch(
+    tmp_path: Path, changes: dict[str, Any], kills: tuple[int, ...], shuffled: bool
+) -> None:
+    """Also if the kill came between the last step of a pass and the note that the next one begins."""
+    whole = trained(tmp_path / "whole", data=stream(shuffled), **changes)
+    folder = tmp_path / "killed"
+    for after in kills:
+        trainer = make(folder, data=stream(shuffled), callbacks=[Kill(after)], **changes)
+        with pytest.raises(KilledError):
+            trainer.train(resume_from_checkpoint=True if after != kills[0] else None)
+    trainer = resumed(folder, data=stream(shuffled), **changes)
+    support.assert_same_bits(trainer.model, support.snapshot(whole.model))
+    assert log_lines(folder) == log_lines(tmp_path / "whole")
+
+
+def test_a_step_takes_no_batch_of_another_pass(tmp_path: Path) -> None:
+    """Five microbatches in a pass, two a step: the fifth is left out, and not added to the next pass's first two."""
+    changes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 3}
+    trainer = trained(tmp_path, data=stream(False), learning_rate=1e-9, **changes)
+    losses = [record.loss for record in read_log(trainer.step_log).records]
+    with torch.no_grad():
+        batches = [trainer.data_collator(DATA[i : i + 4]) for i in (0, 4, 0)]
+        expected = [float(squares(support.tiny_model(), batch).mean()) for batch in batches]
+    assert losses == pytest.approx(expected, rel=1e-2)
+
+
+def test_passes_of_different_lengths_are_not_resumed(tmp_path: Path) -> None:
+    class Uneven(torch.utils.data.IterableDataset[Any]):
+        def __init__(self) -> None:
+            self.passes = 0
+
+        def __iter__(self) -> Iterator[Any]:
+            self.passes += 1
+            return iter(DATA[: 4 * self.passes])
+
+    killed(tmp_path, 5, data=Uneven())
+    with pytest.raises(LogError, match=r"different numbers of steps \(1, 2\).*ignore_data_skip"):
+        resumed(tmp_path, data=Uneven())
+    assert resumed(tmp_path, data=Uneven(), ignore_data_skip=True).state.global_step == STEPS
+
+
 def test_nothing_to_resume(tmp_path: Path) -> None:
     with pytest.raises(LogError, match="no such file"):
         resumed(tmp_path)
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["own-optimizer", "optimizer-made-by-hand"])
+@pytest.mark.parametrize("saving", [{}, SAVED], ids=["log-alone", "checkpoints"])
+def test_another_learning_rate_holds_from_where_a_run_is_resumed(
+    tmp_path: Path, saving: dict[str, Any], own: bool
+) -> None:
+    changes = {"lr_scheduler_type": "linear", **saving}
+    told: list[str] = []
+
+    def trainer(lr: float, **more: Any) -> MeZOTrainer:
+        model = support.tiny_model()
+        optimizers = {} if own else {"optimizers": (MeZO(model, lr=lr, seed=3), None)}
+        made = make(tmp_path, model=model, learning_rate=lr, **optimizers, **changes, **more)
+        made.automatic.announce = told.append
+        return made
+
+    with pytest.raises(KilledError):
+        trainer(1e-3, callbacks=[Kill(2)]).train()
+    with pytest.raises(KilledError):
+        trainer(1e-3, callbacks=[Kill(4)]).train(resume_from_checkpoint=True)
+    assert not told
+    second = trainer(5e-4)
+    second.train(resume_from_checkpoint=True)
+    logged = [record.lr[0] for record in read_log(second.step_log).records]
+    assert logged == pytest.approx([(1e-3 if step < 4 else 5e-4) * (1 - step / STEPS) for step in range(STEPS)])
+    (text,) = told
+    assert "changes with step 4" in text
+    assert f"{1e-3 * 4 / 7:.1e}" in text
+    assert f"{5e-4 * 4 / 7:.1e}" in text
+    replayed = support.tiny_model()
+    replay(second.step_log, replayed)
+    support.assert_same_bits(second.model, support.snapshot(replayed))
+
+
+def test_a_model_saved_without_its_optimizer_is_no_obstacle_to_resuming(tmp_path: Path, uninterrupted: Any) -> None:
+    saving = {**SAVED, "save_only_model": True}
+    killed(tmp_path, 5, **LONG, **saving)
+    assert not (tmp_path / "checkpoint-4" / "optimizer.pt").exists()
+    trainer = make(tmp_path, callbacks=[Kill(6)], **LONG, **saving)
+    with pytest.raises(KilledError):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    trainer = resumed(tmp_path, **LONG, **saving)
+    support.assert_same_bits(trainer.model, uninterrupted[0])
+    assert log_lines(tmp_path) == uninterrupted[1]
 
 
 def test_schedule_that_depends_on_evaluations_resumes_from_checkpoints_alone(tmp_path: Path) -> None:
@@ -562,5 +953,7 @@ def test_schedule_that_depends_on_evaluations_resumes_from_checkpoints_alone(tmp
     killed(folder, 5, **plateau)
     with pytest.raises(LogError, match=r"depends on evaluations.*checkpoint-4"):
         resumed(folder, **plateau)
+    with pytest.raises(LogError, match=r"leave learning_rate at 0\.001"):
+        resumed(folder, str(folder / "checkpoint-4"), learning_rate=1e-4, **plateau)
     trainer = resumed(folder, str(folder / "checkpoint-4"), **plateau)
     support.assert_same_bits(trainer.model, support.snapshot(whole.model))

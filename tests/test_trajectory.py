@@ -644,6 +644,55 @@ def test_a_second_writer_is_refused(path):
     assert_same_bits(second, snapshot(net))
 
 
+def test_the_last_line_that_moved_the_weights_is_known_to_writer_and_reader(path):
+    """A checkpoint that is saved then names it. Notes move nothing."""
+    net = small_model()
+    optimizer = small_optimizer(net)
+    known = []
+    with StepLog(path, optimizer) as log:
+        assert log.step_check is None
+        for step in range(3):
+            optimizer.step(loss_of(net))
+            log.note({"step": step})
+            known.append(log.step_check)
+        log.rolled_back(1)
+        rolled = log.step_check
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert known == [line["check"] for line in lines if "step" in line]
+    assert rolled == next(line["check"] for line in lines if "rollback" in line)
+    assert read_log(path).step_checks == [*known[:2], rolled]
+    again = StepLog.resume(path, optimizer)
+    assert again.step_check == rolled
+    again.close()
+
+
+def test_a_writer_of_another_process_is_noticed_until_it_ends(path):
+    """Also when it cut the log, which replaces the file, and when it was killed, which leaves the lock's file behind."""
+    script = """
+        import pathlib, sys, time
+        from forwardtune.trajectory.lock import LogLock
+        lock = LogLock(pathlib.Path(sys.argv[1]))
+        print("locked", flush=True)
+        time.sleep(60)
+    """
+    small_run(path)
+    other = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script), str(path)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert other.stdout.readline() == "locked\n"
+        path.with_name("copy").write_bytes(path.read_bytes())
+        path.with_name("copy").replace(path)
+        with pytest.raises(LogError, match="being written by another process"):
+            StepLog.resume(path, small_optimizer(small_model()))
+    finally:
+        other.kill()
+        other.communicate()
+    assert path.with_name("steps.jsonl.lock").exists()
+    StepLog.resume(path, small_optimizer(small_model())).close()
+    assert not path.with_name("steps.jsonl.lock").exists()
+
+
 def test_a_folder_is_made_and_an_impossible_one_refused(path):
     small_run(path.parent / "new" / "folder" / "steps.jsonl")
     path.write_text("a file")

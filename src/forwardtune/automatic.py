@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from transformers import TrainerCallback
+from transformers.trainer_utils import IntervalStrategy
 
 from .auto import AUTO, MEASUREMENTS, SHARE
 from .epsilon import EVALUATIONS, Scale, choose_eps, measure
@@ -90,6 +91,10 @@ class Tunes(Protocol):
         """The optimizer."""
 
     @property
+    def run_folder(self) -> Path:
+        """Where the run's files lie."""
+
+    @property
     def can_hold_out(self) -> bool:
         """Whether there are examples of which some can be chosen."""
 
@@ -120,8 +125,7 @@ class Automatic(TrainerCallback):
         self._has_stepped = False
         self._first_loss: float | None = None
         self._alarm: Guard | None = None
-        #: Whether somebody else measures held-out examples, and reports with :meth:`hear`.
-        self.is_told = False
+        self._is_told: bool | None = None
         #: What is told of decisions.
         self.announce: Callable[[str], object] = _logger.warning
 
@@ -129,6 +133,17 @@ class Automatic(TrainerCallback):
     def finds_lr(self) -> bool:
         """Whether the learning rate is this object's business."""
         return self._trainer.args.learning_rate == AUTO
+
+    @property
+    def is_told(self) -> bool:
+        """Whether somebody else measures held-out examples, and reports with :meth:`hear`: Trainer, if it evaluates."""
+        if self._is_told is None:
+            return bool(self._trainer.args.eval_strategy != IntervalStrategy.NO)
+        return self._is_told
+
+    @is_told.setter
+    def is_told(self, told: bool) -> None:
+        self._is_told = told
 
     # --- the beginning ---------------------------------------------------------------------------------------------
 
@@ -374,20 +389,7 @@ class Automatic(TrainerCallback):
         self._set_rate(decision.lr)
 
     def _set_rate(self, lr: float) -> None:
-        """Give the learning rate to the optimizer, at the present point of the schedule's course."""
-        scheduler = self._trainer.lr_scheduler
-        scheduler = getattr(scheduler, "scheduler", scheduler)
-        groups = self._trainer.mezo.param_groups
-        bases = getattr(scheduler, "base_lrs", None)
-        shares = [1.0] * len(groups)
-        if bases is not None:
-            shares = [now / base for now, base in zip(scheduler.get_last_lr(), bases, strict=True)]
-            scheduler.base_lrs = [lr] * len(groups)
-        for group, share in zip(groups, shares, strict=True):
-            group["lr"] = group["initial_lr"] = lr
-            group["lr"] = lr * share
-        if bases is not None:
-            scheduler._last_lr = [group["lr"] for group in groups]
+        set_rates(self._trainer.mezo, self._trainer.lr_scheduler, [lr] * len(self._trainer.mezo.param_groups))
 
     def stop(self) -> None:
         """The run ends here, for now or for good: steps that are held back were not taken."""
@@ -400,6 +402,10 @@ class Automatic(TrainerCallback):
             self._watches = False
             self._base.remove()
 
+    def forget(self) -> None:
+        """The run will not be gone on with, as a trial that was pruned: leave nothing large behind."""
+        self._base_path.unlink(missing_ok=True)
+
     def _dtypes(self) -> str:
         """Of the whole model: what an adapter does to the loss is rounded where the rest computes."""
         parameters = self._trainer.model.parameters()
@@ -407,7 +413,22 @@ class Automatic(TrainerCallback):
 
     @property
     def _base_path(self) -> Path:
-        return Path(self._trainer.args.output_dir) / BASE_WEIGHTS
+        return self._trainer.run_folder / BASE_WEIGHTS
+
+
+def set_rates(optimizer: MeZO, scheduler: Any, rates: Sequence[float]) -> None:
+    """Give every group of an optimizer its learning rate, at the present point of the schedule's course."""
+    scheduler = getattr(scheduler, "scheduler", scheduler)
+    bases = getattr(scheduler, "base_lrs", None)
+    shares = [1.0] * len(rates)
+    if bases is not None:
+        shares = [now / base for now, base in zip(scheduler.get_last_lr(), bases, strict=True)]
+        scheduler.base_lrs = list(rates)
+    for group, lr, share in zip(optimizer.param_groups, rates, shares, strict=True):
+        group["initial_lr"] = lr
+        group["lr"] = lr * share
+    if bases is not None:
+        scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
 
 
 def plan_of(log: Log) -> dict[str, Any]:

@@ -214,6 +214,16 @@ class MeZO(torch.optim.Optimizer):
             if self.perturbation is not None:
                 self.perturbation = type(self.perturbation)(self.tuned, self.noise)
 
+    def train(self) -> None:
+        """Raise RuntimeError: a Trainer that calls this before every step would go on to pay a backward pass for nothing.
+
+        transformers calls it, if an optimizer has it, before it evaluates the loss. MeZO itself has no modes.
+        """
+        raise RuntimeError(
+            "this trainer works by backpropagation and steps without a closure, and MeZO needs neither: use "
+            "forwardtune.MeZOTrainer(..., args=MeZOConfig(...)) in its place, or call MeZO.step(closure) in a loop of your own"
+        )
+
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> float:  # type: ignore[override]
         """Take one step and return the mean of the losses that it saw.
@@ -267,7 +277,10 @@ class MeZO(torch.optim.Optimizer):
     def apply(self) -> float:
         """Move the weights by what was gathered and tell the recorders. Returns the mean loss."""
         if self._pending is None:
-            raise RuntimeError("there is no loss to step on: call step(closure), or estimate(closure) before step()")
+            raise RuntimeError(
+                "there is no loss to step on: call step(closure), or estimate(closure) before step(). MeZO uses no gradient, "
+                "so there is nothing to call backward() for; inside transformers use forwardtune.MeZOTrainer"
+            )
         began = time.perf_counter()
         losses, used, seconds = self._pending, self._used, self._seconds
         self._forget_estimate()

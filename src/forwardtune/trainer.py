@@ -2,36 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
-from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
-from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SchedulerType, TrainOutput
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 from transformers.training_args import OptimizerNames
 
 from .auto import AUTO, first_settings, number_or_auto
-from .automatic import Automatic, has_searched, plan_of
+from .automatic import Automatic
 from .errors import InputError
+from .model_card import describe
 from .optimizer import MeZO
+from .processes import require_one_process
+from .resuming import LogKeeper, Resumption, steps_in_pass
 from .rules import Rule, get_rule
-from .trajectory import LogError, StepLog, read_log
-from .trajectory.log import cut_log, require_no_log, require_same_run
-from .trajectory.reader import Log
-from .trajectory.replay import apply_log
+from .trajectory import read_log
 
 STEP_LOG = "steps.jsonl"
-_TRAINER_STATE = "trainer_state.json"
-_PLATEAU = {SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY}
 
 Objective = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
 
@@ -50,7 +45,7 @@ class MeZOConfig(TrainingArguments):
     MeZO cannot honour is refused with what to do instead.
 
     Raises:
-        ValueError: an argument that has no meaning without gradients, or is out of range.
+        ValueError: an argument that has no meaning without gradients, or is out of range; or several processes.
     """
 
     learning_rate: NumberOrAuto = field(
@@ -75,11 +70,26 @@ class MeZOConfig(TrainingArguments):
     rule_window: int | None = field(default=None, metadata={"help": "Steps in a window; by default 99% of the weight."})
 
     def __post_init__(self) -> None:
+        self.validate()
+        super().__post_init__()
+
+    def validate(self) -> None:
+        """Read numbers that came as text, and raise ValueError for what MeZO cannot honour.
+
+        A run does it again when it begins, as fields may be set later: by hand, or by ``Trainer.hyperparameter_search``.
+        """
+        require_one_process()
+        full_eval = "evaluate() casts the model itself, and training goes on with what was rounded. Load the model in"
         for wrong, remedy in (
             (
                 self.fp16,
                 "fp16=True scales losses for gradients. Load the model in float16 (dtype=torch.float16) instead",
             ),
+            (
+                self.bf16_full_eval,
+                f"{full_eval} bfloat16 (dtype=torch.bfloat16), or set bf16=True to compute in it",
+            ),
+            (self.fp16_full_eval, f"{full_eval} float16 (dtype=torch.float16)"),
             (self.deepspeed, "DeepSpeed shards gradients and optimizer state, which MeZO does not have. Drop it"),
             (self.fsdp, "FSDP is not supported. Drop it, or spread a large model with device_map='auto'"),
             (self.max_grad_norm, "there is no gradient to clip. Leave max_grad_norm at 0 and set clip_coefficient"),
@@ -102,9 +112,9 @@ class MeZOConfig(TrainingArguments):
                 setattr(self, name, number_or_auto(getattr(self, name)))
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
-        super().__post_init__()
-        if self.optim != OptimizerNames(TrainingArguments.__dataclass_fields__["optim"].default):
-            raise ValueError(f"MeZO cannot honour optim={self.optim.value!r}: it is the optimizer itself. Drop it.")
+        optim = OptimizerNames(self.optim)
+        if optim != OptimizerNames(TrainingArguments.__dataclass_fields__["optim"].default):
+            raise ValueError(f"MeZO cannot honour optim={optim.value!r}: it is the optimizer itself. Drop it.")
 
     def make_rule(self) -> Rule:
         """The rule that these settings describe. ``adam_*`` and ``momentum`` are read by the rule of that name alone."""
@@ -123,11 +133,12 @@ class MeZOTrainer(Trainer):
 
     Takes what Trainer takes, with a :class:`MeZOConfig`. Every step goes to ``steps.jsonl`` in the output folder, and
     ``train(resume_from_checkpoint=True)`` continues from the last logged step, with or without a checkpoint: pass the
-    base model again.
+    base model again. A resumed run may have another learning rate, which holds from then on; the log has both.
 
     Args:
         objective: ``(model, inputs) -> losses``, one per example or their mean, in place of the model's own loss. It
-            needs no gradient. Its methods ``begin_step(step, part)`` and ``end_step()``, if it has them, are told of every
+            needs no gradient. It gets every column of the data, whatever ``remove_unused_columns`` says: a data collator
+            that cannot batch one, such as text, wants it removed from the data. Its methods ``begin_step(step, part)`` and ``end_step()``, if it has them, are told of every
             step, and what ``take_statistics()`` returns is logged (:class:`forwardtune.objectives.TaskObjective`).
         run: anything to keep in the step log's header, as JSON.
 
@@ -143,12 +154,17 @@ class MeZOTrainer(Trainer):
     def __init__(
         self, *args: Any, objective: Objective | None = None, run: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        self.objective = objective
+        self._objective = objective  # Trainer's hyperparameter search puts a number of its own into `objective`
         self._part = 0
+        self._trial: Any = None
         self._run = run
         super().__init__(*args, **kwargs)
         if not isinstance(self.args, MeZOConfig):
             raise ValueError("MeZOTrainer needs args=MeZOConfig(...), whose defaults are MeZO's")
+        if objective is not None:
+            self.args.remove_unused_columns = (
+                False  # those that the model does not take may be what the objective needs
+            )
         if self.args.world_size > 1 or self.args.n_gpu > 1:
             raise ValueError(
                 "MeZOTrainer runs in one process on one device: set CUDA_VISIBLE_DEVICES=0, or spread a large model "
@@ -157,12 +173,12 @@ class MeZOTrainer(Trainer):
         if self.optimizer is not None and not isinstance(self.optimizer, MeZO):
             raise ValueError(f"MeZOTrainer cannot step {type(self.optimizer).__name__}: pass a MeZO, or none")
         self._own_optimizer = self.optimizer is None
+        self._rates = [group.get("initial_lr", group["lr"]) for group in self.mezo.param_groups] if self.mezo else []
         self._logged_eps: float | None = None
         self._held_out_batches: list[Any] = []
         #: What finds learning rate and eps, and watches the run.
         self.automatic = Automatic(self)
-        self.automatic.is_told = self.args.eval_strategy != IntervalStrategy.NO
-        self._keeper = _LogKeeper(self)
+        self._keeper = LogKeeper(self)
         self.add_callback(self._keeper)
         self.add_callback(self.automatic)
 
@@ -173,6 +189,7 @@ class MeZOTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """MeZO over the parameters that require grad, in Trainer's two groups: with and without weight decay."""
+        self.args.validate()  # a trial's settings are known only now
         if self.optimizer is None:
             model = self.model if model is None else model
             decayed = set(self.get_decay_parameter_names(model))
@@ -202,6 +219,17 @@ class MeZOTrainer(Trainer):
             )
         return self.optimizer
 
+    def forget_own(self) -> None:
+        """Let the optimizer and the scheduler be made again, unless they came from the user."""
+        if self._own_optimizer:
+            self.optimizer = None
+        if self._created_lr_scheduler:
+            self.lr_scheduler = None
+
+    def given_rates(self, groups: int) -> list[float]:
+        """The learning rate of every group as the user gave it, before any schedule."""
+        return [float(self.args.learning_rate)] * groups if self._own_optimizer else self._rates
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -210,9 +238,9 @@ class MeZOTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The mean of the objective over the batch, or without an objective the model's own loss."""
-        if self.objective is None:
+        if self._objective is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        losses = torch.as_tensor(self.objective(model, inputs), dtype=torch.float32)
+        losses = torch.as_tensor(self._objective(model, inputs), dtype=torch.float32)
         return (losses.mean(), {"losses": losses.reshape(-1)}) if return_outputs else losses.mean()
 
     def training_step(
@@ -220,12 +248,14 @@ class MeZOTrainer(Trainer):
     ) -> Tensor:
         """Query the microbatch at the step's probes. Trainer's ``optimizer.step()`` then moves the weights."""
         model.eval()  # dropout would differ between the two sides of a probe
+        if self.state.global_step == 0 and not self.mezo.gathering:
+            self._require_ends(inputs)
         inputs = self._prepare_inputs(inputs)
-        begin_step, end_step = (getattr(self.objective, name, None) for name in ("begin_step", "end_step"))
+        begin_step, end_step = (getattr(self._objective, name, None) for name in ("begin_step", "end_step"))
         if begin_step is not None:  # both sides of a probe draw the same random numbers
             self._part = self._part + 1 if self.mezo.gathering else 0
             begin_step(self.mezo.next_step, self._part)
-        take_statistics = getattr(self.objective, "take_statistics", None)
+        take_statistics = getattr(self._objective, "take_statistics", None)
         share = 1 if self._scaled_for_accumulation(num_items_in_batch) else self.current_gradient_accumulation_steps
 
         def closure() -> Tensor:
@@ -241,6 +271,24 @@ class MeZOTrainer(Trainer):
             if end_step is not None:
                 end_step()
         return torch.tensor(loss, device=self.args.device)
+
+    def _require_ends(self, inputs: dict[str, Any]) -> None:
+        """Warn of a collator that leaves no EOS in the labels because padding has the same token."""
+        tokenizer: Any = getattr(self.data_collator, "tokenizer", self.processing_class)
+        end = getattr(tokenizer, "eos_token_id", None)
+        if end is None or end != getattr(tokenizer, "pad_token_id", None):
+            return
+        tokens, seen, labels = (inputs.get(name) for name in ("input_ids", "attention_mask", "labels"))
+        if tokens is None or seen is None or labels is None or not tokens.shape == seen.shape == labels.shape:
+            return
+        ends = (tokens == end) & (seen == 1)
+        if ends.any() and (labels[ends] == -100).all():
+            warnings.warn(
+                f"padding and end of text are the same token ({tokenizer.eos_token}), and the data collator took it out of the "
+                f"labels: none of the {int(ends.sum())} ends in the first minibatch is a target, so the model is not taught to "
+                "stop. Give the tokenizer another pad_token before the collator is made, such as its unk_token",
+                stacklevel=2,
+            )
 
     @property
     def can_hold_out(self) -> bool:
@@ -258,7 +306,7 @@ class MeZOTrainer(Trainer):
         an objective that samples.
         """
         inputs = self._held_out_inputs(batches)
-        begin_step, end_step = (getattr(self.objective, name, None) for name in ("begin_step", "end_step"))
+        begin_step, end_step = (getattr(self._objective, name, None) for name in ("begin_step", "end_step"))
 
         @torch.no_grad()
         def measure() -> float:
@@ -292,7 +340,7 @@ class MeZOTrainer(Trainer):
 
     def _scaled_for_accumulation(self, num_items_in_batch: Tensor | int | None) -> bool:
         """Whether the loss is already a share of the whole accumulated batch, by Trainer's own rule."""
-        if self.objective is not None:
+        if self._objective is not None:
             return False
         stated = getattr(self, "loss_is_scaled_for_ga", None)
         if stated is not None:
@@ -300,27 +348,59 @@ class MeZOTrainer(Trainer):
         by_model = self.model_accepts_loss_kwargs and num_items_in_batch is not None
         return by_model or self.compute_loss_func is not None
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's. ``True`` resumes from the last logged step, a path from that checkpoint."""
-        if self._own_optimizer:
-            self.optimizer = None
-            self.lr_scheduler = None if getattr(self, "_created_lr_scheduler", True) else self.lr_scheduler
-        if resume_from_checkpoint:
-            log = self._log_to_resume(resume_from_checkpoint)
-            if log.steps >= self._max_steps():
-                return self._already_trained(log)
-            resume_from_checkpoint = self._checkpoint_of(log)
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As Trainer's. ``True`` resumes from the last logged step, a path from that checkpoint of this run."""
+        self._trial = trial
+        self.args.validate()
+        self.forget_own()
+        self._logged_eps = None
+        if trial is not None:
+            if resume_from_checkpoint:
+                raise InputError("a trial of a hyperparameter search cannot be resumed: search again in another folder")
+            for name in ("learning_rate", "eps"):
+                # A trial's value is cast to the type of the one before: text takes numbers and "auto" alike.
+                setattr(self.args, name, str(getattr(self.args, name)))
         try:
-            return super().train(resume_from_checkpoint or None, *args, **kwargs)
+            checkpoint = None
+            if resume_from_checkpoint:
+                resumption = Resumption(self, resume_from_checkpoint, self._keeper.lock())
+                if self.args.eps == AUTO:
+                    self._logged_eps = resumption.log.header["eps"]
+                if resumption.is_over:
+                    return resumption.finish()
+                checkpoint = resumption.checkpoint()
+                self._keeper.continues = resumption.log
+            return super().train(checkpoint, trial, *args, **kwargs)
         finally:
             self._keeper.close()
+            if trial is not None:
+                self.automatic.forget()
+
+    def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
+        """As Trainer's, which takes data without a length for one pass that lasts for the whole run, resumed ones too."""
+        values = super().set_initial_training_values(args, dataloader)
+        log = self._keeper.continues
+        steps = None if log is None or args.ignore_data_skip or has_length(dataloader) else steps_in_pass(log)
+        if steps is None:
+            return values
+        epochs, _, examples, samples, batch, _, max_steps = values
+        return epochs, steps, examples, samples, batch, steps * args.gradient_accumulation_steps, max_steps
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As Trainer's. A checkpoint also says which steps of the log it follows from."""
+        super().save_model(output_dir, _internal_call)
+        folder = Path(self.args.output_dir if output_dir is None else output_dir)
+        if folder.name.startswith(PREFIX_CHECKPOINT_DIR):
+            self._keeper.mark(folder)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As Trainer's, with the magnitude of the last projected gradient in place of a gradient norm."""
         if logs.pop("grad_norm", None) is not None and self.mezo.last is not None and not self.mezo.last.skipped:
             coefficients = self.mezo.last.coefficients
             logs["projected_gradient"] = sum(map(abs, coefficients)) / len(coefficients)
-        take_statistics = getattr(self.objective, "take_statistics", None)
+        take_statistics = getattr(self._objective, "take_statistics", None)
         if take_statistics is not None:
             for name, values in take_statistics().items():
                 logs |= {f"objective/{name}/{key}": value for key, value in values.items()}
@@ -328,144 +408,25 @@ class MeZOTrainer(Trainer):
             self._keeper.finish()
         super().log(logs, *args, **kwargs)
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """As Trainer's, which names an optimizer that was not there: with MeZO, what the run found, and how to replay it."""
+        super().create_model_card(*args, **kwargs)
+        if not self.step_log.exists():
+            return  # nothing was trained yet
+        best = (
+            self.args.load_best_model_at_end and not self.is_in_train and self.state.best_model_checkpoint is not None
+        )
+        log = read_log(self.step_log)
+        card = Path(self.args.output_dir) / "README.md"
+        steps = self.state.best_global_step if best else log.steps
+        card.write_text(describe(card.read_text(encoding="utf-8"), log, steps), encoding="utf-8")
+
+    @property
+    def run_folder(self) -> Path:
+        """``output_dir``, or the folder in it that belongs to the present trial of a hyperparameter search."""
+        return Path(self._get_output_dir(self._trial))
+
     @property
     def step_log(self) -> Path:
         """Where the steps are logged."""
-        return Path(self.args.output_dir) / STEP_LOG
-
-    # --- resuming ------------------------------------------------------------------------------------------------
-
-    def _log_to_resume(self, wanted: str | Literal[True]) -> Log:
-        """The log of the run, cut to the step from which it goes on."""
-        log = read_log(self.step_log)
-        steps: int | None = log.steps
-        complete = self._complete_checkpoints()
-        if wanted is not True:
-            steps = _steps_of(Path(wanted))
-            if steps is None or steps > log.steps:
-                raise LogError(f"{wanted} is not a complete checkpoint of the run in {log.path}: choose another one")
-        elif self.args.load_best_model_at_end and log.steps and log.steps not in complete:
-            # The kill may have come before the last step was evaluated and saved: do that step again.
-            steps = log.steps - 1
-        if self.args.lr_scheduler_type in _PLATEAU and steps not in complete:
-            raise LogError(
-                f"lr_scheduler_type={self.args.lr_scheduler_type!r} depends on evaluations, which the step log does not "
-                f"hold: resume from a checkpoint by its path ({complete[max(complete)] if complete else 'there is none'})"
-            )
-        assert steps is not None
-        plan = plan_of(log)
-        if self.automatic.finds_lr and "held" not in plan:
-            raise LogError(f"the run in {log.path} has a learning rate of its own: pass it instead of 'auto'")
-        if self.automatic.finds_lr and not has_searched(log, steps):
-            steps = 0  # the first steps are all estimated at the base weights, and none was taken before all were
-        if self.args.eps == AUTO:
-            self._logged_eps = log.header["eps"]
-        return cut_log(log, steps) if steps < log.steps else log
-
-    def _checkpoint_of(self, log: Log) -> str | None:
-        """The checkpoint at the log's end, made by replay if there is none; None if no step was taken."""
-        self._keeper.continues = log
-        if log.steps == 0:
-            return None
-        if self.automatic.finds_lr:
-            optimizer = self.create_optimizer()
-            assert isinstance(optimizer, MeZO)
-            self.automatic.keep_base(optimizer)
-        existing = self._complete_checkpoints().get(log.steps)
-        return str(existing) if existing else self._checkpoint_by_replay(log)
-
-    def _already_trained(self, log: Log) -> TrainOutput:
-        """Bring the model to the end of a run that has taken all its steps, and close its log if a kill did not."""
-        optimizer = self.create_optimizer()
-        assert isinstance(optimizer, MeZO)
-        step_log = StepLog.resume(log.path, optimizer)
-        if log.end is None:
-            step_log.finish()
-        step_log.close()
-        self.state = self._state_before(log.steps)
-        self.state.global_step = log.steps
-        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
-            self._load_best_model()
-        losses = [record.loss for record in log.records if not record.skipped]
-        return TrainOutput(log.steps, sum(losses) / max(1, len(losses)), {})
-
-    def _max_steps(self) -> int:
-        return int(self.set_initial_training_values(self.args, self.get_train_dataloader())[-1])
-
-    def _complete_checkpoints(self) -> dict[int, Path]:
-        folders = Path(self.args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        return {steps: folder for folder in folders if (steps := _steps_of(folder)) is not None}
-
-    def _checkpoint_by_replay(self, log: Log) -> str:
-        """Bring the model from its base weights to the log's end, and save that as Trainer would have."""
-        optimizer = self.create_optimizer()
-        assert isinstance(optimizer, MeZO)
-        require_same_run(log, optimizer)
-        apply_log(log, optimizer)
-        max_steps = self._max_steps()
-        state = self._state_before(log.steps)
-        state.global_step = log.steps
-        state.compute_steps(self.args, max_steps)
-        state.train_batch_size = self.args.train_batch_size
-        scheduler = self.create_scheduler(max_steps, optimizer)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the optimizer's steps were taken by replay, unseen by the scheduler
-            for _ in range(log.steps):
-                scheduler.step()
-        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{log.steps}"
-        shutil.rmtree(folder, ignore_errors=True)  # what a kill in mid-save left
-        self.save_model(str(folder))
-        torch.save(optimizer.state_dict(), folder / "optimizer.pt")
-        torch.save(scheduler.state_dict(), folder / "scheduler.pt")
-        state.save_to_json(str(folder / _TRAINER_STATE))
-        self.optimizer = self.lr_scheduler = None
-        return str(folder)
-
-    def _state_before(self, steps: int) -> TrainerState:
-        """Trainer's own state at the last checkpoint, or a new one."""
-        earlier = {s: folder for s, folder in self._complete_checkpoints().items() if s <= steps}
-        if not earlier:
-            stateful = [*self.callback_handler.callbacks, self.control]
-            return TrainerState(stateful_callbacks=[item for item in stateful if isinstance(item, ExportableState)])
-        return TrainerState.load_from_json(str(earlier[max(earlier)] / _TRAINER_STATE))
-
-
-class _LogKeeper(TrainerCallback):
-    """Opens the step log when the optimizer is ready, and closes it."""
-
-    def __init__(self, trainer: MeZOTrainer) -> None:
-        self._trainer = trainer
-        self._log: StepLog | None = None
-        self.continues: Log | None = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        optimizer, automatic = self._trainer.mezo, self._trainer.automatic
-        if self.continues is not None:
-            self._log = StepLog.resume(self.continues.path, optimizer)
-            automatic.resume(self._log, self.continues)
-        else:
-            require_no_log(self._trainer.step_log)  # before anything is measured
-            plan = automatic.prepare(state.max_steps)
-            self._log = StepLog(self._trainer.step_log, optimizer, self._trainer._run)
-            automatic.begin(self._log, plan)
-        self.continues = None
-
-    def finish(self) -> None:
-        if self._log is not None:
-            self._trainer.automatic.stop()
-            self._log.finish()
-            self._trainer.automatic.finish()
-            self.close()
-
-    def close(self) -> None:
-        if self._log is not None:
-            self._log.close()
-            self._log = None
-
-
-def _steps_of(checkpoint: Path) -> int | None:
-    """Steps that a checkpoint holds; None unless it is complete (Trainer writes its state last)."""
-    try:
-        return int(json.loads((checkpoint / _TRAINER_STATE).read_text(encoding="utf-8"))["global_step"])
-    except (OSError, ValueError, KeyError):
-        return None
+        return self.run_folder / STEP_LOG

@@ -17,6 +17,7 @@ from ..evaluation import sign_test
 from ..files import read_json
 from ..models import save_model
 from ..optimizer import NonFiniteLossError
+from ..processes import require_one_process
 from ..rules import RULES, STATES
 from ..trajectory import Log, read_log
 from . import add_model_options, methods, positive, say
@@ -149,6 +150,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Tune, evaluate before and after, and write model, step log and metrics."""
+    require_one_process()
     began = time.monotonic()
     folder = Path(options.output_dir)
     log = _resumed(options, folder) if options.resume else None
@@ -156,7 +158,7 @@ def run(options: argparse.Namespace) -> int:
     if log is None:
         # A run that was killed before its first step leaves its first evaluation behind, and nothing else.
         begun = not read_json(folder / METRICS).keys() - {"before"}
-        leftovers = (METRICS, OUTCOMES, COMPLETIONS, methods.INITIAL) if begun else ()
+        leftovers = (METRICS, OUTCOMES, COMPLETIONS, methods.INITIAL, "steps.jsonl.lock") if begun else ()
         new_folder(folder, leftovers=leftovers, resumable=True)
     metrics = read_json(folder / METRICS) if log else {}
     if log and "test" in metrics and log.end and _is_done(options, log, metrics):

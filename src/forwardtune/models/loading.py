@@ -120,7 +120,10 @@ def _load_base(name: str, dtype: str, device: str) -> tuple[Any, Any]:
         model.config._name_or_path = name
     model.name_or_path = name  # what an adapter remembers as its base
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        # Collators take padding out of the labels: with the end of text in its place nothing would be taught to end.
+        tokenizer.pad_token = tokenizer.unk_token if tokenizer.unk_token != tokenizer.bos_token else None
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
     return (model if device == "auto" else model.to(device)).eval(), tokenizer
 
 

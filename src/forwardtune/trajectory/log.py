@@ -12,13 +12,9 @@ from typing import IO, Any
 from ..optimizer import MeZO, StepRecord
 from ..perturbation import InPlace
 from .format import ABSENT, DESCRIPTIVE, LogError, LogWriteError, header_content, identity, seal, step_content
+from .lock import LogLock
 from .reader import Log, Rollback, read_log
 from .replay import apply_log
-
-try:
-    import fcntl
-except ImportError:  # not on this platform: two writers of one log are not noticed
-    fcntl = None  # type: ignore[assignment]
 
 
 class StepLog:
@@ -35,15 +31,23 @@ class StepLog:
         path: the file; it must not exist yet.
         optimizer: its present weights are the base weights.
         run: anything else to keep in the header, as JSON.
+        lock: the log's lock, if the caller has it already, and keeps it. Else it is taken until :meth:`close`.
 
     Raises:
-        LogError: the file exists, or cannot be written.
+        LogError: the file exists, cannot be written, or is being written by another process.
     """
 
-    def __init__(self, path: str | PathLike[str], optimizer: MeZO, run: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        path: str | PathLike[str],
+        optimizer: MeZO,
+        run: dict[str, Any] | None = None,
+        *,
+        lock: LogLock | None = None,
+    ) -> None:
         _require_exact(optimizer)
         header, check = seal("", header_content(optimizer, run))
-        self._open(Path(path), optimizer, new=True)
+        self._open(Path(path), optimizer, lock, new=True)
         try:
             self._write(header, check)
         except LogError:
@@ -53,7 +57,7 @@ class StepLog:
         optimizer.recorders.append(self.record)
 
     @classmethod
-    def resume(cls, path: str | PathLike[str], optimizer: MeZO) -> StepLog:
+    def resume(cls, path: str | PathLike[str], optimizer: MeZO, *, lock: LogLock | None = None) -> StepLog:
         """Go on with a log: bring the optimizer's weights, which must be the base weights, to its last step.
 
         A torn last line is cut off. The optimizer must be set up as at the start (its learning rate may differ). If it has
@@ -64,7 +68,7 @@ class StepLog:
         """
         _require_exact(optimizer)
         self = cls.__new__(cls)
-        self._open(Path(path), optimizer, new=False)
+        self._open(Path(path), optimizer, lock, new=False)
         try:
             log = read_log(path)  # after the lock: nobody else writes to it now
             require_same_run(log, optimizer)
@@ -81,40 +85,41 @@ class StepLog:
             self.close()
             raise
         self._check = log.check
+        self.step_check = log.step_checks[-1] if log.steps else None
         optimizer.recorders.append(self.record)
         return self
 
-    def _open(self, path: Path, optimizer: MeZO, *, new: bool) -> None:
+    def _open(self, path: Path, optimizer: MeZO, lock: LogLock | None, *, new: bool) -> None:
         self.path = path
+        #: Checksum of the last line that moved the weights, a step or a rollback, which follows from everything before it; None
+        #: before the first step.
+        self.step_check: str | None = None
         self._optimizer = optimizer
         self._check = ""
         self._failed = False
         self._weight_decay = tuple(float(group["weight_decay"]) for group in optimizer.param_groups)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise LogError(f"{path} cannot be written: {path.parent}: {error.strerror}") from None
+        if not new and not path.exists():
+            raise LogError(f"{path}: there is no such file")
+        self._own_lock = LogLock(path) if lock is None else None
         try:
             # Unbuffered: what could not be written must not be written later, behind other lines.
             self._file: IO[bytes] = open(path, "xb" if new else "r+b", buffering=0)
-        except FileExistsError:
-            raise _holds_a_run(path) from None
-        except FileNotFoundError:
-            raise LogError(f"{path}: there is no such file") from None
         except OSError as error:
+            self._release()
+            if isinstance(error, FileExistsError):
+                raise _holds_a_run(path) from None
             raise LogError(f"{path} cannot be written: {error.strerror}") from None
-        if fcntl is not None:
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                self._file.close()
-                raise LogError(f"{path} is being written by another process: wait for it, or stop it first") from None
+
+    def _release(self) -> None:
+        if self._own_lock is not None:
+            self._own_lock.release()
 
     def record(self, record: StepRecord) -> None:
         """Write one step. Raises LogWriteError when the file cannot take it, as on a full disk."""
         if record.weight_decay != self._weight_decay:
             raise LogError("weight decay changed during the run, which a step log cannot hold: start a new run")
         self._write(*seal(self._check, step_content(record)))
+        self.step_check = self._check
 
     def note(self, content: dict[str, Any]) -> None:
         """Keep something beside the steps, as JSON: a decision, and what it was based on. Replay ignores it."""
@@ -128,6 +133,7 @@ class StepLog:
         """
         Rollback(self._optimizer.next_step, to)
         self._write(*seal(self._check, {"rollback": to}))
+        self.step_check = self._check
 
     def _write(self, line: str, check: str) -> None:
         if self._failed:
@@ -161,6 +167,7 @@ class StepLog:
             pass
         finally:
             self._file.close()
+            self._release()
 
     def __enter__(self) -> StepLog:
         return self
@@ -195,7 +202,7 @@ def _require_exact(optimizer: MeZO) -> None:
 def cut_log(log: Log, steps: int) -> Log:
     """Keep the first ``steps`` steps of a log, with the notes and rollbacks that follow the last of them.
 
-    What is cut off is appended to ``*.cut.jsonl`` beside it.
+    The caller has the log's lock. What is cut off is appended to ``*.cut.jsonl`` beside it.
     """
     lines = log.path.read_bytes()[: log.length].splitlines(keepends=True)
     is_step = [line[:8] == b'{"step":' for line in lines]

@@ -46,6 +46,7 @@ class Log:
         path: where it was read.
         header: the first line, without its checksum.
         records: one for each step, in order from step 0.
+        step_checks: for each step, the checksum of its line, or of the last rollback between it and the next step.
         rollbacks: in order.
         notes: in order.
         end: the last line, if the run closed its log: number of steps and digest of the tuned weights.
@@ -57,6 +58,7 @@ class Log:
     path: Path
     header: dict[str, Any]
     records: list[StepRecord]
+    step_checks: list[str]
     rollbacks: list[Rollback]
     notes: list[Note]
     end: dict[str, Any] | None
@@ -94,6 +96,7 @@ def read_log(path: str | PathLike[str]) -> Log:
     header, check = _open(path, 1, "", lines[0])
     check_header(path, header)
     records: list[StepRecord] = []
+    step_checks: list[str] = []
     rollbacks: list[Rollback] = []
     notes: list[Note] = []
     end: dict[str, Any] | None = None
@@ -112,6 +115,7 @@ def read_log(path: str | PathLike[str]) -> Log:
                 rollbacks.append(Rollback(len(records), content["rollback"]))
             except ValueError as error:
                 raise _refused(path, number, str(error)) from None
+            step_checks[-1] = check
             end = None
             continue
         if content.get("step") != len(records):
@@ -120,8 +124,9 @@ def read_log(path: str | PathLike[str]) -> Log:
             records.append(step_record(content, header))
         except (KeyError, TypeError, ValueError):
             raise _refused(path, number, "a field of the step is missing or of another kind") from None
+        step_checks.append(check)
         end = None
-    return Log(path, header, records, rollbacks, notes, end, len(data) - len(rest), check, torn=bool(rest))
+    return Log(path, header, records, step_checks, rollbacks, notes, end, len(data) - len(rest), check, torn=bool(rest))
 
 
 def _open(path: Path, number: int, previous: str, line: bytes) -> tuple[dict[str, Any], str]:
