@@ -2,6 +2,8 @@
 # make test   run the test suite
 # make lint   ruff and mypy
 # All of them first make .venv with pinned dependencies.
+# make gpu    on a machine with a CUDA device: its tests and benchmarks, in eight minutes. Sets nothing up: .venv's Python where
+#             there is one, else PYTHON, which needs torch. What is missing is said. Results in benchmarks/results, or in OUT.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -11,7 +13,7 @@ STAMP := .venv/.installed
 export FORWARDTUNE_TEST_DATA ?= $(abspath $(wildcard ../shared/data))
 export FORWARDTUNE_TEST_MODELS ?= $(abspath $(wildcard ../shared/models))
 
-.PHONY: setup demo test lint format constraints clean
+.PHONY: setup demo test lint format gpu clean
 
 setup: $(STAMP)
 
@@ -37,6 +39,9 @@ lint: setup
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+gpu:
+	$(if $(filter file,$(origin PYTHON)),$(firstword $(wildcard $(BIN)/python) $(PYTHON)),$(PYTHON)) benchmarks/gpu.py
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build src/*.egg-info
