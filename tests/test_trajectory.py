@@ -422,7 +422,7 @@ def test_an_export_without_a_checksum_is_replayed_whole_or_not_at_all(path):
     del metadata["check"]
     save_file({"sizes": sizes}, exported, metadata=metadata)
     net = small_model()
-    with pytest.raises(LogError, match="without a checksum.*export it again"):
+    with pytest.raises(LogError, match=r"without a checksum.*export it again"):
         replay(exported, net, steps=1)
     assert_same_bits(net, snapshot(small_model()))
     assert replay(exported, net) == 2
