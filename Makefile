@@ -1,7 +1,10 @@
 # make demo   tune the embedded 135M model on the embedded reviews
 # make test   run the test suite
+# make test-lowest   what depends on other packages, with the lowest versions that pyproject.toml admits, in .venv-lowest
 # make lint   ruff and mypy
 # All of them first make .venv with pinned dependencies.
+# make gpu    on a machine with a CUDA device: its tests and benchmarks, in eight minutes. Sets nothing up: .venv's Python where
+#             there is one, else PYTHON, which needs torch. What is missing is said. Results in benchmarks/results, or in OUT.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -11,7 +14,12 @@ STAMP := .venv/.installed
 export FORWARDTUNE_TEST_DATA ?= $(abspath $(wildcard ../shared/data))
 export FORWARDTUNE_TEST_MODELS ?= $(abspath $(wildcard ../shared/models))
 
-.PHONY: setup demo test lint format constraints clean
+# What pyproject.toml writes "numpy>=2.0", as numpy==2.0.
+LOWEST := .venv-lowest
+BOUNDS = grep -oE '"[A-Za-z0-9-]+>=[0-9.]+' pyproject.toml | sed 's/"//; s/>=/==/' | grep -v '^setuptools'
+DEPENDENT := $(patsubst %,tests/test_%.py,imports noise trainer models peft tasks cli baselines report)
+
+.PHONY: setup demo test test-lowest lint format gpu clean
 
 setup: $(STAMP)
 
@@ -29,6 +37,15 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
+test-lowest: $(LOWEST)/.installed
+	$(LOWEST)/bin/python -m pytest -n 2 --dist loadfile $(DEPENDENT)
+
+$(LOWEST)/.installed: pyproject.toml
+	$(PYTHON) -m venv --clear $(LOWEST)
+	$(BOUNDS) > $(LOWEST)/bounds.txt
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(LOWEST)/bounds.txt -e '.[dev]'
+	@touch $@
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -38,5 +55,8 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+gpu:
+	$(if $(filter file,$(origin PYTHON)),$(firstword $(wildcard $(BIN)/python) $(PYTHON)),$(PYTHON)) benchmarks/gpu.py
+
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build src/*.egg-info
+	rm -rf .venv $(LOWEST) .pytest_cache .mypy_cache .ruff_cache build src/*.egg-info

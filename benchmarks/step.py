@@ -3,11 +3,13 @@
     python benchmarks/step.py                     # the shape of SmolLM2-135M, 16 x 32, bfloat16 and float32, on a CPU
     python benchmarks/step.py --device cuda       # OPT's shapes, 16 x 32, 64 and 400, bfloat16; with their memory
     python benchmarks/step.py --shapes 125m --lengths 32 --rounds 2 --output smoke
+    python benchmarks/step.py --device cuda --shapes 1.3b --lengths 64 --profile --output profile-cuda   # what takes the time
 
 Models have random weights. One logit row a sequence is computed, as for a task with one-token answers. ``reference`` transcribes
 the published loop: three passes of ``torch.normal`` over the stored weights and one for the update, with a logit row for every token.
 On a GPU the peaks of allocated memory of a forward pass and of a step are compared as well, with the largest tuned layer beside
-them (on a CPU ``memory.py`` does that, in processes of their own).
+them (on a CPU ``memory.py`` does that, in processes of their own). ``--profile`` adds the time of each kernel in one step and in one
+forward pass, and how long the host and the device were busy: if the host was busy for longer, launches are what a step waits for.
 """
 
 from __future__ import annotations
@@ -75,7 +77,6 @@ def measure(model: Any, length: int, options: argparse.Namespace) -> dict[str, A
 
     optimizer.step(loss)
     assert optimizer.perturbation is not None
-    assert optimizer.perturbation.name == "scratch"
     works: dict[str, Callable[[], object]] = {
         "forward": loss,
         "perturbed_forward": lambda: perturbed(optimizer, loss),
@@ -87,6 +88,7 @@ def measure(model: Any, length: int, options: argparse.Namespace) -> dict[str, A
     floor = 2 * seconds["forward"]
     row: dict[str, Any] = {
         "seconds": seconds,
+        "perturbation": optimizer.perturbation.name,  # not scratch: the self-check found something
         "step_over_floor": seconds["step"] / floor,
     }
     if "reference" in seconds:
@@ -94,7 +96,32 @@ def measure(model: Any, length: int, options: argparse.Namespace) -> dict[str, A
         row["reference_over_step"] = seconds["reference"] / seconds["step"]
     if torch.device(device).type == "cuda":
         row["memory"] = peaks(optimizer, loss, model, device)
+    if options.profile:
+        row["profile"] = {name: profile(works[name], device) for name in ("forward", "step")}
     return row
+
+
+def profile(work: Callable[[], object], device: str) -> dict[str, Any]:
+    """Milliseconds of the host and of the device in one piece of work, and of the kernels that took the most."""
+    gpu = torch.device(device).type == "cuda"
+    kinds = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[kinds.CPU, *([kinds.CUDA] if gpu else [])]) as profiler:
+        work()
+        if gpu:
+            torch.cuda.synchronize(device)
+    events = profiler.key_averages()
+    # Of a kernel the device's own event; of a CPU's operators what they took themselves.
+    key = "self_device_time_total" if gpu else "self_cpu_time_total"
+    kernels = [event for event in events if not gpu or event.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = sorted(kernels, key=lambda event: getattr(event, key), reverse=True)
+    return {
+        "host_ms": sum(event.self_cpu_time_total for event in events) / 1e3,
+        "device_ms": sum(getattr(event, key) for event in kernels) / 1e3,
+        "launches": sum(event.count for event in kernels),
+        "kernels": [
+            {"name": event.key[:100], "count": event.count, "ms": getattr(event, key) / 1e3} for event in kernels[:12]
+        ],
+    }
 
 
 def peaks(optimizer: MeZO, loss: Callable[[], torch.Tensor], model: Any, device: str) -> dict[str, int]:
@@ -129,6 +156,7 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="+", type=int)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--no-reference", action="store_true", help="leave the published loop out")
+    parser.add_argument("--profile", action="store_true", help="also time the kernels of a step and of a forward pass")
     parser.add_argument("--output", help="name of the result file: step on a CPU, step-cuda on a GPU")
     options = parser.parse_args()
     gpu = torch.device(options.device).type == "cuda"
@@ -155,6 +183,16 @@ def main() -> None:
                 if "memory" in row:
                     mib = {key: value / 2**20 for key, value in row["memory"].items()}
                     print("    MiB: " + ", ".join(f"{key} {value:,.1f}" for key, value in mib.items()), flush=True)
+                for work, found in row.get("profile", {}).items():
+                    print(
+                        f"    {work}: host {found['host_ms']:.1f} ms, device {found['device_ms']:.1f} ms, {found['launches']} launches"
+                    )
+                    for kernel in found["kernels"]:
+                        print(f"{kernel['ms']:14.2f} ms{kernel['count']:7}  {kernel['name']}", flush=True)
+                if row["perturbation"] != "scratch":
+                    print(
+                        f"    the self-check chose perturbation={row['perturbation']!r}: this is not the step meant here"
+                    )
                 write(options.output or ("step-cuda" if gpu else "step"), {"rows": rows})
             del model
             gc.collect()

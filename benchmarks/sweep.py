@@ -37,15 +37,16 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--weights", type=int, default=100_000_000)
     options = parser.parse_args()
-    assert cpu is not None
-    cpu._MIN_PER_THREAD_IN_FORWARD = cpu._MIN_PER_THREAD  # the sweep alone, not one between two modules
+    if cpu is not None:  # Numba is there
+        cpu._MIN_PER_THREAD_IN_FORWARD = cpu._MIN_PER_THREAD  # the sweep alone, not one between two modules
+    name = "sweep" if torch.device(options.device).type == "cpu" else "sweep-cuda"
     rows = {}
     print(f"{'dtype':10}{'direction':12}{'perturb':>10}{'update':>10}   (times of an in-place multiply-add)")
     for dtype in (torch.float32, torch.bfloat16):
         generator = torch.Generator(options.device).manual_seed(0)
         weight = torch.empty(options.weights, dtype=dtype, device=options.device).normal_(std=0.02, generator=generator)
         other, out = weight.clone(), torch.empty_like(weight)
-        for name, direction in DIRECTIONS.items():
+        for kind, direction in DIRECTIONS.items():
             noise = Noise(0, direction)
             check(noise, weight)
             seconds = interleave(
@@ -61,10 +62,9 @@ def main() -> None:
             )
             label = str(dtype).removeprefix("torch.")
             ratios = {work: seconds[work] / seconds["multiply_add"] for work in ("perturb", "update")}
-            rows[f"{label} {name}"] = {"seconds": seconds, **ratios}
-            print(f"{label:10}{name:12}{ratios['perturb']:10.2f}{ratios['update']:10.2f}")
-    name = "sweep" if options.device == "cpu" else "sweep-cuda"
-    write(name, {"weights": options.weights, "rows": rows})
+            rows[f"{label} {kind}"] = {"seconds": seconds, **ratios}
+            print(f"{label:10}{kind:12}{ratios['perturb']:10.2f}{ratios['update']:10.2f}", flush=True)
+            write(name, {"weights": options.weights, "rows": rows})
 
 
 if __name__ == "__main__":

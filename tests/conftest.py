@@ -6,6 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import gc
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,12 @@ import torch
 import support
 
 torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """On a machine that tests a GPU and has no Numba, the CPU's part is slow, and that is all."""
+    if find_spec("numba") is None:
+        config.addinivalue_line("filterwarnings", "ignore:forwardtune computes its noise with plain torch")
 
 
 @pytest.fixture

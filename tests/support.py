@@ -1,14 +1,17 @@
-"""Tiny models of real architectures, and a tokenizer, made on the spot."""
+"""Tiny models of real architectures, and a tokenizer, made on the spot. A test that wants one where a package is missing is skipped."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import pytest
 import torch
-import transformers
+
+if TYPE_CHECKING:
+    import transformers
 
 VOCABULARY = 320
 HALF = (torch.bfloat16, torch.float16)
@@ -89,6 +92,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 def tiny_model(family: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
     """A randomly initialised model of a real architecture, in evaluation mode; the global random state is kept."""
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
     config_class, model_class, settings = FAMILIES[family]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -152,6 +156,7 @@ TEXT = [
 
 def tokenizer() -> transformers.PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer trained on a few sentences."""
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     raw = Tokenizer(models.BPE())

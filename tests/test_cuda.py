@@ -1,13 +1,16 @@
-"""What only a real CUDA device can show: whole MeZO steps on it, replay, tensors past 2**31 elements, no waiting.
+"""What only a real CUDA device can show: whole MeZO steps on it, by hand, by Trainer and from the command line, replay on both
+devices, tensors past 2**31 elements, no waiting.
 
 Across devices the bits of the noise and of updates are promised; losses, and so coefficients, are not.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -18,7 +21,7 @@ from forwardtune import MeZO, StepLog, noise, replay
 from forwardtune.noise import DIRECTIONS, GAUSSIAN, Noise, Update, definition
 from forwardtune.rules import RULES, _total
 from forwardtune.trajectory import read_log
-from support import DTYPES, HALF, assert_same_bits, closure_for, same_bits, snapshot, tiny_model, token_batch
+from support import DTYPES, HALF, TEXT, assert_same_bits, closure_for, same_bits, snapshot, tiny_model, token_batch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -81,10 +84,11 @@ def test_scratch_and_copy_see_the_same_losses_and_leave_the_weights_alone(dtype)
 
 
 @every_dtype
-def test_a_run_replays_with_the_same_bits_on_both_devices(dtype, tmp_path):
+@pytest.mark.parametrize("rule", RULES)
+def test_a_run_replays_with_the_same_bits_on_both_devices(dtype, rule, tmp_path):
     path = tmp_path / "steps.jsonl"
     model = tiny_model("llama", dtype).to(CUDA)
-    optimizer = optimizer_of(model)
+    optimizer = optimizer_of(model, rule=rule)
     with StepLog(path, optimizer):
         for step in range(6):
             optimizer.step(closure_for(model, token_batch(seed=step).to(CUDA)))
@@ -93,6 +97,52 @@ def test_a_run_replays_with_the_same_bits_on_both_devices(dtype, tmp_path):
         base = tiny_model("llama", dtype).to(device)
         assert replay(path, base) == 6  # and the digest at the log's end agrees
         assert_same_bits(base.to(CUDA), snapshot(model))
+
+
+@every_dtype
+def test_a_run_of_the_trainer_replays_on_the_cpu(dtype, tmp_path):
+    """Trainer moves model and batches to the device by itself."""
+    pytest.importorskip("accelerate", reason="needs accelerate")
+    from forwardtune.trainer import MeZOConfig, MeZOTrainer
+
+    data = [{"input_ids": row, "labels": row} for row in token_batch(12, 6).tolist()]
+    config = MeZOConfig(
+        str(tmp_path), max_steps=4, learning_rate=1e-3, eps=1e-2, save_strategy="no", report_to=[], disable_tqdm=True
+    )
+    trainer = MeZOTrainer(model=tiny_model("llama", dtype), args=config, train_dataset=data, eval_dataset=data)
+    trainer.train()
+    assert trainer.model.device == CUDA
+    assert math.isfinite(trainer.evaluate()["eval_loss"])
+    base = tiny_model("llama", dtype)
+    assert replay(tmp_path / "steps.jsonl", base) == 4
+    assert_same_bits(trainer.model.cpu(), snapshot(base))
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["--lr 1e-3", "--lr 1e-3 --objective accuracy --rule adam", "--lr auto", "--lr 1e-3 --tune lora"],
+    ids=lambda options: options.replace(" ", ""),
+)
+def test_a_run_of_the_command_line_replays_on_the_cpu(options, tiny_folder, tmp_path):
+    for package in ("tqdm", "safetensors", *(["peft"] if "lora" in options else [])):
+        pytest.importorskip(package, reason=f"needs {package}")
+    from safetensors.torch import load_file
+
+    from forwardtune.cli import main
+
+    rows = [json.dumps({"text": text, "label": number % 2}) for number, text in enumerate(TEXT * 4)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    task = tmp_path / "task.yaml"
+    task.write_text("train: rows.jsonl\ntest: rows.jsonl\nprompt: '{text} It was'\nanswers: {0: terrible, 1: great}\n")
+    run, again = tmp_path / "run", tmp_path / "again"
+    train = ["train", "--model", str(tiny_folder), "--task", str(task), "--device", "cuda", "--dtype", "bfloat16"]
+    assert main([*train, "--steps", "12", "--batch-size", "4", *options.split(), "--output-dir", str(run)]) == 0
+    replayed = ["replay", str(run / "steps.jsonl"), "--model", str(tiny_folder), "--output-dir", str(again)]
+    assert main(replayed) == 0
+    (tuned,) = (path.name for path in run.glob("*model.safetensors"))
+    ours, theirs = load_file(run / tuned), load_file(Path(again, tuned))
+    assert ours.keys() == theirs.keys()
+    assert all(same_bits(ours[name], theirs[name]) for name in ours)
 
 
 @every_dtype

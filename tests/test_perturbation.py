@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import support
 from forwardtune import MeZO, perturbation
+from forwardtune.errors import InputError
 from forwardtune.noise import Noise
 from forwardtune.parameters import TunedParameters
 from forwardtune.perturbation import PERTURBATIONS, Copy, InPlace, Perturbation, Scratch
@@ -804,3 +805,64 @@ def test_what_cannot_be_tuned_is_refused_with_the_reason(groups, module, message
 def test_a_module_without_trainable_parameters_is_refused():
     with pytest.raises(ValueError, match="nothing to tune"):
         MeZO(nn.Linear(2, 2).requires_grad_(False))
+
+
+class Quantised(Tensor):
+    """Integers and a scale that pass for a float tensor, as torchao's do."""
+
+    @staticmethod
+    def __new__(cls, values: Tensor, scale: float) -> Quantised:
+        return Tensor._make_wrapper_subclass(cls, values.shape, dtype=torch.float32)
+
+    def __init__(self, values: Tensor, scale: float) -> None:
+        self.values, self.scale = values, scale
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].values, args[0].scale)
+        plain = [arg.values * arg.scale if isinstance(arg, cls) else arg for arg in args]
+        return func(*plain, **(kwargs or {}))
+
+
+def distributed() -> Tensor:
+    """A DTensor over the one process that there is."""
+    from torch.distributed import device_mesh, tensor
+
+    return tensor.distribute_tensor(torch.ones(2, 3), device_mesh.init_device_mesh("cpu", (1,)), [tensor.Replicate()])
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (lambda: Quantised(torch.ones(2, 3, dtype=torch.int8), 0.5), "Quantised"),
+        (distributed, "DTensor"),
+        (lambda: torch.eye(3).to_sparse(), "layout torch.sparse_coo"),
+    ],
+    ids=["quantised", "distributed", "sparse"],
+)
+@pytest.mark.parametrize("by_module", [True, False])
+def test_tensors_that_do_not_hold_their_values_are_refused_with_the_remedy(make, kind, by_module, one_process):
+    net = nn.ModuleDict({"layer": nn.Linear(3, 2)})
+    net.layer.weight = nn.Parameter(make())
+    with pytest.raises(InputError, match=f"layer.weight is a .*{kind}.*requires_grad=False.*adapter"):
+        MeZO(net if by_module else net.named_parameters())
+    net.layer.weight.requires_grad_(False)
+    MeZO(net, lr=1e-3, perturbation="copy").step(lambda: net.layer.bias.sum())  # the rest can be tuned beside it
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_a_subclass_with_an_ordinary_memory_is_tuned():
+    class Named(Tensor):
+        """What a library may hang names on."""
+
+    net = nn.Linear(3, 2)
+    net.weight = nn.Parameter(torch.ones(2, 3).as_subclass(Named))
+    MeZO(net, lr=1e-3).step(lambda: net(torch.ones(3)).sum())
+    assert not torch.equal(net.weight, torch.ones(2, 3))

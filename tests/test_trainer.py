@@ -242,6 +242,18 @@ def test_ends_of_text_that_the_collator_takes_for_padding_are_told_of(tmp_path: 
 # --- gradient accumulation ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_models_own_loss_is_that_of_the_batch_however_it_is_cut(tmp_path: Path, smoothing: float) -> None:
+    """By which rule Trainer divides a microbatch's loss differs between versions, and with label smoothing."""
+    settings = {"objective": None, "label_smoothing_factor": smoothing, "max_steps": 3}
+    losses = []
+    for size in (4, 1):
+        folder = tmp_path / str(size)
+        trainer = trained(folder, per_device_train_batch_size=size, gradient_accumulation_steps=4 // size, **settings)
+        losses.append([record.loss for record in read_log(trainer.step_log).records])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 def test_accumulation_is_estimate_over_the_microbatches(tmp_path: Path) -> None:
     """Ten examples in microbatches of two, two a step: the third step of an epoch has one microbatch alone."""
     settings = {"per_device_train_batch_size": 2, "data": DATA[:10]}

@@ -387,23 +387,50 @@ def test_an_export_overwrites_nothing_and_needs_a_finished_run(path):
     assert not path.with_name("new.safetensors").exists()
 
 
-def test_a_damaged_export_is_refused(path):
+@pytest.mark.parametrize("steps", [None, 1], ids=["all steps", "one step"])
+def test_a_damaged_export_is_refused(steps, path):
     """Cut anywhere or altered in any byte, it raises LogError or gives the same weights, never others."""
-    tuned = snapshot(small_run(path, steps=2))
+    small_run(path, steps=2)
     exported = path.with_suffix(".safetensors")
     export_trajectory(read_log(path), exported)
     data = exported.read_bytes()
+    tuned = small_model()
+    replay(path, tuned, steps=steps)
     damaged = [data[:length] for length in range(len(data))]
     damaged += [data[:i] + bytes([data[i] ^ 1]) + data[i + 1 :] for i in range(len(data))]
     for number, wrong in enumerate(damaged):
         exported.write_bytes(wrong)
         net = small_model()
         try:
-            replay(exported, net)
+            replay(exported, net, steps=steps)
         except LogError:
             continue
         assert number >= len(data), f"a prefix of {number} bytes was accepted"
-        assert_same_bits(net, tuned)
+        assert_same_bits(net, snapshot(tuned))
+
+
+def test_an_export_without_a_checksum_is_replayed_whole_or_not_at_all(path):
+    """As early versions wrote it: its digest tells damage after the last step alone."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    tuned = snapshot(small_run(path, steps=2))
+    exported = path.with_suffix(".safetensors")
+    export_trajectory(read_log(path), exported)
+    with safe_open(exported, framework="pt") as file:
+        metadata, sizes = file.metadata(), file.get_tensor("sizes")
+    del metadata["check"]
+    save_file({"sizes": sizes}, exported, metadata=metadata)
+    net = small_model()
+    with pytest.raises(LogError, match=r"without a checksum.*export it again"):
+        replay(exported, net, steps=1)
+    assert_same_bits(net, snapshot(small_model()))
+    assert replay(exported, net) == 2
+    assert_same_bits(net, tuned)
+    # Nor does a renamed checksum make it an early export.
+    save_file({"sizes": sizes}, exported, metadata={**metadata, "chekc": "0" * 64})
+    with pytest.raises(LogError, match="not an intact exported trajectory"):
+        replay(exported, net, steps=1)
 
 
 def test_another_file_is_no_export(path):

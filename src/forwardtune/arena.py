@@ -9,10 +9,10 @@ from torch import Tensor
 class _Stack:
     """Reused memory of one device, handed out in order and given back in the reverse order."""
 
-    _ALIGNMENT = 64
-
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        # Tensors begin as torch's own do there: matrix libraries choose kernels, and so roundings, by the alignment.
+        self._alignment = 512 if device.type == "cuda" else 64
         self._chunks: list[Tensor] = []  # one in the steady state
         self._top = (0, 0, 0)  # chunk, offset in it, bytes handed out in all
         self._peak = 0
@@ -30,7 +30,7 @@ class _Stack:
     def take(self, like: Tensor) -> Tensor:
         """An uninitialised contiguous tensor of the shape and dtype of ``like``."""
         count = like.numel() * like.element_size()
-        size = -(-count // self._ALIGNMENT) * self._ALIGNMENT
+        size = -(-count // self._alignment) * self._alignment
         index, offset, used = self._top
         if used == 0 and self._chunks and size > self._chunks[0].numel():
             self._chunks.clear()  # nothing is lent: grow by replacing

@@ -15,6 +15,8 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
+from .errors import InputError
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _MAX_ELEMENTS = 2**35  # a 32-bit block counter times eight elements a block
 _DIGEST_CHUNK = 1 << 24
@@ -54,8 +56,8 @@ class TunedParameters(Sequence[TunedTensor]):
         (``parameter.000003``).
 
         Raises:
-            ValueError: no parameter at all, or one that the module does not hold, that has no storage, or whose dtype
-                or size is not supported.
+            ValueError: no parameter at all, or one that the module does not hold, that has no storage or none of its own
+                values in it (quantised, distributed, sparse), or whose dtype or size is not supported.
         """
         names: dict[int, list[str]] = {}
         if module is not None:
@@ -144,12 +146,27 @@ def _raw_bytes(flat: Tensor) -> memoryview | bytes:
         return bytes(raw.tolist())
 
 
+def _holds_its_values(parameter: Tensor) -> bool:
+    """Whether it is an ordinary strided tensor. A subclass with its own dispatch keeps its values elsewhere: integers and scales
+    of a quantised tensor, this process's shard of a DTensor."""
+    own_dispatch = type(parameter.data).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    return parameter.layout == torch.strided and not own_dispatch
+
+
 def _check(name: str, parameter: Tensor) -> None:
     if parameter.dtype not in DTYPES:
         known = ", ".join(dtype_name(dtype) for dtype in DTYPES)
         raise ValueError(
             f"{name} has dtype {dtype_name(parameter.dtype)}, which cannot be perturbed (only {known}): "
             "set requires_grad=False on it, or tune an adapter instead"
+        )
+    if not _holds_its_values(parameter):
+        what = type(parameter.data).__name__
+        kind = what if what != "Tensor" else f"tensor of layout {parameter.layout}"
+        raise InputError(
+            f"{name} is a {kind}, which cannot be perturbed, as its memory does not hold its values one by one (it is quantised, "
+            "distributed or sparse): set requires_grad=False on it and tune an adapter, such as LoRA, or load the model as "
+            "ordinary tensors on one device"
         )
     if parameter.device.type == "meta":
         raise ValueError(f"{name} has no storage (meta device): load the model without offloading before tuning it")

@@ -94,7 +94,8 @@ class MeZOConfig(TrainingArguments):
             (self.fsdp, "FSDP is not supported. Drop it, or spread a large model with device_map='auto'"),
             (self.max_grad_norm, "there is no gradient to clip. Leave max_grad_norm at 0 and set clip_coefficient"),
             (
-                self.gradient_checkpointing or self.activation_checkpointing,
+                self.gradient_checkpointing
+                or getattr(self, "activation_checkpointing", False),  # newer than some versions
                 "checkpointing saves activations for a backward pass that never comes. Drop it",
             ),
             (self.neftune_noise_alpha, "NEFTune perturbs embeddings in training mode, MeZO evaluates. Drop it"),

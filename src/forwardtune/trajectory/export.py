@@ -3,15 +3,19 @@
 Tensors: ``sizes`` float32 ``(groups or 1, steps, probes)``, the factors of the directions, NaN for a skipped step;
 ``decay`` float32 ``(groups, steps or 1)``, the factors of weight decay, absent when all are 1; ``lr`` float32
 ``(groups, steps or 1)``, the learning rates, for rules other than sgd, whose sizes contain them. Metadata: the log's header
-without versions, with the rollbacks and with the tensors that steps left alone, deflated, as base 85, and the digest of the tuned weights.
+without versions, with the rollbacks and with what steps left alone, deflated, as base 85, the digest of the tuned weights, and ``check``, SHA-256 over all
+of this. The digest can tell damage only where the whole run is replayed; the checksum is compared whenever the file is read.
 """
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import math
+import struct
 import zlib
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -63,7 +67,8 @@ def export_trajectory(log: Log, path: str | PathLike[str]) -> int:
         header["unused"] = unused
     packed = base64.b85encode(zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)).decode()
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path, metadata={"forwardtune": "trajectory", "header": packed, "digest": trajectory.digest})
+    metadata = {"forwardtune": "trajectory", "header": packed, "digest": trajectory.digest}
+    save_file(tensors, path, metadata={**metadata, "check": _checksum(metadata, tensors)})
     return path.stat().st_size
 
 
@@ -79,6 +84,17 @@ def _runs(updates: list[Update]) -> list[list[Any]]:
         else:
             runs.append([update.step, update.step, text])
     return runs
+
+
+def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the metadata's names and values, then names, shapes and bytes of the tensors, both in order of names, as hex."""
+    state = hashlib.sha256()
+    for key, value in sorted(metadata.items()):
+        state.update(f"{key}\0{value}\0".encode())
+    for name, tensor in sorted(tensors.items()):
+        state.update(f"{name}\0{tuple(tensor.shape)}\0".encode())
+        state.update(struct.pack(f"<{tensor.numel()}f", *tensor.flatten().tolist()))
+    return state.hexdigest()
 
 
 def needs_lr(rule: Rule) -> bool:
@@ -111,6 +127,13 @@ def read_trajectory(path: str | PathLike[str]) -> Trajectory:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        check = metadata.pop("check", None)
+        if metadata.keys() != {"forwardtune", "header", "digest"}:
+            raise ValueError("its metadata are not those of a trajectory")
+        if {tensor.dtype for tensor in tensors.values()} != {torch.float32}:
+            raise ValueError("its numbers are not float32")
+        if check is not None and check != _checksum(metadata, tensors):
+            raise ValueError("its checksum does not fit, so it was altered")
         header = json.loads(zlib.decompress(base64.b85decode(metadata["header"])))
         digest = metadata["digest"]
         rollbacks = [Rollback(at, to) for at, to in header.pop("rollbacks", [])]
@@ -124,8 +147,6 @@ def read_trajectory(path: str | PathLike[str]) -> Trajectory:
         decay = tensors.get("decay", torch.ones(1, 1)).expand(groups, sizes.shape[1])
         rated = "lr" in tensors
         lr = tensors.get("lr", torch.ones(1, 1)).expand(groups, sizes.shape[1])
-        if {sizes.dtype, decay.dtype, lr.dtype} != {torch.float32}:
-            raise ValueError("its numbers are not float32")
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, zlib.error) as error:
         raise LogError(f"{path} is not an intact exported trajectory ({error}): export it again from the log") from None
     check_header(path, {"versions": {}, **header})
@@ -149,4 +170,4 @@ def read_trajectory(path: str | PathLike[str]) -> Trajectory:
         [update(step, *numbers) for step, numbers in enumerate(zip(rows, factors, rates, strict=True))]
         for rows, factors, rates in zip(sizes.tolist(), decay.tolist(), lr.tolist(), strict=True)
     ]
-    return Trajectory(path, header, rule, updates, rollbacks, digest)
+    return Trajectory(path, header, rule, updates, rollbacks, digest, checked=check is not None)

@@ -55,6 +55,11 @@ def replay(
     steps = total if steps is None else steps
     if not 0 <= steps <= total:
         raise LogError(f"{trajectory.path} holds {total} steps: {steps} cannot be replayed")
+    if steps != total and not trajectory.checked:
+        raise LogError(
+            f"{trajectory.path} was exported by an earlier version, without a checksum: damage would show only after all "
+            f"{total} steps. Replay all of them, or export it again from the log"
+        )
     tuned = tuned_by_header(trajectory, module)
     require_base(trajectory, tuned)
     apply_updates(trajectory, tuned, trajectory.first(steps), progress, keep=False)

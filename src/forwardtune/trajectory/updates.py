@@ -24,6 +24,7 @@ class Trajectory:
         updates: for every parameter group, one update a step, undone ones included.
         rollbacks: which steps were undone.
         digest: of the tuned weights; None when the run did not close its log.
+        checked: whether a checksum covers every step; of an export by an early version only the digest tells damage.
     """
 
     path: Path
@@ -32,6 +33,7 @@ class Trajectory:
     updates: list[list[Update]]
     rollbacks: list[Rollback]
     digest: str | None
+    checked: bool = True
 
     @property
     def steps(self) -> int:
