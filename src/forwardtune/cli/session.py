@@ -166,6 +166,9 @@ def open_session(
         seed=options.seed,
         only=[*wanted, "train"] if shots and "train" not in wanted else wanted,
     )
+    for reward in rewards:
+        for split in splits.values():
+            reward.require(split.rows[0])
     if shots and shots > len(splits["train"]):
         raise InputError(f"--shots {shots} asks for more than the {len(splits['train'])} training examples: lower it")
 

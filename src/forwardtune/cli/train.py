@@ -28,6 +28,7 @@ from .results import (
     new_folder,
     plain,
     read_lines,
+    resume_command,
     table,
     write_json,
     write_lines,
@@ -107,7 +108,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """What describes a run."""
     add_model_options(parser)
     parser.add_argument("--method", choices=tuple(methods.METHODS), help="mezo, or adam: backpropagation [mezo]")
-    parser.add_argument("--objective", help="loss, accuracy, f1, exact_match, module:function, or a sum of them [loss]")
+    parser.add_argument(
+        "--objective", help="loss, accuracy, f1, exact_match, module:function, file.py:function, or a sum [loss]"
+    )
     parser.add_argument("--temperature", type=float, help="of sampled text; 0 takes the likeliest tokens [0]")
     parser.add_argument(
         "--log-completions",
@@ -350,6 +353,12 @@ def _resumed(options: argparse.Namespace, folder: Path) -> Log:
     if not (folder / "steps.jsonl").is_file():
         raise InputError(f"{folder} holds no run to resume (no steps.jsonl): start one without --resume")
     log = read_log(folder / "steps.jsonl")
+    objective = str(log.header["run"].get("objective"))
+    if options.objective is None and ":" in objective:  # a log may come from anyone
+        raise InputError(
+            f"the run in {folder} is rewarded by {objective}, which is code, and is not imported because a log names it. "
+            f"If you know it, name it again: {resume_command(folder, objective)}"
+        )
     for name in _SETTINGS:
         recorded, given = log.header["run"].get(name), getattr(options, name)
         if name in _FREE:
