@@ -503,6 +503,33 @@ def test_wrong_task_or_data(
         ran(cli(*setting.train(tmp_path / "run", task=path)))
 
 
+def test_bad_rows_are_counted_and_the_option_that_skips_them_is_named(setting: Setting, tmp_path: Path) -> None:
+    path = write_task(tmp_path / "task")
+    file = path.parent / "train.jsonl"
+    rows = file.read_text(encoding="utf-8").splitlines()
+    file.write_text("\n".join([*rows[:3], '{"text": "", "label": 1, "reply": "a"}', *rows[3:]]), encoding="utf-8")
+    with refused(tmp_path, r"'text' is empty.*\(1 of 1\d examples cannot be used\): --on-bad-row skip leaves") as ran:
+        ran(cli(*setting.train(tmp_path / "run", task=path, dev_examples=0)))
+    run = tmp_path / "run"
+    ran = cli(*setting.train(run, task=path, steps=1, on_bad_row="skip"))
+    assert ran.code == 0, ran.err
+    assert (
+        ran.err.count(f"1 rows of {file} are left out, the first because of: {file}, example 4: column 'text' is") == 1
+    )
+    assert json.loads((run / "metrics.json").read_text())["skipped_rows"] == {"train": 1, "dev": 1}
+    assert read_log(run / "steps.jsonl").header["run"]["on_bad_row"] == "skip"
+    assert cli(*setting.resume(run, steps=2)).code == 0  # the log knows it
+
+
+def test_data_that_cannot_teach_are_one_warning(setting: Setting, tmp_path: Path) -> None:
+    path = write_task(tmp_path / "task", test="train.jsonl")
+    ran = cli(*setting.train(tmp_path / "run", task=path, steps=1, no_before=True))
+    assert ran.code == 0, ran.err
+    told = [line for line in ran.err.splitlines() if line.startswith("forwardtune: warning: ")]
+    assert len(told) == 1, ran.err
+    assert f"training and test examples both come from {path.parent / 'train.jsonl'}" in told[0]
+
+
 def test_folder_that_is_no_model(setting: Setting, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()

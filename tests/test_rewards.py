@@ -292,6 +292,10 @@ def test_column_that_the_data_do_not_have() -> None:
             reward.require(EXAMPLES[0].row)
         with pytest.raises(RewardError, match=message):
             reward(EXAMPLES, COMPLETIONS)
+    rows = [Example("", row={"a": 1}), Example("", row={"b": 2}), Example("", row={})]  # of several kinds
+    seen: list[Any] = []
+    Reward(lambda completions, b: seen.append(b) or [0, 0, 0], "r")(rows, COMPLETIONS)
+    assert seen == [[None, 2, None]]
     for function in (lambda completions, city=None: [], lambda completions, prompts, completion_ids, **city: []):
         Reward(function, "mine:f").require(EXAMPLES[0].row)
 

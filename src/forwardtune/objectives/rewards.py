@@ -9,6 +9,7 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -66,17 +67,17 @@ class Reward:
         ]
 
     def require(self, columns: Iterable[str]) -> None:
-        """Check that the data have the columns that the function takes without a default.
+        """Check that a row has the columns that the function takes without a default.
 
         Raises:
-            RewardError: they lack one.
+            RewardError: it lacks one.
         """
         known = [str(column) for column in columns if column not in _OWN]
         for name in self._columns:
             if name not in known:
                 raise RewardError(
                     f"reward {self.name} takes {name!r}, and the data have no such column (they have "
-                    f"{', '.join(known) or 'none'}){nearest(name, known)}. Rename it, or give it a default"
+                    f"{', '.join(known) or 'none'}){nearest(name, known)}. Rename it, give it a default, or add the column to every row"
                 )
 
     def __call__(
@@ -94,7 +95,9 @@ class Reward:
             RewardError: the function raised, or did not return one finite number, or None, for each completion.
         """
         columns: dict[str, list[Any]] = {
-            key: [example.row.get(key) for example in examples] for key in examples[0].row if key not in _OWN
+            key: [example.row.get(key) for example in examples]
+            for key in dict.fromkeys(chain.from_iterable(example.row for example in examples))
+            if key not in _OWN
         }
         self.require(columns)
         columns |= {"prompts": [example.prompt for example in examples], "completions": list(completions)}
