@@ -473,6 +473,38 @@ def test_wrong_option(setting: Setting, tmp_path: Path, changes: dict[str, objec
         ran(cli(*setting.train(tmp_path / "run", **changes)))
 
 
+@pytest.mark.parametrize(
+    ("command", "option", "words"),
+    [
+        ("train", "--learning-rate=1e-5", "unrecognized arguments: --learning-rate=1e-5; did you mean --lr.$"),
+        ("train", "--learning_rate", "did you mean --lr.$"),
+        ("train", "--epochs", "did you mean --steps. .an epoch is training examples / batch size of them"),
+        ("train", "--num-train-epochs", "did you mean --steps. .an epoch"),
+        ("plan", "--per_device_train_batch_size", "did you mean --batch-size"),
+        ("train", "--mdoel", "did you mean --model"),
+        ("train", "--xyzzy", "unrecognized arguments: --xyzzy$"),
+        ("train", "--batch", "did you mean --batch-size"),  # an abbreviation is no option
+        ("train", "--lora", "may be short for --lora-rank or --lora-alpha or --lora-targets"),
+        ("train", "--resum", "did you mean --resume"),
+        ("eval", "--calib", "did you mean --calibrate"),
+        ("probe", "--dev", "may be short for --device or --dev-examples"),
+        ("sweep", "--job=2", "did you mean --jobs"),
+        ("report", "--no-plot", "did you mean --no-plots"),
+        ("replay", "--output", "did you mean --output-dir"),
+        ("inspect", "--js", "did you mean --json"),
+        ("export", "--out=x", "did you mean --output"),
+        ("eval", "--steps", "unrecognized arguments: --steps"),  # of another command
+    ],
+)
+def test_what_is_no_option_is_refused_with_the_one_that_was_meant(
+    tmp_path: Path, command: str, option: str, words: str
+) -> None:
+    required = {"train": ["--output-dir", tmp_path / "run"], "sweep": ["f"], "report": ["f"], "inspect": ["f"]}
+    required |= {"export": ["f"], "replay": ["f", "--model", "m", "--output-dir", tmp_path / "run"]}
+    with refused(tmp_path, words) as ran:
+        ran(cli(command, *required.get(command, []), option))
+
+
 def test_learning_rate_beyond_float32_ends_with_a_message(setting: Setting, tmp_path: Path) -> None:
     ran = cli(*setting.train(tmp_path / "run", lr=1e300))
     assert ran.code in (1, 2)

@@ -18,6 +18,7 @@ from ..errors import InputError
 from ..optimizer import NonFiniteLossError
 from ..tasks import ON_BAD_ROW
 from ..trajectory.format import LogError, LogWriteError
+from .parser import Parser
 
 _DESCRIPTION = "Fine-tune language models with forward passes only (MeZO)."
 
@@ -68,7 +69,7 @@ def _quiet_libraries() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="forwardtune", description=_DESCRIPTION)
+    parser = Parser(prog="forwardtune", description=_DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"forwardtune {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     from . import evaluate, logs, plan, sweeps, train
