@@ -402,6 +402,52 @@ def test_resumed_run_may_not_change_its_settings(setting: Setting, copy: Path) -
     assert files(copy) == before
 
 
+def test_run_resumes_from_another_folder_as_it_was_told(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Relative paths are those of the folder in which it began, and --no-before is kept."""
+    (tmp_path / "elsewhere").mkdir()
+    write_task(tmp_path / "task")
+    shutil.copytree(setting.model, tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    shutil.copy(tmp_path / "task" / "test.csv", tmp_path / "data" / "test.csv")
+    shutil.copy(tmp_path / "task" / "train.jsonl", tmp_path / "data" / "train.jsonl")
+    there = Setting(Path("model"), Path("task/task.yaml"))
+    ran = cli(*there.train(Path("run"), no_before=True, steps=2, data_dir="data"))
+    assert ran.code == 0, ran.err
+    assert (
+        read_log("run/steps.jsonl").header["run"].items()
+        >= {
+            "model": str(tmp_path / "model"),
+            "task": str(tmp_path / "task" / "task.yaml"),
+            "data_dir": str(tmp_path / "data"),
+            "no_before": True,
+        }.items()
+    )
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    ran = cli(*setting.resume(Path("../run"), steps=3))
+    assert ran.code == 0, ran.err
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["steps"] == 3
+    assert "before" not in metrics
+    ran = cli(
+        *Setting(Path("../model"), Path("../task/task.yaml")).resume(Path("../run"), steps=4, task="../task/task.yaml")
+    )
+    assert ran.code == 0, ran.err  # named again, from here
+
+
+def test_task_that_was_moved_is_asked_for(setting: Setting, tmp_path: Path) -> None:
+    path = write_task(tmp_path / "task")
+    assert cli(*setting.train(tmp_path / "run", task=path, steps=1)).code == 0
+    shutil.move(tmp_path / "task", tmp_path / "moved")
+    with refused(tmp_path, f"has --task {path}, which is not there: say where it is now") as ran:
+        ran(cli(*setting.resume(tmp_path / "run", steps=2)))
+    with refused(tmp_path, f"has --task {path}, not reviews") as ran:
+        ran(cli(*setting.resume(tmp_path / "run", steps=2, task="reviews")))
+    assert cli(*setting.resume(tmp_path / "run", steps=2, task=tmp_path / "moved" / "task.yaml")).code == 0
+
+
 def test_completed_run_resumed_is_left_as_it_is(setting: Setting, finished: Path) -> None:
     before = files(finished)
     ran = cli(*setting.resume(finished, json=True))
