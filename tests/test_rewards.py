@@ -687,6 +687,14 @@ def test_log_alone_does_not_get_a_reward_imported(setting: Setting, write: Write
     assert (tmp_path / "sprung").exists()
 
 
+def test_objectives_of_the_package_resume_without_being_named(setting: Setting, tmp_path: Path) -> None:
+    setting = Setting(setting.model, write_task(tmp_path / "choice"))
+    ran = cli(*setting.train(tmp_path / "run", objective="accuracy + 0.1 * loss", steps=1, no_before=True))
+    assert ran.code == 0, ran.err
+    ran = cli(*setting.resume(tmp_path / "run", steps=2))
+    assert ran.code == 0, ran.err
+
+
 def test_columns_reach_no_shell(setting: Setting, tmp_path: Path) -> None:
     rows = [{"text": text, "cmd": f"touch {tmp_path}/sprung; echo 1"} for text in support.TEXT]
     (tmp_path / "task" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))

@@ -25,6 +25,7 @@ from forwardtune.tasks import (
     task_names,
 )
 from forwardtune.tasks.reader import read_task
+from forwardtune.tasks.rows import read_rows
 from forwardtune.tasks.template import columns_of
 
 ROWS = [{"text": f"review {i}, with a comma", "label": i % 2} for i in range(20)]
@@ -522,12 +523,12 @@ def test_what_data_files_may_look_like(tmp_path: Path, name: str, content: str) 
 
 def test_quotation_marks_in_tab_separated_lines(tmp_path: Path) -> None:
     """A lone one would swallow the lines up to the next, and two rows would be one; where they enclose a tab, they do."""
-    lines = ['"To be\t1', 'or not"\t0', '"a ""quoted"" word"\t1', '"one" and "two"\t0', '"\t1', '""\t0']
+    lines = ['"To be\t1', 'or not"\t0', '"a ""quoted"" word"\t1', '"one" and "two"\t0', '"\t1', '""\t0', "\t"]
     (tmp_path / "a.tsv").write_text("\n".join(["text\tlabel", *lines]), encoding="utf-8")
-    rows = load_split(make_task("{label}", files={"train": tmp_path / "a.tsv"}), "train").rows
-    assert [row["text"] for row in rows] == ['"To be', 'or not"', 'a "quoted" word', '"one" and "two"', '"', ""]
+    rows = read_rows(tmp_path / "a.tsv")
+    assert [row["text"] for row in rows] == ['"To be', 'or not"', 'a "quoted" word', '"one" and "two"', '"', "", ""]
     (tmp_path / "b.tsv").write_text('text\tlabel\n"a\tb"\t1\n"c\nd"\t0\n', encoding="utf-8")
-    assert load(tmp_path / "b.tsv").rows == [{"text": "a\tb", "label": "1"}, {"text": "c\nd", "label": "0"}]
+    assert read_rows(tmp_path / "b.tsv") == [{"text": "a\tb", "label": "1"}, {"text": "c\nd", "label": "0"}]
 
 
 def test_nan_is_an_empty_cell(tmp_path: Path) -> None:

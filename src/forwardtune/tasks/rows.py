@@ -113,9 +113,9 @@ SUFFIXES = (".jsonl", ".csv", ".json", ".tsv")
 def _table(path: Path, file: TextIO, delimiters: tuple[str, ...]) -> list[Row]:
     csv.field_size_limit(2**31 - 1)  # the default refuses cells of more than 128 KiB
     lines = file.readlines()
-    first = next((line for line in lines if line.strip()), "")
+    first = next(filter(_is_filled, lines), "")
     delimiter = next((one for one in delimiters if len(next(csv.reader([first], delimiter=one))) > 1), delimiters[0])
-    tabs = {line.count("\t") for line in lines if line.strip()}
+    tabs = {line.count("\t") for line in lines if _is_filled(line)}
     if delimiter == "\t" and len(tabs) == 1:
         cells = _plain_cells(lines)
     else:
@@ -152,8 +152,12 @@ def _quoted_cells(path: Path, lines: list[str], delimiter: str) -> Iterator[tupl
 def _plain_cells(lines: list[str]) -> Iterator[tuple[int, list[str]]]:
     """Line numbers and cells of tab-separated lines, in which a lone quotation mark encloses nothing."""
     for number, line in enumerate(lines, start=1):
-        if line.strip():
+        if _is_filled(line):
             yield number, [_unquoted(cell) for cell in line.rstrip("\r\n").split("\t")]
+
+
+def _is_filled(line: str) -> bool:
+    return line.rstrip("\r\n") != ""  # tabs alone are cells
 
 
 def _unquoted(cell: str) -> str:
