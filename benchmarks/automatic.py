@@ -244,7 +244,9 @@ def draw(found: list[Cell], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folders", nargs="+", type=Path, help="folders of the sweeps")
     parser.add_argument("--output", type=Path, default=Path("docs/results/automatic"))
     options = parser.parse_args()

@@ -169,7 +169,9 @@ def forward(dtype: torch.dtype, rounds: int) -> tuple[float, int]:
 
 def main() -> None:
     """Print and save nanoseconds an element, bandwidths, and the ratios."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--weights", type=int, default=100_000_000, help="elements of a sweep")
     parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args()

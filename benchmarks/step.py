@@ -149,7 +149,9 @@ def peaks(optimizer: MeZO, loss: Callable[[], torch.Tensor], model: Any, device:
 
 def main() -> None:
     """Print and save the ratios."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES)

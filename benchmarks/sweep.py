@@ -33,7 +33,9 @@ def check(noise: Noise, weight: torch.Tensor) -> None:
 
 def main() -> None:
     """Print and save the ratios."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--weights", type=int, default=100_000_000)
     options = parser.parse_args()

@@ -402,6 +402,52 @@ def test_resumed_run_may_not_change_its_settings(setting: Setting, copy: Path) -
     assert files(copy) == before
 
 
+def test_run_resumes_from_another_folder_as_it_was_told(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Relative paths are those of the folder in which it began, and --no-before is kept."""
+    (tmp_path / "elsewhere").mkdir()
+    write_task(tmp_path / "task")
+    shutil.copytree(setting.model, tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    shutil.copy(tmp_path / "task" / "test.csv", tmp_path / "data" / "test.csv")
+    shutil.copy(tmp_path / "task" / "train.jsonl", tmp_path / "data" / "train.jsonl")
+    there = Setting(Path("model"), Path("task/task.yaml"))
+    ran = cli(*there.train(Path("run"), no_before=True, steps=2, data_dir="data"))
+    assert ran.code == 0, ran.err
+    assert (
+        read_log("run/steps.jsonl").header["run"].items()
+        >= {
+            "model": str(tmp_path / "model"),
+            "task": str(tmp_path / "task" / "task.yaml"),
+            "data_dir": str(tmp_path / "data"),
+            "no_before": True,
+        }.items()
+    )
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    ran = cli(*setting.resume(Path("../run"), steps=3))
+    assert ran.code == 0, ran.err
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["steps"] == 3
+    assert "before" not in metrics
+    ran = cli(
+        *Setting(Path("../model"), Path("../task/task.yaml")).resume(Path("../run"), steps=4, task="../task/task.yaml")
+    )
+    assert ran.code == 0, ran.err  # named again, from here
+
+
+def test_task_that_was_moved_is_asked_for(setting: Setting, tmp_path: Path) -> None:
+    path = write_task(tmp_path / "task")
+    assert cli(*setting.train(tmp_path / "run", task=path, steps=1)).code == 0
+    shutil.move(tmp_path / "task", tmp_path / "moved")
+    with refused(tmp_path, f"has --task {path}, which is not there: say where it is now") as ran:
+        ran(cli(*setting.resume(tmp_path / "run", steps=2)))
+    with refused(tmp_path, f"has --task {path}, not reviews") as ran:
+        ran(cli(*setting.resume(tmp_path / "run", steps=2, task="reviews")))
+    assert cli(*setting.resume(tmp_path / "run", steps=2, task=tmp_path / "moved" / "task.yaml")).code == 0
+
+
 def test_completed_run_resumed_is_left_as_it_is(setting: Setting, finished: Path) -> None:
     before = files(finished)
     ran = cli(*setting.resume(finished, json=True))
@@ -473,6 +519,38 @@ def test_wrong_option(setting: Setting, tmp_path: Path, changes: dict[str, objec
         ran(cli(*setting.train(tmp_path / "run", **changes)))
 
 
+@pytest.mark.parametrize(
+    ("command", "option", "words"),
+    [
+        ("train", "--learning-rate=1e-5", "unrecognized arguments: --learning-rate=1e-5; did you mean --lr.$"),
+        ("train", "--learning_rate", "did you mean --lr.$"),
+        ("train", "--epochs", "did you mean --steps. .an epoch is training examples / batch size of them"),
+        ("train", "--num-train-epochs", "did you mean --steps. .an epoch"),
+        ("plan", "--per_device_train_batch_size", "did you mean --batch-size"),
+        ("train", "--mdoel", "did you mean --model"),
+        ("train", "--xyzzy", "unrecognized arguments: --xyzzy$"),
+        ("train", "--batch", "did you mean --batch-size"),  # an abbreviation is no option
+        ("train", "--lora", "may be short for --lora-rank or --lora-alpha or --lora-targets"),
+        ("train", "--resum", "did you mean --resume"),
+        ("eval", "--calib", "did you mean --calibrate"),
+        ("probe", "--dev", "may be short for --device or --dev-examples"),
+        ("sweep", "--job=2", "did you mean --jobs"),
+        ("report", "--no-plot", "did you mean --no-plots"),
+        ("replay", "--output", "did you mean --output-dir"),
+        ("inspect", "--js", "did you mean --json"),
+        ("export", "--out=x", "did you mean --output"),
+        ("eval", "--steps", "unrecognized arguments: --steps"),  # of another command
+    ],
+)
+def test_what_is_no_option_is_refused_with_the_one_that_was_meant(
+    tmp_path: Path, command: str, option: str, words: str
+) -> None:
+    required = {"train": ["--output-dir", tmp_path / "run"], "sweep": ["f"], "report": ["f"], "inspect": ["f"]}
+    required |= {"export": ["f"], "replay": ["f", "--model", "m", "--output-dir", tmp_path / "run"]}
+    with refused(tmp_path, words) as ran:
+        ran(cli(command, *required.get(command, []), option))
+
+
 def test_learning_rate_beyond_float32_ends_with_a_message(setting: Setting, tmp_path: Path) -> None:
     ran = cli(*setting.train(tmp_path / "run", lr=1e300))
     assert ran.code in (1, 2)
@@ -501,6 +579,33 @@ def test_wrong_task_or_data(
         (path.parent / "train.jsonl").write_text(data, encoding="utf-8")
     with refused(tmp_path, words) as ran:
         ran(cli(*setting.train(tmp_path / "run", task=path)))
+
+
+def test_bad_rows_are_counted_and_the_option_that_skips_them_is_named(setting: Setting, tmp_path: Path) -> None:
+    path = write_task(tmp_path / "task")
+    file = path.parent / "train.jsonl"
+    rows = file.read_text(encoding="utf-8").splitlines()
+    file.write_text("\n".join([*rows[:3], '{"text": "", "label": 1, "reply": "a"}', *rows[3:]]), encoding="utf-8")
+    with refused(tmp_path, r"'text' is empty.*\(1 of 1\d examples cannot be used\): --on-bad-row skip leaves") as ran:
+        ran(cli(*setting.train(tmp_path / "run", task=path, dev_examples=0)))
+    run = tmp_path / "run"
+    ran = cli(*setting.train(run, task=path, steps=1, on_bad_row="skip"))
+    assert ran.code == 0, ran.err
+    assert (
+        ran.err.count(f"1 rows of {file} are left out, the first because of: {file}, example 4: column 'text' is") == 1
+    )
+    assert json.loads((run / "metrics.json").read_text())["skipped_rows"] == {"train": 1, "dev": 1}
+    assert read_log(run / "steps.jsonl").header["run"]["on_bad_row"] == "skip"
+    assert cli(*setting.resume(run, steps=2)).code == 0  # the log knows it
+
+
+def test_data_that_cannot_teach_are_one_warning(setting: Setting, tmp_path: Path) -> None:
+    path = write_task(tmp_path / "task", test="train.jsonl")
+    ran = cli(*setting.train(tmp_path / "run", task=path, steps=1, no_before=True))
+    assert ran.code == 0, ran.err
+    told = [line for line in ran.err.splitlines() if line.startswith("forwardtune: warning: ")]
+    assert len(told) == 1, ran.err
+    assert f"training and test examples both come from {path.parent / 'train.jsonl'}" in told[0]
 
 
 def test_folder_that_is_no_model(setting: Setting, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -63,9 +64,9 @@ def plain(prompts: list[str], completions: list[str], name: list[str], age: list
     return [len(c) + a + int(n[1:]) for c, n, a in zip(completions, name, age, strict=True)]
 
 
-def everything(**columns: Any) -> list[float]:
-    assert columns.keys() == {"prompts", "completions", "name", "age"}
-    return plain(**columns)
+def everything(completions: list[str], **columns: Any) -> list[float]:
+    assert columns.keys() == {"prompts", "name", "age"}
+    return plain(completions=completions, **columns)
 
 
 class Judge:
@@ -91,7 +92,6 @@ def test_columns_come_by_name_as_lists(function: Any) -> None:
 
 def test_function_of_completions_alone() -> None:
     assert Reward(lambda completions: [-len(c) for c in completions], "r")(EXAMPLES, COMPLETIONS) == [-4, -3, -10]
-    assert Reward(lambda prompts: list(range(len(prompts))), "r")(EXAMPLES, COMPLETIONS) == [0, 1, 2]
 
 
 def test_what_does_not_apply_is_none() -> None:
@@ -107,10 +107,11 @@ def test_what_does_not_apply_is_none() -> None:
 def test_tokens_come_by_trls_name() -> None:
     ids = [[1, 2], [], [3]]
     rows = [Example(e.prompt, row={**e.row, "completion_ids": "a column", "trainer_state": 1}) for e in EXAMPLES]
-    assert Reward(lambda completion_ids: [len(i) for i in completion_ids], "r")(rows, COMPLETIONS, ids) == [2, 0, 1]
+    lengths = Reward(lambda completions, completion_ids: [len(i) for i in completion_ids], "r")
+    assert lengths(rows, COMPLETIONS, ids) == [2, 0, 1]
 
-    def everything(**columns: Any) -> list[int]:
-        assert columns.keys() == {"prompts", "completions", "completion_ids", "name", "age"}
+    def everything(completions: list[str], **columns: Any) -> list[int]:
+        assert columns.keys() == {"prompts", "completion_ids", "name", "age"}
         assert columns["completion_ids"] is not ids
         return [0, 0, 0]
 
@@ -142,6 +143,48 @@ class Later:
     ids=["async", "async-object", "async-partial", "trainer_state", "log_metric"],
 )
 def test_what_only_trls_trainer_can_do_is_refused(function: Any, message: str) -> None:
+    with pytest.raises(InputError, match=f"^reward mine:f {message}"):
+        Reward(function, "mine:f")
+
+
+class Runs:
+    """What a function that was not written as a reward would do with a column."""
+
+    def __call__(self, command: list[str], **columns: Any) -> list[float]:
+        raise AssertionError(command)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (Runs(), "takes no parameter called completions, so it was not written to judge"),
+        (functools.partial(Runs()), "takes no parameter called completions"),
+        (lambda **columns: [], "takes no parameter called completions.*as in def reward"),
+        (lambda *completions: [], "takes no parameter called completions"),
+        (lambda prompts: [], "takes no parameter called completions"),
+        (subprocess.getoutput, "is getoutput of the standard library's module 'subprocess'.*of your own"),
+        (functools.partial(subprocess.getoutput, encoding="utf-8"), "is getoutput of the standard library"),
+        (subprocess.Popen, "is Popen of the standard library"),
+        (exec, "is exec of the standard library's module 'builtins'"),
+        (dict, "is dict of the standard library"),
+        (np.dot, "takes no parameter called completions"),
+    ],
+    ids=[
+        "object",
+        "partial",
+        "kwargs",
+        "args",
+        "prompts",
+        "getoutput",
+        "its-partial",
+        "class",
+        "exec",
+        "type",
+        "numpy",
+    ],
+)
+def test_function_that_was_not_written_as_a_reward_is_refused(function: Any, message: str) -> None:
+    """It might do anything with the columns."""
     with pytest.raises(InputError, match=f"^reward mine:f {message}"):
         Reward(function, "mine:f")
 
@@ -233,15 +276,28 @@ def fails_late(completions: list[str]) -> Any:
 
 @pytest.mark.parametrize("function", [fails, fails_late])
 def test_function_that_raises_is_told_with_a_completion(function: Any) -> None:
-    expected = r"^reward mine:f raised KeyError: 'answer'. It was given 3 completions, .* 'zero': mend .* --resume$"
+    expected = (
+        r"^reward mine:f raised KeyError: 'answer'. It was given 3 completions, .* 'zero': mend .* resume the run$"
+    )
     with pytest.raises(RewardError, match=expected) as caught:
         Reward(function, "mine:f")(EXAMPLES, COMPLETIONS)
     assert isinstance(caught.value.__cause__, KeyError)
 
 
 def test_column_that_the_data_do_not_have() -> None:
-    with pytest.raises(RewardError, match=r"raised TypeError: .*missing 1 required .*'city'"):
-        Reward(lambda completions, city: [], "mine:f")(EXAMPLES, COMPLETIONS)
+    message = r"^reward mine:f takes 'nam', and the data have no such column \(they have name, age\); did you mean name"
+    for function in (lambda completions, nam: [], lambda completions, *, nam, age, **rest: []):
+        reward = Reward(function, "mine:f")
+        with pytest.raises(RewardError, match=message):
+            reward.require(EXAMPLES[0].row)
+        with pytest.raises(RewardError, match=message):
+            reward(EXAMPLES, COMPLETIONS)
+    rows = [Example("", row={"a": 1}), Example("", row={"b": 2}), Example("", row={})]  # of several kinds
+    seen: list[Any] = []
+    Reward(lambda completions, b: seen.append(b) or [0, 0, 0], "r")(rows, COMPLETIONS)
+    assert seen == [[None, 2, None]]
+    for function in (lambda completions, city=None: [], lambda completions, prompts, completion_ids, **city: []):
+        Reward(function, "mine:f").require(EXAMPLES[0].row)
 
 
 def test_ctrl_c_in_a_reward_is_none_of_our_business() -> None:
@@ -270,14 +326,44 @@ def test_module_is_found_in_the_current_folder(write: Write, tmp_path: Path) -> 
     assert (reward.name, reward.weight) == ("near_rewards:brevity", 0.5)
     assert sys.path == before
     (tmp_path / "judges").mkdir()
-    (tmp_path / "judges" / "short.py").write_text("from statistics import fmean as mean\n")
+    (tmp_path / "judges" / "short.py").write_text("from near_rewards import brevity as mean\n")
     assert load_reward("judges.short:mean").name == "judges.short:mean"
+
+
+def test_file_is_a_module_too(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It finds what lies beside it, is read once, and is not mistaken for another module of its name."""
+    write("beside", "factor = 2\n")
+    write(
+        "json",
+        "from beside import factor\ndef brevity(completions):\n    return [-factor * len(c) for c in completions]",
+    )
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    before = list(sys.path)
+    terms = TaskObjective(f"../json.py:brevity+0.5 * {tmp_path}/json.py:brevity", TASK, TOKENIZER).terms
+    assert [term.name for term in terms] == ["../json.py:brevity", f"{tmp_path}/json.py:brevity"]
+    assert [term.weight for term in terms] == [1.0, 0.5]
+    for term in terms:
+        assert term.reward is not None
+        assert term.reward(EXAMPLES, COMPLETIONS) == [-8, -6, -20]
+    assert terms[0].reward._function is terms[1].reward._function  # type: ignore[union-attr]
+    assert sys.path == before
+    assert "JSONDecodeError" in dir(json)
+    for name, message in (
+        ("../none.py:f", "there is no file ../none.py: check the path, which is relative to"),
+        ("../json.py:brevty", "has no function 'brevty'; did you mean brevity"),
+    ):
+        with pytest.raises(InputError, match=message):
+            load_reward(name)
 
 
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
         ("far_away:f", None, "module 'far_away' could not be imported .*: run the command where far_away.py is"),
+        ("subprocess:getoutput", None, "'subprocess' is a module of the standard library"),
+        ("xml.sax:parse", None, "'xml.sax' is a module of the standard library"),
+        ("taken_rewards:getoutput", "from subprocess import getoutput", "is getoutput of the standard library"),
         ("no_function", None, "'no_function' is not a reward: give it as module:function, such as rewards:brevity"),
         ("typo_rewards:brevty", "def brevity(completions): ...", "has no function 'brevty'.*did you mean brevity"),
         ("const_rewards:factor", "factor = 2\ndef f(completions): ...", "has no function 'factor'; it has f"),
@@ -567,7 +653,7 @@ def test_run_goes_on_when_the_reward_was_mended(setting: Setting, write: Write, 
     log = read_log(tmp_path / "run" / "steps.jsonl")
     assert (log.steps, log.end, log.torn) == (2, None, False)  # it failed at the second side of the third
     write("mended_rewards", SHORT)
-    ran = cli(*setting.resume(tmp_path / "run"))
+    ran = cli(*setting.resume(tmp_path / "run", objective=f"{name}:short"))
     assert ran.code == 0, ran.err
     ran = cli(*setting.train(tmp_path / "whole", objective=f"{name}:short", **how))
     assert ran.code == 0, ran.err
@@ -581,6 +667,54 @@ def test_run_goes_on_when_the_reward_was_mended(setting: Setting, write: Write, 
     assert "has --objective mended_rewards:short, not loss" in message_of(
         *setting.resume(tmp_path / "run", objective="loss")
     )
+
+
+def test_log_alone_does_not_get_a_reward_imported(setting: Setting, write: Write, tmp_path: Path) -> None:
+    """A folder that a stranger made names code; who resumes it must name it too."""
+    name, run = write("trap_rewards", SHORT), tmp_path / "the run"
+    objective = f"0.5 * {name}:short + loss"
+    task = write_task(tmp_path / "free", answers=None, target="reply", max_new_tokens="3")
+    ran = cli(*Setting(setting.model, task).train(run, objective=objective, steps=1, eps=1e-2, no_before=True))
+    assert ran.code == 0, ran.err
+    write(name, SHORT + "open('sprung', 'w').close()\n")
+    command = f"forwardtune train --output-dir '{run}' --resume --objective '{objective}'"
+    assert f"is not imported because a log names it. If you know it, name it again: {command}" in message_of(
+        *setting.resume(run, steps=2)
+    )
+    assert name not in sys.modules
+    assert not (tmp_path / "sprung").exists()
+    ran = cli(*shlex.split(command)[1:], "--steps", 2)
+    assert ran.code == 0, ran.err
+    assert (tmp_path / "sprung").exists()
+
+
+def test_objectives_of_the_package_resume_without_being_named(setting: Setting, tmp_path: Path) -> None:
+    setting = Setting(setting.model, write_task(tmp_path / "choice"))
+    ran = cli(*setting.train(tmp_path / "run", objective="accuracy + 0.1 * loss", steps=1, no_before=True))
+    assert ran.code == 0, ran.err
+    ran = cli(*setting.resume(tmp_path / "run", steps=2))
+    assert ran.code == 0, ran.err
+
+
+def test_columns_reach_no_shell(setting: Setting, tmp_path: Path) -> None:
+    rows = [{"text": text, "cmd": f"touch {tmp_path}/sprung; echo 1"} for text in support.TEXT]
+    (tmp_path / "task" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    setting = Setting(
+        setting.model, reward_task(tmp_path / "shell", train="../task/train.jsonl", test="../task/train.jsonl")
+    )
+    message = message_of(*setting.train(tmp_path / "run", objective="subprocess:getoutput", no_before=True))
+    assert "'subprocess' is a module of the standard library" in message
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_reward_of_a_column_that_is_not_there_is_refused_before_the_model_is_loaded(
+    setting: Setting, write: Write, tmp_path: Path
+) -> None:
+    name = write("city_rewards", "def f(completions, city): return city\n")
+    for command in (setting.train(tmp_path / "run"), ["eval", "--model", "./none", "--task", setting.task]):
+        command[2] = "./none"
+        message = message_of(*command, "--objective", f"{name}:f")
+        assert f"reward {name}:f takes 'city', and the data have no such column (they have " in message
 
 
 def test_several_rewards_have_weights_and_one_text(setting: Setting, write: Write, tmp_path: Path) -> None:
@@ -677,7 +811,7 @@ def test_completions_are_kept(setting: Setting, write: Write, tmp_path: Path) ->
     assert [-len(line["completion"]) for line in lines if line["step"] == 0] == outcomes["before"]
     assert [-len(line["completion"]) for line in lines if line["step"] == 5] == outcomes["after"]
     assert cli(*setting.train(tmp_path / "parts", **how, steps=3)).code == 0
-    assert cli(*setting.resume(tmp_path / "parts", steps=5)).code == 0
+    assert cli(*setting.resume(tmp_path / "parts", steps=5, objective=f"{name}:short")).code == 0
     parts = [json.loads(line) for line in (tmp_path / "parts" / "completions.jsonl").read_text().splitlines()]
     assert [line for line in parts if line["step"] != 3] == lines
     assert weights(tmp_path / "parts") == weights(tmp_path / "run")

@@ -13,8 +13,19 @@ from typing import Any
 import pytest
 
 from forwardtune.errors import InputError
-from forwardtune.tasks import Example, Task, get_task, load_split, load_splits, metrics, task_names
+from forwardtune.tasks import (
+    BadRowsError,
+    Example,
+    Task,
+    doubts,
+    get_task,
+    load_split,
+    load_splits,
+    metrics,
+    task_names,
+)
 from forwardtune.tasks.reader import read_task
+from forwardtune.tasks.rows import read_rows
 from forwardtune.tasks.template import columns_of
 
 ROWS = [{"text": f"review {i}, with a comma", "label": i % 2} for i in range(20)]
@@ -113,6 +124,15 @@ def test_format_language_is_no_language_but_an_unknown_column(placeholder: str) 
         make_task(f"{{text}} {{{placeholder}}}").example({"text": "a", "label": 1}, "row 1")
 
 
+@pytest.mark.parametrize(
+    ("prompt", "hint"), [("{text} {a: 1}", True), ("{text} { x }", True), ("{text} {a b-c}", False)]
+)
+def test_braces_that_are_hardly_a_column_are_told_from_a_missing_one(prompt: str, hint: bool) -> None:
+    message = _failure(make_task(prompt).example, {"text": "a", "label": 1}, "row 1")
+    assert "row 1 has no column" in message
+    assert ("are written {{ and }}" in message) == hint
+
+
 @pytest.mark.parametrize(("prompt", "joint"), [("{text} It was", " "), ("{text}\n", ""), ("{text} ", "")])
 def test_answers_are_joined_by_one_space_unless_the_prompt_ends_in_white_space(prompt: str, joint: str) -> None:
     row = {"text": "a", "label": "1"}
@@ -131,11 +151,34 @@ def test_answers_are_joined_by_one_space_unless_the_prompt_ends_in_white_space(p
         ("false: bad, true: good", False, 0),
         ("neg: bad, pos: good", "pos", 1),
         ("-1: bad, 1: good", -1, 0),
+        ("0: bad, 1: good", 1.0, 1),  # as a data frame with a gap writes whole numbers
+        ("0: bad, 1: good", "0.0", 0),
+        ("0.0: bad, 1.0: good", 1, 1),
+        ("0: bad, 1: good", True, 1),
+        ("0: bad, 1: good", "false", 0),
+        ("false: bad, true: good", "TRUE", 1),
+        ("-1: bad, 1: good", "-1.0", 0),
+        ("1: bad, '1.0': good", 1, 0),
+        ("1: bad, '1.0': good", "1.0", 1),
+        ("1e3: bad, 1: good", "1000", 0),
     ],
 )
 def test_labels_may_be_numbers_texts_or_booleans(tmp_path: Path, keys: str, label: Any, expected: int) -> None:
     task = read_task(write_task(tmp_path, f"prompt: '{{text}}'\nanswers: {{{keys}}}\ntrain: a.csv\n"))
     assert task.example({"text": "a", "label": label}, "").label == expected
+
+
+def test_label_that_is_no_spelling_of_an_answer_stays_what_it_is() -> None:
+    for label in (0.5, "one", "nan", float("inf"), "", "1 0"):
+        assert make_task().label_of(label) == str(label)
+    assert make_task(answers={"1": "a", "01": "b", "0": "c"}).label_of(1.0) == "1.0"  # which of the two?
+
+
+def test_labels_of_all_spellings_are_drawn_by_class_and_left_out(tmp_path: Path) -> None:
+    rows = [{"text": f"{i}", "label": label} for i, label in enumerate([0, 1.0, "0.0", True, -1.0, "-1", False, "1"])]
+    splits = load_splits(split_task(tmp_path, rows, unlabelled="-1"), per_class=3, dev_examples=0)
+    assert list(splits["train"].numbers) == [0, 1, 2, 3, 6, 7]
+    assert [example.label for example in splits["train"].examples] == [0, 1, 0, 1, 0, 1]
 
 
 def test_yes_and_no_are_words_or_refused_but_never_turn_into_true_and_false(tmp_path: Path) -> None:
@@ -262,6 +305,22 @@ def test_task_file_defaults(tmp_path: Path) -> None:
     ("text", "words"),
     [
         ("prompt: [unclosed", "not valid YAML"),
+        (
+            task_text(prompt="Review: {text} It was"),
+            r"not valid YAML: line 1, 'prompt: Review: \{text\} It was': mapping values are not allowed here. Put text in "
+            "quotes that holds ': ' or begins with",
+        ),
+        (task_text(prompt="{text} It was"), "line 1, 'prompt: {text} It was': expected .* in quotes"),
+        (task_text(prompt="@{text}"), "line 1, 'prompt: @{text}': found character '@' .* in quotes"),
+        (task_text(prompt="{{text}} It was"), "not valid YAML: .* in quotes"),
+        (task_text() + "prompt: '{label}'\n", "line 5: 'prompt' is there twice: rename or remove one"),
+        (task_text(answers="{0: great, 1: bad, 0: fine}"), "'0' is there twice"),
+        (
+            task_text(prompt="'Return {\"label\": 0} for {text}'"),
+            r"prompt has '{\"label\": 0}', which names no column. "
+            "Braces that are no column are written {{ and }}",
+        ),
+        (task_text(prompt='"{text} {\\n}"'), "which names no column. Braces"),
         ("prompt: !!python/object/apply:os.getcwd []\n", "not valid YAML.*python/object"),
         ("just words", "must hold keys"),
         ("", "must hold keys"),
@@ -402,6 +461,29 @@ def test_row_that_the_task_cannot_use(tmp_path: Path, row: dict[str, Any], words
         ("a.csv", b"text,label\na\n", "line 2 has not as many cells"),
         ("a.csv", b"text,label\n\xff\xfe,1\n", "not UTF-8"),
         ("a.txt", b"a,1\n", r"JSON Lines \(\.jsonl\) or CSV"),
+        ("a.csv", b"text,label,text\na,1,b\n", "'text' is the name of two columns: rename or remove one"),
+        ("a.csv", b"text, label,label\na,1,0\n", "'label' is the name of two columns"),
+        ("a.tsv", b"text\tlabel\ttext\na\t1\tb\n", "'text' is the name of two columns"),
+        (
+            "a.jsonl",
+            b'{"text": "a", "label": 1}\n{"text": "a", "label": 1, "text": "b"}\n',
+            "line 2: 'text' is the name of",
+        ),
+        ("a.json", b'[{"text": "a", "label": 1, "label": 0}]', "'label' is the name of two columns"),
+        ("a.json", b'[{"text": "a", "label": 1}, 3]', "entry 2 is not a JSON object"),
+        (
+            "a.json",
+            b'[{"text": "a", "label": 1},\n{]',
+            "begins like a JSON array and is none .*line 2.*one array of objects",
+        ),
+        ("a.json", b'{\n "text": "a"\n}', "line 1 is not JSON .*one object a line .*or one array"),
+        ("a.json", b"[]", "holds no example"),
+        (
+            "a.tsv",
+            b"text\tlabel\na\t1\nb\n",
+            r"line 3 has not as many cells .*\(1, not 2\): quote cells that hold tabs",
+        ),
+        ("a.csv", b"text;label\na;1\nb;c;1\n", "line 3 has not as many cells.*hold semicolons"),
     ],
 )
 def test_malformed_data_file(tmp_path: Path, name: str, content: bytes, words: str) -> None:
@@ -410,6 +492,49 @@ def test_malformed_data_file(tmp_path: Path, name: str, content: bytes, words: s
     with pytest.raises(InputError, match=words) as caught:
         load(path)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", 'text,label\nfine,1\n"a, b",0\n'),
+        ("a.csv", ' text , label\nfine,1\n"a, b",0\n'),
+        ("a.csv", "\ntext;label\n\nfine;1\na, b;0\n"),
+        ("a.csv", '"text, or so";label;text\nx;1;fine\ny;0;"a, b"\n'),
+        ("a.csv", "text\tlabel\nfine\t1\na, b\t0\n"),
+        ("a.csv", "text|label\nfine|1\na, b|0\n"),
+        ("a.csv", ',text,label,\n0,fine,1,\n1,"a, b",0,\n'),  # names may be missing, as with an index
+        ("a.tsv", "text\tlabel\nfine\t1\na, b\t0\n"),
+        ("a.tsv", 'text\tlabel\n"fine"\t1\n"a, b"\t0\n'),
+        ("a.tsv", 'text,label\nfine,1\n"a, b",0\n'),
+        ("a.TSV", "text\tlabel\r\nfine\t1\r\na, b\t0"),
+        ("a.json", '[{"text": "fine", "label": 1}, {"text": "a, b", "label": 0}]'),
+        ("a.json", '\n [\n{"text": "fine",\n"label": 1},\n{"text": "a, b", "label": 0}\n]\n'),
+        ("a.jsonl", '[{"text": "fine", "label": 1}, {"text": "a, b", "label": 0}]'),
+        ("a.json", '{"text": "fine", "label": 1}\n{"text": "a, b", "label": 0}\n'),
+    ],
+)
+def test_what_data_files_may_look_like(tmp_path: Path, name: str, content: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(b"\xef\xbb\xbf" + content.encode())
+    examples = load(path).examples
+    assert [(example.prompt, example.label) for example in examples] == [("fine It was", 1), ("a, b It was", 0)]
+
+
+def test_quotation_marks_in_tab_separated_lines(tmp_path: Path) -> None:
+    """A lone one would swallow the lines up to the next, and two rows would be one; where they enclose a tab, they do."""
+    lines = ['"To be\t1', 'or not"\t0', '"a ""quoted"" word"\t1', '"one" and "two"\t0', '"\t1', '""\t0', "\t"]
+    (tmp_path / "a.tsv").write_text("\n".join(["text\tlabel", *lines]), encoding="utf-8")
+    rows = read_rows(tmp_path / "a.tsv")
+    assert [row["text"] for row in rows] == ['"To be', 'or not"', 'a "quoted" word', '"one" and "two"', '"', "", ""]
+    (tmp_path / "b.tsv").write_text('text\tlabel\n"a\tb"\t1\n"c\nd"\t0\n', encoding="utf-8")
+    assert read_rows(tmp_path / "b.tsv") == [{"text": "a\tb", "label": "1"}, {"text": "c\nd", "label": "0"}]
+
+
+def test_nan_is_an_empty_cell(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": NaN, "label": 1}')
+    with pytest.raises(InputError, match="example 1: column 'text' is empty"):
+        load(tmp_path / "a.jsonl")
 
 
 def test_missing_data(tmp_path: Path) -> None:
@@ -437,13 +562,22 @@ def test_csv_and_json_lines_give_the_same_examples(tmp_path: Path, bom: bytes, n
 
 
 @pytest.mark.parametrize(
-    "place", ["t/validation.jsonl", "t/validation.csv", "t/test.jsonl", "validation.csv", "test.jsonl"]
+    "place",
+    [
+        "t/validation.jsonl",
+        "t/validation.csv",
+        "t/test.jsonl",
+        "validation.csv",
+        "test.jsonl",
+        "test.json",
+        "t/test.tsv",
+    ],
 )
 def test_data_dir_is_searched_by_task_and_by_the_data_sets_own_split_names(tmp_path: Path, place: str) -> None:
     task = make_task(hub={"path": "a/b", "train": "train", "test": "validation"})
     path = tmp_path / place
     path.parent.mkdir(exist_ok=True)
-    path.write_text("text,label\na,1\n" if path.suffix == ".csv" else '{"text": "a", "label": 1}\n')
+    path.write_text("text,label\na,1\n" if path.suffix in (".csv", ".tsv") else '{"text": "a", "label": 1}\n')
     loaded = load_split(task, "test", data_dir=tmp_path)
     assert (loaded.source, loaded.available) == (str(path), 1)
     with pytest.raises(InputError, match=re.escape(str(tmp_path / "t" / "train.jsonl"))):
@@ -584,10 +718,89 @@ def test_split_is_judged_in_every_wording_and_put_in_the_one_that_suits(tmp_path
         load_splits(split_task(tmp_path, masked=masked))
 
 
+BAD = [{"text": "", "label": 1}, {"text": "a", "label": 7}, {"text": None, "label": 0}, {"label": 1}]
+
+
+def test_rows_that_cannot_be_used_are_counted_and_left_out_if_asked_for(tmp_path: Path) -> None:
+    rows = [*ROWS[:7], *BAD[:2], *ROWS[7:], *BAD[2:]]
+    good = [i for i, row in enumerate(rows) if row not in BAD]
+    task = split_task(tmp_path, rows)
+    with pytest.raises(BadRowsError, match=r"train\.jsonl, example 8: column 'text' is empty; .*\(4 of 24 examples cannot be"
+                       r" used\): on_bad_row='skip' leaves such rows out$"):  # fmt: skip
+        load_split(task, "train")
+    whole = load_split(task, "train", on_bad_row="skip")
+    assert (list(whole.numbers), whole.available, whole.skipped) == (good, 20, 4)
+    assert "train.jsonl, example 8: column 'text' is empty" in whole.first_skipped
+    for seed in range(3):
+        splits = load_splits(task, dev_examples=5, on_bad_row="skip", seed=seed)
+        assert sorted([*splits["train"].numbers, *splits["dev"].numbers]) == list(splits["test"].numbers) == good
+        assert [splits[name].skipped for name in splits] == [4, 4, 4]
+    assert len(load_splits(task, per_class=5, on_bad_row="skip")["train"]) == 10
+    masked = replace(task, masked=make_task("{other}: [MASK]"))
+    with pytest.raises(InputError, match=r"can use none of the 24 examples of .*train\.jsonl\. .*no column 'other'"):
+        load_split(masked, "train", on_bad_row="skip")
+    with pytest.raises(InputError, match="on_bad_row must be refuse or skip, got 'drop'"):
+        load_split(task, "train", on_bad_row="drop")
+
+
+def test_nothing_is_skipped_where_nothing_is_bad(tmp_path: Path) -> None:
+    task = split_task(tmp_path)
+    for name, split in load_splits(task, on_bad_row="skip", dev_examples=4).items():
+        assert list(split.numbers) == list(load_splits(task, dev_examples=4)[name].numbers)
+        assert (split.skipped, split.first_skipped) == (0, "")
+
+
 def test_a_row_that_is_not_drawn_is_not_judged(tmp_path: Path) -> None:
     task = make_task(files={"train": write_jsonl(tmp_path / "a.jsonl", [*ROWS, {"text": "a", "label": 9}])})
     refused = [bool(_failure(load_split, task, "train", limit=10, seed=seed)) for seed in range(8)]
     assert len(set(refused)) == 2
+
+
+# --- doubts ------------------------------------------------------------------------------------------------------
+
+
+def _doubts(folder: Path, train: Any, test: Any, dev: Any = None, **changes: Any) -> list[str]:
+    files = {"train": write_jsonl(folder / "train.jsonl", train)}
+    files["test"] = files["train"] if test is train else write_jsonl(folder / "test.jsonl", test)
+    if dev is not None:
+        files["dev"] = write_jsonl(folder / "dev.jsonl", dev)
+    return doubts(load_splits(make_task(files=files, **changes), dev_examples=5))
+
+
+def _rows(start: int, stop: int, labels: int = 2) -> list[dict[str, Any]]:
+    return [{"text": f"{i}", "label": i % labels} for i in range(start, stop)]
+
+
+def test_data_that_cannot_teach_are_told(tmp_path: Path) -> None:
+    assert _doubts(tmp_path, _rows(0, 20), _rows(20, 30), _rows(30, 40)) == []
+    (told,) = _doubts(tmp_path, _rows(0, 20, 1), _rows(20, 30))
+    assert re.match("all 15 train examples have the answer 'terrible', .*nothing else can be learnt", told)
+    (told,) = _doubts(tmp_path, _rows(0, 20), _rows(20, 30, 1))
+    assert told == "all 10 test examples have the answer 'terrible', so always giving it is right"
+    free = {"answers": None, "metric": "f1", "loss": "likelihood"}
+    (told,) = _doubts(tmp_path, _rows(0, 20, 1), _rows(20, 30), **free)
+    assert told.startswith("all 15 train examples have the answer '0'")
+    assert _doubts(tmp_path, _rows(0, 20), _rows(20, 30), **free) == []
+    assert _doubts(tmp_path, _rows(0, 20, 1), _rows(20, 30), answers=None, label="", metric="reward", loss="none") == []
+    assert len(_doubts(tmp_path, _rows(0, 20, 1), _rows(20, 30), answers={"0": "{text}", "1": "it"})) == 1
+
+
+def test_rows_that_two_splits_share_are_told(tmp_path: Path) -> None:
+    same = _rows(0, 20)
+    (told,) = _doubts(tmp_path, same, same)
+    assert told.startswith("training and test examples both come from ")
+    assert "train.jsonl: give the test data another file" in told
+    (told,) = _doubts(tmp_path, _rows(0, 20), _rows(20, 30), _rows(10, 15))
+    assert told.startswith("5 of the 5 dev examples are also among the train examples")
+    found = _doubts(tmp_path, _rows(0, 20), [*_rows(15, 20), *_rows(20, 25)], _rows(23, 28))
+    assert [line.partition(":")[0] for line in found] == [
+        "5 of the 10 test examples are also among the train examples",
+        "2 of the 10 test examples are also among the dev examples",
+    ]
+    assert _doubts(tmp_path, [*_rows(0, 20), *_rows(0, 20)], _rows(20, 30))[0].endswith("says little about new ones")
+    flipped = [{**row, "label": 1 - row["label"]} for row in _rows(0, 20)]
+    assert _doubts(tmp_path, _rows(0, 20), flipped, _rows(30, 40)) == []  # the answer differs
+    assert _doubts(tmp_path, _rows(0, 20), _rows(19, 219), _rows(300, 310)) == []  # one of 200: large data repeat some
 
 
 def test_hub_out_of_reach_is_one_message_with_the_way_out() -> None:

@@ -32,7 +32,7 @@ KEPT = (
 
 def main() -> None:
     """Read a run's folder and write reward.png, samples.md and results.json."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="folder of the run")
     parser.add_argument("--output-dir", type=Path, required=True)
     options = parser.parse_args()

@@ -44,7 +44,9 @@ plt.rcParams.update(
 def parser(description: str) -> argparse.ArgumentParser:
     """The options that all scripts have."""
     options = argparse.ArgumentParser(
-        description=description.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        allow_abbrev=False,
+        description=description.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     options.add_argument("--quick", action="store_true", help="a run of seconds, with coarser numbers")
     options.add_argument("--output-dir", type=Path, default=ROOT / "docs/theory", help="folder of the figure")

@@ -26,7 +26,7 @@ from ..tasks.batching import collate
 from ..tasks.encoding import Encoded
 from ..trajectory import Log, read_log, replay
 from . import say
-from .results import COMPLETIONS
+from .results import COMPLETIONS, resume_command
 from .session import Session, bar
 from .watcher import Course, Deadline, DevWatcher, Samples, StepClock, Watcher, keep_tuned, stop_on_interrupt
 
@@ -164,7 +164,7 @@ def train_mezo(session: Session, folder: Path, log: Log | None, settings: dict[s
     if trainer.state.global_step < options.steps and stopped is None:
         saved = folder / f"checkpoint-{trainer.state.global_step}"
         say(f"stopped after step {trainer.state.global_step} of {options.steps}; the weights so far are in {saved}")
-        say(f"go on with: forwardtune train --output-dir {folder} --resume")
+        say(f"go on with: {resume_command(folder, options.objective)}")
         return None
     if dev is not None:  # a kill may have come after the last step
         dev.measure(trainer.state.global_step, trainer.model)

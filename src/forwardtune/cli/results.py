@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,12 @@ def new_folder(name: str | Path, leftovers: tuple[str, ...] = (), resumable: boo
     if folder.is_file() or (folder.is_dir() and not all(path.name.startswith(leftovers) for path in folder.iterdir())):
         raise InputError(f"{folder} is not empty: choose another --output-dir (nothing was overwritten)")
     return folder
+
+
+def resume_command(folder: Path, objective: str) -> str:
+    """The command that goes on with a run. Rewards are named in it, as a log's word is not enough to import them."""
+    named = f" --objective {shlex.quote(objective)}" if ":" in objective else ""
+    return f"forwardtune train --output-dir {shlex.quote(str(folder))} --resume{named}"
 
 
 def conclude(metrics: dict[str, Any], options: argparse.Namespace) -> None:

@@ -21,7 +21,7 @@ from ..files import read_json
 from ..models import context_length, load_model, model_kind
 from ..objectives import Reward, logits_at, option_likelihoods
 from ..objectives.mixture import parse
-from ..tasks import Split, Task, get_task, load_splits
+from ..tasks import BadRowsError, Split, Task, doubts, get_task, load_splits
 from ..tasks.batching import Layout
 from ..tasks.encoding import Encoded, Encoder
 from . import positive, say
@@ -38,6 +38,7 @@ MODEL_DEFAULTS: dict[str, Any] = {
     "per_class": None,
     "seed": 0,
     "data_dir": None,
+    "on_bad_row": "refuse",
 }
 
 
@@ -49,6 +50,7 @@ class Session:
         calibrations: of the test split, where they were asked for.
         truncated: how many prompts were cut.
         demonstrations: how many stand before every prompt.
+        skipped: how many rows were left out of each split's source because the task cannot use them.
         deadline: when tuning must end, by ``time.monotonic``.
     """
 
@@ -63,6 +65,7 @@ class Session:
     demonstrations: int = 0
     rewards: list[Reward] = field(default_factory=list)
     sizes: dict[str, int] = field(default_factory=dict)
+    skipped: dict[str, int] = field(default_factory=dict)
     deadline: float | None = None
 
     def evaluate(
@@ -118,6 +121,7 @@ class Session:
             "settings": {k: v for k, v in vars(self.options).items() if k not in hidden and v is not None},
             "splits": self.sizes,
             "truncated_prompts": self.truncated,
+            **({"skipped_rows": self.skipped} if self.skipped else {}),
         }
 
     def inference_peak(self) -> int:
@@ -156,16 +160,11 @@ def open_session(
         raise InputError(f"--seed must be from 0 to 4294967295, got {options.seed}")
     task = get_task(options.task)
     rewards = _rewards(task, options)
-    splits = load_splits(
-        task,
-        data_dir=options.data_dir,
-        train_examples=options.train_examples,
-        dev_examples=options.dev_examples,
-        test_examples=options.test_examples,
-        per_class=options.per_class,
-        seed=options.seed,
-        only=[*wanted, "train"] if shots and "train" not in wanted else wanted,
-    )
+    splits = _load_splits(task, options, [*wanted, "train"] if shots and "train" not in wanted else wanted)
+    for reward in rewards:
+        for split in splits.values():
+            for row in split.rows:
+                reward.require(row)
     if shots and shots > len(splits["train"]):
         raise InputError(f"--shots {shots} asks for more than the {len(splits['train'])} training examples: lower it")
 
@@ -211,9 +210,25 @@ def open_session(
     session.truncated, session.demonstrations = encoder.truncated, encoder.demonstrated
     session.rewards = rewards
     session.sizes = {name: len(split) for name, split in encoded.items()}
+    session.skipped = {name: split.skipped for name, split in splits.items() if split.skipped}
     if calibrate:
         session.calibrations = encoder.calibrations(task, splits["test"].examples)
     return session
+
+
+def _load_splits(task: Task, options: argparse.Namespace, wanted: Sequence[str]) -> dict[str, Split]:
+    """The splits, with a line for what was left out of them and for what makes them doubtful."""
+    names = ("data_dir", "train_examples", "dev_examples", "test_examples", "per_class", "seed", "on_bad_row")
+    try:
+        splits = load_splits(task, only=wanted, **{name: getattr(options, name) for name in names})
+    except BadRowsError as error:
+        raise InputError(f"{error.told}: --on-bad-row skip leaves such rows out") from None
+    for split in {split.source: split for split in splits.values()}.values():  # train and dev may have one source
+        if split.skipped:
+            say(f"{split.skipped} rows of {split.source} are left out, the first because of: {split.first_skipped}")
+    for doubt in doubts(splits):
+        say(f"forwardtune: warning: {doubt}")
+    return splits
 
 
 def _rewards(task: Task, options: argparse.Namespace) -> list[Reward]:

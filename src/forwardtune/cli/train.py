@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from functools import partial
 from pathlib import Path
@@ -15,10 +16,11 @@ from ..errors import InputError
 from ..estimators import ESTIMATORS, NORMALIZATIONS
 from ..evaluation import sign_test
 from ..files import read_json
-from ..models import save_model
+from ..models import EMBEDDED_MODEL, save_model
 from ..optimizer import NonFiniteLossError
 from ..processes import require_one_process
 from ..rules import RULES, STATES
+from ..tasks import task_names
 from ..trajectory import Log, read_log
 from . import add_model_options, methods, positive, say
 from .results import (
@@ -29,6 +31,7 @@ from .results import (
     new_folder,
     plain,
     read_lines,
+    resume_command,
     table,
     write_json,
     write_lines,
@@ -71,7 +74,9 @@ _LEAST_MEASURED = 64
 _MEASURED = "dev_measured"
 _SCHEDULERS = ("constant", "linear", "cosine", "inverse_sqrt", "polynomial")
 # What a resumed run may change; the rest comes from its log.
-_FREE = ("device", "steps", "save_steps", "eval_steps", "patience", "log_completions", "data_dir")
+_FREE = ("device", "steps", "save_steps", "eval_steps", "patience", "log_completions", "data_dir", "no_before")
+# What may name a file or a folder.
+_PLACES = ("model", "task", "data_dir")
 # What has an effect with one method, or on one way to tune, alone.
 _ONLY = {
     "--method mezo": (
@@ -92,7 +97,7 @@ _ONLY = {
 }
 # Test examples of which the completions are kept.
 _SAMPLES = 32
-_SETTINGS = ("model", "task", "lr", "eps", "steps", "time_budget", *DEFAULTS)
+_SETTINGS = ("model", "task", "lr", "eps", "steps", "time_budget", "no_before", *DEFAULTS)
 
 
 def add_commands(commands: Any) -> None:
@@ -108,7 +113,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """What describes a run."""
     add_model_options(parser)
     parser.add_argument("--method", choices=tuple(methods.METHODS), help="mezo, or adam: backpropagation [mezo]")
-    parser.add_argument("--objective", help="loss, accuracy, f1, exact_match, module:function, or a sum of them [loss]")
+    parser.add_argument(
+        "--objective", help="loss, accuracy, f1, exact_match, module:function, file.py:function, or a sum [loss]"
+    )
     parser.add_argument("--temperature", type=float, help="of sampled text; 0 takes the likeliest tokens [0]")
     parser.add_argument(
         "--log-completions",
@@ -145,7 +152,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--patience", type=int, help="stop after so many of these without improvement [never]")
     parser.add_argument("--save-steps", type=int, help="also save a checkpoint every so many steps [none]")
-    parser.add_argument("--no-before", action="store_true", help="do not evaluate the untuned model")
+    parser.add_argument("--no-before", action="store_true", default=None, help="do not evaluate the untuned model")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -153,6 +160,8 @@ def run(options: argparse.Namespace) -> int:
     require_one_process()
     began = time.monotonic()
     folder = Path(options.output_dir)
+    for name in _PLACES:  # the log may be read in another folder
+        setattr(options, name, _absolute(getattr(options, name)))
     log = _resumed(options, folder) if options.resume else None
     settle(options, log)
     if log is None:
@@ -352,11 +361,28 @@ def _resumed(options: argparse.Namespace, folder: Path) -> Log:
     if not (folder / "steps.jsonl").is_file():
         raise InputError(f"{folder} holds no run to resume (no steps.jsonl): start one without --resume")
     log = read_log(folder / "steps.jsonl")
+    objective = str(log.header["run"].get("objective"))
+    if options.objective is None and ":" in objective:  # a log may come from anyone
+        raise InputError(
+            f"the run in {folder} is rewarded by {objective}, which is code, and is not imported because a log names it. "
+            f"If you know it, name it again: {resume_command(folder, objective)}"
+        )
     for name in _SETTINGS:
         recorded, given = log.header["run"].get(name), getattr(options, name)
         if name in _FREE:
             setattr(options, name, recorded if given is None else given)
             continue
+        if name in _PLACES:
+            recorded = _absolute(recorded)
+            if recorded is not None and Path(recorded).is_absolute() and not Path(recorded).exists():
+                if given is None:
+                    raise InputError(
+                        f"the run in {folder} has --{name} {recorded}, which is not there: say where it is now"
+                    )
+                if (
+                    Path(given).name == Path(recorded).name
+                ):  # it was moved; a model is known by the digest of its weights
+                    recorded = given
         if given is not None and given != recorded:
             raise InputError(
                 f"the run in {folder} has --{name.replace('_', '-')} {recorded}, not {given}: leave the option out to "
@@ -364,6 +390,14 @@ def _resumed(options: argparse.Namespace, folder: Path) -> Log:
             )
         setattr(options, name, recorded)
     return log
+
+
+def _absolute(value: str | None) -> str | None:
+    """What is a file or a folder here, by a path that holds anywhere."""
+    if value is None or value in (EMBEDDED_MODEL, *task_names()):
+        return value
+    path = Path(value).expanduser()
+    return os.path.abspath(path) if path.exists() else value
 
 
 def _report(metrics: dict[str, Any], options: argparse.Namespace) -> int:

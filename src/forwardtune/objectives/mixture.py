@@ -51,7 +51,8 @@ class TaskObjective:
     Args:
         specification: terms joined by ``+``, each with a factor or without: ``accuracy + 0.1 * loss``,
             ``rewards:brevity``. Names are ``loss``, ``accuracy``, ``f1``, ``exact_match``, ``drop_f1``,
-            ``drop_exact_match``, and ``module:function`` for a function in TRL's signature.
+            ``drop_exact_match``, and ``module:function`` or ``path/to/file.py:function`` for a function in TRL's
+            signature.
         task: what is tuned for.
         tokenizer: the model's.
         sampling: how texts are generated; the seed is combined with the step's number.
@@ -214,7 +215,7 @@ class _Measured:
         return torch.tensor(values, dtype=torch.float32, device=self._model.device)  # where the losses are
 
 
-_TERM = re.compile(r"(?:([0-9.eE+-]+)\s*\*\s*)?([\w.]+(?::\w+)?)")
+_TERM = re.compile(r"(?:([0-9.eE+-]+)\s*\*\s*)?([\w.]+(?::\w+)?|.+\.py:\w+)")
 
 
 def parse(specification: str, task: Task) -> list[Term]:
@@ -226,7 +227,8 @@ def parse(specification: str, task: Task) -> list[Term]:
         if match is None:
             raise InputError(
                 f"objective {specification!r} cannot be read at {part.strip()!r}: give names joined by +, each with a "
-                "positive factor or without, such as accuracy + 0.1 * loss"
+                "positive factor or without, such as accuracy + 0.1 * loss. A reward is module:function or "
+                "path/to/file.py:function (without a + in the path)"
             )
         terms.append(_term(match[1], match[2], specification, task))
     names = [term.name for term in terms]

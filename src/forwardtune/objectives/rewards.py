@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.util
 import inspect
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +30,18 @@ class Reward:
     data is a list as long. What the function does not take is left out. None is the reward of a completion that the
     function does not judge.
 
+    The function must name ``completions`` among its parameters and must not be one of the standard library. Columns are
+    data from anywhere, and a function that was not written as a reward may do anything with them:
+    ``subprocess.getoutput(cmd)`` would run a column called ``cmd``.
+
     Args:
         function: the function.
         name: for messages and logs.
         weight: its factor in a sum of several.
 
     Raises:
-        InputError: the function cannot be called like that: it is a coroutine, or wants what TRL's trainer alone has.
+        InputError: the function cannot be called like that: it does not take ``completions`` by name, is of the standard
+            library, is a coroutine, or wants what TRL's trainer alone has.
     """
 
     def __init__(self, function: RewardFunction, name: str, weight: float = 1.0) -> None:
@@ -43,7 +51,7 @@ class Reward:
         call = getattr(function, "__call__", None)  # noqa: B004  # of an object, whose method may be the coroutine
         if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call):
             raise InputError(f"reward {name} is an async function, which is not awaited here: give a plain function")
-        parameters = inspect.signature(function).parameters.values()
+        parameters = _parameters(function, name)
         foreign = [p.name for p in parameters if p.name in _FOREIGN and p.default is inspect.Parameter.empty]
         if foreign:
             raise InputError(
@@ -52,6 +60,25 @@ class Reward:
             )
         takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
         self._taken = None if takes_all else {p.name for p in parameters}
+        self._columns = [
+            p.name
+            for p in parameters
+            if p.kind in _BY_NAME and p.default is inspect.Parameter.empty and p.name not in _OWN
+        ]
+
+    def require(self, columns: Iterable[str]) -> None:
+        """Check that a row has the columns that the function takes without a default.
+
+        Raises:
+            RewardError: it lacks one.
+        """
+        known = [str(column) for column in columns if column not in _OWN]
+        for name in self._columns:
+            if name not in known:
+                raise RewardError(
+                    f"reward {self.name} takes {name!r}, and the data have no such column (they have "
+                    f"{', '.join(known) or 'none'}){nearest(name, known)}. Rename it, give it a default, or add the column to every row"
+                )
 
     def __call__(
         self,
@@ -68,8 +95,11 @@ class Reward:
             RewardError: the function raised, or did not return one finite number, or None, for each completion.
         """
         columns: dict[str, list[Any]] = {
-            key: [example.row.get(key) for example in examples] for key in examples[0].row if key not in _OWN
+            key: [example.row.get(key) for example in examples]
+            for key in dict.fromkeys(chain.from_iterable(example.row for example in examples))
+            if key not in _OWN
         }
+        self.require(columns)
         columns |= {"prompts": [example.prompt for example in examples], "completions": list(completions)}
         if completion_ids is not None:
             columns["completion_ids"] = [list(ids) for ids in completion_ids]
@@ -84,7 +114,7 @@ class Reward:
             hint = " (completions are texts here, not lists of messages)" if _expects_messages(error) else ""
             raise RewardError(
                 f"reward {self.name} raised {type(error).__name__}: {error}{hint}. It was given {len(completions)} "
-                f"completions, the first of them {completions[0]!r:.200}: mend the function, then go on with --resume"
+                f"completions, the first of them {completions[0]!r:.200}: mend the function, then resume the run"
             ) from error
         if not is_list or len(rewards) != len(completions):
             found = f"{len(rewards)} rewards" if is_list else f"{returned!r:.100}"
@@ -121,6 +151,38 @@ _OWN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra"
 _FOREIGN = _OWN[3:]
 
 
+# How a parameter can be given by its name.
+_BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+def _parameters(function: RewardFunction, name: str) -> list[inspect.Parameter]:
+    """The parameters of a function that was written to be a reward."""
+    whole: Any = function
+    while isinstance(whole, functools.partial):
+        whole = whole.func
+    home = getattr(whole, "__module__", None) or type(whole).__module__
+    if _is_standard(home):
+        raise InputError(
+            f"reward {name} is {getattr(whole, '__name__', whole)} of the standard library's module {home!r}, which was "
+            "not written to judge completions: give a function of your own, in a module with another name"
+        )
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # some builtins have none
+        parameters = []
+    if not any(p.name == "completions" and p.kind in _BY_NAME for p in parameters):
+        raise InputError(
+            f"reward {name} takes no parameter called completions, so it was not written to judge what a model writes: "
+            "give it one, as in def reward(completions, **columns)"
+        )
+    return parameters
+
+
+def _is_standard(module: str) -> bool:
+    """Whether a module is one of the standard library, by its name."""
+    return module.partition(".")[0] in sys.stdlib_module_names
+
+
 def _expects_messages(error: Exception) -> bool:
     # text["content"], and text[0] of an empty one.
     told = ("string indices must be integers", "string index out of range")
@@ -128,32 +190,62 @@ def _expects_messages(error: Exception) -> bool:
 
 
 def load_reward(name: str, weight: float = 1.0) -> Reward:
-    """The reward function ``module:function``; the module is looked for in the current folder too.
+    """The reward function ``module:function``, or ``path/to/file.py:function``.
+
+    The module is looked for in the current folder too; a file is imported by itself, with its folder in the search path.
 
     Raises:
-        InputError: no such module or function.
+        InputError: no such module, file or function, or one that is no reward.
     """
-    module_name, _, function_name = name.partition(":")
-    if not module_name or not function_name:
+    where, _, function_name = name.rpartition(":")
+    if not where or not function_name:
         raise InputError(f"{name!r} is not a reward: give it as module:function, such as rewards:brevity")
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
+    is_file = where.endswith(".py")
+    if not is_file and _is_standard(where):  # importing is running, so it comes after this
         raise InputError(
-            f"reward {name}: module {module_name!r} could not be imported ({error}): run the command where "
-            f"{module_name}.py is, or install it"
+            f"reward {name}: {where!r} is a module of the standard library, whose functions were not written to judge "
+            "completions: give a function of your own, in a module with another name"
+        )
+    if is_file and not Path(where).is_file():
+        raise InputError(f"reward {name}: there is no file {where}: check the path, which is relative to {Path.cwd()}")
+    folder = str(Path(where).resolve().parent if is_file else Path.cwd())
+    sys.path.insert(0, folder)
+    try:
+        module = _import_file(Path(where)) if is_file else importlib.import_module(where)
+    except ImportError as error:
+        advice = (
+            "" if is_file else f"run the command where {where}.py is, give its path as {where}.py:{function_name}, or "
+        )
+        raise InputError(
+            f"reward {name}: module {where!r} could not be imported ({error}): {advice}install what is missing"
         ) from None
     except Exception as error:  # whatever the user's module does
         raise InputError(
-            f"reward {name}: module {module_name!r} raised {type(error).__name__} when it was imported ({error}): mend it"
+            f"reward {name}: module {where!r} raised {type(error).__name__} when it was imported ({error}): mend it"
         ) from error
     finally:
-        sys.path.remove(here)
+        sys.path.remove(folder)
     function = getattr(module, function_name, None)
     if not callable(function):
         known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise InputError(f"reward {name}: module {module_name!r} has no function {function_name!r}"
+        raise InputError(f"reward {name}: module {where!r} has no function {function_name!r}"
                          f"{nearest(function_name, known) or '; it has ' + ', '.join(known)}")  # fmt: skip
     return Reward(function, name, weight)
+
+
+def _import_file(path: Path) -> Any:
+    """The module in a file, imported once, which no other module of the file's name stands in for."""
+    name = f"{path.stem}@{path.resolve()}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look themselves up there
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module

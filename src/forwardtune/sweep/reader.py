@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..errors import InputError, nearest
 from ..tasks import get_task
+from ..tasks.yaml_file import read_yaml
 from .plan import Run, Sweep, folder_of, label, slug
 
 #: Commands that leave a metrics.json.
@@ -56,7 +55,7 @@ def read_sweep(path: Path, commands: Commands, data_dir: str | None = None) -> S
     Raises:
         InputError: the file is missing, or anything in it cannot be used.
     """
-    content = _content(path)
+    content = read_yaml(path, "sweep file", "model, tasks and methods")
     try:
         return _sweep(content, path, commands, data_dir)
     except InputError as error:
@@ -237,30 +236,3 @@ def _distinct(names: list[str], what: str) -> None:
                 f"{what} {slugs[slug(name)]!r} and {name!r} would share the folder {slug(name)!r}: rename one"
             )
         slugs[slug(name)] = name
-
-
-class _Loader(yaml.SafeLoader):
-    """A key given twice is an error: YAML would let the last one win, and a method would be lost."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if key.tag != "tag:yaml.org,2002:merge" and (key.tag, str(key.value)) in seen:
-                line = key.start_mark.line + 1
-                raise yaml.YAMLError(f"line {line}: {key.value!r} is there twice: rename or remove one")
-            seen.add((key.tag, str(key.value)))
-        return super().construct_mapping(node, deep)
-
-
-def _content(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except FileNotFoundError:
-        raise InputError(f"{path}: there is no such sweep file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from None
-    except (yaml.YAMLError, TypeError) as error:
-        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} must hold keys such as model, tasks and methods")
-    return content

@@ -1,24 +1,43 @@
-"""From files or the hub to examples: reading rows, and drawing the splits."""
+"""From rows to examples: loading them from files or the hub, and drawing the splits."""
 
 from __future__ import annotations
 
-import csv
-import json
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from ..errors import InputError
-from .task import Example, Task
-
-Row = dict[str, Any]
+from .rows import SUFFIXES, Row, read_rows
+from .task import Example, Task, same_label
+from .template import RowError
 
 # Test examples are the same for every seed, so that runs with several seeds can be compared.
 _TEST_SEED = 0
+
+
+#: What can be done about rows that a task cannot use.
+ON_BAD_ROW = ("refuse", "skip")
+
+
+class BadRowsError(InputError):
+    """Rows that a task cannot use.
+
+    Attributes:
+        first: what is wrong with the first of them.
+        count, total: how many there are, of how many.
+    """
+
+    def __init__(self, first: str, count: int, total: int) -> None:
+        self.first, self.count, self.total = first, count, total
+        super().__init__(f"{self.told}: on_bad_row='skip' leaves such rows out")
+
+    @property
+    def told(self) -> str:
+        """The message without a remedy for all of them."""
+        return f"{self.first} ({self.count} of {self.total} examples cannot be used)"
 
 
 @dataclass(frozen=True)
@@ -31,6 +50,8 @@ class Split:
         numbers: their places in the source, from 0.
         source: where they come from, for people.
         available: how many there were to choose from.
+        skipped: how many rows of the source were left out because the task cannot use them.
+        first_skipped: what is wrong with the first of them.
     """
 
     task: Task
@@ -38,16 +59,39 @@ class Split:
     numbers: Sequence[int]
     source: str
     available: int
+    skipped: int = 0
+    first_skipped: str = ""
 
     @cached_property
     def examples(self) -> list[Example]:
         """The rows as the task words them.
 
         Raises:
-            InputError: a row that the task cannot use.
+            BadRowsError: a row that the task cannot use.
         """
-        places = [f"{self.source}, example {number + 1}" for number in self.numbers]
-        return [self.task.example(row, place) for row, place in zip(self.rows, places, strict=True)]
+        try:
+            return [self.task.example(row, place) for row, place in self._placed()]
+        except RowError as error:
+            bad = sum(_what_is_wrong(self.task, row, place) is not None for row, place in self._placed())
+            raise BadRowsError(str(error), bad, len(self)) from None
+
+    def _placed(self) -> Iterator[tuple[Row, str]]:
+        """Every row with its place in the source, for messages."""
+        return ((row, f"{self.source}, example {i + 1}") for row, i in zip(self.rows, self.numbers, strict=True))
+
+    def without_bad_rows(self) -> Split:
+        """The rows that the task can use in all of its wordings."""
+        wrong = [
+            next(filter(None, (_what_is_wrong(wording, row, place) for wording in self.task.wordings)), None)
+            for row, place in self._placed()
+        ]
+        bad = [message for message in wrong if message is not None]
+        if not bad:
+            return self
+        if len(bad) == len(self):
+            raise InputError(f"the task can use none of the {len(self)} examples of {self.source}. {bad[0]}")
+        kept = [i for i, message in enumerate(wrong) if message is None]
+        return replace(_take(self, kept), available=len(kept), skipped=len(bad), first_skipped=bad[0])
 
     def worded_for(self, kind: str) -> Split:
         """The split as it is put to a ``causal`` or a ``masked`` model."""
@@ -62,14 +106,22 @@ class Split:
 
 
 def load_split(
-    task: Task, split: str, *, data_dir: str | Path | None = None, limit: int | None = None, seed: int = 0
+    task: Task,
+    split: str,
+    *,
+    data_dir: str | Path | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    on_bad_row: str = "refuse",
 ) -> Split:
     """All ``train``, ``dev`` or ``test`` data of a task, or ``limit`` of them drawn by ``seed`` without replacement.
+
+    ``on_bad_row`` is as in :func:`load_splits`.
 
     Raises:
         InputError: as :func:`load_splits`.
     """
-    whole = _load(task, split, data_dir)
+    whole = _load(task, split, data_dir, on_bad_row)
     if limit is not None and limit < len(whole):
         whole = _take(whole, random.Random(f"{seed} {task.name} {split}").sample(range(len(whole)), limit))
     whole.examples  # noqa: B018  # what cannot be used is refused now
@@ -86,6 +138,7 @@ def load_splits(
     per_class: int | None = None,
     seed: int = 0,
     only: Sequence[str] = ("train", "dev", "test"),
+    on_bad_row: str = "refuse",
 ) -> dict[str, Split]:
     """Draw the ``train``, ``dev`` and ``test`` splits of a task, without replacement.
 
@@ -101,6 +154,8 @@ def load_splits(
         per_class: draw so many training examples of each class, and as many development examples, instead
             (MeZO, appendix E.1: 16 or 512).
         only: the splits that are wanted.
+        on_bad_row: ``refuse`` a drawn row that the task cannot use (a column that is missing or empty, a label that is not
+            among the answers), or ``skip`` all such rows before anything is drawn, and count them.
 
     Raises:
         InputError: a missing or malformed file, an empty split, too few examples of a class, or a row that the task
@@ -108,11 +163,13 @@ def load_splits(
     """
     splits: dict[str, Split] = {}
     if "test" in only:
-        splits["test"] = load_split(task, "test", data_dir=data_dir, limit=test_examples, seed=_TEST_SEED)
+        splits["test"] = load_split(
+            task, "test", data_dir=data_dir, limit=test_examples, seed=_TEST_SEED, on_bad_row=on_bad_row
+        )
     wanted = task.dev_examples if dev_examples is None else dev_examples
     own_dev = data_dir is None and "dev" in (task.hub or task.files)
     if "train" in only or ("dev" in only and not own_dev):
-        whole = _load(task, "train", data_dir)
+        whole = _load(task, "train", data_dir, on_bad_row)
         order = list(range(len(whole)))
         random.Random(f"{seed} {task.name} train").shuffle(order)
         if per_class is not None:
@@ -122,7 +179,7 @@ def load_splits(
             dev, train = order[:share], order[share : share + train_examples]
         splits["train"], splits["dev"] = _take(whole, train), _take(whole, dev)
     if "dev" in only and own_dev:
-        splits["dev"] = load_split(task, "dev", limit=wanted, seed=seed)
+        splits["dev"] = load_split(task, "dev", limit=wanted, seed=seed, on_bad_row=on_bad_row)
     splits = {name: splits[name] for name in only if len(splits[name]) or name != "dev"}
     for split in splits.values():
         for wording in task.wordings:  # a row that cannot be used is refused before a model is loaded
@@ -157,23 +214,44 @@ def _take(whole: Split, places: Sequence[int]) -> Split:
     return replace(whole, rows=[whole.rows[i] for i in places], numbers=[whole.numbers[i] for i in places])
 
 
-def _load(task: Task, split: str, data_dir: str | Path | None) -> Split:
-    """All labelled rows of a task's data."""
+def _load(task: Task, split: str, data_dir: str | Path | None, on_bad_row: str) -> Split:
+    """All labelled rows of a task's data, with labels as its answers spell them."""
+    if on_bad_row not in ON_BAD_ROW:
+        raise InputError(f"on_bad_row must be {' or '.join(ON_BAD_ROW)}, got {on_bad_row!r}")
     if data_dir is not None:
         path = _in_folder(task, split, Path(data_dir))
-        rows, source = _read(path), str(path)
+        rows, source = read_rows(path), str(path)
     elif task.hub is not None:
         rows, source = _from_hub(task, split), f"{task.hub['path']} ({task.hub[split]})"
     elif split in task.files:
-        rows, source = _read(task.files[split]), str(task.files[split])
+        rows, source = read_rows(task.files[split]), str(task.files[split])
     else:
         raise InputError(f"task {task.name} has no {split} file: add '{split}: FILE' to its task file")
-    labelled = [
-        i for i, row in enumerate(rows) if task.unlabelled is None or str(row.get(task.label)) != task.unlabelled
-    ]
+    rows = [_with_label(row, task) for row in rows]
+    labelled = [i for i, row in enumerate(rows) if not _is_unlabelled(row, task)]
     if not labelled:
         raise InputError(f"{source} holds no example")
-    return Split(task, [rows[i] for i in labelled], labelled, source, len(labelled))
+    whole = Split(task, [rows[i] for i in labelled], labelled, source, len(labelled))
+    return whole.without_bad_rows() if on_bad_row == "skip" else whole
+
+
+def _with_label(row: Row, task: Task) -> Row:
+    """The row with its label as the task's answers spell it."""
+    value = row.get(task.label)
+    label = task.label_of(value)
+    return {**row, task.label: label} if value is not None and label != str(value).strip() else row
+
+
+def _is_unlabelled(row: Row, task: Task) -> bool:
+    return task.unlabelled is not None and same_label(str(row.get(task.label)), task.unlabelled)
+
+
+def _what_is_wrong(task: Task, row: Row, place: str) -> str | None:
+    try:
+        task.example(row, place)
+    except RowError as error:
+        return str(error)
+    return None
 
 
 def _in_folder(task: Task, split: str, folder: Path) -> Path:
@@ -184,58 +262,12 @@ def _in_folder(task: Task, split: str, folder: Path) -> Path:
         parent / f"{name}{suffix}"
         for parent in (folder / task.name, folder)
         for name in dict.fromkeys(names)
-        for suffix in (".jsonl", ".csv")
+        for suffix in SUFFIXES
     ]
     for path in tried:
         if path.is_file():
             return path
     raise InputError(f"no {split} data for task {task.name} in {folder}: looked for {', '.join(map(str, tried))}")
-
-
-def _read(path: Path) -> list[Row]:
-    readers = {".jsonl": _json_lines, ".json": _json_lines, ".csv": _csv}
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        raise InputError(f"{path}: data files are JSON Lines (.jsonl) or CSV (.csv)")
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            return list(reader(path, file))
-    except FileNotFoundError:
-        raise InputError(f"{path}: there is no such data file") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is not UTF-8 text: convert it, for example with iconv -t utf-8") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from None
-
-
-def _json_lines(path: Path, lines: Iterator[str]) -> Iterator[Row]:
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(
-                f"{path}, line {number} is not JSON ({error.msg}): one object a line is expected"
-            ) from None
-        if not isinstance(row, dict):
-            raise InputError(f"{path}, line {number} is not a JSON object with named columns")
-        yield row
-
-
-def _csv(path: Path, lines: Iterator[str]) -> Iterator[Row]:
-    csv.field_size_limit(2**31 - 1)  # the default refuses cells of more than 128 KiB
-    reader = csv.DictReader(lines)
-    try:
-        for row in reader:
-            if None in row or None in row.values():
-                raise InputError(
-                    f"{path}, line {reader.line_num} has not as many cells as the first line has names: "
-                    "quote cells that hold commas"
-                )
-            yield row
-    except csv.Error as error:
-        raise InputError(f"{path}, line {reader.line_num} is not CSV: {error}") from None
 
 
 def _from_hub(task: Task, split: str) -> list[Row]:

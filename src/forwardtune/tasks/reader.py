@@ -6,12 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..errors import InputError, nearest
 from .metrics import CHOICE_METRICS, TEXT_METRICS
 from .task import MASK, Task
 from .template import columns_of
+from .yaml_file import read_yaml
 
 LIBRARY = Path(__file__).parent / "library"
 
@@ -67,16 +66,7 @@ def read_task(path: Path) -> Task:
     Raises:
         InputError: the file cannot be read, or something in it is wrong.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: there is no such task file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} must hold keys such as prompt, answers, train and test")
+    content = read_yaml(path, "task file", "prompt, answers, train and test")
     try:
         return _task(content, path)
     except _WrongError as wrong:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from .template import Fields, columns_of, tail_of
+from .template import Fields, RowError, columns_of, tail_of
 
 #: Where a masked model fills in the answer; becomes the tokenizer's own mask token.
 MASK = "[MASK]"
@@ -137,11 +137,23 @@ class Task:
             f"or write a task file with {MASK} in its prompt"
         )
 
+    def label_of(self, value: Any) -> str:
+        """A label value as the answers spell it; as it is if they do not know it.
+
+        1, 1.0, "1.0" and true are the same label, and so are 0, 0.0 and false: a data frame with a gap turns whole numbers
+        into fractions. Where the answers tell them apart, they are different.
+        """
+        text = str(value).strip()
+        if self.answers is None or text in self.answers:
+            return text
+        alike = [label for label in self.answers if same_label(label, text)]
+        return alike[0] if len(alike) == 1 else text
+
     def example(self, row: Mapping[str, Any], where: str) -> Example:
         """The example of one row; ``where`` names the row in messages.
 
         Raises:
-            InputError: a column is missing or empty, or the label is not among the answers.
+            RowError: a column is missing or empty, or the label is not among the answers.
         """
         fields = Fields(row, where, self.name, self.replace)
         pieces = fields.pieces(self.prompt)
@@ -172,12 +184,12 @@ class Task:
             options = [fields.fill(template, entry) for entry in entries]
             right = tuple(i for i, entry in enumerate(entries) if entry in truths)
             if not right:
-                raise InputError(f"{where}: none of {sorted(truths)} is among the {len(entries)} entries of {column!r}")
+                raise RowError(f"{where}: none of {sorted(truths)} is among the {len(entries)} entries of {column!r}")
         else:
             assert self.answers is not None
-            value = str(fields.value(self.label)).strip()
+            value = self.label_of(fields.value(self.label))
             if value not in self.answers:
-                raise InputError(
+                raise RowError(
                     f"{where}: label {value!r} is not among the answers of task {self.name} "
                     f"({', '.join(self.answers)}): add it to the answers, or drop the row"
                 )
@@ -186,7 +198,23 @@ class Task:
         return Example(prompt, tuple(joint + text for text in options), right, (), context, calibration, row)
 
 
+def same_label(one: str, other: str) -> bool:
+    """Whether two labels are the same text or number, true and false being 1 and 0."""
+    return one == other or _number(one) == _number(other)
+
+
+def _number(label: str) -> str:
+    """One spelling for labels that are the same number."""
+    label = label.strip()
+    text = {"true": "1", "false": "0"}.get(label.lower(), label)
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    return str(int(number)) if number.is_integer() else text
+
+
 def _list(value: Any, column: str, where: str) -> list[Any]:
     if not isinstance(value, (list, tuple)):
-        raise InputError(f"{where}: column {column!r} must hold a list, not {value!r:.60}")
+        raise RowError(f"{where}: column {column!r} must hold a list, not {value!r:.60}")
     return list(value)

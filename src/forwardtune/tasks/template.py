@@ -8,6 +8,11 @@ from typing import Any
 
 from ..errors import InputError, nearest
 
+
+class RowError(InputError):
+    """A row that a task cannot use."""
+
+
 _PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
 
 #: What can be done to a value, as in ``{premise|without_stop}``.
@@ -16,6 +21,9 @@ FILTERS: dict[str, Callable[[str], str]] = {
     "lower_first": lambda text: text[:1].lower() + text[1:],
     "without_stop": lambda text: text.removesuffix(".").rstrip(),
 }
+
+# What is said where braces stand that were hardly meant for a column, as in 'Return {"label": 0}'.
+_BRACES = ". Braces that are no column are written {{ and }}"
 
 Row = Mapping[str, Any]
 Replacements = Mapping[str, Mapping[str, str]]
@@ -39,30 +47,30 @@ class Fields:
         """The value of a column.
 
         Raises:
-            InputError: the row has no such column, or it is empty.
+            RowError: the row has no such column, or it is empty.
         """
         value: Any = self._row
         for key in [column] if column in self._row else column.split("."):
             if not isinstance(value, Mapping) or key not in value:
                 known = list(map(str, self._row))
-                raise InputError(
+                raise RowError(
                     f"{self._where} has no column {column!r}, which task {self._task} needs (it has "
-                    f"{', '.join(known)}){nearest(column, known)}"
+                    f"{', '.join(known)}){nearest(column, known)}{_BRACES if _is_no_name(column) else ''}"
                 )
             value = value[key]
         if value is None or (isinstance(value, str) and not value.strip()) or value == []:
-            raise InputError(f"{self._where}: column {column!r} is empty; fill it or drop the row")
+            raise RowError(f"{self._where}: column {column!r} is empty; fill it or drop the row")
         return value
 
     def text(self, column: str, option: str | None = None) -> str:
         """The value of a column as text, stripped, with the task's replacements made.
 
         Raises:
-            InputError: the column holds a conversation.
+            RowError: the column holds a conversation.
         """
         value = self.value(column)
         if isinstance(value, list) and isinstance(value[0], Mapping) and "content" in value[0]:
-            raise InputError(
+            raise RowError(
                 f"{self._where}: column {column!r} holds a list of messages, and a prompt is text: write the conversation "
                 "out, with tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)"
             )
@@ -96,11 +104,16 @@ class Fields:
         return [*pieces, (template[end:], None)]
 
 
+def _is_no_name(column: str) -> bool:
+    return re.fullmatch(r"\w[\w .-]*", column) is None
+
+
 def columns_of(template: str) -> list[str]:
     """The columns that a template names, in their order; an escaped brace names none.
 
     Raises:
-        ValueError: a placeholder without a name, or with a filter that does not exist.
+        ValueError: a placeholder without a name, with a quotation mark or a line break in it, or with a filter that does
+            not exist.
     """
     columns = []
     for match in _PLACEHOLDER.finditer(template):
@@ -109,6 +122,8 @@ def columns_of(template: str) -> list[str]:
         column, *filters = match[1].split("|")
         if not column:
             raise ValueError("has a {} without the name of a column: name one, or write {{}} for braces")
+        if '"' in match[1] or "\n" in match[1]:
+            raise ValueError(f"has {match[0]!r}, which names no column{_BRACES}")
         for name in filters:
             if name not in FILTERS:
                 raise ValueError(

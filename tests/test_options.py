@@ -1,0 +1,221 @@
+"""Every option of ``train`` reaches what is built of it.
+
+The options come from the parser: one that is added and not listed here fails the first test.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import support
+from forwardtune.baselines import AdamTrainer
+from forwardtune.cli import methods, train
+from forwardtune.cli.session import Session
+from forwardtune.cli.sweeps import command_options
+from forwardtune.cli.watcher import DevWatcher
+from forwardtune.trainer import MeZOTrainer
+from forwardtune.trajectory import read_log
+from test_cli import cli
+
+pytestmark = pytest.mark.usefixtures("short_collections")
+
+# What does not describe a run; test_cli.py has tests of each.
+BESIDE = {"help", "output_dir", "resume", "json"}
+
+
+@dataclass
+class Built:
+    """What came of a command line.
+
+    Attributes:
+        trainer: the trainer, after its training.
+        log: the step log's header, and the run's description in it.
+    """
+
+    session: Session
+    trainer: Any
+    metrics: dict[str, Any]
+    log: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def mezo(self) -> Any:
+        return self.trainer.mezo
+
+    @property
+    def lora(self) -> Any:
+        return self.trainer.model.peft_config["default"]
+
+    @property
+    def dev(self) -> Any:
+        return next(c for c in self.trainer.callback_handler.callbacks if isinstance(c, DevWatcher))
+
+    def lengths(self, split: str) -> int:
+        return len(self.session.splits[split])
+
+
+See = Callable[[Built], Any]
+# run -> option -> (a value that is not the default, what to look at, what is there)
+CASES: dict[str, dict[str, tuple[Any, See, Any]]] = {
+    "lora": {
+        "model": ("MODEL", lambda b: Path(b.trainer.model.config._name_or_path).name, "MODEL"),
+        "task": ("mine.yaml", lambda b: b.session.task.name, "mine"),
+        "data_dir": ("elsewhere", lambda b: {e.example.row["place"] for e in b.session.splits["train"]}, {"elsewhere"}),
+        "dtype": ("bfloat16", lambda b: b.trainer.model.get_input_embeddings().weight.dtype, torch.bfloat16),
+        "device": ("cpu", lambda b: b.trainer.args.use_cpu, True),
+        "max_length": (24, lambda b: max(e.length for split in b.session.splits.values() for e in split), 24),
+        "train_examples": (7, lambda b: b.lengths("train"), 7),
+        "dev_examples": (5, lambda b: b.lengths("dev"), 5),
+        "test_examples": (4, lambda b: b.lengths("test"), 4),
+        "on_bad_row": ("skip", lambda b: b.session.skipped, {"train": 1, "dev": 1}),
+        "batch_size": (3, lambda b: b.trainer.args.train_batch_size, 3),
+        "seed": (5, lambda b: (b.trainer.args.seed, b.mezo.noise.seed), (5, 5)),
+        "objective": ("accuracy + 0.5 * loss", lambda b: [(t.weight, t.name) for t in b.trainer.objective.terms],
+                      [(1.0, "accuracy"), (0.5, "loss")]),
+        "tune": ("lora", lambda b: b.lora.peft_type.value, "LORA"),
+        "lora_rank": (3, lambda b: b.lora.r, 3),
+        "lora_alpha": (0.5, lambda b: {m.scaling["default"] for m in b.trainer.model.modules() if hasattr(m, "scaling") and
+                                       isinstance(m.scaling, dict)}, {0.5 / 3}),
+        "lora_targets": ("k_proj, down_proj", lambda b: set(b.lora.target_modules), {"k_proj", "down_proj"}),
+        "steps": (4, lambda b: (b.trainer.args.max_steps, b.mezo.next_step), (4, 4)),
+        "lr": (3e-4, lambda b: b.trainer.args.learning_rate, 3e-4),
+        "eps": (2e-3, lambda b: b.mezo.estimator.eps, 2e-3),
+        "probes": (3, lambda b: b.mezo.estimator.probes, 3),
+        "estimator": ("one_sided", lambda b: b.mezo.estimator.name, "one_sided"),
+        "normalize": ("sigma", lambda b: b.mezo.estimator.normalize, "sigma"),
+        "rule": ("momentum", lambda b: b.mezo.rule.name, "momentum"),
+        "momentum": (0.7, lambda b: b.mezo.rule.momentum, 0.7),
+        "rule_state": ("window", lambda b: b.mezo.rule.state, "window"),
+        "direction": ("rademacher", lambda b: b.mezo.noise.direction.name, "rademacher"),
+        "perturbation": ("copy", lambda b: b.mezo.perturbation.name, "copy"),
+        "weight_decay": (0.02, lambda b: {group["weight_decay"] for group in b.mezo.param_groups}, {0.02}),
+        "lr_scheduler": ("linear", lambda b: b.trainer.args.lr_scheduler_type.value, "linear"),
+        "clip_coefficient": (0.5, lambda b: b.mezo.clip_coefficient, 0.5),
+        "eval_steps": (2, lambda b: b.dev._every, 2),
+        "patience": (3, lambda b: b.dev._patience, 3),
+        "save_steps": (3, lambda b: (b.trainer.args.save_strategy.value, b.trainer.args.save_steps), ("steps", 3)),
+        "no_before": (True, lambda b: "before" in b.metrics, False),
+    },
+    "rewarded": {
+        "task": ("free.yaml", lambda b: b.session.task.name, "free"),
+        "objective": ("option_rewards.py:short", lambda b: b.trainer.objective.generates, True),
+        "temperature": (0.7, lambda b: b.trainer.objective._sampling.temperature, 0.7),
+        "log_completions": (2, lambda b: b.trainer.objective._sample_steps, 2),
+        "seed": (5, lambda b: b.trainer.objective._sampling.seed, 5),
+        "tune": ("prefix", lambda b: b.lora.peft_type.value, "PREFIX_TUNING"),
+        "prefix_length": (3, lambda b: b.lora.num_virtual_tokens, 3),
+        "rule": ("adam", lambda b: b.mezo.rule.name, "adam"),
+        "rule_state": ("exact", lambda b: b.mezo.rule.state, "exact"),
+        "steps": (2, lambda b: b.mezo.next_step, 2),
+    },
+    "timed": {  # it stops before its first step
+        "tune": (r"layers\.1\.", lambda b: sum(p.requires_grad for p in b.session.model.parameters()), 9),
+        "per_class": (3, lambda b: [b.lengths(split) for split in ("train", "dev")], [6, 6]),
+        "time_budget": ("60s", lambda b: (b.session.deadline is not None, b.session.options.steps > 10), (True, True)),
+    },
+    "adam": {
+        "method": ("adam", lambda b: type(b.trainer), AdamTrainer),
+        "batch_size": (3, lambda b: b.trainer.args.train_batch_size, 3),
+        "steps": (2, lambda b: b.trainer.state.global_step, 2),
+        "lr": (3e-4, lambda b: b.trainer.args.learning_rate, 3e-4),
+        "lr_scheduler": ("cosine", lambda b: b.trainer.args.lr_scheduler_type.value, "cosine"),
+        "weight_decay": (0.02, lambda b: {group["weight_decay"] for group in b.trainer.optimizer.param_groups}, {0.0, 0.02}),
+        "seed": (5, lambda b: b.trainer.args.seed, 5),
+        "device": ("cpu", lambda b: b.trainer.args.use_cpu, True),
+        "eval_steps": (1, lambda b: b.dev._every, 1),
+        "patience": (3, lambda b: b.dev._patience, 3),
+    },
+}  # fmt: skip
+
+
+def options_of_train() -> set[str]:
+    return {name.replace("-", "_") for name in command_options()["train"]} - BESIDE
+
+
+def test_every_option_is_listed_with_a_value_that_is_not_its_default() -> None:
+    assert {option for case in CASES.values() for option in case} == options_of_train()
+    for case in CASES.values():
+        for option, (value, _, _) in case.items():
+            assert value != train.DEFAULTS.get(option), option
+
+
+def test_every_option_is_kept_by_the_step_log() -> None:
+    """What is not kept is forgotten by ``--resume``."""
+    assert set(train._SETTINGS) == options_of_train()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, two tasks and their data, one row of which is bad."""
+    folder = tmp_path_factory.mktemp("options")
+    support.save_tiny_model(folder / "MODEL")
+    for place in (folder, folder / "elsewhere"):
+        place.mkdir(exist_ok=True)
+        texts = [f"{i} {text} {text} {text} {text}" for i, text in enumerate(support.TEXT * 4)]
+        rows = [{"text": text, "label": i % 2, "place": place.name} for i, text in enumerate(texts)]
+        bad = [{**rows[0], "text": ""}] if place.name == "elsewhere" else []
+        for split, some in (("train", [*rows[:20], *bad]), ("test", rows[20:])):
+            (place / f"{split}.jsonl").write_text("\n".join(map(json.dumps, some)), encoding="utf-8")
+    data = "train: train.jsonl\ntest: test.jsonl\n"
+    (folder / "mine.yaml").write_text(f"prompt: '{{text}} It was'\nanswers: {{0: terrible, 1: great}}\n{data}")
+    (folder / "free.yaml").write_text(f"prompt: '{{text}} It was'\nmax_new_tokens: 3\n{data}")
+    (folder / "option_rewards.py").write_text("def short(completions):\n    return [-len(c) for c in completions]\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def built(folder: Path) -> dict[str, Built]:
+    """What is built of each case's command line."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        return {name: build(name, folder, patch) for name in CASES}
+
+
+def build(name: str, folder: Path, patch: pytest.MonkeyPatch) -> Built:
+    seen: dict[str, Any] = {}
+    method = "adam" if name == "adam" else "mezo"
+    real, trainer = methods.METHODS[method], AdamTrainer if method == "adam" else MeZOTrainer
+
+    def noted(session: Session, *arguments: Any) -> Any:
+        seen["session"] = session
+        return None if name == "timed" else real(session, *arguments)
+
+    class Noted(trainer):  # type: ignore[misc, valid-type]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            seen["trainer"] = self
+
+    Noted.__name__ = trainer.__name__
+    with patch.context() as here:
+        here.setitem(methods.METHODS, method, noted)
+        here.setattr(f"{trainer.__module__}.{trainer.__name__}", Noted)
+        if method == "adam":
+            here.setattr("forwardtune.baselines.AdamTrainer", Noted)
+        options = {"model": "MODEL", "task": "mine.yaml", "output_dir": folder / name}
+        options |= {option: value for option, (value, _, _) in CASES[name].items()}
+        if name == "rewarded":
+            options |= {"lr": 1e-3, "eps": 1e-3}
+        flags = [
+            [f"--{option.replace('_', '-')}", *([] if value is True else [value])] for option, value in options.items()
+        ]
+        ran = cli("train", *[part for flag in flags for part in flag])
+    assert ran.code == (130 if name == "timed" else 0), ran.err
+    metrics = json.loads((folder / name / "metrics.json").read_text())
+    log = read_log(folder / name / "steps.jsonl").header["run"] if (folder / name / "steps.jsonl").exists() else {}
+    return Built(seen["session"], seen.get("trainer"), metrics, log)
+
+
+@pytest.mark.parametrize(("name", "option"), [(name, option) for name, case in CASES.items() for option in case])
+def test_option_reaches_what_is_built(built: dict[str, Built], folder: Path, name: str, option: str) -> None:
+    value, look, expected = CASES[name][option]
+    found = look(built[name])
+    assert issubclass(found, expected) if option == "method" else found == expected, found
+    if built[name].log:
+        written = built[name].log[option]
+        assert written == (str(folder / str(value)) if option in ("model", "task", "data_dir") else value)
