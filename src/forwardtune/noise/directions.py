@@ -20,7 +20,7 @@ from torch import Tensor
 NOISE_VERSION = 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Direction:
     """A distribution of perturbation directions with zero mean and unit variance per element.
 
@@ -35,7 +35,7 @@ class Direction:
 
     name: str
     bits: int
-    values: Tensor = field(repr=False, compare=False)
+    values: Tensor = field(repr=False)
 
     def __post_init__(self) -> None:
         if not (isinstance(self.bits, int) and 1 <= self.bits <= 16):
