@@ -1,6 +1,7 @@
 # make demo   tune the embedded 135M model on the embedded reviews
 # make test   run the test suite
 # make lint   ruff and mypy
+# make mutants   put small faults into the code and see which of them the tests notice: hours, at low priority
 # All of them first make .venv with pinned dependencies.
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ STAMP := .venv/.installed
 export FORWARDTUNE_TEST_DATA ?= $(abspath $(wildcard ../shared/data))
 export FORWARDTUNE_TEST_MODELS ?= $(abspath $(wildcard ../shared/models))
 
-.PHONY: setup demo test lint format constraints clean
+.PHONY: setup demo test lint format mutants constraints clean
 
 setup: $(STAMP)
 
@@ -34,9 +35,14 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# NAMES='forwardtune.guard*' tries a part.
+mutants: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,mutants]'
+	nice -n 19 $(BIN)/python tests/mutants.py $(NAMES)
+
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build src/*.egg-info
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache mutants build src/*.egg-info
