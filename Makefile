@@ -2,6 +2,7 @@
 # make test   run the test suite
 # make test-lowest   what depends on other packages, with the lowest versions that pyproject.toml admits, in .venv-lowest
 # make lint   ruff and mypy
+# make mutants   put small faults into the code and see which of them the tests notice: hours, at low priority
 # All of them first make .venv with pinned dependencies.
 # make gpu    on a machine with a CUDA device: its tests and benchmarks, in eight minutes. Sets nothing up: .venv's Python where
 #             there is one, else PYTHON, which needs torch. What is missing is said. Results in benchmarks/results, or in OUT.
@@ -19,7 +20,7 @@ LOWEST := .venv-lowest
 BOUNDS = grep -oE '"[A-Za-z0-9-]+>=[0-9.]+' pyproject.toml | sed 's/"//; s/>=/==/' | grep -v '^setuptools'
 DEPENDENT := $(patsubst %,tests/test_%.py,imports noise trainer models peft tasks cli baselines report)
 
-.PHONY: setup demo test test-lowest lint format gpu clean
+.PHONY: setup demo test test-lowest lint format gpu mutants clean
 
 setup: $(STAMP)
 
@@ -51,6 +52,11 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# NAMES='forwardtune.guard*' tries a part.
+mutants: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,mutants]'
+	nice -n 19 $(BIN)/python tests/mutants.py $(NAMES)
+
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -59,4 +65,4 @@ gpu:
 	$(if $(filter file,$(origin PYTHON)),$(firstword $(wildcard $(BIN)/python) $(PYTHON)),$(PYTHON)) benchmarks/gpu.py
 
 clean:
-	rm -rf .venv $(LOWEST) .pytest_cache .mypy_cache .ruff_cache build src/*.egg-info
+	rm -rf .venv $(LOWEST) .pytest_cache .mypy_cache .ruff_cache mutants build src/*.egg-info

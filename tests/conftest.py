@@ -23,6 +23,18 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", "ignore:forwardtune computes its noise with plain torch")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where this many cases of a test are enough (``make mutants``), others than the first, the last and some between are left out."""
+    most = int(os.environ.get("FORWARDTUNE_MOST_CASES", "0"))
+    if most > 1:
+        cases: dict[str, list[pytest.Item]] = {}
+        for item in items:
+            cases.setdefault(item.nodeid.split("[")[0], []).append(item)
+        kept = {i for group in cases.values() for i in (group[n * (len(group) - 1) // (most - 1)] for n in range(most))}
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = [item for item in items if item in kept]
+
+
 @pytest.fixture
 def random_state_untouched():
     """Fails the test if it moved torch's global random state."""

@@ -456,11 +456,13 @@ def test_plain_torch_gives_the_same_bits_as_the_kernels(rule, direction, dtype, 
     assert first.last.unchanged == second.last.unchanged
 
 
+@pytest.mark.parametrize(("sizes", "elsewhere"), [({"cpu": 512}, 1), ({}, 500)], ids=["on-cpu", "elsewhere"])
 @every_rule
-def test_pieces_of_a_tensor_add_up_to_the_whole(rule, monkeypatch):
+def test_pieces_of_a_tensor_add_up_to_the_whole(rule, sizes, elsewhere, monkeypatch):
     whole, parts = long_enough(torch.bfloat16), long_enough(torch.bfloat16)
     one = scripted_run(whole, rule)
-    monkeypatch.setattr("forwardtune.rules._PIECE", {"cpu": 512})
+    monkeypatch.setattr("forwardtune.rules._PIECE", sizes)
+    monkeypatch.setattr("forwardtune.rules._PIECE_ELSEWHERE", elsewhere)
     many = scripted_run(parts, rule)
     assert_same_bits(parts, snapshot(whole))
     assert one.last.unchanged == many.last.unchanged

@@ -119,6 +119,21 @@ def test_a_tenth_more_than_at_the_beginning_is_not_worth_going_back():
     assert alarms(guard, [1.2] * 10)
 
 
+@pytest.mark.parametrize("first", [0.2, -0.2, 4.0])
+def test_a_tenth_is_a_tenth_of_the_first_losses(first):
+    """Of losses without noise."""
+    calm, beyond = Guard(LR), Guard(LR)
+    steady = [first] * 2000  # the deviation that the change itself makes is then small
+    assert not alarms(calm, steady + [first + 0.09 * abs(first)] * 2 * WINDOW)
+    assert alarms(beyond, steady + [first + 0.12 * abs(first)] * 2 * WINDOW)
+
+
+@pytest.mark.parametrize("loss", [0.0, 1.0, -1.0])
+def test_a_loss_that_never_changes_is_no_alarm(loss):
+    """As of an accuracy that is 0 throughout: nothing is above anything."""
+    assert not alarms(Guard(LR), [loss] * 100)
+
+
 def test_losses_may_be_negative():
     """As accuracies and rewards are."""
     guard = Guard(LR)
@@ -176,6 +191,13 @@ def test_a_loss_that_is_hardly_higher_leads_back_with_the_same_rate(best):
     assert guard.measured(20, best + 0.011) == GoBack(0, LR / FALL, "worse")
 
 
+def test_two_percent_and_half_of_the_gain_are_still_slight():
+    guard = Guard(LR)
+    guard.known(0, 104.0)
+    guard.known(10, 100.0)
+    assert guard.measured(20, 102.0) == GoBack(10, LR, "worse")
+
+
 def test_harm_as_large_as_the_gain_is_not_slight():
     """A large constant in the loss makes 2% of it large."""
     guard = Guard(LR)
@@ -199,6 +221,8 @@ def test_a_loss_that_is_merely_known_leaves_the_rate():
     guard.known(0, 0.7)
     guard.known(8, 0.8)
     assert (guard.best_step, guard.best_loss, guard.lr) == (0, 0.7, LR)
+    guard.known(9, 0.7)  # as good: the first one stays
+    assert guard.best_step == 0
     assert guard.measured(10, 0.75) == GoBack(0, LR / FALL, "worse")
 
 

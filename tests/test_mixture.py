@@ -321,18 +321,18 @@ def test_steps_are_told_to_the_objective(tmp_path: Path) -> None:
 
     class Told:
         def __init__(self) -> None:
-            self.steps: list[int] = []
+            self.steps: list[tuple[int, int]] = []
 
         def begin_step(self, step: int, part: int) -> None:
-            self.steps.append(step)
+            self.steps.append((step, part))
 
         def __call__(self, model: Any, inputs: Any) -> float:
             return float(model(input_ids=inputs["input_ids"]).logits.float().pow(2).mean())
 
-    rows = [{"input_ids": row, "labels": row} for row in support.token_batch(12, 6).tolist()]
+    rows = [{"input_ids": row, "labels": row} for row in support.token_batch(18, 6).tolist()]
     told = Told()
     config = MeZOConfig(
-        output_dir=str(tmp_path / "run"), max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+        output_dir=str(tmp_path / "run"), max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=3,
         report_to=[], disable_tqdm=True, logging_steps=1, save_strategy="no", use_cpu=True,
     )  # fmt: skip
     seen: list[int] = []
@@ -344,8 +344,8 @@ def test_steps_are_told_to_the_objective(tmp_path: Path) -> None:
     MeZOTrainer(
         model=support.tiny_model(), args=config, train_dataset=rows, objective=told, callbacks=[Watch()]
     ).train()
-    assert told.steps == [0, 0, 1, 1, 2, 2]
-    assert seen == [2, 4, 6]
+    assert told.steps == [(step, part) for step in range(3) for part in range(3)]
+    assert seen == [3, 6, 9]
 
 
 # --- steps that move nothing -------------------------------------------------------------------------------------

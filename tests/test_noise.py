@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from fractions import Fraction
 from itertools import pairwise
+from statistics import NormalDist
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from forwardtune.noise import (
     Update,
     cpu,
     definition,
+    directions,
     get_direction,
 )
 from forwardtune.noise.philox import half_words, philox
@@ -164,6 +166,26 @@ def test_an_unknown_direction_is_refused_with_the_known_ones():
 
 
 # --- statistics ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("default", [torch.float32, torch.float64], ids=str)
+def test_the_gaussian_table_is_the_same_each_time_it_is_made(default):
+    """Whatever dtype torch makes tensors of."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        values = directions._gaussian_values()
+    finally:
+        torch.set_default_dtype(before)
+    assert_equal_bits(values, GAUSSIAN.values)
+
+
+def test_a_table_that_comes_out_otherwise_is_refused(monkeypatch):
+    """As on a machine whose logarithm rounds otherwise."""
+    inverse = NormalDist.inv_cdf
+    monkeypatch.setattr(NormalDist, "inv_cdf", lambda self, p: inverse(self, p) + 1e-7)
+    with pytest.raises(RuntimeError, match="differs from the one of noise version 1"):
+        directions._gaussian_values()
 
 
 def test_the_gaussian_table_is_symmetric_with_unit_variance_and_kurtosis_2_99():
@@ -390,6 +412,42 @@ def test_large_tensors_really_run_in_two_threads():
     assert (first, last) == (0, THREADED)
     assert middle == start
     assert start % 512 == 0
+
+
+@pytest.mark.parametrize("piece", [20, 512])
+@pytest.mark.parametrize("dtype", [*support.DTYPES, torch.float64], ids=str)
+def test_the_pieces_of_the_definition_change_no_bit(dtype, piece, monkeypatch):
+    """They are larger than any tensor here, and it is what everything is held against."""
+
+    def sweeps() -> list[Tensor | int]:
+        source = hostile(dtype, 600) if dtype != torch.float64 else torch.linspace(-1, 1, 600, dtype=dtype)
+        out, updated, stored = torch.full_like(source, math.nan), source.clone(), source.clone()
+        x = (source if dtype == torch.float64 else source.float()) * 1.001
+        definition.perturb(out, source, GAUSSIAN, SEED, 7, 11, 1, 1e-3, 5)
+        updates = [Update(9, ()), Update(10, (1e-3, 1e-4), 0.875), Update(11, (0.0,))]
+        counts = [
+            definition.update(updated, updates, GAUSSIAN, SEED, 7, 5),
+            definition.store(stored, x, SEED, 7, 11, 5),
+        ]
+        return [out, updated, stored, *map(int, counts)]
+
+    whole = sweeps()
+    monkeypatch.setattr(definition, "_CHUNK", piece)
+    *parts, updated, stored = sweeps()
+    for part, expected in zip(parts, whole, strict=False):
+        assert_equal_bits(part, expected)
+    assert [updated, stored] == whole[3:]
+
+
+def test_rows_far_down_a_table_have_the_noise_of_their_place():
+    """Beyond the 2**32nd element; no such table fits here, so all its rows are one."""
+    noise, address = Noise(SEED), {"tensor": 2, "step": 3, "probe": 1, "scale": 1e-2}
+    row = torch.linspace(-1, 1, 8).view(1, 8)
+    rows = torch.tensor([2**31 + 3, 5, 2**32 - 1])
+    expected = torch.empty(3, 8)
+    for out, number in zip(expected, rows.tolist(), strict=True):
+        noise.perturb(out, row[0], **address, start=8 * number)
+    assert_equal_bits(noise.perturb_rows(row.expand(2**32, 8), rows, **address), expected)
 
 
 LAYOUTS = {

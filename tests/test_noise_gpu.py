@@ -144,6 +144,22 @@ def test_scales_that_compare_equal_are_told_apart(kernels):
         assert_equal_bits(here.cpu(), expected)
 
 
+def test_directions_of_one_name_are_told_apart(kernels):
+    """Tables are remembered by their direction."""
+    source = torch.zeros(9)
+    for values in ([-1.0, 1.0], [-2.0, 2.0]):
+        direction = Direction("mine", 1, torch.tensor(values))
+        expected, here = nans_like(source), source.to(kernels.device, copy=True)
+        definition.perturb(expected, source, direction, SEED, 7, 11, 1, 1e-3)
+        kernels.module.perturb(here, here, direction, SEED, 7, 11, 1, 1e-3)
+        assert_equal_bits(here.cpu(), expected)
+        weight, updates = source.clone(), [Update(1, (0.5,))]
+        here = source.to(kernels.device, copy=True)
+        definition.update(weight, updates, direction, SEED, 7)
+        kernels.module.update(here, updates, direction, SEED, 7)
+        assert_equal_bits(here.cpu(), weight)
+
+
 @pytest.mark.parametrize("width", [1, 7, 8, 1030])
 @every_dtype
 @every_direction

@@ -464,6 +464,19 @@ def test_both_sides_of_every_probe_draw_the_same_numbers(
     assert reward.given[-1] not in (first[0], second[0])
 
 
+def test_every_microbatch_of_every_step_draws_other_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the same prompt, in two microbatches of a step, would be answered alike. Steps and microbatches may be many."""
+    model, reward = talking_model(), Sometimes()
+    objective = rewarded(reward, monkeypatch, temperature=1.0)
+    parts = [(step, part) for step in (0, 1, 2, 5000, 10**6) for part in (0, 1, 2, 7, 1000)]
+    for at in (*parts, *parts):
+        objective.begin_step(*at)
+        objective(model, {"examples": encoded()})
+    texts = [tuple(given) for given in reward.given]
+    assert texts[: len(parts)] == texts[len(parts) :]
+    assert len(set(texts)) == len(parts)
+
+
 def test_greedy_texts_do_not_depend_on_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
     batch, model, reward = {"examples": encoded()}, talking_model(), Sometimes()
     objective = rewarded(reward, monkeypatch)

@@ -25,6 +25,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import forwardtune
 from forwardtune import MeZO, StepLog, StepRecord, replay
+from forwardtune.parameters import TunedParameters
 from forwardtune.trajectory import LogError, export_trajectory, read_log
 from forwardtune.trajectory import format as log_format
 from forwardtune.trajectory.export import read_trajectory
@@ -289,6 +290,42 @@ def test_partial_and_exported_replays_equal_training(kind, dtype, path):
     base = run.base()
     assert replay(exported, base) == Run.STEPS
     assert_same_bits(base, run.weights[-1])
+
+
+@pytest.mark.parametrize("rule", ["sgd", "momentum", "adam", "sign"])
+def test_a_replay_takes_every_step_however_many_go_into_a_sweep(rule, path, monkeypatch):
+    """Sweeps are longer than any log here."""
+    weights, net = [snapshot(small_model())], small_model()
+    optimizer = small_optimizer(net, rule=rule)
+    with StepLog(path, optimizer):
+        for _ in range(10):
+            optimizer.step(loss_of(net))
+            weights.append(snapshot(net))
+    monkeypatch.setattr("forwardtune.rules._STEPS_PER_SWEEP", 3)
+    for steps in (2, 3, 4, 6, 7, 9, 10):
+        net = small_model()
+        replay(path, net, steps=steps)
+        assert_same_bits(net, weights[steps])
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 6, 1 << 24])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_digest_covers_every_byte_however_they_are_cut(chunk, dtype, monkeypatch):
+    """As the specification says it; pieces are larger than any tensor here."""
+    value = torch.linspace(-1, 1, 12).to(dtype).view(3, 4)
+    name = str(dtype).removeprefix("torch.")
+    expected = hashlib.sha256(f"w\0{name}\0(3, 4)\0".encode() + value.view(torch.uint8).numpy().tobytes())
+    tuned = TunedParameters.from_groups([{"params": [torch.nn.Parameter(value)], "param_names": ["w"]}])
+    monkeypatch.setattr("forwardtune.parameters._DIGEST_CHUNK", chunk)
+    assert tuned.digest() == expected.hexdigest()
+
+
+def test_a_tensor_with_more_elements_than_blocks_can_number_is_refused():
+    """Noise would come a second time."""
+    most = torch.zeros(1).expand(2**35)
+    assert TunedParameters.from_groups([{"params": [torch.nn.Parameter(most)]}]).numel == 2**35
+    with pytest.raises(ValueError, match=r"34359738369 elements; at most 2\*\*35"):
+        TunedParameters.from_groups([{"params": [torch.nn.Parameter(torch.zeros(1).expand(2**35 + 1))]}])
 
 
 def test_a_log_of_no_steps_is_a_run(path):

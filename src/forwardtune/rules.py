@@ -25,13 +25,14 @@ taken: its gradient is 0, moments shrink, and momentum carries the weights on.
 
 from __future__ import annotations
 
+import inspect
 import math
 import struct
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -88,7 +89,7 @@ class History:
 
 
 class Rule(ABC):
-    """What is done with the estimate."""
+    """What is done with the estimate. A class of your own needs a name and :func:`register_rule` for its runs to be logged."""
 
     name: ClassVar[str]
 
@@ -426,6 +427,36 @@ class Adam(Remembering):
 
 RULES: dict[str, type[Rule]] = {cls.name: cls for cls in (SGD, Sign, Momentum, Adam)}
 
+AnyRule = TypeVar("AnyRule", bound=type[Rule])
+
+
+def register_rule(rule: AnyRule) -> AnyRule:
+    """Make a class of rules known by its ``name``, so that a step log of a run with it can be written, and read again.
+
+    As a decorator of a class of yours::
+
+        @register_rule
+        class Halved(SGD):
+            name = "halved"
+
+            def plan(self, step, coefficients, lr, weight_decay):
+                return super().plan(step, coefficients, lr / 2, weight_decay)
+
+    Import its module wherever a log is read. The log keeps the name and :meth:`Rule.settings`, not the code: a rule that moves
+    weights otherwise than at the time of the run does not replay it. A class that is defined again, as in a notebook, takes the
+    place of the first.
+
+    Raises:
+        ValueError: the name belongs to another class, or is missing.
+    """
+    known = RULES.get(getattr(rule, "name", ""), rule)
+    if "name" not in vars(rule):
+        raise InputError(f"the rule {rule.__qualname__} has no name of its own: give it one, as in name = 'halved'")
+    if (known.__module__, known.__qualname__) != (rule.__module__, rule.__qualname__):
+        raise InputError(f"there is another rule {rule.name!r} already, {known.__qualname__}: choose another name")
+    RULES[rule.name] = rule
+    return rule
+
 
 def get_rule(name: str | Rule, **settings: Any) -> Rule:
     """The rule of that name with these settings; a rule stays as it is.
@@ -438,7 +469,7 @@ def get_rule(name: str | Rule, **settings: Any) -> Rule:
     if name not in RULES:
         raise InputError(f"unknown rule {name!r}{nearest(str(name), RULES)}: choose one of {', '.join(RULES)}")
     rule = RULES[name]
-    known: list[str] = [setting.name for setting in fields(rule)] if is_dataclass(rule) else []
+    known = list(inspect.signature(rule).parameters)
     for key in settings:
         if key not in known:
             raise InputError(

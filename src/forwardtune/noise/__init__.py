@@ -19,7 +19,16 @@ from torch import Tensor
 
 from . import definition
 from .definition import ROUNDING_PROBE, Count, Update
-from .directions import DIRECTIONS, GAUSSIAN, NOISE_VERSION, RADEMACHER, Direction, get_direction
+from .directions import (
+    DIRECTIONS,
+    GAUSSIAN,
+    NOISE_VERSION,
+    RADEMACHER,
+    SPECIFIED,
+    Direction,
+    get_direction,
+    register_direction,
+)
 from .philox import split_seed
 
 __all__ = [
@@ -28,12 +37,14 @@ __all__ = [
     "NOISE_VERSION",
     "RADEMACHER",
     "ROUNDING_PROBE",
+    "SPECIFIED",
     "Count",
     "Direction",
     "Noise",
     "Update",
     "flattened",
     "get_direction",
+    "register_direction",
 ]
 
 cpu: ModuleType | None

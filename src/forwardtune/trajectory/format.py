@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
-from ..noise import NOISE_VERSION
+from ..noise import NOISE_VERSION, SPECIFIED, Direction
 from ..optimizer import MeZO, StepRecord
 
 FORMAT_VERSION = 3
@@ -77,13 +77,19 @@ def identity(optimizer: MeZO) -> dict[str, Any]:
         "format": FORMAT_VERSION,
         "noise": NOISE_VERSION,
         "seed": optimizer.noise.seed,
-        "direction": optimizer.noise.direction.name,
+        **direction_content(optimizer.noise.direction),
         **optimizer.estimator.settings(),
         "rule": optimizer.rule.name,
         **({"rule_settings": rule} if rule else {}),
         "groups": [{"weight_decay": float(group["weight_decay"])} for group in optimizer.param_groups],
         "tensors": optimizer.tuned.describe(),
     }
+
+
+def direction_content(direction: Direction) -> dict[str, str]:
+    """What the header says of a direction. The tables of our own belong to the version of the noise."""
+    own = {} if direction.name in SPECIFIED else {"direction_table": direction.digest()}
+    return {"direction": direction.name, **own}
 
 
 def step_content(record: StepRecord) -> dict[str, Any]:

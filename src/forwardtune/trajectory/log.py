@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from itertools import accumulate
 from os import PathLike
@@ -9,8 +10,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from ..noise import DIRECTIONS
 from ..optimizer import MeZO, StepRecord
 from ..perturbation import InPlace
+from ..rules import RULES, get_rule
 from .format import ABSENT, DESCRIPTIVE, LogError, LogWriteError, header_content, identity, seal, step_content
 from .lock import LogLock
 from .reader import Log, Rollback, read_log
@@ -34,7 +37,8 @@ class StepLog:
         lock: the log's lock, if the caller has it already, and keeps it. Else it is taken until :meth:`close`.
 
     Raises:
-        LogError: the file exists, cannot be written, or is being written by another process.
+        LogError: the file exists, cannot be written, or is being written by another process; or the run could not be replayed
+            from it, because of a direction or a rule that is not registered.
     """
 
     def __init__(
@@ -46,6 +50,7 @@ class StepLog:
         lock: LogLock | None = None,
     ) -> None:
         _require_exact(optimizer)
+        _require_known(optimizer)
         header, check = seal("", header_content(optimizer, run))
         self._open(Path(path), optimizer, lock, new=True)
         try:
@@ -197,6 +202,37 @@ def _require_exact(optimizer: MeZO) -> None:
         raise LogError(
             "perturbation='in_place' moves the weights by rounding errors that no log holds: use 'auto', 'scratch' or 'copy'"
         )
+
+
+def _require_known(optimizer: MeZO) -> None:
+    """Raise LogError unless direction and rule can be made again from what the header will say of them."""
+    direction, rule = optimizer.noise.direction, optimizer.rule
+    known = DIRECTIONS.get(direction.name)
+    if known is None or known.digest() != direction.digest():
+        raise LogError(
+            f"the direction {direction.name!r} is not registered, so its log could never be read: call "
+            "forwardtune.noise.register_direction with it, under a name of its own, in a module that is imported wherever the "
+            "log is read"
+        )
+    name = getattr(rule, "name", type(rule).__qualname__)
+    if RULES.get(name) is not type(rule):
+        raise LogError(
+            f"the rule {name!r} is not registered as {type(rule).__qualname__}, so its log could never be read: give the class a "
+            "name of its own and decorate it with forwardtune.rules.register_rule, in a module that is imported wherever the log "
+            "is read"
+        )
+    try:
+        again = get_rule(name, **json.loads(json.dumps(rule.settings())))
+    except (TypeError, ValueError) as error:
+        why = str(error)
+    else:
+        if vars(again) == vars(rule):
+            return
+        why = f"they give {vars(again)}, the rule has {vars(rule)}"
+    raise LogError(
+        f"the rule {name!r} cannot be made again from its settings() {rule.settings()} ({why}): its log could not be replayed. "
+        "Let settings() return every argument of the class, as JSON"
+    )
 
 
 def cut_log(log: Log, steps: int) -> Log:

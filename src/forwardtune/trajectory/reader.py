@@ -11,7 +11,7 @@ from typing import Any
 from ..noise import DIRECTIONS, NOISE_VERSION
 from ..optimizer import StepRecord
 from ..rules import RULES, Rule, get_rule
-from .format import ABSENT, READABLE, LogError, step_record, unseal
+from .format import ABSENT, READABLE, LogError, direction_content, step_record, unseal
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,14 @@ def check_header(path: Path, header: dict[str, Any]) -> None:
             )
     for key, known in (("direction", DIRECTIONS), ("rule", RULES)):
         if header[key] not in known:
-            raise LogError(f"{path} uses the {key} {header[key]!r}, which this forwardtune does not know: upgrade it")
+            raise LogError(
+                f"{path} uses the {key} {header[key]!r}, which is not known here: upgrade forwardtune, or, if it is your own, "
+                f"import the module that calls register_{key} for it before the log is read"
+            )
+    if direction_content(DIRECTIONS[header["direction"]]).get("direction_table") != header.get("direction_table"):
+        raise LogError(
+            f"{path} was written with another table of the direction {header['direction']!r}: register the one that the run had"
+        )
     rule_of(path, header)
 
 
