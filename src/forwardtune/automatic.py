@@ -5,7 +5,7 @@ With ``learning_rate="auto"`` a run
 1. estimates its first steps at the base weights and holds them back;
 2. takes all of them with the learning rate that is best on held-out examples, found by a line search, and goes on with it;
 3. lets the rate rise while held-out losses fall, and goes back to its best point with another one when they do not, or when
-   it diverges (:mod:`.guard`).
+   it diverges (:mod:`.guard`). The last step is measured too, so what is kept is the best point that was measured.
 
 With ``eps="auto"`` the scale is measured before the first step (:mod:`.epsilon`). Every decision is a note in the step log, and
 the log replays as any other.
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from transformers import TrainerCallback
+from transformers.trainer_utils import IntervalStrategy
 
 from .auto import AUTO, MEASUREMENTS, SHARE
 from .epsilon import EVALUATIONS, Scale, choose_eps, measure
@@ -88,6 +89,10 @@ class Tunes(Protocol):
     @property
     def mezo(self) -> MeZO:
         """The optimizer."""
+
+    @property
+    def heard_metric(self) -> str:
+        """What an evaluation calls the loss on held-out examples."""
 
     @property
     def can_hold_out(self) -> bool:
@@ -254,6 +259,8 @@ class Automatic(TrainerCallback):
             self._act(self._guard.stepped(_loss(optimizer.last)))
         if self._is_due(state.global_step):
             self._measure(state.global_step)
+        if state.global_step >= state.max_steps and args.eval_strategy == IntervalStrategy.STEPS:
+            control.should_evaluate = True  # the last steps are judged as well, however many they are
 
     def _listen(self, step: int) -> None:
         """Warn, once, of a given learning rate with which the run diverges."""
@@ -273,7 +280,8 @@ class Automatic(TrainerCallback):
         )
 
     def _is_due(self, step: int) -> bool:
-        return not self.is_told and step % self._plan["every"] == 0 and step > self._heard
+        last = step >= self._trainer.state.max_steps
+        return not self.is_told and (last or step % self._plan["every"] == 0) and step > self._heard
 
     def _measure(self, step: int) -> None:
         self.hear(step, self._trainer.held_out(self._plan["batches"])())
@@ -281,12 +289,12 @@ class Automatic(TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         # What eval_on_start measures of a resumed run, the run without a kill did not hear.
         resumed = state.global_step > 0 and not self._has_stepped
-        if metrics and "eval_loss" in metrics and not resumed:
-            self.hear(state.global_step, metrics["eval_loss"])
+        if metrics and self._trainer.heard_metric in metrics and not resumed:
+            self.hear(state.global_step, metrics[self._trainer.heard_metric])
 
     def hear(self, step: int, loss: float) -> None:
         """Hear the loss on held-out examples after a step, lower is better; after step 0 that of the untuned model."""
-        if not self.finds_lr or step >= self._trainer.state.max_steps:
+        if not self.finds_lr:
             return
         if step == 0 and self._untuned is None:
             self._log.note({"held_out": _plain(loss)})
@@ -325,11 +333,14 @@ class Automatic(TrainerCallback):
         if plan["tries"] >= _LEAST_TRIES:
             found = line_search(loss_at, start, most=plan["tries"])
             tried, lr = found.tried, size_found(found)
+        elif not self.is_told:
+            self.hear(0, held_out())  # no search, but a point to go back to
         optimizer.release(lr)
         search = {"lr": lr, "tried": [[size, _plain(loss)] for size, loss in tried.items()]}
         self._log.note({"search": search})
         shown = ", ".join(f"{size:.1e}: {loss:.4f}" for size, loss in sorted(tried.items()))
-        self.announce(f"learning rate {lr:.1e}" + (f"; losses of held-out examples: {shown}" if shown else ""))
+        unsearched = f", a guess: a run of {self._trainer.state.max_steps} steps is too short for a search"
+        self.announce(f"learning rate {lr:.1e}" + (f"; losses of held-out examples: {shown}" if shown else unsearched))
         self._guard, self._watches = self._new_guard(lr, len(held)), True
         for record in held:
             self._guard.stepped(_loss(record))
@@ -368,7 +379,9 @@ class Automatic(TrainerCallback):
 
     def _go_back(self, decision: GoBack) -> None:
         why = {"diverged": "the loss left its range", "worse": "worse than before"}[decision.why]
-        self.announce(f"{why}: back to the weights of step {decision.step}, learning rate {decision.lr:.1e}")
+        over = self._trainer.mezo.next_step >= self._trainer.state.max_steps
+        then = "where the run ends" if over else f"learning rate {decision.lr:.1e}"
+        self.announce(f"{why}: back to the weights of step {decision.step}, {then}")
         self._base.go_back(self._trainer.mezo, self._log.path, decision.step)
         self._log.rolled_back(decision.step)
         self._set_rate(decision.lr)
@@ -398,7 +411,7 @@ class Automatic(TrainerCallback):
         """The run is over: nothing goes back any more."""
         if self.finds_lr:
             self._watches = False
-            self._base.remove()
+            self._base_path.unlink(missing_ok=True)
 
     def _dtypes(self) -> str:
         """Of the whole model: what an adapter does to the loss is rounded where the rest computes."""
@@ -418,6 +431,11 @@ def plan_of(log: Log) -> dict[str, Any]:
 def has_searched(log: Log, steps: int) -> bool:
     """Whether the learning rate was found within so many steps."""
     return any("search" in note.content and note.at <= steps for note in log.notes)
+
+
+def has_measured(log: Log) -> bool:
+    """Whether held-out examples were measured after the last step."""
+    return any("held_out" in note.content and note.at == log.steps for note in log.notes)
 
 
 def found(log: Log) -> dict[str, Any]:

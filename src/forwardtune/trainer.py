@@ -20,7 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, 
 from transformers.training_args import OptimizerNames
 
 from .auto import AUTO, first_settings, number_or_auto
-from .automatic import Automatic, has_searched, plan_of
+from .automatic import Automatic, has_measured, has_searched, plan_of
 from .errors import InputError
 from .optimizer import MeZO
 from .rules import Rule, get_rule
@@ -46,7 +46,8 @@ else:
 class MeZOConfig(TrainingArguments):
     """``TrainingArguments`` with MeZO's settings and defaults.
 
-    Learning rate and eps are found (:mod:`forwardtune.automatic`), the batch size is 16, and there is no gradient to clip. What
+    Learning rate and eps are found (:mod:`forwardtune.automatic`), the batch size is 16, and there is no gradient to clip. A run
+    that finds its learning rate and evaluates does so before the first step too (``eval_on_start``), and after the last one. What
     MeZO cannot honour is refused with what to do instead.
 
     Raises:
@@ -105,6 +106,8 @@ class MeZOConfig(TrainingArguments):
         super().__post_init__()
         if self.optim != OptimizerNames(TrainingArguments.__dataclass_fields__["optim"].default):
             raise ValueError(f"MeZO cannot honour optim={self.optim.value!r}: it is the optimizer itself. Drop it.")
+        if self.learning_rate == AUTO and self.eval_strategy != IntervalStrategy.NO:
+            self.eval_on_start = True  # the untuned model is a point to go back to
 
     def make_rule(self) -> Rule:
         """The rule that these settings describe. ``adam_*`` and ``momentum`` are read by the rule of that name alone."""
@@ -247,6 +250,13 @@ class MeZOTrainer(Trainer):
         """Whether :meth:`held_out` has a dataset from which examples can be chosen."""
         return hasattr(self._held_out_dataset(), "__len__")
 
+    @property
+    def heard_metric(self) -> str:
+        """The name of the loss on ``eval_dataset`` among an evaluation's metrics; of several datasets, the first."""
+        if isinstance(self.eval_dataset, dict) and self.eval_dataset:
+            return f"eval_{next(iter(self.eval_dataset))}_loss"
+        return "eval_loss"
+
     def _held_out_dataset(self) -> Any:
         dataset: Any = self.eval_dataset if self.eval_dataset is not None else self.train_dataset
         return next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
@@ -347,6 +357,8 @@ class MeZOTrainer(Trainer):
         elif self.args.load_best_model_at_end and log.steps and log.steps not in complete:
             # The kill may have come before the last step was evaluated and saved: do that step again.
             steps = log.steps - 1
+        elif self._may_lack_evaluation(log) and log.steps not in complete:
+            steps = log.steps - 1  # likewise
         if self.args.lr_scheduler_type in _PLATEAU and steps not in complete:
             raise LogError(
                 f"lr_scheduler_type={self.args.lr_scheduler_type!r} depends on evaluations, which the step log does not "
@@ -362,6 +374,10 @@ class MeZOTrainer(Trainer):
             self._logged_eps = log.header["eps"]
         return cut_log(log, steps) if steps < log.steps else log
 
+    def _may_lack_evaluation(self, log: Log) -> bool:
+        """Whether somebody was to measure the weights after the last step, for the rate that is found, and may not have."""
+        return self.automatic.finds_lr and self.automatic.is_told and log.steps > 0 and not has_measured(log)
+
     def _checkpoint_of(self, log: Log) -> str | None:
         """The checkpoint at the log's end, made by replay if there is none; None if no step was taken."""
         self._keeper.continues = log
@@ -371,19 +387,27 @@ class MeZOTrainer(Trainer):
             optimizer = self.create_optimizer()
             assert isinstance(optimizer, MeZO)
             self.automatic.keep_base(optimizer)
-        existing = self._complete_checkpoints().get(log.steps)
+        # A checkpoint that Trainer saved before a way back at the same step holds the weights that were undone.
+        went_back = bool(log.rollbacks) and log.rollbacks[-1].at == log.steps
+        existing = None if went_back else self._complete_checkpoints().get(log.steps)
         return str(existing) if existing else self._checkpoint_by_replay(log)
 
     def _already_trained(self, log: Log) -> TrainOutput:
         """Bring the model to the end of a run that has taken all its steps, and close its log if a kill did not."""
         optimizer = self.create_optimizer()
         assert isinstance(optimizer, MeZO)
-        step_log = StepLog.resume(log.path, optimizer)
-        if log.end is None:
-            step_log.finish()
-        step_log.close()
         self.state = self._state_before(log.steps)
-        self.state.global_step = log.steps
+        self.state.global_step = self.state.max_steps = log.steps
+        if log.end is None:
+            self.automatic.keep_base(optimizer)
+        step_log = StepLog.resume(log.path, optimizer)
+        try:
+            if log.end is None:
+                self.automatic.resume(step_log, log)  # the last step may not have been judged
+                step_log.finish()
+            self.automatic.finish()
+        finally:
+            step_log.close()
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
             self._load_best_model()
         losses = [record.loss for record in log.records if not record.skipped]

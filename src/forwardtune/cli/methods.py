@@ -25,6 +25,7 @@ from ..objectives import Sampling, TaskObjective
 from ..tasks.batching import collate
 from ..tasks.encoding import Encoded
 from ..trajectory import Log, read_log, replay
+from ..trajectory.reader import Rollback
 from . import say
 from .results import COMPLETIONS
 from .session import Session, bar
@@ -154,10 +155,10 @@ def train_mezo(session: Session, folder: Path, log: Log | None, settings: dict[s
     def held() -> bool:
         return trainer.mezo.held is not None
 
-    dev = _watch_dev(session, folder, heard=partial(_hear, trainer, session), held=held)
-    trainer.automatic.is_told = dev is not None and options.eval_steps is not None
     clock = Deadline(session.deadline, lambda: not held())
     trainer.add_callback(clock)
+    dev = _watch_dev(session, folder, heard=partial(_hear, trainer, session), held=held, is_over=lambda: clock.is_over)
+    trainer.automatic.is_told = dev is not None and options.eval_steps is not None
     seen: dict[str, Any] = {"raised": options.objective != "loss", "still": last_still, "advise": _advise}
     peak = _run(trainer, session, done, last_loss, dev, resume=bool(log), **seen)
     stopped = "patience" if dev is not None and dev.gave_up else "time" if clock.is_over else None
@@ -185,7 +186,8 @@ def train_mezo(session: Session, folder: Path, log: Log | None, settings: dict[s
     best = dev.best if dev else None
     if best is not None:
         facts["dev"], facts["best_step"] = best["dev"], best["step"]
-        if best["step"] < len(records):
+        went_back = step_log.rollbacks and step_log.rollbacks[-1] == Rollback(len(records), best["step"])
+        if best["step"] < len(records) and not went_back:
             session.model = None  # trainer and model go before the model is loaded again
             del trainer, clock
             _go_back(session, step_log.path, best["step"])
@@ -277,6 +279,7 @@ def _watch_dev(
     improved: Callable[[Any], object] | None = None,
     heard: Callable[[int, dict[str, float]], object] | None = None,
     held: Callable[[], bool] = lambda: False,
+    is_over: Callable[[], bool] = lambda: False,
 ) -> DevWatcher | None:
     if "dev" not in session.splits:
         return None
@@ -291,6 +294,7 @@ def _watch_dev(
         patience=options.patience,
         untuned=options.lr == AUTO,  # which goes back to it where nothing is better
         held=held,
+        is_over=is_over,
     )
 
 
