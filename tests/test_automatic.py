@@ -13,7 +13,7 @@ import torch
 from transformers import HfArgumentParser, TrainerCallback
 
 import support
-from forwardtune.automatic import BASE_WEIGHTS, Budget, found
+from forwardtune.automatic import RETURN_POINT, Budget, found
 from forwardtune.guard import FALL, RISE, SLIGHT
 from forwardtune.models import tune
 from forwardtune.trainer import MeZOConfig, MeZOTrainer
@@ -116,7 +116,7 @@ def test_the_first_steps_are_estimated_at_the_base_weights(whole: Path) -> None:
 def test_the_log_replays_to_the_digest_and_the_base_weights_are_gone(whole: Path) -> None:
     model = support.tiny_model()
     assert replay(whole / "steps.jsonl", model) == STEPS
-    assert not (whole / BASE_WEIGHTS).exists()
+    assert not (whole / RETURN_POINT).exists()
 
 
 def test_the_search_takes_its_share_at_most(whole: Path) -> None:
@@ -336,7 +336,7 @@ def test_a_kill_at_the_end_changes_nothing(tmp_path: Path, lost: int, evaluated:
     (tmp_path / "killed" / "steps.jsonl").write_bytes(b"".join(written[:-lost]))
     trainer = run(tmp_path / "killed", resume=True, **asked)
     assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
-    assert not (tmp_path / "killed" / BASE_WEIGHTS).exists()
+    assert not (tmp_path / "killed" / RETURN_POINT).exists()
     support.assert_same_bits(trainer.model, support.snapshot(support.tiny_model()))
 
 

@@ -29,12 +29,13 @@ from .guard import SLIGHT, GoBack, Guard
 from .line_search import LineSearch, line_search
 from .optimizer import MeZO, StepRecord
 from .parameters import dtype_name
-from .trajectory import BaseWeights, Log, StepLog
+from .trajectory import Log, ReturnPoint, StepLog
+from .trajectory.point import keep_point, require_room
 
 _logger = logging.getLogger(__name__)
 
-#: The weights that a run began with, while it goes.
-BASE_WEIGHTS = "base.bin"
+#: The weights that a run would go back to, while it goes.
+RETURN_POINT = "return.bin"
 # Steps that are held back for the line search, and the share of a short run.
 _HELD, _HELD_SHARE = 8, 0.2
 # A step moves a weight by this share of eps, root mean square: what the search begins with. Good runs lie within a factor of ten.
@@ -113,12 +114,12 @@ class Automatic(TrainerCallback):
 
     # Set when a run begins whose learning rate is found; the guard only once it was found.
     _log: StepLog
-    _base: BaseWeights
     _guard: Guard
 
     def __init__(self, trainer: Tunes) -> None:
         self._trainer = trainer
         self._plan: dict[str, Any] = {}
+        self._point: ReturnPoint | None = None
         self._watches = False
         self._heard = -1
         self._untuned: float | None = None
@@ -149,8 +150,7 @@ class Automatic(TrainerCallback):
         if self.finds_lr:
             plan |= {"held": budget.held, "batches": budget.batches, "tries": budget.tries}
             plan["every"] = max(1, steps // MEASUREMENTS)
-            self._base_path.unlink(missing_ok=True)  # of another run
-            self._base = BaseWeights(self._base_path, optimizer.tuned)
+            require_room(self._point_path, optimizer)
         return plan
 
     def _check_eps(self) -> None:
@@ -195,6 +195,7 @@ class Automatic(TrainerCallback):
         if plan:
             log.note({"plan": plan})
         if self.finds_lr:
+            self._point = ReturnPoint(self._point_path, self._trainer.mezo, log.base)
             self._trainer.mezo.hold()
 
     def resume(self, log: StepLog, before: Log) -> None:
@@ -202,11 +203,12 @@ class Automatic(TrainerCallback):
         self._log, self._plan = log, plan_of(before)
         if not self.finds_lr:
             return
-        self._base = BaseWeights(self._base_path, self._trainer.mezo.tuned)  # its file is there already
         self._watches, self._heard, self._untuned = False, -1, _heard_at_start(before)
         if before.steps == 0:
+            self._point = ReturnPoint(self._point_path, self._trainer.mezo, log.base)
             self._trainer.mezo.hold()
             return
+        self._point = ReturnPoint.resume(self._point_path, self._trainer.mezo, before)
         decisions = self._recall(before)
         self._watches = True
         self._set_rate(self._guard.lr)
@@ -215,10 +217,10 @@ class Automatic(TrainerCallback):
         elif self._is_due(before.steps):  # or between a step and its measurement
             self._measure(before.steps)
 
-    def keep_base(self, optimizer: MeZO) -> None:
-        """Keep the base weights of a run that is resumed, before they are moved."""
-        if self.finds_lr:
-            BaseWeights(self._base_path, optimizer.tuned)
+    def keep_point(self, optimizer: MeZO, log: Log) -> None:
+        """See to a way back for a run that is resumed, before its base weights are moved."""
+        if self.finds_lr and log.steps:
+            keep_point(self._point_path, optimizer, log)
 
     def _recall(self, log: Log) -> list[GoBack]:
         """Tell a new guard all that the old one was told; returns what it decides."""
@@ -311,7 +313,8 @@ class Automatic(TrainerCallback):
     def _search(self) -> None:
         """Choose the learning rate, and take the steps that were held back."""
         optimizer, plan = self._trainer.mezo, self._plan
-        held, base = optimizer.held or [], self._base
+        held, point = optimizer.held or [], self._point
+        assert point is not None
         held_out = self._trainer.held_out(plan["batches"])
 
         def loss_at(lr: float) -> float:
@@ -324,7 +327,7 @@ class Automatic(TrainerCallback):
                 return held_out()
             finally:
                 if lr:
-                    base.restore()
+                    point.restore()
                     optimizer.moved_back()
 
         start = self._first_guess()
@@ -382,7 +385,8 @@ class Automatic(TrainerCallback):
         over = self._trainer.mezo.next_step >= self._trainer.state.max_steps
         then = "where the run ends" if over else f"learning rate {decision.lr:.1e}"
         self.announce(f"{why}: back to the weights of step {decision.step}, {then}")
-        self._base.go_back(self._trainer.mezo, self._log.path, decision.step)
+        assert self._point is not None
+        self._point.go_back(decision.step)
         self._log.rolled_back(decision.step)
         self._set_rate(decision.lr)
 
@@ -411,7 +415,9 @@ class Automatic(TrainerCallback):
         """The run is over: nothing goes back any more."""
         if self.finds_lr:
             self._watches = False
-            self._base_path.unlink(missing_ok=True)
+            if self._point is not None:
+                self._point.remove()
+            self._point_path.unlink(missing_ok=True)
 
     def _dtypes(self) -> str:
         """Of the whole model: what an adapter does to the loss is rounded where the rest computes."""
@@ -419,8 +425,8 @@ class Automatic(TrainerCallback):
         return " and ".join(sorted({dtype_name(p.dtype) for p in parameters if p.is_floating_point()}))
 
     @property
-    def _base_path(self) -> Path:
-        return Path(self._trainer.args.output_dir) / BASE_WEIGHTS
+    def _point_path(self) -> Path:
+        return Path(self._trainer.args.output_dir) / RETURN_POINT
 
 
 def plan_of(log: Log) -> dict[str, Any]:

@@ -386,7 +386,7 @@ class MeZOTrainer(Trainer):
         if self.automatic.finds_lr:
             optimizer = self.create_optimizer()
             assert isinstance(optimizer, MeZO)
-            self.automatic.keep_base(optimizer)
+            self.automatic.keep_point(optimizer, log)
         # A checkpoint that Trainer saved before a way back at the same step holds the weights that were undone.
         went_back = bool(log.rollbacks) and log.rollbacks[-1].at == log.steps
         existing = None if went_back else self._complete_checkpoints().get(log.steps)
@@ -399,7 +399,7 @@ class MeZOTrainer(Trainer):
         self.state = self._state_before(log.steps)
         self.state.global_step = self.state.max_steps = log.steps
         if log.end is None:
-            self.automatic.keep_base(optimizer)
+            self.automatic.keep_point(optimizer, log)
         step_log = StepLog.resume(log.path, optimizer)
         try:
             if log.end is None:

@@ -40,19 +40,20 @@ class Trajectory:
 
     def first(self, steps: int) -> list[list[Update]]:
         """The updates that lead to the weights after so many steps: one that was undone by then is empty, as if skipped."""
-        stands = self._stands(steps)
+        stands = standing(self.rollbacks, steps)
         return [
             [update if stands[i] else Update(update.step, ()) for i, update in enumerate(group[:steps])]
             for group in self.updates
         ]
 
-    def _stands(self, steps: int) -> list[bool]:
-        """Which of the first steps are in the weights after them."""
-        after: list[tuple[int, list[bool]]] = [(0, [])]  # the same at the beginning and after every rollback
-        for rollback in self.rollbacks:
-            if rollback.at <= steps:
-                after.append((rollback.at, _until(rollback.to, after) + [False] * (rollback.at - rollback.to)))
-        return _until(steps, after)
+
+def standing(rollbacks: Sequence[Rollback], steps: int) -> list[bool]:
+    """Which of the first steps are in the weights after them."""
+    after: list[tuple[int, list[bool]]] = [(0, [])]  # the same at the beginning and after every rollback
+    for rollback in rollbacks:
+        if rollback.at <= steps:
+            after.append((rollback.at, _until(rollback.to, after) + [False] * (rollback.at - rollback.to)))
+    return _until(steps, after)
 
 
 def _until(steps: int, after: list[tuple[int, list[bool]]]) -> list[bool]:
