@@ -69,6 +69,16 @@ class Budget:
     tries: int
     scales: int
 
+    @property
+    def searches(self) -> bool:
+        """Whether there is a line search."""
+        return self.tries >= _LEAST_TRIES
+
+    @property
+    def updates(self) -> int:
+        """Updates that the line search tries, at most."""
+        return self.tries * self.held if self.searches else 0
+
     @classmethod
     def of(cls, steps: int, evaluations: int, *, find_eps: bool) -> Budget:
         """For a run of so many steps of so many evaluations, of which the search takes at most :data:`SHARE`."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -30,6 +30,9 @@ from . import say
 from .results import COMPLETIONS
 from .session import Session, bar
 from .watcher import Course, Deadline, DevWatcher, Samples, StepClock, Watcher, keep_tuned, stop_on_interrupt
+
+if TYPE_CHECKING:
+    from ..trainer import MeZOTrainer
 
 #: The adapter that a run began with, so that its step log can be replayed anywhere.
 INITIAL = "initial.safetensors"
@@ -100,42 +103,10 @@ def start_from(model: Any, path: Path) -> None:
 def train_mezo(session: Session, folder: Path, log: Log | None, settings: dict[str, Any]) -> Trained | None:
     """Run MeZO; None when Ctrl-C stopped it."""
     from ..automatic import found
-    from ..trainer import MeZOConfig, MeZOTrainer
 
     options, inference_peak = session.options, session.inference_peak()
     objective = make_objective(session)
-    try:
-        config = MeZOConfig(
-            output_dir=str(folder),
-            max_steps=options.steps,
-            per_device_train_batch_size=options.batch_size,
-            learning_rate=options.lr,
-            lr_scheduler_type=options.lr_scheduler,
-            weight_decay=options.weight_decay,
-            eps=options.eps,
-            estimator=options.estimator,
-            probes=options.probes,
-            normalize=options.normalize,
-            rule=options.rule,
-            momentum=options.momentum,
-            rule_state=options.rule_state,
-            direction=options.direction,
-            perturbation=perturbation_of(session, objective),
-            clip_coefficient=options.clip_coefficient,
-            seed=options.seed,
-            save_strategy="steps" if options.save_steps else "no",
-            save_steps=options.save_steps or 500,
-            report_to=[],
-            disable_tqdm=True,
-            logging_strategy="no",
-            remove_unused_columns=False,
-            use_cpu=options.device == "cpu",
-            dataloader_pin_memory=options.device == "cuda",
-        )
-    except ValueError as error:
-        raise InputError(str(error)) from None
-    held_out = session.splits.get("dev")
-    trainer = MeZOTrainer(args=config, run=settings, eval_dataset=held_out, **_ingredients(session, objective))
+    trainer = make_trainer(session, folder, objective, options.steps, settings)
     trainer.automatic.announce = say
     course = Course(objective, folder / _REWARDS)
     trainer.add_callback(course)
@@ -192,6 +163,47 @@ def train_mezo(session: Session, folder: Path, log: Log | None, settings: dict[s
             del trainer, clock
             _go_back(session, step_log.path, best["step"])
     return Trained(facts, history)
+
+
+def make_trainer(
+    session: Session, folder: Path, objective: TaskObjective, steps: int, run: dict[str, Any] | None = None
+) -> MeZOTrainer:
+    """The trainer of a run of MeZO, with every option of the command line that concerns it."""
+    from ..trainer import MeZOConfig, MeZOTrainer
+
+    options = session.options
+    try:
+        config = MeZOConfig(
+            output_dir=str(folder),
+            max_steps=steps,
+            per_device_train_batch_size=options.batch_size,
+            learning_rate=options.lr,
+            lr_scheduler_type=options.lr_scheduler,
+            weight_decay=options.weight_decay,
+            eps=options.eps,
+            estimator=options.estimator,
+            probes=options.probes,
+            normalize=options.normalize,
+            rule=options.rule,
+            momentum=options.momentum,
+            rule_state=options.rule_state,
+            direction=options.direction,
+            perturbation=perturbation_of(session, objective),
+            clip_coefficient=options.clip_coefficient,
+            seed=options.seed,
+            save_strategy="steps" if options.save_steps else "no",
+            save_steps=options.save_steps or 500,
+            report_to=[],
+            disable_tqdm=True,
+            logging_strategy="no",
+            remove_unused_columns=False,
+            use_cpu=options.device == "cpu",
+            dataloader_pin_memory=options.device == "cuda",
+        )
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    held_out = session.splits.get("dev")
+    return MeZOTrainer(args=config, run=run, eval_dataset=held_out, **_ingredients(session, objective))
 
 
 def train_adam(session: Session, folder: Path, log: Log | None, settings: dict[str, Any]) -> Trained | None:

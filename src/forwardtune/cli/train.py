@@ -165,6 +165,8 @@ def run(options: argparse.Namespace) -> int:
 
     prepare = partial(methods.prepare_model, options=options, first=folder / methods.INITIAL if log else None)
     session = open_session(options, "train", "dev", "test", prepare_model=prepare)
+    if options.steps is None:
+        options.steps = _steps(session, began)  # before anything is evaluated: the time may be too short
     folder.mkdir(parents=True, exist_ok=True)
     if options.tune in ("lora", "prefix") and log is None:
         methods.keep_first(session.model, folder / methods.INITIAL)
@@ -177,8 +179,6 @@ def run(options: argparse.Namespace) -> int:
             write_lines(folder / COMPLETIONS, _samples(session, 0, before, outcomes["before"]))
         write_json(folder / METRICS, metrics)
         write_json(folder / OUTCOMES, outcomes)
-    if options.steps is None:
-        options.steps = _steps(session, began)
     described: dict[str, Any] = {}  # what the step log records beside the options
     if "dev" in session.splits:
         whole = len(session.splits["dev"])
@@ -252,12 +252,11 @@ def _steps(session: Session, began: float) -> int:
     if not options.time_budget:
         return STEPS
     cost = plan.measure(session)
-    # What is over by now, the evaluation before tuning included, is not to come.
     left = options.time_budget - (time.monotonic() - began)
-    done = 0 if options.no_before else len(session.splits["test"]) * cost.evaluation
-    steps = plan.steps_within(left + done, cost, session)
-    session.deadline = began + options.time_budget - len(session.splits["test"]) * cost.evaluation
-    say(f"{cost.step:.2f} s a step: {steps} steps fit the {duration(max(0.0, left))} that are left")
+    steps = plan.steps_of_budget(left, cost, session)
+    last = len(session.splits["test"]) + measured_examples(options, steps, len(session.splits.get("dev", ())))
+    session.deadline = began + options.time_budget - last * cost.evaluation
+    say(f"{cost.step:.2f} s a step: {steps} steps fit the {duration(left)} that are left")
     return steps
 
 
