@@ -22,6 +22,7 @@ from transformers.training_args import OptimizerNames
 from .auto import AUTO, first_settings, number_or_auto
 from .automatic import Automatic, has_measured, has_searched, plan_of
 from .errors import InputError
+from .estimators import get_estimator
 from .optimizer import MeZO
 from .rules import Rule, get_rule
 from .trajectory import LogError, StepLog, read_log
@@ -106,6 +107,9 @@ class MeZOConfig(TrainingArguments):
         super().__post_init__()
         if self.optim != OptimizerNames(TrainingArguments.__dataclass_fields__["optim"].default):
             raise ValueError(f"MeZO cannot honour optim={self.optim.value!r}: it is the optimizer itself. Drop it.")
+        # What the optimizer would refuse once the model is loaded, it refuses now.
+        get_estimator(self.estimator, 1.0 if isinstance(self.eps, str) else self.eps, self.probes, self.normalize)
+        self.make_rule()
         if self.learning_rate == AUTO and self.eval_strategy != IntervalStrategy.NO:
             self.eval_on_start = True  # the untuned model is a point to go back to
 
