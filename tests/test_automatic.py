@@ -13,7 +13,7 @@ import torch
 from transformers import HfArgumentParser, TrainerCallback
 
 import support
-from forwardtune.automatic import BASE_WEIGHTS, Budget, found
+from forwardtune.automatic import RETURN_POINT, Budget, found
 from forwardtune.guard import FALL, RISE, SLIGHT
 from forwardtune.models import tune
 from forwardtune.trainer import MeZOConfig, MeZOTrainer
@@ -23,6 +23,8 @@ STEPS = 48
 DATA = [{"input_ids": row, "labels": row} for row in support.token_batch(24, 6).tolist()]
 # Without the noise of minibatches, 48 steps are enough to see what a rate does.
 SAME = DATA[:1] * 24
+# Held out is what training makes worse.
+OPPOSED = SAME[:16] + [{**SAME[0], "labels": [0] * 6}] * 8
 
 pytestmark = pytest.mark.usefixtures("short_collections")
 
@@ -45,7 +47,14 @@ def wanted(model: Any, inputs: Any) -> torch.Tensor:
     return (model(input_ids=inputs["input_ids"]).logits.float()[..., :16].mean(dim=(1, 2)) * 10 - 1).pow(2)
 
 
-def make(folder: Path, *, callbacks: Any = (), data: Any = SAME, **changes: Any) -> MeZOTrainer:
+def opposed(model: Any, inputs: Any) -> torch.Tensor:
+    """The same, but minus that on the last rows of ``OPPOSED``: whatever helps with the others is worse there."""
+    return torch.where(inputs["labels"][:, 0] == 0, -1.0, 1.0) * wanted(model, inputs)
+
+
+def make(
+    folder: Path, *, callbacks: Any = (), data: Any = SAME, objective: Any = wanted, **changes: Any
+) -> MeZOTrainer:
     quiet = {"report_to": [], "disable_tqdm": True, "logging_strategy": "no", "save_strategy": "no", "use_cpu": True}
     small = {"max_steps": STEPS, "per_device_train_batch_size": 4, "seed": 3}
     args = MeZOConfig(**{"output_dir": str(folder), **quiet, **small, **changes})
@@ -54,7 +63,7 @@ def make(folder: Path, *, callbacks: Any = (), data: Any = SAME, **changes: Any)
         args=args,
         train_dataset=data[:16],
         eval_dataset=data[16:],
-        objective=wanted,
+        objective=objective,
         callbacks=list(callbacks),
     )
     trainer.automatic.announce = lambda text: None
@@ -107,7 +116,7 @@ def test_the_first_steps_are_estimated_at_the_base_weights(whole: Path) -> None:
 def test_the_log_replays_to_the_digest_and_the_base_weights_are_gone(whole: Path) -> None:
     model = support.tiny_model()
     assert replay(whole / "steps.jsonl", model) == STEPS
-    assert not (whole / BASE_WEIGHTS).exists()
+    assert not (whole / RETURN_POINT).exists()
 
 
 def test_the_search_takes_its_share_at_most(whole: Path) -> None:
@@ -149,6 +158,9 @@ def test_the_rate_rises_and_falls_with_held_out_losses(tmp_path: Path) -> None:
         if "held_out" not in note.content:
             continue
         loss = float(note.content["held_out"])
+        if note.at == 90:  # no step follows
+            (better if loss < best else worse).append(note.at)
+            continue
         before, after = log.records[note.at - 1].lr[0], log.records[note.at].lr[0]
         slight = loss - best <= (SLIGHT * best if best == untuned else min(SLIGHT * best, (untuned - best) / 2))
         assert after == pytest.approx(before * (RISE if loss < best else 1 if slight else 1 / FALL))
@@ -282,7 +294,60 @@ def test_evaluations_of_trainer_are_heard(tmp_path: Path) -> None:
         (note.at, note.content["held_out"]) for note in read_log(trainer.step_log).notes if "held_out" in note.content
     ]
     logged = [(line["step"], line["eval_loss"]) for line in trainer.state.log_history if "eval_loss" in line]
-    assert heard == [pair for pair in logged if 8 <= pair[0] < STEPS]
+    assert [step for step, _ in logged] == [0, *range(6, STEPS + 1, 6)]
+    assert heard == [pair for pair in logged if pair[0] == 0 or pair[0] >= 8]
+
+
+def test_of_several_evaluation_sets_the_first_is_heard(tmp_path: Path) -> None:
+    trainer = make(tmp_path, eval_strategy="steps", eval_steps=6)
+    trainer.eval_dataset = {"a": SAME[16:], "b": OPPOSED[16:]}
+    trainer.train()
+    heard = [note.content["held_out"] for note in read_log(trainer.step_log).notes if "held_out" in note.content]
+    logged = [line for line in trainer.state.log_history if "eval_a_loss" in line and not 0 < line["step"] < 8]
+    assert heard == [line["eval_a_loss"] for line in logged]
+    assert len(heard) > 2
+
+
+# Steps that the run's own twenty measurements, or Trainer's, divide, or leave a rest of, or that are too few for a search.
+@pytest.mark.parametrize("steps", [48, 45, 5])
+@pytest.mark.parametrize("evaluated", [{}, {"eval_strategy": "steps", "eval_steps": 6}, {"eval_strategy": "epoch"}])
+def test_weights_that_are_worse_than_the_untuned_ones_are_not_kept(
+    tmp_path: Path, steps: int, evaluated: dict[str, Any]
+) -> None:
+    trainer = run(tmp_path, data=OPPOSED, objective=opposed, max_steps=steps, **evaluated)
+    log = read_log(trainer.step_log)
+    assert (log.rollbacks[-1].at, log.rollbacks[-1].to) == (steps, 0)
+    assert any(record.coefficients and record.lr[0] for record in log.records)
+    support.assert_same_bits(trainer.model, support.snapshot(support.tiny_model()))
+    again = support.tiny_model()
+    assert replay(log, again) == steps
+    support.assert_same_bits(again, support.snapshot(support.tiny_model()))
+
+
+@pytest.mark.parametrize("lost", [1, 2, 3])
+@pytest.mark.parametrize("evaluated", [{}, {"eval_strategy": "steps", "eval_steps": 6}])
+def test_a_kill_at_the_end_changes_nothing(tmp_path: Path, lost: int, evaluated: dict[str, Any]) -> None:
+    """Before the end line, before the way back, and before the last measurement."""
+    asked = {"data": OPPOSED, "objective": opposed, **evaluated}
+    run(tmp_path / "whole", **asked)
+    with pytest.raises(KilledError):  # leaves what a run in progress has beside its log
+        run(tmp_path / "killed", callbacks=[Kill(STEPS - 1)], **asked)
+    written = (tmp_path / "whole" / "steps.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "killed" / "steps.jsonl").write_bytes(b"".join(written[:-lost]))
+    trainer = run(tmp_path / "killed", resume=True, **asked)
+    assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
+    assert not (tmp_path / "killed" / RETURN_POINT).exists()
+    support.assert_same_bits(trainer.model, support.snapshot(support.tiny_model()))
+
+
+def test_a_run_that_ended_with_a_way_back_is_extended(tmp_path: Path) -> None:
+    """Its last checkpoint was saved before the evaluation that led back."""
+    evaluated = {"eval_strategy": "epoch", "save_strategy": "steps", "save_steps": 12}
+    asked = {"data": OPPOSED, "objective": opposed, **evaluated}
+    first = run(tmp_path, max_steps=12, **asked)
+    assert read_log(first.step_log).rollbacks[-1].at == 12
+    trainer = run(tmp_path, resume=True, max_steps=24, **asked)
+    assert replay(trainer.step_log, support.tiny_model()) == 24  # compares the digest
 
 
 @pytest.mark.parametrize("after", [0, 5, 12, 13, 31])
@@ -296,7 +361,7 @@ def test_the_untuned_model_is_a_point_to_go_back_to(tmp_path: Path, after: int) 
             metrics["eval_loss"] = 1.0 + state.global_step
 
     def runs(folder: Path, *callbacks: Any, resume: bool | None = None) -> MeZOTrainer:
-        trainer = make(folder, eval_strategy="steps", eval_steps=6, eval_on_start=True, callbacks=callbacks)
+        trainer = make(folder, eval_strategy="steps", eval_steps=6, callbacks=callbacks)
         callback = trainer.pop_callback(type(trainer.automatic))
         trainer.add_callback(Reversed())
         trainer.add_callback(callback)
@@ -305,7 +370,8 @@ def test_the_untuned_model_is_a_point_to_go_back_to(tmp_path: Path, after: int) 
 
     trainer = runs(tmp_path / "whole")
     log = read_log(trainer.step_log)
-    assert [(back.at, back.to) for back in log.rollbacks] == [(at, 0) for at in range(12, STEPS, 6)]
+    assert [(back.at, back.to) for back in log.rollbacks] == [(at, 0) for at in range(12, STEPS + 1, 6)]
+    support.assert_same_bits(trainer.model, support.snapshot(support.tiny_model()))
     with pytest.raises(KilledError):
         runs(tmp_path / "killed", Kill(after))
     runs(tmp_path / "killed", resume=True)

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from forwardtune.cli.session import Session
-from forwardtune.trajectory import read_log
+from forwardtune.trajectory import read_log, replay
 from test_cli import REVIEWS, cli, process
 
 STEPS, DEV = 60, 90
@@ -63,7 +63,21 @@ def test_twenty_measurements_of_some_examples_and_the_best_weights_stay(whole: P
     assert metrics["search_forwards"] <= 0.15 * 2 * STEPS
     log = read_log(whole / "steps.jsonl")
     heard = [(note.at, note.content["held_out"]) for note in log.notes if "held_out" in note.content]
-    assert heard == [(line["step"], line["dev"]["loss"]) for line in dev if line["step"] < STEPS]
+    assert heard == [(line["step"], line["dev"]["loss"]) for line in dev]
+
+
+@pytest.mark.parametrize("objective", ["loss", "accuracy", "accuracy + 0.1 * loss"])
+def test_what_the_watch_hears_falls_where_the_run_gains(
+    tiny_folder: Path, task: Path, tmp_path: Path, objective: str
+) -> None:
+    """The loss, or minus what should rise."""
+    folder = tmp_path / "run"
+    assert cli(*command(tiny_folder, task, folder), "--objective", objective).code == 0
+    dev = lines(folder / "dev.jsonl")
+    expected = [(m["step"], m["dev"]["loss"] if objective == "loss" else -m["dev"]["accuracy"]) for m in dev]
+    notes = read_log(folder / "steps.jsonl").notes
+    assert [(note.at, note.content["held_out"]) for note in notes if "held_out" in note.content] == expected
+    assert {loss < 0 for _, loss in expected} == {objective != "loss"}
 
 
 @pytest.mark.parametrize("after", [3, 12, 30])
@@ -102,3 +116,9 @@ def test_where_nothing_is_better_the_weights_stay_untuned(
         AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (tmp_path / "run", tiny_folder)
     )
     assert all(torch.equal(tuned[name], untuned[name]) for name in untuned)
+    assert "going back to step" not in ran.err  # the way back was the run's own, and needs no second model
+    log = read_log(tmp_path / "run" / "steps.jsonl")
+    assert (log.rollbacks[-1].at, log.rollbacks[-1].to) == (STEPS, 0)
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    assert replay(log, model) == STEPS
+    assert all(torch.equal(weight, untuned[name]) for name, weight in model.state_dict().items())

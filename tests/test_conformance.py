@@ -845,7 +845,8 @@ def test_trainer_resumes_a_rule_with_the_same_bits(settings, saving, tmp_path: P
     ids=str,
 )
 def test_trainer_refuses_what_the_optimizer_refuses(settings, words, tmp_path: Path):
+    """When the settings are made: nothing was loaded yet."""
     import test_trainer
 
     with pytest.raises(ValueError, match=words):
-        test_trainer.trained(tmp_path, **settings)
+        test_trainer.MeZOConfig(str(tmp_path), use_cpu=True, **settings)

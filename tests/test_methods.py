@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import statistics
@@ -653,6 +654,31 @@ def test_numbers_that_are_not_finite_are_written_as_json(settings: dict[str, Set
 def test_wrong_option(settings: dict[str, Setting], tmp_path: Path, changes: dict[str, object], words: str) -> None:
     with refused(tmp_path, words) as ran:
         ran(cli(*settings["causal"].train(tmp_path / "run", **changes)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"method": "adam", "rule": "momentum"}, "--rule belongs to --method mezo: leave it out"),
+        ({"rule_state": "exact"}, "--rule-state belongs to --rule momentum or --rule adam: leave it out"),
+        ({"rule": "sign", "rule_state": "window"}, "--rule-state belongs to --rule momentum or --rule adam"),
+        ({"normalize": "sigma"}, "--normalize sigma compares the probes .*: give --probes 2 or more"),
+        ({"normalize": "rank", "estimator": "one_sided", "probes": 1}, "--normalize rank .*: give --probes 2 or more"),
+        ({"rule": "momentum", "momentum": 1}, "--momentum must be a number from 0 up to 1"),
+        ({"rule": "momentum", "momentum": "nan"}, "--momentum must be a number from 0 up to 1"),
+        ({"lr_scheduler": "polynomial", "lr": 1e-7}, "polynomial ends at a learning rate of 1e-07, .*a larger one"),
+    ],
+    ids=str,
+)
+def test_what_options_alone_forbid_is_refused_first(
+    settings: dict[str, Setting], tmp_path: Path, changes: dict[str, object], words: str
+) -> None:
+    """Before the model is looked for, which is not there, and in terms of options that are."""
+    absent = Setting(tmp_path / "absent", settings["causal"].task)
+    with refused(tmp_path, words) as ran:
+        ran(told := cli(*absent.train(tmp_path / "run", **changes)))
+    known = cli("train", "--help").out
+    assert all(option in known for option in re.findall(r"--[a-z-]+", told.err.rpartition("error: ")[2]))
 
 
 def test_adapter_is_not_tuned_again(settings: dict[str, Setting], run_of: Runs, tmp_path: Path) -> None:

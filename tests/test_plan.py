@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
+import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 
 import support
 from forwardtune import MeZO
@@ -16,9 +21,10 @@ from forwardtune.cli import plan
 from forwardtune.cli.plan import Cost, fill_window, seconds_of_run, steps_within
 from forwardtune.durations import duration, seconds_of
 from forwardtune.errors import InputError
+from forwardtune.noise import Noise
 from forwardtune.rules import Adam, Momentum
 from forwardtune.trajectory import read_log
-from test_cli import Setting, cli, write_task
+from test_cli import Setting, _flags, cli, write_task
 from test_methods import read
 
 pytestmark = pytest.mark.usefixtures("short_collections")
@@ -79,21 +85,56 @@ def test_more_time_is_more_steps(setting: Setting) -> None:
 def test_steps_within_is_the_largest_number_that_fits() -> None:
     class Session:
         options = argparse.Namespace(
-            lr="auto", eps=1e-3, no_before=False, eval_steps=None, dev_examples=None, batch_size=16
-        )
+            lr="auto", eps=1e-3, no_before=False, eval_steps=None, dev_examples=None, batch_size=16,
+            estimator="spsa", probes=1, normalize="none", time_budget=1000.0,
+        )  # fmt: skip
         splits = {"test": [0] * 50, "dev": [0] * 20}
 
-    cost = Cost(step=0.5, evaluation=0.01, bytes_now=0, bytes_inference=0, bytes_step=0)
+    session: Any = Session()
+    cost = Cost(step=0.5, update=0.1, evaluation=0.01, bytes_now=0, bytes_inference=0, bytes_step=0)
     for budget in (10.0, 100.0, 1000.0):
-        steps = steps_within(budget, cost, Session())  # type: ignore[arg-type]
-        assert seconds_of_run(steps, cost, Session()) <= budget  # type: ignore[arg-type]
-        assert seconds_of_run(steps + 20, cost, Session()) > budget  # type: ignore[arg-type]
+        steps = steps_within(budget, cost, session)
+        assert seconds_of_run(steps, cost, session) <= budget
+        assert seconds_of_run(steps + 20, cost, session) > budget
+    assert steps_within(1.0, cost, session) == 0
+    # Ways back replay a step once at most, and the search tries the first eight with up to five rates here.
+    beside = seconds_of_run(200, cost, session) - seconds_of_run(200, replace(cost, update=0.0), session)
+    assert beside == pytest.approx((200 + 5 * 8) * 0.1)
+    session.options.lr = 1e-6
+    assert seconds_of_run(200, cost, session) == seconds_of_run(200, replace(cost, update=0.0), session)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"lr": None}, r"room for \d steps of .*, and finding a learning rate takes 10 steps or more: .*--lr"),
+        (
+            {"lr": None, "probes": 4},
+            r"room for \d steps of .*, and finding a learning rate takes 3 steps or more: .*--lr",
+        ),
+        ({}, r"room for 0 steps of .*, and that is none: give --time-budget \d+s or more$"),
+    ],
+    ids=["auto", "auto, many probes", "given"],
+)
+def test_a_time_too_short_is_refused_before_anything_is_evaluated(
+    setting: Setting, tmp_path: Path, changes: dict[str, object], words: str
+) -> None:
+    run = tmp_path / "run"
+    asked = setting.train(run, steps=None, time_budget="0.01s", **changes)
+    for ran in (cli(*asked), cli("plan", *asked[1:5], *asked[7:])):
+        assert ran.code == 2
+        assert re.search(words, ran.err), ran.err
+        assert "before" not in ran.err.replace("before or", "")
+        assert not run.exists()
 
 
 def test_a_run_of_a_given_time_ends_and_is_complete(setting: Setting, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    ran = cli(*setting.train(run, steps=None, lr=None, eps=None, time_budget="4s"))
+    """Of twice the least time that it advises, as this machine may become busier."""
+    run, asked = tmp_path / "run", {"steps": None, "lr": None, "eps": None}
+    (advised,) = re.findall(r"--time-budget (\d+)s or more", cli(*setting.train(run, time_budget="0.1s", **asked)).err)
+    ran = cli(*setting.train(run, time_budget=f"{2 * int(advised)}s", **asked))
     assert ran.code == 0, ran.err
+    assert any("search" in note.content for note in read_log(run / "steps.jsonl").notes)
     log = read_log(run / "steps.jsonl")
     assert log.end is not None
     assert log.steps == read(run / "metrics.json")["steps"] <= log.header["run"]["steps"]
@@ -105,42 +146,86 @@ def test_a_run_of_a_given_time_ends_and_is_complete(setting: Setting, tmp_path: 
 def test_measuring_moves_no_weight(setting: Setting, tmp_path: Path) -> None:
     """The base digest of a run that was measured first is that of one that was not."""
     digests = []
-    for name, changes in (("timed", {"steps": None, "time_budget": "3s"}), ("told", {"steps": 2})):
+    for name, changes in (("timed", {"steps": None, "time_budget": "5s"}), ("told", {"steps": 2})):
         assert cli(*setting.train(tmp_path / name, **changes)).code == 0
         digests.append(read_log(tmp_path / name / "steps.jsonl").header["base"])
     assert digests[0] == digests[1]
 
 
+@pytest.mark.parametrize("dtype", support.DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "rule", [Momentum(state="window"), Adam(state="window", window=7), Momentum(state="exact"), "sgd"]
+    "rule", [Momentum(state="window"), Adam(state="window", window=7), Momentum(state="exact"), "sgd", "sign"]
 )
-def test_a_window_is_timed_full(rule: Any) -> None:
-    model = support.tiny_model()
+def test_a_rehearsed_step_moves_no_weight(rule: Any, dtype: torch.dtype) -> None:
+    """Not even the sign of a zero; though it is the whole work of a step, of a full window too."""
+    model = support.tiny_model(dtype=dtype)
+    with torch.no_grad():
+        model.model.norm.weight.copy_(torch.tensor([0.0, -0.0]).repeat(16))
     before = support.snapshot(model)
-    optimizer = MeZO(model, lr=1e-3, rule=rule)
-    optimizer.step(lambda: 0.5)
-    fill_window(optimizer)
-    optimizer.step(lambda: 0.5)
-    assert len(optimizer.history.recent) == (getattr(optimizer.rule, "window", None) or 0)
-    support.assert_same_bits(model, before)
+    optimizer = MeZO(model, lr=1e-3, weight_decay=0.1, rule=rule)
+    optimizer.rule = rehearsed = plan.Rehearsed(optimizer.rule)
+    for loss in (math.nan, 0.5, 0.5):
+        optimizer.step(lambda loss=loss: loss)
+        fill_window(optimizer)
+        support.assert_same_bits(model, before)
+    assert len(optimizer.history.recent) == (optimizer.rule.window or 0) * optimizer.rule.remembers
+    assert optimizer.history.taken == 2 * optimizer.rule.remembers
+    assert rehearsed.seconds > 0
+    assert rehearsed.seconds_beside > 0
 
 
-def test_plan_times_steps_with_a_full_window(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A window of the long run costs from its first step on; one that fills while it is timed would be too cheap."""
-    remembered = []
+#: Options that change what a step costs, and the directions that a weight takes part in, in each update of a long run.
+COSTS: list[tuple[dict[str, object], int]] = [
+    ({}, 1),
+    ({"probes": 3, "estimator": "one_sided"}, 3),
+    ({"rule": "momentum", "momentum": 0.5, "rule_state": "window"}, 7),  # the least n with 0.5**n < 1%
+    ({"rule": "momentum", "momentum": 0.5, "rule_state": "exact"}, 1),
+    ({"rule": "adam", "rule_state": "window", "probes": 2}, 180),
+    ({"rule": "sign", "objective": "accuracy"}, 1),  # of which most coefficients are 0
+]
 
-    class Watched(MeZO):
-        def step(self, closure: Any) -> Any:
-            remembered.append(len(self.history.recent))
-            return super().step(closure)
 
-    monkeypatch.setattr(plan, "MeZO", Watched)
-    asked = ("--model", setting.model, "--task", setting.task, "--batch-size", 4, "--device", "cpu")
-    assert cli("plan", *asked, "--rule", "momentum", "--rule-state", "window").code == 0
-    first, *timed = remembered
-    assert first == 0
-    assert len(timed) >= 3
-    assert set(timed) == {44}  # the least n with 0.9**n < 1%
+@pytest.mark.parametrize(("changes", "directions"), COSTS, ids=str)
+def test_plan_times_the_update_of_a_long_run(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object], directions: int
+) -> None:
+    """In units of drawing a number for every tuned weight. The first step fills the window."""
+    drawn, by_step, true, true_apply = [0], [], Noise.update, MeZO.apply
+
+    def update(self: Noise, weight: Any, updates: Any, **where: Any) -> Any:
+        drawn[0] += weight.numel() * sum(size != 0 for step in updates for size in step.sizes)
+        return true(self, weight, updates, **where)
+
+    def apply(self: MeZO) -> float:
+        drawn[0] = 0
+        loss = true_apply(self)
+        by_step.append(drawn[0] / self.tuned.numel)
+        return loss
+
+    monkeypatch.setattr(Noise, "update", update)
+    monkeypatch.setattr(MeZO, "apply", apply)
+    asked = _flags({"model": setting.model, "task": setting.task, "batch_size": 4, "device": "cpu", **changes})
+    ran = cli("plan", *asked)
+    assert ran.code == 0, ran.err
+    assert len(by_step) == 4
+    assert set(by_step[1:]) == {directions}
+
+
+def test_a_plan_comes_true(tmp_path: Path) -> None:
+    """Steps of a run take the time that was said, though most of it is the update, for the table of positions is large.
+
+    Without the update a fifth would have been said. The bounds leave room for a busy machine.
+    """
+    settings = transformers.GPT2Config(**{**support.FAMILIES["gpt2"][2], "n_positions": 2**20})
+    transformers.GPT2LMHeadModel(settings).save_pretrained(tmp_path / "model")
+    support.tokenizer().save_pretrained(tmp_path / "model")
+    setting = Setting(tmp_path / "model", write_task(tmp_path / "task"))
+    ran = cli(*setting.train(tmp_path / "run", steps=6))
+    assert ran.code == 0, ran.err
+    true = statistics.median(record.seconds for record in read_log(tmp_path / "run" / "steps.jsonl").records[1:])
+    asked = _flags({"model": setting.model, "task": setting.task, "batch_size": 4, "device": "cpu"})
+    said = json.loads(cli("plan", *asked, "--json").out)["seconds_per_step"]
+    assert 0.45 < said / true < 3, (said, true)
 
 
 def test_patience_ends_a_run(setting: Setting, tmp_path: Path) -> None:

@@ -22,12 +22,14 @@ from forwardtune.errors import InputError
 from forwardtune.noise import Update
 from forwardtune.optimizer import InterruptedUpdateError
 from forwardtune.rules import Adam, History, Momentum, Rule, get_rule, move_all
-from forwardtune.trajectory import BaseWeights, LogError, export_trajectory, read_log
+from forwardtune.trajectory import LogError, ReturnPoint, export_trajectory, read_log
 from forwardtune.trajectory.export import read_trajectory
 from forwardtune.trajectory.format import seal
 from forwardtune.trajectory.log import cut_log
+from forwardtune.trajectory.point import keep_point, require_room
 from forwardtune.trajectory.reader import Rollback
-from forwardtune.trajectory.updates import Trajectory
+from forwardtune.trajectory.replay import apply_updates
+from forwardtune.trajectory.updates import Trajectory, trajectory_of
 from support import assert_same_bits, snapshot
 
 # A step, or back to the weights after so many steps: nested, to the same point again, into what was undone, to the base.
@@ -74,18 +76,24 @@ def step(net: nn.Module, optimizer: MeZO) -> None:
     optimizer.step(loss_of(net, optimizer.next_step))
 
 
+def back_to(optimizer: MeZO, log: Path, steps: int) -> None:
+    """The way back to any step, by definition: the steps that stand, replayed over the base weights."""
+    trajectory = trajectory_of(read_log(log))
+    optimizer.moving()
+    optimizer.module.load_state_dict(base_model(next(optimizer.module.parameters()).dtype).state_dict())
+    optimizer.moved_back(apply_updates(trajectory, optimizer.tuned, trajectory.first(steps), None, keep=True))
+
+
 class Run:
     """A run with the course above, and what its weights were after every number of steps."""
 
     def __init__(self, folder: Path, rule: str = "sgd", dtype: torch.dtype = torch.float32) -> None:
         self.path, self.dtype, self.rule = folder / "steps.jsonl", dtype, rule
-        self.base_path = folder / "base.bin"
         self.net = base_model(dtype)
         optimizer = optimizer_of(self.net, rule)
         self.weights = [snapshot(self.net)]
         with StepLog(self.path, optimizer) as log:
             log.note({"plan": "to go back often"})
-            self.base = BaseWeights(self.base_path, optimizer.tuned)
             for number in self.play(optimizer, log, COURSE):
                 self.weights[number:] = [snapshot(self.net)]
 
@@ -98,9 +106,12 @@ class Run:
                 step(net, optimizer)
             else:
                 log.note({"because": f"{event} was better"})
-                self.base.go_back(optimizer, log.path, event)
+                self.go_back(optimizer, log, event)
                 log.rolled_back(event)
             yield optimizer.next_step
+
+    def go_back(self, optimizer: MeZO, log: StepLog, steps: int) -> None:
+        back_to(optimizer, log.path, steps)
 
 
 def standing(course: list[Any]) -> list[list[int]]:
@@ -229,12 +240,11 @@ def test_the_lines_of_notes_and_rollbacks(tmp_path):
     """Golden: what another program must read."""
     net = base_model()
     optimizer = optimizer_of(net)
-    base = BaseWeights(tmp_path / "base.bin", optimizer.tuned)
     with StepLog(tmp_path / "steps.jsonl", optimizer) as log:
         log.note({"plan": {"tries": 7}})
         step(net, optimizer)
         step(net, optimizer)
-        base.go_back(optimizer, log.path, 1)
+        back_to(optimizer, log.path, 1)
         log.rolled_back(1)
         log.note({"held_out": "nan"})
     contents = [json.loads(line) for line in log.path.read_text().splitlines()]
@@ -402,7 +412,7 @@ def without_notes(contents: list[dict[str, Any]]) -> None:
 
 @every_rule
 def test_a_run_that_went_back_resumes_with_the_same_bits(rule, dtype, tmp_path):
-    """Killed after any event of its course, and resumed from base weights, log and the file of base weights."""
+    """Killed after any event of its course, and resumed from base weights and log."""
     run = Run(tmp_path, rule, dtype)
     reseal(run.path, without_notes)
     for done in range(0, len(COURSE), 3):
@@ -412,7 +422,6 @@ def test_a_run_that_went_back_resumes_with_the_same_bits(rule, dtype, tmp_path):
         optimizer = optimizer_of(net, rule)
         with StepLog.resume(path, optimizer) as log:
             assert optimizer.next_step == COURSE[:done].count("step")
-            run.base = BaseWeights(run.base_path, optimizer.tuned)
             for _ in run.play(optimizer, log, COURSE[done:]):
                 pass
         assert_same_bits(net, run.weights[-1])
@@ -428,9 +437,8 @@ def test_the_optimizer_goes_on_as_one_that_never_erred(rule, dtype, tmp_path):
     net = base_model(dtype)
     optimizer = optimizer_of(net, rule)
     step_log = StepLog.resume(run.path, optimizer)
-    run.base = BaseWeights(run.base_path, optimizer.tuned)
     for number in range(STEPS, -1, -1):
-        run.base.go_back(optimizer, run.path, number)
+        back_to(optimizer, run.path, number)
         assert_same_bits(net, run.weights[number])
         taken = [i for i in standing(COURSE)[number] if not log.records[i].skipped]
         assert optimizer.history.taken == (len(taken) if optimizer.rule.remembers else 0)
@@ -439,98 +447,183 @@ def test_the_optimizer_goes_on_as_one_that_never_erred(rule, dtype, tmp_path):
     step_log.close()
 
 
-# --- base weights ----------------------------------------------------------------------------------------------------
+# --- the point to go back to -----------------------------------------------------------------------------------------
+
+# Steps, and ways back as a watch asks for them: to the point, to a step since then, at once again, to the base.
+WAYS: list[Any] = [*["step"] * 6, 0, *["step"] * 4, 8, 8, "step", 8, *["step"] * 5, 14, *["step"] * 2, 17]
+
+
+class Ways(Run):
+    """A run that goes back through a point on disk; ``replayed`` holds the steps of every way back."""
+
+    def __init__(self, folder: Path, rule: str, dtype: torch.dtype, course: list[Any] = WAYS) -> None:
+        self.path, self.point_path, self.dtype, self.rule = folder / "steps.jsonl", folder / "return.bin", dtype, rule
+        self.net = base_model(dtype)
+        optimizer = optimizer_of(self.net, rule)
+        self.weights = [snapshot(self.net)]
+        with StepLog(self.path, optimizer) as log:
+            self.point = ReturnPoint(self.point_path, optimizer, log.base)
+            for number in self.play(optimizer, log, course):
+                self.weights[number:] = [snapshot(self.net)]
+
+    def go_back(self, optimizer: MeZO, log: StepLog, steps: int) -> None:
+        self.point.go_back(steps)
+
+
+@every_rule
+def test_a_way_back_is_the_steps_that_stand_replayed(rule, dtype, tmp_path):
+    """To the bit, and with the rule's memory, as the steps after it show."""
+    run = Ways(tmp_path, rule, dtype)
+    log = read_log(run.path)
+    assert [back.to for back in log.rollbacks] == [0, 8, 8, 8, 14, 17]
+    for number, steps in enumerate(standing(WAYS)):
+        assert_same_bits(by_hand([log.records[i] for i in steps], rule, dtype), run.weights[number])
+    assert replay(log, base_model(dtype)) == WAYS.count("step")  # it compares the digests, too
+
+
+@every_rule
+def test_a_run_resumes_with_the_point_that_it_left(rule, dtype, tmp_path):
+    """Killed after any event, before or after its line was written: with other than the base weights, as from a checkpoint."""
+    whole = Ways(tmp_path / "whole", rule, dtype)
+    reseal(whole.path, without_notes)
+    lines = whole.path.read_bytes().splitlines(keepends=True)
+    for done in range(1, len(WAYS), 2):
+        left = Ways(tmp_path / str(done), rule, dtype, WAYS[:done])
+        for unwritten in {0, int(WAYS[done - 1] != "step")}:
+            left.path.write_bytes(b"".join(lines[: 1 + done - unwritten]))
+            net = base_model(dtype)
+            optimizer = optimizer_of(net, rule)
+            keep_point(left.point_path, optimizer, read_log(left.path))
+            with StepLog.resume(left.path, optimizer) as log:
+                left.point = ReturnPoint.resume(left.point_path, optimizer, read_log(left.path))
+                for _ in left.play(optimizer, log, WAYS[done - unwritten :]):
+                    pass
+            assert_same_bits(net, whole.weights[-1])
+            assert read_log(left.path).rollbacks == read_log(whole.path).rollbacks
+
+
+@every_rule
+def test_all_ways_back_replay_each_step_once_at_most(rule, dtype, tmp_path, monkeypatch):
+    """And neither read the log nor hash the weights."""
+    replayed: list[int] = []
+    true = move_all
+
+    def counted(rule: Any, noise: Any, tuned: Any, updates: Any, history: Any, **options: Any) -> int:
+        replayed.extend(update.step for update in updates[0])
+        return true(rule, noise, tuned, updates, history, **options)
+
+    monkeypatch.setattr("forwardtune.trajectory.point.move_all", counted)
+    monkeypatch.setattr("forwardtune.trajectory.point.trajectory_of", None)
+    monkeypatch.setattr("forwardtune.trajectory.point.require_base", None)
+    Ways(tmp_path, rule, dtype)
+    assert replayed == [6, 7, 11, 12, 13, 16]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_base_weights_come_back_to_the_bit(dtype, tmp_path):
+def test_weights_come_back_to_the_bit(dtype, tmp_path):
     net = base_model(dtype)
     net[0].weight.data = net[0].weight.data.t().contiguous().t()  # not contiguous
     net[0].bias.data[:2] = torch.tensor([-0.0, math.nan], dtype=dtype)
-    tuned = MeZO(net, perturbation="copy").tuned
+    optimizer = MeZO(net, perturbation="copy")
     before = snapshot(net)
-    base = BaseWeights(tmp_path / "new" / "folder" / "base.bin", tuned)
+    point = ReturnPoint(tmp_path / "new" / "folder" / "return.bin", optimizer, "digest")
     storage = [parameter.data_ptr() for parameter in net.parameters()]
-    for parameter in net.parameters():
-        parameter.data.zero_()
-    base.restore()
-    assert_same_bits(net, before)
+    for way_back in (point.restore, lambda: point.go_back(0)):
+        for parameter in net.parameters():
+            parameter.data.zero_()
+        way_back()
+        assert_same_bits(net, before)
     assert [parameter.data_ptr() for parameter in net.parameters()] == storage
-    base.remove()
-    assert list(base.path.parent.iterdir()) == []
-    base.remove()  # nothing to do is no error
+    point.remove()
+    assert list(point.path.parent.iterdir()) == []
+    assert optimizer.recorders == []
+    point.remove()  # nothing to do is no error
 
 
 def test_only_tuned_weights_are_kept(tmp_path):
     net = base_model()
     net[0].weight.requires_grad_(False)
-    base = BaseWeights(tmp_path / "base.bin", MeZO(net).tuned)
+    point = ReturnPoint(tmp_path / "return.bin", MeZO(net), "digest")
     net[0].weight.data.zero_()
     net[0].bias.data.zero_()
-    base.restore()
+    point.restore()
     assert not net[0].weight.any()
     assert torch.equal(net[0].bias, base_model()[0].bias)
 
 
-def test_a_file_that_is_there_is_used(tmp_path):
-    """A resumed run's weights are others by then."""
-    path = tmp_path / "base.bin"
-    BaseWeights(path, MeZO(base_model()).tuned)
-    data = path.read_bytes()
+@pytest.mark.parametrize("steps", [1, 7, 9, 10, 12])
+def test_there_is_no_way_back_to_what_is_gone(steps, tmp_path):
+    """Before the point, undone, or not taken yet; the weights stay."""
+    run = Ways(tmp_path, "sgd", torch.float32, [*["step"] * 10, 8, "step"])
+    with pytest.raises(ValueError, match=f"no way back to step {steps}: only to step 8"):
+        run.point.go_back(steps)
+    assert_same_bits(run.net, run.weights[-1])
+
+
+def other_run(run: Ways) -> None:
+    text = run.point_path.read_bytes()
+    run.point_path.write_bytes(text.replace(read_log(run.path).header["base"][:8].encode(), b"00000000", 1))
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda run: run.point_path.unlink(),
+        lambda run: run.point_path.write_bytes(b"what was here before"),
+        lambda run: cut_log(read_log(run.path), 7),  # the point is of step 8
+        other_run,
+    ],
+    ids=["none", "another file", "a log that was cut", "another run"],
+)
+def test_without_a_point_that_fits_the_base_weights_are_one(spoil, tmp_path):
+    run = Ways(tmp_path, "momentum", torch.float32, [*["step"] * 10, 8, "step"])
+    spoil(run)
+    log = read_log(run.path)
+    moved = optimizer_of(run.net, "momentum")
+    with pytest.raises(LogError, match=r"not the weights that the run .* began with"):
+        keep_point(run.point_path, moved, log)
+    with pytest.raises(LogError, match=r"return.bin is no point of the run in"):
+        ReturnPoint.resume(run.point_path, moved, log)
     net = base_model()
-    net[0].weight.data.zero_()
-    BaseWeights(path, MeZO(net).tuned).restore()
-    assert_same_bits(net, snapshot(base_model()))
-    assert path.read_bytes() == data
+    optimizer = optimizer_of(net, "momentum")
+    keep_point(run.point_path, optimizer, log)
+    step_log = StepLog.resume(run.path, optimizer)
+    point = ReturnPoint.resume(run.point_path, optimizer, log)
+    assert point.steps == 0
+    point.go_back(7)
+    assert_same_bits(net, run.weights[7])
+    step_log.close()
 
 
-def test_a_file_of_another_run_leads_nowhere(tmp_path):
-    run = Run(tmp_path)
-    other = base_model()
-    other[0].weight.data += 1
-    run.base_path.unlink()
-    BaseWeights(run.base_path, MeZO(other).tuned)
-    optimizer = optimizer_of(base_model())
-    with (
-        pytest.raises(InterruptedUpdateError),  # the log is not closed over weights that belong to no step
-        StepLog.resume(run.path, optimizer),
-        pytest.raises(LogError, match=r"not the weights that the run .* began with"),
-    ):
-        BaseWeights(run.base_path, optimizer.tuned).go_back(optimizer, run.path, 3)
-
-
-def test_what_a_kill_left_is_no_obstacle(tmp_path):
-    """Half a file is written anew, under another name until it is whole."""
-    path = tmp_path / "base.bin"
-    whole = BaseWeights(path, MeZO(base_model()).tuned).path.read_bytes()
-    path.unlink()
-    path.with_suffix(".partial").write_bytes(whole[:100])
-    net = base_model()
-    BaseWeights(path, MeZO(net).tuned)
-    assert path.read_bytes() == whole
-    assert [file.name for file in tmp_path.iterdir()] == [path.name]
-
-
-def test_a_write_that_fails_leaves_no_file_that_would_be_used(tmp_path, monkeypatch):
-    path = tmp_path / "base.bin"
-    monkeypatch.setattr("os.replace", lambda *paths: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        BaseWeights(path, MeZO(base_model()).tuned)
+def test_a_kill_in_mid_write_leaves_no_file_that_would_be_used(tmp_path, monkeypatch):
+    path = tmp_path / "return.bin"
+    with monkeypatch.context() as patched:
+        patched.setattr("os.replace", lambda *paths: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            ReturnPoint(path, MeZO(base_model()), "digest")
     assert not path.exists()
+    ReturnPoint(path, MeZO(base_model()), "digest")
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]  # what it left is gone
 
 
-def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path, monkeypatch):
-    tuned = MeZO(base_model()).tuned
-    size = 4 * tuned.numel
+@pytest.mark.parametrize(("rule", "moments"), [("sgd", 0), ("momentum", 1), ("adam window", 0), ("adam", 2)])
+def test_a_disk_without_room_is_refused(rule, moments, tmp_path, monkeypatch):
+    optimizer = optimizer_of(base_model(), rule)
+    size = 4 * (1 + moments) * optimizer.tuned.numel
     for free in (0, size - 1):
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
         with pytest.raises(InputError, match=r"keeps the weights .*Make room, or give a learning rate$"):
-            BaseWeights(tmp_path / "base.bin", tuned)
-        assert list(tmp_path.iterdir()) == []
+            require_room(tmp_path / "return.bin", optimizer)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=size))
-    BaseWeights(tmp_path / "base.bin", tuned)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
-    BaseWeights(tmp_path / "base.bin", tuned)  # it is there, and needs no room
+    require_room(tmp_path / "return.bin", optimizer)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cut_file_is_refused(tmp_path):
+    point = ReturnPoint(tmp_path / "return.bin", MeZO(base_model()), "digest")
+    point.path.write_bytes(point.path.read_bytes()[:-1])
+    with pytest.raises(InputError, match=r"return.bin is damaged: resume the run without it"):
+        point.restore()
 
 
 # --- steps that are held ---------------------------------------------------------------------------------------------
@@ -616,20 +709,20 @@ def test_steps_that_are_held_are_estimated_where_the_run_stands(rule, dtype, tmp
     assert optimizer.last is optimizer.held[-1]
 
 
-def test_base_weights_undo_a_trial(tmp_path):
+def test_a_point_undoes_a_trial(tmp_path):
     """As a search does it: hold at the base weights, try, restore, release."""
     net, optimizer, log = held_run(tmp_path, "sgd", torch.bfloat16, before=0)
-    base = BaseWeights(tmp_path / "base.bin", optimizer.tuned)
+    point = ReturnPoint(tmp_path / "return.bin", optimizer, log.base)
     for rate in (0.1, 10.0):
         optimizer.try_held(rate)
-        base.restore()
+        point.restore()
         optimizer.moved_back()
         assert_same_bits(net, snapshot(base_model(torch.bfloat16)))
     optimizer.release(0.1)
     log.finish()
     log.close()
     assert replay(log.path, base_model(torch.bfloat16)) == 5
-    base.go_back(optimizer, log.path, 0)
+    point.go_back(0)
     assert_same_bits(net, snapshot(base_model(torch.bfloat16)))
 
 
@@ -677,10 +770,3 @@ def test_a_trial_that_fits_no_float32_says_so_and_moves_nothing(tmp_path):
     optimizer.release(1e-3)
     log.close()
     assert read_log(log.path).steps == 7
-
-
-def test_a_cut_file_is_refused(tmp_path):
-    base = BaseWeights(tmp_path / "base.bin", MeZO(base_model()).tuned)
-    base.path.write_bytes(base.path.read_bytes()[:-1])
-    with pytest.raises(InputError, match=r"base.bin is damaged: start the run again in another folder"):
-        base.restore()

@@ -5,7 +5,7 @@ With ``learning_rate="auto"`` a run
 1. estimates its first steps at the base weights and holds them back;
 2. takes all of them with the learning rate that is best on held-out examples, found by a line search, and goes on with it;
 3. lets the rate rise while held-out losses fall, and goes back to its best point with another one when they do not, or when
-   it diverges (:mod:`.guard`).
+   it diverges (:mod:`.guard`). The last step is measured too, so what is kept is the best point that was measured.
 
 With ``eps="auto"`` the scale is measured before the first step (:mod:`.epsilon`). Every decision is a note in the step log, and
 the log replays as any other.
@@ -29,12 +29,13 @@ from .guard import SLIGHT, GoBack, Guard
 from .line_search import LineSearch, line_search
 from .optimizer import MeZO, StepRecord
 from .parameters import dtype_name
-from .trajectory import BaseWeights, Log, StepLog
+from .trajectory import Log, ReturnPoint, StepLog
+from .trajectory.point import keep_point, require_room
 
 _logger = logging.getLogger(__name__)
 
-#: The weights that a run began with, while it goes.
-BASE_WEIGHTS = "base.bin"
+#: The weights that a run would go back to, while it goes.
+RETURN_POINT = "return.bin"
 # Steps that are held back for the line search, and the share of a short run.
 _HELD, _HELD_SHARE = 8, 0.2
 # A step moves a weight by this share of eps, root mean square: what the search begins with. Good runs lie within a factor of ten.
@@ -68,6 +69,16 @@ class Budget:
     tries: int
     scales: int
 
+    @property
+    def searches(self) -> bool:
+        """Whether there is a line search."""
+        return self.tries >= _LEAST_TRIES
+
+    @property
+    def updates(self) -> int:
+        """Updates that the line search tries, at most."""
+        return self.tries * self.held if self.searches else 0
+
     @classmethod
     def of(cls, steps: int, evaluations: int, *, find_eps: bool) -> Budget:
         """For a run of so many steps of so many evaluations, of which the search takes at most :data:`SHARE`."""
@@ -95,6 +106,10 @@ class Tunes(Protocol):
         """Where the run's files lie."""
 
     @property
+    def heard_metric(self) -> str:
+        """What an evaluation calls the loss on held-out examples."""
+
+    @property
     def can_hold_out(self) -> bool:
         """Whether there are examples of which some can be chosen."""
 
@@ -113,12 +128,12 @@ class Automatic(TrainerCallback):
 
     # Set when a run begins whose learning rate is found; the guard only once it was found.
     _log: StepLog
-    _base: BaseWeights
     _guard: Guard
 
     def __init__(self, trainer: Tunes) -> None:
         self._trainer = trainer
         self._plan: dict[str, Any] = {}
+        self._point: ReturnPoint | None = None
         self._watches = False
         self._heard = -1
         self._untuned: float | None = None
@@ -159,8 +174,7 @@ class Automatic(TrainerCallback):
         if self.finds_lr:
             plan |= {"held": budget.held, "batches": budget.batches, "tries": budget.tries}
             plan["every"] = max(1, steps // MEASUREMENTS)
-            self._base_path.unlink(missing_ok=True)  # of another run
-            self._base = BaseWeights(self._base_path, optimizer.tuned)
+            require_room(self._point_path, optimizer)
         return plan
 
     def _check_eps(self) -> None:
@@ -205,6 +219,7 @@ class Automatic(TrainerCallback):
         if plan:
             log.note({"plan": plan})
         if self.finds_lr:
+            self._point = ReturnPoint(self._point_path, self._trainer.mezo, log.base)
             self._trainer.mezo.hold()
 
     def resume(self, log: StepLog, before: Log) -> None:
@@ -212,11 +227,12 @@ class Automatic(TrainerCallback):
         self._log, self._plan = log, plan_of(before)
         if not self.finds_lr:
             return
-        self._base = BaseWeights(self._base_path, self._trainer.mezo.tuned)  # its file is there already
         self._watches, self._heard, self._untuned = False, -1, _heard_at_start(before)
         if before.steps == 0:
+            self._point = ReturnPoint(self._point_path, self._trainer.mezo, log.base)
             self._trainer.mezo.hold()
             return
+        self._point = ReturnPoint.resume(self._point_path, self._trainer.mezo, before)
         decisions = self._recall(before)
         self._watches = True
         self._set_rate(self._guard.lr)
@@ -225,10 +241,10 @@ class Automatic(TrainerCallback):
         elif self._is_due(before.steps):  # or between a step and its measurement
             self._measure(before.steps)
 
-    def keep_base(self, optimizer: MeZO) -> None:
-        """Keep the base weights of a run that is resumed, before they are moved."""
-        if self.finds_lr:
-            BaseWeights(self._base_path, optimizer.tuned)
+    def keep_point(self, optimizer: MeZO, log: Log) -> None:
+        """See to a way back for a run that is resumed, before its base weights are moved."""
+        if self.finds_lr and log.steps:
+            keep_point(self._point_path, optimizer, log)
 
     def _recall(self, log: Log) -> list[GoBack]:
         """Tell a new guard all that the old one was told; returns what it decides."""
@@ -269,6 +285,8 @@ class Automatic(TrainerCallback):
             self._act(self._guard.stepped(_loss(optimizer.last)))
         if self._is_due(state.global_step):
             self._measure(state.global_step)
+        if state.global_step >= state.max_steps and args.eval_strategy == IntervalStrategy.STEPS:
+            control.should_evaluate = True  # the last steps are judged as well, however many they are
 
     def _listen(self, step: int) -> None:
         """Warn, once, of a given learning rate with which the run diverges."""
@@ -288,7 +306,8 @@ class Automatic(TrainerCallback):
         )
 
     def _is_due(self, step: int) -> bool:
-        return not self.is_told and step % self._plan["every"] == 0 and step > self._heard
+        last = step >= self._trainer.state.max_steps
+        return not self.is_told and (last or step % self._plan["every"] == 0) and step > self._heard
 
     def _measure(self, step: int) -> None:
         self.hear(step, self._trainer.held_out(self._plan["batches"])())
@@ -296,12 +315,12 @@ class Automatic(TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         # What eval_on_start measures of a resumed run, the run without a kill did not hear.
         resumed = state.global_step > 0 and not self._has_stepped
-        if metrics and "eval_loss" in metrics and not resumed:
-            self.hear(state.global_step, metrics["eval_loss"])
+        if metrics and self._trainer.heard_metric in metrics and not resumed:
+            self.hear(state.global_step, metrics[self._trainer.heard_metric])
 
     def hear(self, step: int, loss: float) -> None:
         """Hear the loss on held-out examples after a step, lower is better; after step 0 that of the untuned model."""
-        if not self.finds_lr or step >= self._trainer.state.max_steps:
+        if not self.finds_lr:
             return
         if step == 0 and self._untuned is None:
             self._log.note({"held_out": _plain(loss)})
@@ -318,7 +337,8 @@ class Automatic(TrainerCallback):
     def _search(self) -> None:
         """Choose the learning rate, and take the steps that were held back."""
         optimizer, plan = self._trainer.mezo, self._plan
-        held, base = optimizer.held or [], self._base
+        held, point = optimizer.held or [], self._point
+        assert point is not None
         held_out = self._trainer.held_out(plan["batches"])
 
         def loss_at(lr: float) -> float:
@@ -331,7 +351,7 @@ class Automatic(TrainerCallback):
                 return held_out()
             finally:
                 if lr:
-                    base.restore()
+                    point.restore()
                     optimizer.moved_back()
 
         start = self._first_guess()
@@ -340,11 +360,14 @@ class Automatic(TrainerCallback):
         if plan["tries"] >= _LEAST_TRIES:
             found = line_search(loss_at, start, most=plan["tries"])
             tried, lr = found.tried, size_found(found)
+        elif not self.is_told:
+            self.hear(0, held_out())  # no search, but a point to go back to
         optimizer.release(lr)
         search = {"lr": lr, "tried": [[size, _plain(loss)] for size, loss in tried.items()]}
         self._log.note({"search": search})
         shown = ", ".join(f"{size:.1e}: {loss:.4f}" for size, loss in sorted(tried.items()))
-        self.announce(f"learning rate {lr:.1e}" + (f"; losses of held-out examples: {shown}" if shown else ""))
+        unsearched = f", a guess: a run of {self._trainer.state.max_steps} steps is too short for a search"
+        self.announce(f"learning rate {lr:.1e}" + (f"; losses of held-out examples: {shown}" if shown else unsearched))
         self._guard, self._watches = self._new_guard(lr, len(held)), True
         for record in held:
             self._guard.stepped(_loss(record))
@@ -383,8 +406,11 @@ class Automatic(TrainerCallback):
 
     def _go_back(self, decision: GoBack) -> None:
         why = {"diverged": "the loss left its range", "worse": "worse than before"}[decision.why]
-        self.announce(f"{why}: back to the weights of step {decision.step}, learning rate {decision.lr:.1e}")
-        self._base.go_back(self._trainer.mezo, self._log.path, decision.step)
+        over = self._trainer.mezo.next_step >= self._trainer.state.max_steps
+        then = "where the run ends" if over else f"learning rate {decision.lr:.1e}"
+        self.announce(f"{why}: back to the weights of step {decision.step}, {then}")
+        assert self._point is not None
+        self._point.go_back(decision.step)
         self._log.rolled_back(decision.step)
         self._set_rate(decision.lr)
 
@@ -400,11 +426,13 @@ class Automatic(TrainerCallback):
         """The run is over: nothing goes back any more."""
         if self.finds_lr:
             self._watches = False
-            self._base.remove()
+            if self._point is not None:
+                self._point.remove()
+            self._point_path.unlink(missing_ok=True)
 
     def forget(self) -> None:
         """The run will not be gone on with, as a trial that was pruned: leave nothing large behind."""
-        self._base_path.unlink(missing_ok=True)
+        self._point_path.unlink(missing_ok=True)
 
     def _dtypes(self) -> str:
         """Of the whole model: what an adapter does to the loss is rounded where the rest computes."""
@@ -412,8 +440,8 @@ class Automatic(TrainerCallback):
         return " and ".join(sorted({dtype_name(p.dtype) for p in parameters if p.is_floating_point()}))
 
     @property
-    def _base_path(self) -> Path:
-        return self._trainer.run_folder / BASE_WEIGHTS
+    def _point_path(self) -> Path:
+        return self._trainer.run_folder / RETURN_POINT
 
 
 def set_rates(optimizer: MeZO, scheduler: Any, rates: Sequence[float]) -> None:
@@ -439,6 +467,11 @@ def plan_of(log: Log) -> dict[str, Any]:
 def has_searched(log: Log, steps: int) -> bool:
     """Whether the learning rate was found within so many steps."""
     return any("search" in note.content and note.at <= steps for note in log.notes)
+
+
+def has_measured(log: Log) -> bool:
+    """Whether held-out examples were measured after the last step."""
+    return any("held_out" in note.content and note.at == log.steps for note in log.notes)
 
 
 def found(log: Log) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SchedulerType, TrainOutput, has_length
 
-from .automatic import has_searched, plan_of, set_rates
+from .automatic import has_measured, has_searched, plan_of, set_rates
 from .files import read_json, write_json
 from .optimizer import MeZO
 from .trajectory import LogError, StepLog, read_log
@@ -136,9 +136,7 @@ class LogKeeper(TrainerCallback):
             return
         optimizer = self._trainer.mezo
         if optimizer.gathering:  # the data ended within a step: no part of the next pass
-            held, optimizer.held = optimizer.held, None
-            optimizer.drop()
-            optimizer.held = held
+            optimizer.zero_grad()
         if self._log is not None and self._pass not in self._passes and not args.ignore_data_skip:
             self._passes[self._pass] = state.global_step
             self._log.note({"pass": {"number": self._pass, "step": state.global_step}})
@@ -216,6 +214,10 @@ class Resumption:
         elif args.load_best_model_at_end and log.steps and log.steps not in saved:
             # The kill may have come before the last step was evaluated and saved: do that step again.
             steps = log.steps - 1
+        elif (
+            automatic.finds_lr and automatic.is_told and log.steps and not has_measured(log) and log.steps not in saved
+        ):
+            steps = log.steps - 1  # likewise, and the rate that is found follows from the evaluation
         if args.lr_scheduler_type in _PLATEAU and not (steps in saved and saved[steps].is_whole):
             whole = [checkpoint for _, checkpoint in sorted(saved.items()) if checkpoint.is_whole]
             raise LogError(
@@ -257,12 +259,19 @@ class Resumption:
     def finish(self) -> TrainOutput:
         """Bring the model to the end of a run that has taken all its steps, and close its log if a kill did not."""
         trainer, log = self._trainer, self.log
-        step_log = StepLog.resume(log.path, self._optimizer(), lock=self._lock)
-        if log.end is None:
-            step_log.finish()
-        step_log.close()
+        optimizer, automatic = self._optimizer(), trainer.automatic
         trainer.state = self._state()
-        trainer.state.global_step = log.steps
+        trainer.state.global_step = trainer.state.max_steps = log.steps
+        if log.end is None:
+            automatic.keep_point(optimizer, log)
+        step_log = StepLog.resume(log.path, optimizer, lock=self._lock)
+        try:
+            if log.end is None:
+                automatic.resume(step_log, log)  # the last step may not have been judged
+                step_log.finish()
+            automatic.finish()
+        finally:
+            step_log.close()
         if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
             trainer._load_best_model()
         losses = [record.loss for record in log.records if not record.skipped]
@@ -274,7 +283,7 @@ class Resumption:
         if log.steps == 0:
             return None
         if automatic.finds_lr:
-            automatic.keep_base(self._optimizer())
+            automatic.keep_point(self._optimizer(), log)
         existing = checkpoints_of(log).get(log.steps)
         return str(existing.folder if existing is not None and existing.is_whole else self._by_replay())
 

@@ -80,6 +80,18 @@ class History:
     moments: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
     missed: dict[int, int] = field(default_factory=dict)
 
+    def take(self, updates: Sequence[Update], window: int | None) -> None:
+        """Count steps that were taken, of which the last ``window`` are kept."""
+        self.taken += len(updates)
+        self.recent = [*self.recent, *updates][-window:] if window else []
+        for update in updates:
+            for number in update.unused:
+                self.missed[number] = self.missed.get(number, 0) + 1
+
+    def without_moments(self) -> History:
+        """A copy of the rest."""
+        return History(self.taken, list(self.recent), missed=dict(self.missed))
+
     def of(self, tensor: int) -> History:
         """The history of one tensor, without the steps that left it alone."""
         if not self.missed.get(tensor):
@@ -509,13 +521,7 @@ def move_all(
             progress(done + 1, len(tuned))
     if rule.remembers:
         # All groups have the same coefficients, and so the same estimate.
-        taken = [update for update in updates[0] if update.sizes]
-        window = getattr(rule, "window", None)
-        history.taken += len(taken)
-        for update in taken:
-            for number in update.unused:
-                history.missed[number] = history.missed.get(number, 0) + 1
-        history.recent = [*history.recent, *taken][-window:] if window else []
+        history.take([update for update in updates[0] if update.sizes], getattr(rule, "window", None))
     return _total(counts)
 
 

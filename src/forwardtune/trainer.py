@@ -19,6 +19,7 @@ from transformers.training_args import OptimizerNames
 from .auto import AUTO, first_settings, number_or_auto
 from .automatic import Automatic
 from .errors import InputError
+from .estimators import get_estimator
 from .model_card import describe
 from .optimizer import MeZO
 from .processes import require_one_process
@@ -41,7 +42,8 @@ else:
 class MeZOConfig(TrainingArguments):
     """``TrainingArguments`` with MeZO's settings and defaults.
 
-    Learning rate and eps are found (:mod:`forwardtune.automatic`), the batch size is 16, and there is no gradient to clip. What
+    Learning rate and eps are found (:mod:`forwardtune.automatic`), the batch size is 16, and there is no gradient to clip. A run
+    that finds its learning rate and evaluates does so before the first step too (``eval_on_start``), and after the last one. What
     MeZO cannot honour is refused with what to do instead.
 
     Raises:
@@ -116,6 +118,11 @@ class MeZOConfig(TrainingArguments):
         optim = OptimizerNames(self.optim)
         if optim != OptimizerNames(TrainingArguments.__dataclass_fields__["optim"].default):
             raise ValueError(f"MeZO cannot honour optim={optim.value!r}: it is the optimizer itself. Drop it.")
+        # What the optimizer would refuse once the model is loaded, it refuses now.
+        get_estimator(self.estimator, 1.0 if isinstance(self.eps, str) else self.eps, self.probes, self.normalize)
+        self.make_rule()
+        if self.learning_rate == AUTO and self.eval_strategy != "no":
+            self.eval_on_start = True  # the untuned model is a point to go back to
 
     def make_rule(self) -> Rule:
         """The rule that these settings describe. ``adam_*`` and ``momentum`` are read by the rule of that name alone."""
@@ -295,6 +302,13 @@ class MeZOTrainer(Trainer):
     def can_hold_out(self) -> bool:
         """Whether :meth:`held_out` has a dataset from which examples can be chosen."""
         return hasattr(self._held_out_dataset(), "__len__")
+
+    @property
+    def heard_metric(self) -> str:
+        """The name of the loss on ``eval_dataset`` among an evaluation's metrics; of several datasets, the first."""
+        if isinstance(self.eval_dataset, dict) and self.eval_dataset:
+            return f"eval_{next(iter(self.eval_dataset))}_loss"
+        return "eval_loss"
 
     def _held_out_dataset(self) -> Any:
         dataset: Any = self.eval_dataset if self.eval_dataset is not None else self.train_dataset

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -25,10 +25,14 @@ from ..objectives import Sampling, TaskObjective
 from ..tasks.batching import collate
 from ..tasks.encoding import Encoded
 from ..trajectory import Log, read_log, replay
+from ..trajectory.reader import Rollback
 from . import say
 from .results import COMPLETIONS, resume_command
 from .session import Session, bar
 from .watcher import Course, Deadline, DevWatcher, Samples, StepClock, Watcher, keep_tuned, stop_on_interrupt
+
+if TYPE_CHECKING:
+    from ..trainer import MeZOTrainer
 
 #: The adapter that a run began with, so that its step log can be replayed anywhere.
 INITIAL = "initial.safetensors"
@@ -99,42 +103,10 @@ def start_from(model: Any, path: Path) -> None:
 def train_mezo(session: Session, folder: Path, log: Log | None, settings: dict[str, Any]) -> Trained | None:
     """Run MeZO; None when Ctrl-C stopped it."""
     from ..automatic import found
-    from ..trainer import MeZOConfig, MeZOTrainer
 
     options, inference_peak = session.options, session.inference_peak()
     objective = make_objective(session)
-    try:
-        config = MeZOConfig(
-            output_dir=str(folder),
-            max_steps=options.steps,
-            per_device_train_batch_size=options.batch_size,
-            learning_rate=options.lr,
-            lr_scheduler_type=options.lr_scheduler,
-            weight_decay=options.weight_decay,
-            eps=options.eps,
-            estimator=options.estimator,
-            probes=options.probes,
-            normalize=options.normalize,
-            rule=options.rule,
-            momentum=options.momentum,
-            rule_state=options.rule_state,
-            direction=options.direction,
-            perturbation=perturbation_of(session, objective),
-            clip_coefficient=options.clip_coefficient,
-            seed=options.seed,
-            save_strategy="steps" if options.save_steps else "no",
-            save_steps=options.save_steps or 500,
-            report_to=[],
-            disable_tqdm=True,
-            logging_strategy="no",
-            remove_unused_columns=False,
-            use_cpu=options.device == "cpu",
-            dataloader_pin_memory=options.device == "cuda",
-        )
-    except ValueError as error:
-        raise InputError(str(error)) from None
-    held_out = session.splits.get("dev")
-    trainer = MeZOTrainer(args=config, run=settings, eval_dataset=held_out, **_ingredients(session, objective))
+    trainer = make_trainer(session, folder, objective, options.steps, settings)
     trainer.automatic.announce = say
     course = Course(objective, folder / _REWARDS)
     trainer.add_callback(course)
@@ -154,10 +126,10 @@ def train_mezo(session: Session, folder: Path, log: Log | None, settings: dict[s
     def held() -> bool:
         return trainer.mezo.held is not None
 
-    dev = _watch_dev(session, folder, heard=partial(_hear, trainer, session), held=held)
-    trainer.automatic.is_told = dev is not None and options.eval_steps is not None
     clock = Deadline(session.deadline, lambda: not held())
     trainer.add_callback(clock)
+    dev = _watch_dev(session, folder, heard=partial(_hear, trainer, session), held=held, is_over=lambda: clock.is_over)
+    trainer.automatic.is_told = dev is not None and options.eval_steps is not None
     seen: dict[str, Any] = {"raised": options.objective != "loss", "still": last_still, "advise": _advise}
     peak = _run(trainer, session, done, last_loss, dev, resume=bool(log), **seen)
     stopped = "patience" if dev is not None and dev.gave_up else "time" if clock.is_over else None
@@ -185,11 +157,53 @@ def train_mezo(session: Session, folder: Path, log: Log | None, settings: dict[s
     best = dev.best if dev else None
     if best is not None:
         facts["dev"], facts["best_step"] = best["dev"], best["step"]
-        if best["step"] < len(records):
+        went_back = step_log.rollbacks and step_log.rollbacks[-1] == Rollback(len(records), best["step"])
+        if best["step"] < len(records) and not went_back:
             session.model = None  # trainer and model go before the model is loaded again
             del trainer, clock
             _go_back(session, step_log.path, best["step"])
     return Trained(facts, history)
+
+
+def make_trainer(
+    session: Session, folder: Path, objective: TaskObjective, steps: int, run: dict[str, Any] | None = None
+) -> MeZOTrainer:
+    """The trainer of a run of MeZO, with every option of the command line that concerns it."""
+    from ..trainer import MeZOConfig, MeZOTrainer
+
+    options = session.options
+    try:
+        config = MeZOConfig(
+            output_dir=str(folder),
+            max_steps=steps,
+            per_device_train_batch_size=options.batch_size,
+            learning_rate=options.lr,
+            lr_scheduler_type=options.lr_scheduler,
+            weight_decay=options.weight_decay,
+            eps=options.eps,
+            estimator=options.estimator,
+            probes=options.probes,
+            normalize=options.normalize,
+            rule=options.rule,
+            momentum=options.momentum,
+            rule_state=options.rule_state,
+            direction=options.direction,
+            perturbation=perturbation_of(session, objective),
+            clip_coefficient=options.clip_coefficient,
+            seed=options.seed,
+            save_strategy="steps" if options.save_steps else "no",
+            save_steps=options.save_steps or 500,
+            report_to=[],
+            disable_tqdm=True,
+            logging_strategy="no",
+            remove_unused_columns=False,
+            use_cpu=options.device == "cpu",
+            dataloader_pin_memory=options.device == "cuda",
+        )
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    held_out = session.splits.get("dev")
+    return MeZOTrainer(args=config, run=run, eval_dataset=held_out, **_ingredients(session, objective))
 
 
 def train_adam(session: Session, folder: Path, log: Log | None, settings: dict[str, Any]) -> Trained | None:
@@ -277,6 +291,7 @@ def _watch_dev(
     improved: Callable[[Any], object] | None = None,
     heard: Callable[[int, dict[str, float]], object] | None = None,
     held: Callable[[], bool] = lambda: False,
+    is_over: Callable[[], bool] = lambda: False,
 ) -> DevWatcher | None:
     if "dev" not in session.splits:
         return None
@@ -291,6 +306,7 @@ def _watch_dev(
         patience=options.patience,
         untuned=options.lr == AUTO,  # which goes back to it where nothing is better
         held=held,
+        is_over=is_over,
     )
 
 

@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import shlex
+import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import count, pairwise
+from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 
 from .. import memory
-from ..auto import AUTO, SHARE, first_settings
+from ..auto import AUTO, SHARE
 from ..durations import duration
 from ..errors import InputError
-from ..evaluation import evaluate, prepare
+from ..estimators import get_estimator
+from ..evaluation import evaluate
+from ..noise import Count, Noise, Update
 from ..optimizer import MeZO
-from ..rules import get_rule
+from ..parameters import TunedTensor
+from ..rules import History, Rule
 from . import methods, say, train
 from .results import plain
 from .session import Session, open_session
@@ -37,6 +46,7 @@ class Cost:
 
     Attributes:
         step: seconds of a step, the median of three.
+        update: seconds of its update, in them.
         evaluation: seconds to evaluate an example.
         bytes_now: memory with the model loaded.
         bytes_inference: peak memory of a forward pass over the longest minibatch.
@@ -44,6 +54,7 @@ class Cost:
     """
 
     step: float
+    update: float
     evaluation: float
     bytes_now: int
     bytes_inference: int
@@ -59,6 +70,7 @@ def add_commands(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measure three steps and an evaluation, and say what follows."""
+    began = time.monotonic()
     given = _flags(options)
     train.settle(options)
     if options.method != "mezo":
@@ -77,7 +89,7 @@ def run(options: argparse.Namespace) -> int:
         "free_memory_bytes": memory.free(session.model.device),
     }
     if options.time_budget:
-        wanted = steps_within(options.time_budget, cost, session)
+        wanted = steps_of_budget(options.time_budget - (time.monotonic() - began), cost, session)
         facts["time_budget_seconds"] = options.time_budget
     facts["steps"], facts["seconds"] = wanted, seconds_of_run(wanted, cost, session)
     _tell(facts, cost, session, given)
@@ -92,46 +104,88 @@ def measure(session: Session) -> Cost:
     device = model.device
     now = memory.now(device)
     inference = session.inference_peak()
-    objective = methods.make_objective(session)
-    names = [name for name, p in model.named_parameters() if p.requires_grad]
-    optimizer = MeZO(
-        model,
-        lr=1e-6,
-        eps=first_settings(names)[1] if options.eps == AUTO else options.eps,
-        probes=options.probes,
-        direction=options.direction,
-        perturbation=methods.perturbation_of(session, objective),
-        seed=options.seed,
-        estimator=options.estimator,
-        normalize=options.normalize,
-        rule=get_rule(options.rule, **({"state": options.rule_state} if options.rule in ("momentum", "adam") else {})),
-    )
-    model.eval()
+    with tempfile.TemporaryDirectory() as folder:  # Trainer wants one
+        trainer = methods.make_trainer(session, Path(folder), methods.make_objective(session), 1)
+    optimizer = trainer.create_optimizer()
+    assert isinstance(optimizer, MeZO)
+    optimizer.rule = rehearsed = Rehearsed(optimizer.rule)
+    trainer.current_gradient_accumulation_steps = 1
+
+    def estimate(examples: Any) -> None:
+        trainer.training_step(model, trainer.data_collator(examples))
+
     train_split = session.splits["train"]
-
-    def step(examples: Any) -> float:
-        batch = {**prepare(model, session.tokenizer, examples, session.layout), "examples": examples}
-
-        def loss() -> float:
-            return 0.0 * float(objective(model, batch).mean())  # equal losses: the update runs, and moves nothing
-
-        began = time.perf_counter()
-        optimizer.step(loss)
-        return time.perf_counter() - began
-
     memory.reset_peak(device)
-    step(sorted(train_split, key=lambda example: example.length)[-options.batch_size :])
+    estimate(sorted(train_split, key=lambda example: example.length)[-options.batch_size :])
     peak = memory.peak(device)
+    optimizer.step()
+    peak += sum(m.numel() * m.element_size() for moments in optimizer.history.moments.values() for m in moments)
     fill_window(optimizer)
     draw = random.Random(options.seed)
-    seconds = sorted(step(draw.sample(train_split, min(options.batch_size, len(train_split)))) for _ in range(_TIMED))
+    steps, updates = [], []
+    for _ in range(_TIMED):
+        examples = draw.sample(train_split, min(options.batch_size, len(train_split)))
+        rehearsed.seconds = rehearsed.seconds_beside = 0.0
+        began = _clock(device)
+        estimate(examples)
+        optimizer.step()
+        steps.append(_clock(device) - began - rehearsed.seconds_beside)
+        updates.append(rehearsed.seconds)
     examples = session.splits["test"][:_EXAMPLES]
     began = time.perf_counter()
     evaluate(
         model, session.tokenizer, session.task, examples,
         batch_size=options.batch_size, layout=session.layout, rewards=session.rewards,
     )  # fmt: skip
-    return Cost(seconds[_TIMED // 2], (time.perf_counter() - began) / len(examples), now, inference, peak)
+    return Cost(median(steps), median(updates), (time.perf_counter() - began) / len(examples), now, inference, peak)
+
+
+class Rehearsed(Rule):
+    """Takes every step as another rule would, and takes it back: what steps cost, with weights that stay, to the bit.
+
+    All coefficients count as 1. One that happens to be 0, as those of an accuracy often are, would cost nothing.
+
+    Attributes:
+        seconds: of the updates themselves.
+        seconds_beside: of keeping the weights and bringing them back, a tensor at a time.
+    """
+
+    name = "rehearsed"
+
+    def __init__(self, rule: Rule) -> None:
+        self._rule = rule
+        self.window: int | None = getattr(rule, "window", None)
+        self.seconds = self.seconds_beside = 0.0
+
+    @property
+    def remembers(self) -> bool:
+        return self._rule.remembers
+
+    def plan(self, step: int, coefficients: Sequence[float], lr: float, weight_decay: float) -> Update:
+        return self._rule.plan(step, [1.0] * len(coefficients), lr, weight_decay)
+
+    def move(
+        self, noise: Noise, tensor: TunedTensor, updates: Sequence[Update], history: History, *, keep: bool
+    ) -> Count:
+        weight = tensor.parameter.detach()
+        times = [_clock(weight.device)]
+        kept = weight.clone() if weight.device.type == "cpu" else weight.cpu()
+        times.append(_clock(weight.device))
+        unchanged = self._rule.move(noise, tensor, updates, history, keep=keep)
+        times.append(_clock(weight.device))
+        weight.copy_(kept)
+        times.append(_clock(weight.device))
+        before, moved, after = (end - begin for begin, end in pairwise(times))
+        self.seconds += moved
+        self.seconds_beside += before + after
+        return unchanged
+
+
+def _clock(device: torch.device) -> float:
+    """Seconds, when all that was launched is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def fill_window(optimizer: MeZO) -> None:
@@ -142,20 +196,58 @@ def fill_window(optimizer: MeZO) -> None:
 
 
 def seconds_of_run(steps: int, cost: Cost, session: Session) -> float:
-    """Seconds that a run of so many steps takes, with its evaluations."""
-    search = SHARE if AUTO in (session.options.lr, session.options.eps) else 0.0
-    return steps * cost.step * (1 + search) + _beside(steps, cost, session)
+    """Seconds that a run of so many steps takes at most, with its evaluations.
+
+    A run that finds its learning rate also tries the first steps with several, and may replay every step once on its ways back.
+    """
+    options = session.options
+    search = SHARE if AUTO in (options.lr, options.eps) else 0.0
+    again = steps + _budget(steps, options).updates if options.lr == AUTO else 0
+    return steps * cost.step * (1 + search) + again * cost.update + _beside(steps, cost, session)
 
 
 def steps_within(seconds: float, cost: Cost, session: Session) -> int:
-    """The most steps of a run that takes no longer than that; at least 1."""
-    least, most = 1, 2
+    """The most steps of a run that takes no longer than that; 0 if not even one does."""
+    least, most = 0, 1
     while seconds_of_run(most, cost, session) <= seconds:
         least, most = most, 2 * most
     while most - least > 1:
         middle = (least + most) // 2
         least, most = (middle, most) if seconds_of_run(middle, cost, session) <= seconds else (least, middle)
     return least
+
+
+def steps_of_budget(left: float, cost: Cost, session: Session) -> int:
+    """The steps of a run with ``--time-budget`` of which so many seconds are left.
+
+    Raises:
+        InputError: they are too few for a step, or for finding the learning rate.
+    """
+    options = session.options
+    steps, least = steps_within(left, cost, session), 1
+    if options.lr == AUTO:
+        least = next(n for n in count(1) if _budget(n, options).searches)
+    if steps < least:
+        needed = options.time_budget - left + seconds_of_run(least, cost, session)
+        why = f"finding a learning rate takes {least} steps or more" if least > 1 else "that is none"
+        raise InputError(
+            f"--time-budget {duration(options.time_budget)} leaves room for {steps} steps of {cost.step:.2f} s beside loading "
+            f"and evaluating, and {why}: give --time-budget {_rounded_up(needed)}s or more"
+            + (", or a learning rate (--lr)" if least > 1 else "")
+        )
+    return steps
+
+
+def _rounded_up(seconds: float) -> int:
+    """A tenth more, in whole seconds: times differ from run to run."""
+    return math.ceil(1.1 * seconds)
+
+
+def _budget(steps: int, options: argparse.Namespace) -> Any:
+    from ..automatic import Budget
+
+    estimator = get_estimator(options.estimator, 1.0, options.probes, options.normalize)
+    return Budget.of(steps, len(estimator.queries()), find_eps=options.eps == AUTO)
 
 
 def _beside(steps: int, cost: Cost, session: Session) -> float:

@@ -72,28 +72,36 @@ _ADAM_EPOCHS = 5
 _LEAST_MEASURED = 64
 # Where the step log keeps how many development examples are measured.
 _MEASURED = "dev_measured"
+# Where transformers lets a polynomial schedule end.
+_POLYNOMIAL_END = 1e-7
 _SCHEDULERS = ("constant", "linear", "cosine", "inverse_sqrt", "polynomial")
 # What a resumed run may change; the rest comes from its log.
 _FREE = ("device", "steps", "save_steps", "eval_steps", "patience", "log_completions", "data_dir", "no_before")
 # What may name a file or a folder.
 _PLACES = ("model", "task", "data_dir")
 # What has an effect with one method, or on one way to tune, alone.
-_ONLY = {
-    "--method mezo": (
+_ONLY: dict[tuple[str, ...], tuple[str, ...]] = {
+    ("--method mezo",): (
         "objective",
         "temperature",
         "log_completions",
         "eps",
+        "estimator",
         "probes",
+        "normalize",
+        "rule",
+        "rule_state",
+        "momentum",
         "direction",
         "perturbation",
         "clip_coefficient",
         "save_steps",
         "time_budget",
     ),
-    "--rule momentum": ("momentum",),
-    "--tune lora": ("lora_rank", "lora_alpha", "lora_targets"),
-    "--tune prefix": ("prefix_length",),
+    ("--rule momentum",): ("momentum",),
+    ("--rule momentum", "--rule adam"): ("rule_state",),
+    ("--tune lora",): ("lora_rank", "lora_alpha", "lora_targets"),
+    ("--tune prefix",): ("prefix_length",),
 }
 # Test examples of which the completions are kept.
 _SAMPLES = 32
@@ -176,6 +184,8 @@ def run(options: argparse.Namespace) -> int:
 
     prepare = partial(methods.prepare_model, options=options, first=folder / methods.INITIAL if log else None)
     session = open_session(options, "train", "dev", "test", prepare_model=prepare)
+    if options.steps is None:
+        options.steps = _steps(session, began)  # before anything is evaluated: the time may be too short
     folder.mkdir(parents=True, exist_ok=True)
     if options.tune in ("lora", "prefix") and log is None:
         methods.keep_first(session.model, folder / methods.INITIAL)
@@ -188,8 +198,6 @@ def run(options: argparse.Namespace) -> int:
             write_lines(folder / COMPLETIONS, _samples(session, 0, before, outcomes["before"]))
         write_json(folder / METRICS, metrics)
         write_json(folder / OUTCOMES, outcomes)
-    if options.steps is None:
-        options.steps = _steps(session, began)
     described: dict[str, Any] = {}  # what the step log records beside the options
     if "dev" in session.splits:
         whole = len(session.splits["dev"])
@@ -263,12 +271,11 @@ def _steps(session: Session, began: float) -> int:
     if not options.time_budget:
         return STEPS
     cost = plan.measure(session)
-    # What is over by now, the evaluation before tuning included, is not to come.
     left = options.time_budget - (time.monotonic() - began)
-    done = 0 if options.no_before else len(session.splits["test"]) * cost.evaluation
-    steps = plan.steps_within(left + done, cost, session)
-    session.deadline = began + options.time_budget - len(session.splits["test"]) * cost.evaluation
-    say(f"{cost.step:.2f} s a step: {steps} steps fit the {duration(max(0.0, left))} that are left")
+    steps = plan.steps_of_budget(left, cost, session)
+    last = len(session.splits["test"]) + measured_examples(options, steps, len(session.splits.get("dev", ())))
+    session.deadline = began + options.time_budget - last * cost.evaluation
+    say(f"{cost.step:.2f} s a step: {steps} steps fit the {duration(left)} that are left")
     return steps
 
 
@@ -309,6 +316,17 @@ def _check(options: argparse.Namespace) -> None:
         raise InputError("--steps and --time-budget both say how long to tune: leave one of them out")
     if options.patience is not None and evaluation_steps(options, options.steps or STEPS) is None:
         raise InputError("--patience counts measurements of the dev split: give --eval-steps too")
+    if options.normalize != "none" and options.probes < 2:
+        raise InputError(
+            f"--normalize {options.normalize} compares the probes of a step, and there is one: give --probes 2 or more"
+        )
+    if not 0 <= options.momentum < 1:
+        raise InputError(f"--momentum must be a number from 0 up to 1, 1 excluded, got {options.momentum}")
+    if options.lr_scheduler == "polynomial" and options.lr != AUTO and options.lr <= _POLYNOMIAL_END:
+        raise InputError(
+            f"--lr-scheduler polynomial ends at a learning rate of {_POLYNOMIAL_END:g}, and --lr is {options.lr:g}: "
+            "give a larger one, or --lr-scheduler linear"
+        )
     if not 0 <= options.weight_decay < float("inf"):
         raise InputError(f"--weight-decay must be a number that is not negative, got {options.weight_decay}")
     if not 0 <= options.temperature < float("inf"):
@@ -339,12 +357,9 @@ def _refuse_idle(options: argparse.Namespace) -> None:
     method, mode, rule = (getattr(options, name) or DEFAULTS[name] for name in ("method", "tune", "rule"))
     for belongs, names in _ONLY.items():
         for name in names:
-            if getattr(options, name) is not None and belongs not in (
-                f"--method {method}",
-                f"--tune {mode}",
-                f"--rule {rule}",
-            ):
-                raise InputError(f"--{name.replace('_', '-')} belongs to {belongs}: leave it out")
+            chosen = {f"--method {method}", f"--tune {mode}", f"--rule {rule}"}
+            if getattr(options, name) is not None and chosen.isdisjoint(belongs):
+                raise InputError(f"--{name.replace('_', '-')} belongs to {' or '.join(belongs)}: leave it out")
     if options.eval_steps is not None and options.dev_examples == 0:
         raise InputError("--eval-steps measures development examples, and --dev-examples is 0: leave one of them out")
 

@@ -129,6 +129,7 @@ class DevWatcher(TrainerCallback):
         patience: stop after so many measurements in a row that were not better than the best one before; None: never.
         untuned: measure before the first step too, as step 0.
         held: whether steps are held back: the weights are still untuned then, and are not measured.
+        is_over: whether the run ends after this step for good, though it is not the last one.
     """
 
     def __init__(
@@ -143,8 +144,9 @@ class DevWatcher(TrainerCallback):
         patience: int | None = None,
         untuned: bool = False,
         held: Callable[[], bool] = lambda: False,
+        is_over: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._untuned, self._held = untuned, held
+        self._untuned, self._held, self._is_over = untuned, held, is_over
         self._evaluate, self._metric, self._every, self._file, self._improved = evaluate, metric, every, file, improved
         self._heard, self._patience = heard, patience
         #: Whether patience ended the run.
@@ -165,7 +167,7 @@ class DevWatcher(TrainerCallback):
             self.measure(0, model)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        last = state.global_step == state.max_steps
+        last = state.global_step == state.max_steps or self._is_over()
         if last or (self._every is not None and state.global_step % self._every == 0 and not self._held()):
             self.measure(state.global_step, model)
             if self._patience is not None and not last and self._in_vain() >= self._patience:

@@ -3,11 +3,11 @@
 ``docs/step-log.md`` specifies the format.
 """
 
-from .base import BaseWeights
 from .export import export_trajectory
 from .format import LogError
 from .log import StepLog
+from .point import ReturnPoint
 from .reader import Log, read_log
 from .replay import replay
 
-__all__ = ["BaseWeights", "Log", "LogError", "StepLog", "export_trajectory", "read_log", "replay"]
+__all__ = ["Log", "LogError", "ReturnPoint", "StepLog", "export_trajectory", "read_log", "replay"]

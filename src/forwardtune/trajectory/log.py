@@ -51,7 +51,10 @@ class StepLog:
     ) -> None:
         _require_exact(optimizer)
         _require_known(optimizer)
-        header, check = seal("", header_content(optimizer, run))
+        content = header_content(optimizer, run)
+        #: Digest of the weights that the run began with.
+        self.base: str = content["base"]
+        header, check = seal("", content)
         self._open(Path(path), optimizer, lock, new=True)
         try:
             self._write(header, check)
@@ -89,7 +92,7 @@ class StepLog:
         except BaseException:
             self.close()
             raise
-        self._check = log.check
+        self._check, self.base = log.check, log.header["base"]
         self.step_check = log.step_checks[-1] if log.steps else None
         optimizer.recorders.append(self.record)
         return self
@@ -131,7 +134,7 @@ class StepLog:
         self._write(*seal(self._check, {"note": content}))
 
     def rolled_back(self, to: int) -> None:
-        """Write that the weights are again those after ``to`` steps; :meth:`BaseWeights.go_back` moves them.
+        """Write that the weights are again those after ``to`` steps; :meth:`ReturnPoint.go_back` moves them.
 
         Raises:
             ValueError: ``to`` is no earlier step.

@@ -42,19 +42,20 @@ class Trajectory:
 
     def first(self, steps: int) -> list[list[Update]]:
         """The updates that lead to the weights after so many steps: one that was undone by then is empty, as if skipped."""
-        stands = self._stands(steps)
+        stands = standing(self.rollbacks, steps)
         return [
             [update if stands[i] else Update(update.step, ()) for i, update in enumerate(group[:steps])]
             for group in self.updates
         ]
 
-    def _stands(self, steps: int) -> list[bool]:
-        """Which of the first steps are in the weights after them."""
-        after: list[tuple[int, list[bool]]] = [(0, [])]  # the same at the beginning and after every rollback
-        for rollback in self.rollbacks:
-            if rollback.at <= steps:
-                after.append((rollback.at, _until(rollback.to, after) + [False] * (rollback.at - rollback.to)))
-        return _until(steps, after)
+
+def standing(rollbacks: Sequence[Rollback], steps: int) -> list[bool]:
+    """Which of the first steps are in the weights after them."""
+    after: list[tuple[int, list[bool]]] = [(0, [])]  # the same at the beginning and after every rollback
+    for rollback in rollbacks:
+        if rollback.at <= steps:
+            after.append((rollback.at, _until(rollback.to, after) + [False] * (rollback.at - rollback.to)))
+    return _until(steps, after)
 
 
 def _until(steps: int, after: list[tuple[int, list[bool]]]) -> list[bool]:
@@ -65,11 +66,11 @@ def _until(steps: int, after: list[tuple[int, list[bool]]]) -> list[bool]:
 def trajectory_of(log: Log) -> Trajectory:
     """The updates that a log describes, one list for each parameter group."""
     rule = rule_of(log.path, log.header)
-    updates = _all_updates(rule, log.records, len(log.header["groups"]))
+    updates = updates_by_group(rule, log.records, len(log.header["groups"]))
     return Trajectory(log.path, log.header, rule, updates, log.rollbacks, log.end["digest"] if log.end else None)
 
 
-def _all_updates(rule: Rule, records: Sequence[StepRecord], groups: int) -> list[list[Update]]:
+def updates_by_group(rule: Rule, records: Sequence[StepRecord], groups: int) -> list[list[Update]]:
     """What the run's rule made of its records: a list for each parameter group, an empty update for a skipped step."""
     steps = [[Update(record.step, ())] * groups if record.skipped else updates_of(rule, record) for record in records]
     return [[step[group] for step in steps] for group in range(groups)]
