@@ -18,8 +18,9 @@ SOURCE = Path(forwardtune.__file__).parent
 # A module imports from layers before its own, or from its own package. `forwardtune/__init__.py` may import them all.
 LAYERS = (
     {"errors", "files", "memory", "noise", "line_search", "guard", "auto"},
-    {"parameters", "arena", "durations", "processes"},
-    {"perturbation", "estimators", "rules"},
+    {"parameters", "arena", "lazy_weight", "durations", "processes", "estimators"},
+    {"perturbation", "rules"},
+    {"self_check"},
     {"optimizer"},
     {"trajectory", "epsilon"},
     {"tasks", "models"},
@@ -39,7 +40,7 @@ NEEDS = {
     "noise": {"torch"},
     "noise/cpu.py": {"torch", "numba", "numpy", "llvmlite"},
     "noise/gpu.py": {"torch", "triton"},
-} | {part: {"torch"} for part in ("parameters", "arena", "perturbation", "estimators", "rules", "optimizer", "epsilon")}
+} | {part: {"torch"} for part in ("parameters", "arena", "lazy_weight", "perturbation", "self_check", "estimators", "rules", "optimizer", "epsilon")}
 NEEDS |= {part: set() for part in ("line_search", "guard", "auto", "durations")}
 NEEDS["trajectory"] = {"torch", "safetensors"}
 
