@@ -169,7 +169,9 @@ def test_metrics_say_what_the_run_did(setting: Setting, finished: Path) -> None:
     assert (metrics["metric"], metrics["steps"], metrics["skipped_steps"]) == ("accuracy", STEPS, 0)
     assert (metrics["best_step"], metrics["truncated_prompts"]) == (STEPS, 0)
     assert metrics["splits"] == {"train": 11, "dev": 3, "test": 6}
-    assert metrics["settings"].items() >= log.header["run"].items()
+    recorded = dict(log.header["run"])
+    assert metrics["split_rule"] == recorded.pop("split_rule") == "forwardtune"
+    assert metrics["settings"].items() >= recorded.items()
     assert log.header["run"].items() >= {"lr": 1e-3, "eps": 1e-3, "steps": STEPS, "batch_size": 4, "seed": 0}.items()
 
 
@@ -400,6 +402,15 @@ def test_resumed_run_may_not_change_its_settings(setting: Setting, copy: Path) -
         assert ran.code == 2
         assert words in ran.err
     assert files(copy) == before
+
+
+def test_resumed_run_may_not_draw_its_splits_by_another_rule(setting: Setting, finished: Path, tmp_path: Path) -> None:
+    ran = cli(*setting.train(tmp_path / "run", task=write_task(tmp_path), steps=2))
+    assert "splits drawn by the rule forwardtune" in ran.err
+    write_task(tmp_path, splits="mezo")
+    ran = cli(*setting.resume(tmp_path / "run", steps=4))
+    assert (ran.code, ran.out) == (2, "")
+    assert re.search("splits drawn by the rule forwardtune.* now says mezo.*'splits: forwardtune'", ran.err)
 
 
 def test_completed_run_resumed_is_left_as_it_is(setting: Setting, finished: Path) -> None:

@@ -18,6 +18,8 @@ from ..files import read_json
 from ..models import save_model
 from ..optimizer import NonFiniteLossError
 from ..rules import RULES, STATES
+from ..tasks import get_task
+from ..tasks.splits import DEFAULT_RULE
 from ..trajectory import Log, read_log
 from . import add_model_options, methods, positive, say
 from .results import (
@@ -68,6 +70,8 @@ _ADAM_EPOCHS = 5
 _LEAST_MEASURED = 64
 # Where the step log keeps how many development examples are measured.
 _MEASURED = "dev_measured"
+# The rule that drew the splits; logs that do not say were drawn by the default one.
+_RULE = "split_rule"
 _SCHEDULERS = ("constant", "linear", "cosine", "inverse_sqrt", "polynomial")
 # What a resumed run may change; the rest comes from its log.
 _FREE = ("device", "steps", "save_steps", "eval_steps", "patience", "log_completions", "data_dir")
@@ -179,7 +183,8 @@ def run(options: argparse.Namespace) -> int:
         write_json(folder / OUTCOMES, outcomes)
     if options.steps is None:
         options.steps = _steps(session, began)
-    described: dict[str, Any] = {}  # what the step log records beside the options
+    # What the step log records beside the options.
+    described: dict[str, Any] = {_RULE: session.task.splits}
     if "dev" in session.splits:
         whole = len(session.splits["dev"])
         measured = log.header["run"].get(_MEASURED, whole) if log else measured_examples(options, options.steps, whole)
@@ -361,6 +366,12 @@ def _resumed(options: argparse.Namespace, folder: Path) -> Log:
                 "resume it, or start another run in another folder"
             )
         setattr(options, name, recorded)
+    recorded, rule = log.header["run"].get(_RULE, DEFAULT_RULE), get_task(options.task).splits
+    if recorded != rule:
+        raise InputError(
+            f"the run in {folder} has splits drawn by the rule {recorded}, and task {options.task} now says {rule}: resume "
+            f"it with a task file that says 'splits: {recorded}', or start another run in another folder"
+        )
     return log
 
 
