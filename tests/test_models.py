@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -236,9 +237,64 @@ def test_all_and_patterns_choose_by_name(random_state_untouched: None) -> None:
 
 def test_tied_weight_is_found_by_each_of_its_names() -> None:
     model = support.tiny_model("llama")
-    for pattern in ("lm_head", "embed_tokens"):
-        tune(model, support.tokenizer(), pattern)
+    for pattern, other in (("lm_head", "model.embed_tokens"), ("embed_tokens", "lm_head")):
+        with pytest.warns(UserWarning, match=rf"{pattern}.weight is tied to {other}.weight, .* tuned in both"):
+            tune(model, support.tokenizer(), pattern)
         assert trainable(model) == {"model.embed_tokens.weight"}
+    tune(model, support.tokenizer(), "embed|head")  # both are named
+    assert trainable(model) == {"model.embed_tokens.weight"}
+
+
+def test_lora_on_a_tied_head_is_refused_and_the_model_left_alone() -> None:
+    """Merged, it would move the embedding, and the merged model would score otherwise than the adapter did."""
+    for targets in (["lm_head"], ["q_proj", "lm_head"]):
+        model = support.tiny_model("llama")
+        with pytest.raises(
+            InputError, match=r"embed_tokens.weight and lm_head.weight are tied.*LoRA targets, or untie"
+        ):
+            tune(model, support.tokenizer(), "lora", lora_targets=targets)
+        assert trainable(model) == {name for name, _ in model.named_parameters()}
+    model = tune(support.tiny_model("llama_untied"), support.tokenizer(), "lora", lora_targets=["lm_head"])
+    x = support.token_batch()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+        tuned = model(x).logits
+        assert torch.allclose(model.merge_and_unload()(x).logits, tuned, rtol=1e-4, atol=1e-4)
+
+
+def test_text_that_no_layer_lets_see_the_prefix_is_said() -> None:
+    window, x = 16, support.token_batch(2, 40)
+    config = transformers.Gemma3TextConfig(
+        **{**support.FAMILIES["gemma3"][2], "sliding_window": window, "layer_types": ["sliding_attention"] * 2}
+    )
+    with torch.random.fork_rng():
+        model = tune(transformers.Gemma3ForCausalLM(config).eval(), support.tokenizer(), "prefix")
+    said = "texts are longer than what sees the prefix.*sees the last 16 alone"
+
+    def effect(call: Any, length: int) -> float:
+        """Of the prefix on the last token's logits."""
+        weight = model.prompt_encoder["default"].embedding.weight
+        with torch.no_grad():
+            before = call(input_ids=x[:, :length]).logits[:, -1]
+            weight.mul_(3)
+            after = call(input_ids=x[:, :length]).logits[:, -1]
+            weight.div_(3)
+        return float((before - after).abs().max())
+
+    for call in (partial(forward, model), model):
+        assert effect(call, window - 1) > 1e-3
+        with pytest.warns(UserWarning, match=said):
+            assert effect(call, 40) == 0
+    with model.disable_adapter():
+        model(input_ids=x)
+    with pytest.warns(UserWarning, match=said):
+        model.generate(input_ids=x[:, :12], attention_mask=torch.ones(2, 12), max_new_tokens=5, do_sample=False)
+    # A layer that sees all brings the prefix everywhere.
+    config.layer_types = ["sliding_attention", "full_attention"]
+    model = tune(transformers.Gemma3ForCausalLM(config).eval(), support.tokenizer(), "prefix")
+    assert effect(model, 40) > 1e-3
 
 
 def test_quantised_weights_are_no_target() -> None:
