@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import support
 from forwardtune.cli import main
@@ -402,6 +402,23 @@ def test_resumed_run_may_not_change_its_settings(setting: Setting, copy: Path) -
         assert ran.code == 2
         assert words in ran.err
     assert files(copy) == before
+
+
+@pytest.mark.parametrize("free", [False, True])
+def test_tokenizer_without_padding_and_end_serves_as_well(setting: Setting, tmp_path: Path, free: bool) -> None:
+    """Whatever fills the rows up is masked."""
+    bare = tmp_path / "bare"
+    AutoModelForCausalLM.from_pretrained(setting.model).save_pretrained(bare)
+    PreTrainedTokenizerFast(tokenizer_object=support.tokenizer().backend_tokenizer).save_pretrained(bare)
+    changes = {"answers": None, "target": "reply", "max_new_tokens": "4", "metric": "f1"} if free else {}
+    task = write_task(tmp_path / "task", **changes)
+    common = ["--task", task, "--batch-size", 4, "--device", "cpu"]
+    found = [json.loads(cli("eval", "--model", model, *common).out)["test"] for model in (setting.model, bare)]
+    assert found[0] == pytest.approx(found[1])
+    assert free or cli("plan", "--model", bare, *common, "--steps", 2).code == 0
+    for method in ["mezo"] if free else ["mezo", "adam"]:
+        ran = cli(*Setting(bare, task).train(tmp_path / method, steps=1, method=method, no_before=True))
+        assert ran.code == 0, ran.err
 
 
 def test_resumed_run_may_not_draw_its_splits_by_another_rule(setting: Setting, finished: Path, tmp_path: Path) -> None:

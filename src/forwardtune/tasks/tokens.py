@@ -58,6 +58,12 @@ class Tokens:
         return set() if written_out else set(Counter(self.control(text)) - Counter(self.control(template)))
 
 
+def padding_id(tokenizer: Any) -> int:
+    """The token that fills rows up. Padding is masked, so where the tokenizer names none, any token will do."""
+    named = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((int(token) for token in named if token is not None), 0)
+
+
 def word_starts(text: str) -> list[int]:
     """Where a text may be cut: before a word; anywhere in a text of one long word."""
     starts = [match.start() for match in re.finditer(r"\S+", text)][1:]
