@@ -16,7 +16,7 @@ import transformers
 from transformers import DynamicCache
 
 import support
-from forwardtune import MeZO
+from forwardtune import MeZO, MeZOConfig, MeZOTrainer
 from forwardtune.errors import InputError
 from forwardtune.models import context_length, forward, load_model, model_kind, save_model, tune
 from forwardtune.models.loading import _require_no_offloading
@@ -295,6 +295,41 @@ def test_text_that_no_layer_lets_see_the_prefix_is_said() -> None:
     config.layer_types = ["sliding_attention", "full_attention"]
     model = tune(transformers.Gemma3ForCausalLM(config).eval(), support.tokenizer(), "prefix")
     assert effect(model, 40) > 1e-3
+
+
+def trained(model: Any, folder: Path) -> None:
+    """Two steps of MeZOTrainer."""
+    rows = [{"input_ids": row, "labels": row} for row in support.token_batch(8).tolist()]
+    options = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "no"}
+    config = MeZOConfig(str(folder), max_steps=2, learning_rate=1e-2, eps=1e-2, **options)
+    MeZOTrainer(model=model, args=config, train_dataset=rows).train()
+
+
+def test_unquantised_weights_of_a_quantised_model_are_tuned_without_an_adapter(tmp_path: Path) -> None:
+    """Trainer refuses such a model for want of gradients, of which there is no need."""
+    model = tune(support.tiny_model("llama"), support.tokenizer(), "norm")
+    model.is_quantized = True  # all that Trainer looks at
+    before = support.snapshot(model)
+    trained(model, tmp_path)
+    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert moved == trainable(model)
+    assert not model._hf_peft_config_loaded
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_norms_of_a_quantised_checkpoint_are_tuned_and_saved(tmp_path: Path, saved: Callable[[str], str]) -> None:
+    pytest.importorskip("bitsandbytes")
+    eight_bit = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(saved("llama_untied"), quantization_config=eight_bit)
+    save_model(model, support.tokenizer(), tmp_path / "base")
+    model, tokenizer = load_model(str(tmp_path / "base"))
+    x, layer = support.token_batch(), model.model.layers[0].mlp.up_proj.weight
+    assert layer.dtype == torch.int8
+    untuned = model(x).logits
+    trained(tune(model, tokenizer, "norm"), tmp_path / "run")
+    save_model(model, tokenizer, tmp_path / "tuned")
+    assert torch.equal(load_model(str(tmp_path / "tuned"))[0](x).logits, model(x).logits)
+    assert not torch.equal(untuned, model(x).logits)
 
 
 def test_quantised_weights_are_no_target() -> None:

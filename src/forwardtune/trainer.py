@@ -6,7 +6,8 @@ import json
 import math
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -146,7 +147,8 @@ class MeZOTrainer(Trainer):
         self.objective = objective
         self._part = 0
         self._run = run
-        super().__init__(*args, **kwargs)
+        with _quantised_base(kwargs.get("model", args[0] if args else None)):
+            super().__init__(*args, **kwargs)
         if not isinstance(self.args, MeZOConfig):
             raise ValueError("MeZOTrainer needs args=MeZOConfig(...), whose defaults are MeZO's")
         if self.args.world_size > 1 or self.args.n_gpu > 1:
@@ -461,6 +463,23 @@ class _LogKeeper(TrainerCallback):
         if self._log is not None:
             self._log.close()
             self._log = None
+
+
+@contextmanager
+def _quantised_base(model: Any) -> Iterator[None]:
+    """Inside, Trainer takes a quantised model without an adapter; MeZO tunes its unquantised weights without a gradient.
+
+    Trainer's check looks at this attribute, which transformers sets on models with an adapter of its own.
+    """
+    mark = "_hf_peft_config_loaded"
+    marked = not getattr(model, "is_quantized", False) or getattr(model, mark, False)
+    if not marked:
+        setattr(model, mark, True)
+    try:
+        yield
+    finally:
+        if not marked:
+            setattr(model, mark, False)
 
 
 def _steps_of(checkpoint: Path) -> int | None:
