@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import support
 from forwardtune.cli import main
@@ -169,7 +169,9 @@ def test_metrics_say_what_the_run_did(setting: Setting, finished: Path) -> None:
     assert (metrics["metric"], metrics["steps"], metrics["skipped_steps"]) == ("accuracy", STEPS, 0)
     assert (metrics["best_step"], metrics["truncated_prompts"]) == (STEPS, 0)
     assert metrics["splits"] == {"train": 11, "dev": 3, "test": 6}
-    assert metrics["settings"].items() >= log.header["run"].items()
+    recorded = dict(log.header["run"])
+    assert metrics["split_rule"] == recorded.pop("split_rule") == "forwardtune"
+    assert metrics["settings"].items() >= recorded.items()
     assert log.header["run"].items() >= {"lr": 1e-3, "eps": 1e-3, "steps": STEPS, "batch_size": 4, "seed": 0}.items()
 
 
@@ -446,6 +448,32 @@ def test_task_that_was_moved_is_asked_for(setting: Setting, tmp_path: Path) -> N
     with refused(tmp_path, f"has --task {path}, not reviews") as ran:
         ran(cli(*setting.resume(tmp_path / "run", steps=2, task="reviews")))
     assert cli(*setting.resume(tmp_path / "run", steps=2, task=tmp_path / "moved" / "task.yaml")).code == 0
+
+
+@pytest.mark.parametrize("free", [False, True])
+def test_tokenizer_without_padding_and_end_serves_as_well(setting: Setting, tmp_path: Path, free: bool) -> None:
+    """Whatever fills the rows up is masked."""
+    bare = tmp_path / "bare"
+    AutoModelForCausalLM.from_pretrained(setting.model).save_pretrained(bare)
+    PreTrainedTokenizerFast(tokenizer_object=support.tokenizer().backend_tokenizer).save_pretrained(bare)
+    changes = {"answers": None, "target": "reply", "max_new_tokens": "4", "metric": "f1"} if free else {}
+    task = write_task(tmp_path / "task", **changes)
+    common = ["--task", task, "--batch-size", 4, "--device", "cpu"]
+    found = [json.loads(cli("eval", "--model", model, *common).out)["test"] for model in (setting.model, bare)]
+    assert found[0] == pytest.approx(found[1])
+    assert free or cli("plan", "--model", bare, *common, "--steps", 2).code == 0
+    for method in ["mezo"] if free else ["mezo", "adam"]:
+        ran = cli(*Setting(bare, task).train(tmp_path / method, steps=1, method=method, no_before=True))
+        assert ran.code == 0, ran.err
+
+
+def test_resumed_run_may_not_draw_its_splits_by_another_rule(setting: Setting, finished: Path, tmp_path: Path) -> None:
+    ran = cli(*setting.train(tmp_path / "run", task=write_task(tmp_path), steps=2))
+    assert "splits drawn by the rule forwardtune" in ran.err
+    write_task(tmp_path, splits="mezo")
+    ran = cli(*setting.resume(tmp_path / "run", steps=4))
+    assert (ran.code, ran.out) == (2, "")
+    assert re.search("splits drawn by the rule forwardtune.* now says mezo.*'splits: forwardtune'", ran.err)
 
 
 def test_completed_run_resumed_is_left_as_it_is(setting: Setting, finished: Path) -> None:

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import support
 from forwardtune.models import forward, tune
-from forwardtune.objectives import Context, Sampling, generate, generation, write
+from forwardtune.objectives import Context, Sampling, generate, write
 from forwardtune.tasks import Task
 from test_objectives import TOKENIZER, talking_model, tokens
 
@@ -151,16 +152,67 @@ def test_tokens_are_those_of_the_text_with_its_stop_string(llama: Any) -> None:
     assert write(ends, TOKENIZER, TASK, PROMPTS).tokens[1] == written[:end]
 
 
-def test_stop_string_is_looked_up_in_the_vocabulary_once(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not for every batch. A vocabulary that grew is looked through again."""
-    made: list[str] = []
-    real = generation.StopStringCriteria
-    monkeypatch.setattr(generation, "StopStringCriteria", lambda t, stop: made.append(stop[0]) or real(t, stop))
-    for stop in ("qz", "qz", "zq", "qz"):
-        generate(llama, TOKENIZER, replace(TASK, stop=stop, max_new_tokens=2), PROMPTS)
-    assert made == ["qz", "zq"]
-    generation._stopping(TOKENIZER, len(TOKENIZER) + 1, "qz")
-    assert made == ["qz", "zq", "qz"]
+HAN = "你好世界的是不了在人有我他这个上们来到时大地为子中说生国年着就那和要她出也得里后自以会家可下"
+
+
+def chinese() -> tuple[Any, Any]:
+    """A model and a tokenizer of one token a character, which reads with spaces between them."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *HAN])}
+    raw = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
+    model = talking_model("llama")
+    model.resize_token_embeddings(len(words))
+    return model, tokenizer
+
+
+def test_stop_string_ends_texts_whose_tokens_read_otherwise_together() -> None:
+    model, tokenizer = chinese()
+    prompt = tokenizer("你好")["input_ids"]
+    written = likeliest(model, prompt)
+    whole = tokenizer.decode(written)
+    assert whole.count(" ") == LENGTH - 1
+    place = next(i for i in range(1, LENGTH) if written[i] not in written[:i])
+    for stop in (tokenizer.decode([written[place]]), tokenizer.decode(written[place - 1 : place + 1])):
+        found = write(model, tokenizer, replace(TASK, stop=stop), [prompt])
+        assert found.tokens == [written[: place + 1]]
+        assert found.texts == [whole[: whole.index(stop)].strip()]
+    assert write(model, tokenizer, replace(TASK, stop="。"), [prompt]).texts == [whole]
+
+
+def test_tokenizer_with_neither_padding_nor_end() -> None:
+    """Rows that are done go on beside the others; nothing of that is theirs."""
+    model, bare = (
+        talking_model("llama"),
+        transformers.PreTrainedTokenizerFast(tokenizer_object=support.tokenizer().backend_tokenizer),
+    )
+    assert bare.pad_token_id is bare.eos_token_id is None
+    model.generation_config.eos_token_id = model.config.eos_token_id = None
+    rows = [likeliest(model, prompt) for prompt in PROMPTS]
+    assert write(model, bare, TASK, PROMPTS).tokens == rows
+    stop = bare.decode(rows[0])[2:5]
+    found = write(model, bare, replace(TASK, stop=stop), PROMPTS)
+    assert len(found.tokens[0]) < LENGTH
+    assert found.tokens == [rows[0][: len(found.tokens[0])], *rows[1:]]
+    assert found.texts[0] == bare.decode(rows[0]).split(stop)[0].strip()
+    assert stop in bare.decode(found.tokens[0])
+    assert stop not in bare.decode(found.tokens[0][:-1])
+
+
+def test_control_token_can_be_the_stop_string(llama: Any) -> None:
+    """It is no part of the text, and yet ends it."""
+    written = likeliest(llama, PROMPTS[0])
+    place = next(i for i in range(2, LENGTH) if written[i] not in written[:i])
+    tokenizer = support.tokenizer()
+    stop = tokenizer.convert_ids_to_tokens(written[place])
+    tokenizer.add_special_tokens({"additional_special_tokens": [stop]})
+    found = write(llama, tokenizer, replace(TASK, stop=stop), PROMPTS[:1])
+    assert found.tokens == [written[: place + 1]]
+    assert found.texts == [text_of(written[:place])]
 
 
 def test_what_the_models_folder_says_of_decoding_is_left_aside(llama: Any) -> None:
@@ -211,30 +263,17 @@ def test_tokens_are_drawn_from_the_whole_softmax(llama: Any, temperature: float)
     # Special tokens have no text; their logits of 0 are small beside the others'.
     with torch.no_grad():
         expected = (llama(input_ids=torch.tensor([prompt])).logits[0, -1] / temperature).softmax(dim=-1)
-    written: list[int] = []
-    original = TOKENIZER.batch_decode
-
-    def note(tokens: Any, **options: Any) -> Any:
-        written.extend(tokens[:, 0].tolist())
-        return original(tokens, **options)
-
-    tokenizer = _Watched(note)
-    generate(llama, tokenizer, replace(TASK, max_new_tokens=1), [prompt] * rows, sampling=Sampling(temperature, 5))
-    counts = Counter(written)
-    assert len(written) == rows
+    drawn = write(llama, TOKENIZER, replace(TASK, max_new_tokens=1), [prompt] * rows, sampling=Sampling(temperature, 5))
+    counts = Counter(token for row in drawn.tokens for token in row)
+    ends = [TOKENIZER.pad_token_id, TOKENIZER.eos_token_id, llama.generation_config.eos_token_id]
+    assert sum(not row for row in drawn.tokens) == rows - counts.total()  # those that ended at once
+    counts[ends[0]] = rows - counts.total()
+    for end in {*ends} - {ends[0], None}:
+        expected[ends[0]] += expected[end]
+        expected[end] = 0
     # Each count is binomial; a seed far out at five standard deviations in one of 320 tokens has odds of 2e-4.
     for token, p in enumerate(expected.tolist()):
         spread = (rows * p * (1 - p)) ** 0.5
         assert abs(counts[token] - rows * p) <= 5 * spread + 3, token
     if temperature > 1:
         assert len(counts) > 50
-
-
-class _Watched:
-    """The tokenizer, with a look at what it is asked to decode."""
-
-    def __init__(self, batch_decode: Any) -> None:
-        self.batch_decode = batch_decode
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(TOKENIZER, name)

@@ -40,7 +40,20 @@ NEEDS = {
     "noise": {"torch"},
     "noise/cpu.py": {"torch", "numba", "numpy", "llvmlite"},
     "noise/gpu.py": {"torch", "triton"},
-} | {part: {"torch"} for part in ("parameters", "arena", "lazy_weight", "perturbation", "self_check", "estimators", "rules", "optimizer", "epsilon")}
+} | {
+    part: {"torch"}
+    for part in (
+        "parameters",
+        "arena",
+        "lazy_weight",
+        "perturbation",
+        "self_check",
+        "estimators",
+        "rules",
+        "optimizer",
+        "epsilon",
+    )
+}
 NEEDS |= {part: set() for part in ("line_search", "guard", "auto", "durations")}
 NEEDS["trajectory"] = {"torch", "safetensors"}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import transformers
 from transformers import DynamicCache
 
 import support
-from forwardtune import MeZO
+from forwardtune import MeZO, MeZOConfig, MeZOTrainer
 from forwardtune.errors import InputError
 from forwardtune.models import context_length, forward, load_model, model_kind, save_model, tune
 from forwardtune.models.loading import _require_no_offloading
@@ -257,9 +258,99 @@ def test_all_and_patterns_choose_by_name(random_state_untouched: None) -> None:
 
 def test_tied_weight_is_found_by_each_of_its_names() -> None:
     model = support.tiny_model("llama")
-    for pattern in ("lm_head", "embed_tokens"):
-        tune(model, support.tokenizer(), pattern)
+    for pattern, other in (("lm_head", "model.embed_tokens"), ("embed_tokens", "lm_head")):
+        with pytest.warns(UserWarning, match=rf"{pattern}.weight is tied to {other}.weight, .* tuned in both"):
+            tune(model, support.tokenizer(), pattern)
         assert trainable(model) == {"model.embed_tokens.weight"}
+    tune(model, support.tokenizer(), "embed|head")  # both are named
+    assert trainable(model) == {"model.embed_tokens.weight"}
+
+
+def test_lora_on_a_tied_head_is_refused_and_the_model_left_alone() -> None:
+    """Merged, it would move the embedding, and the merged model would score otherwise than the adapter did."""
+    for targets in (["lm_head"], ["q_proj", "lm_head"]):
+        model = support.tiny_model("llama")
+        with pytest.raises(
+            InputError, match=r"embed_tokens.weight and lm_head.weight are tied.*LoRA targets, or untie"
+        ):
+            tune(model, support.tokenizer(), "lora", lora_targets=targets)
+        assert trainable(model) == {name for name, _ in model.named_parameters()}
+    model = tune(support.tiny_model("llama_untied"), support.tokenizer(), "lora", lora_targets=["lm_head"])
+    x = support.token_batch()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+        tuned = model(x).logits
+        assert torch.allclose(model.merge_and_unload()(x).logits, tuned, rtol=1e-4, atol=1e-4)
+
+
+def test_text_that_no_layer_lets_see_the_prefix_is_said() -> None:
+    window, x = 16, support.token_batch(2, 40)
+    config = transformers.Gemma3TextConfig(
+        **{**support.FAMILIES["gemma3"][2], "sliding_window": window, "layer_types": ["sliding_attention"] * 2}
+    )
+    with torch.random.fork_rng():
+        model = tune(transformers.Gemma3ForCausalLM(config).eval(), support.tokenizer(), "prefix")
+    said = "texts are longer than what sees the prefix.*sees the last 16 alone"
+
+    def effect(call: Any, length: int) -> float:
+        """Of the prefix on the last token's logits."""
+        weight = model.prompt_encoder["default"].embedding.weight
+        with torch.no_grad():
+            before = call(input_ids=x[:, :length]).logits[:, -1]
+            weight.mul_(3)
+            after = call(input_ids=x[:, :length]).logits[:, -1]
+            weight.div_(3)
+        return float((before - after).abs().max())
+
+    for call in (partial(forward, model), model):
+        assert effect(call, window - 1) > 1e-3
+        with pytest.warns(UserWarning, match=said):
+            assert effect(call, 40) == 0
+    with model.disable_adapter():
+        model(input_ids=x)
+    with pytest.warns(UserWarning, match=said):
+        model.generate(input_ids=x[:, :12], attention_mask=torch.ones(2, 12), max_new_tokens=5, do_sample=False)
+    # A layer that sees all brings the prefix everywhere.
+    config.layer_types = ["sliding_attention", "full_attention"]
+    model = tune(transformers.Gemma3ForCausalLM(config).eval(), support.tokenizer(), "prefix")
+    assert effect(model, 40) > 1e-3
+
+
+def trained(model: Any, folder: Path) -> None:
+    """Two steps of MeZOTrainer."""
+    rows = [{"input_ids": row, "labels": row} for row in support.token_batch(8).tolist()]
+    options = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "no"}
+    config = MeZOConfig(str(folder), max_steps=2, learning_rate=1e-2, eps=1e-2, **options)
+    MeZOTrainer(model=model, args=config, train_dataset=rows).train()
+
+
+def test_unquantised_weights_of_a_quantised_model_are_tuned_without_an_adapter(tmp_path: Path) -> None:
+    """Trainer refuses such a model for want of gradients, of which there is no need."""
+    model = tune(support.tiny_model("llama"), support.tokenizer(), "norm")
+    model.is_quantized = True  # all that Trainer looks at
+    before = support.snapshot(model)
+    trained(model, tmp_path)
+    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert moved == trainable(model)
+    assert not model._hf_peft_config_loaded
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_norms_of_a_quantised_checkpoint_are_tuned_and_saved(tmp_path: Path, saved: Callable[[str], str]) -> None:
+    pytest.importorskip("bitsandbytes")
+    eight_bit = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(saved("llama_untied"), quantization_config=eight_bit)
+    save_model(model, support.tokenizer(), tmp_path / "base")
+    model, tokenizer = load_model(str(tmp_path / "base"))
+    x, layer = support.token_batch(), model.model.layers[0].mlp.up_proj.weight
+    assert layer.dtype == torch.int8
+    untuned = model(x).logits
+    trained(tune(model, tokenizer, "norm"), tmp_path / "run")
+    save_model(model, tokenizer, tmp_path / "tuned")
+    assert torch.equal(load_model(str(tmp_path / "tuned"))[0](x).logits, model(x).logits)
+    assert not torch.equal(untuned, model(x).logits)
 
 
 def test_quantised_weights_are_no_target() -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
+import transformers
 
 import support
 from forwardtune.errors import InputError
@@ -240,14 +243,17 @@ class Words:
     """One token a word, the way a tokenizer with sentence marks does it."""
 
     bos_token_id, eos_token_id, pad_token_id = 1, 2, 0
+    all_special_tokens: ClassVar[list[str]] = []
+    added_tokens_decoder: ClassVar[dict[int, Any]] = {}
 
     def __init__(self, *, bos: bool = False, eos: bool = False) -> None:
         self.bos, self.eos = bos, eos
-        self.known: dict[str, int] = {}
+        self.known: dict[str, int] = {"a": 4}
 
     def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        words = [self.known.setdefault(word, len(self.known) + 5) for word in text.split()]
-        return {"input_ids": [1] * self.bos + words + [2] * self.eos}
+        words = [self.known.setdefault(word, len(self.known) + 4) for word in text.split()]
+        marks = add_special_tokens
+        return {"input_ids": [1] * (marks and self.bos) + words + [2] * (marks and self.eos)}
 
 
 EXAMPLE = Example("one two three four", (" yes", " no way"), (1,), context=(0, len("one two three four")))
@@ -412,6 +418,97 @@ def test_text_of_one_long_word_is_cut_anywhere() -> None:
         assert text.endswith("x1x1\nIt was")
         assert max_length - 2 <= input_length(found) <= max_length
         assert encoder.truncated == 1
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("text", ["the film was great ", "x1"])
+def test_long_rows_are_not_tokenised_again_and_again(text: str, masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even once in whole, and the end that is kept is the longest that fits."""
+    tokenizer, after = (mask_tokenizer(), " It was [MASK].") if masked else (TOKENIZER, " It was")
+    task, context = (MASKED if masked else CHOICE), text * (100_000 // len(text))
+    example = worded("Text: ", context, after, ("a", "b") if masked else (" yes", " no"))
+    assert isinstance(tokenizer, transformers.PreTrainedTokenizerFast)
+    read, call = [0], transformers.PreTrainedTokenizerFast.__call__
+
+    def counted(self: Any, given: str, **options: Any) -> Any:
+        read[0] += len(given)
+        return call(self, given, **options)
+
+    monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "__call__", counted)
+    (found,) = Encoder(tokenizer, 40)(task, [example])
+    assert read[0] < 20_000
+    monkeypatch.undo()
+    # The same row, but so short that it is looked at in whole.
+    (short,) = Encoder(tokenizer, 40)(task, [worded("Text: ", context[-400:].lstrip(), after, example.options)])
+    assert (found.prompt, found.options) == (short.prompt, short.options)
+    assert 35 <= input_length(found) <= 40
+
+
+def marked_tokenizer(single: str = "<bos> $A") -> Any:
+    """A tokenizer that opens every text, as Llama's, or closes it too."""
+    from tokenizers.processors import TemplateProcessing
+
+    found = support.tokenizer()
+    marks = [(token, found.convert_tokens_to_ids(token)) for token in ("<bos>", "<eos>")]
+    found.backend_tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=marks)
+    return found
+
+
+CHAT = "{% for m in messages %}{{ bos_token if loop.first }}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}"
+
+
+@pytest.mark.parametrize("single", ["$A", "<bos> $A", "<bos> $A <eos>", "$A <eos>"])
+def test_a_conversation_that_was_written_out_keeps_its_marks_and_gets_no_second_ones(single: str) -> None:
+    tokenizer = marked_tokenizer(single)
+    messages = [{"role": "user", "content": "the film"}, {"role": "assistant", "content": "was great"}]
+    text = tokenizer.apply_chat_template(messages, chat_template=CHAT, tokenize=False)
+    expected = tokenizer.apply_chat_template(messages, chat_template=CHAT, return_dict=False)
+    assert tokenizer.decode(expected) == text == "<bos>[user] the film<eos>[assistant] was great<eos>"
+    (found,) = Encoder(tokenizer, 100)(CHOICE, [worded("", text, "", ("yes", "no"))])
+    assert found.prompt == expected
+    (alone,) = Encoder(tokenizer, 100)(replace(FREE, label=""), [worded("", text, "", ())])
+    assert alone.prompt == expected
+    opened = [tokenizer.bos_token_id] * single.startswith("<bos>")
+    (plain,) = Encoder(tokenizer, 100)(CHOICE, [worded("", "the film", "", ("\nyes", "\nno"))])
+    assert (
+        plain.prompt[: len(plain.prompt) - plain.scored]
+        == opened + tokenizer("the film", add_special_tokens=False)["input_ids"]
+    )
+
+
+def test_a_masked_text_is_opened_once() -> None:
+    (found,) = Encoder(mask_tokenizer(), 100)(MASKED, [worded("", "<bos>the film", " was [MASK].", ("a", "b"))])
+    assert mask_tokenizer().decode(found.prompt) == "<bos>the film was <mask>.<eos>"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "data", "options", "warned"),
+    [
+        ("{text} It was", "the film", ("a", "b"), 0),
+        ("{text} It was", "see <eos> here", ("a", "b"), 1),
+        ("{text} It was", "the end<eos>", ("a", "b"), 1),
+        ("{text} It was", "<bos>[user] the film<eos>", ("a", "b"), 0),  # a conversation that was written out
+        ("<bos>[user] {text}<eos>", "the film", ("a", "b"), 0),  # marks of the task
+        ("<bos>[user] {text}<eos>", "see <eos> here", ("a", "b"), 1),
+        ("<bos>[user] {text}<eos>", "<bos>the film", ("a", "b"), 1),
+        ("{text} It was", "the film", ("see <pad>", "b"), 1),
+    ],
+)
+def test_control_tokens_in_the_data_are_counted_and_said(
+    prompt: str, data: str, options: tuple[str, ...], warned: int
+) -> None:
+    task = Task("choice", prompt, "label", {"0": "{a}", "1": "{b}"}, "accuracy")
+    rows = [{"text": "the film", "a": "a", "b": "b", "label": 0}] * 2
+    rows.append({"text": data, "a": options[0], "b": options[1], "label": 0})
+    examples = [task.example(row, "the row") for row in rows]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        Encoder(marked_tokenizer(), 100)(task, examples)
+    assert len(caught) == warned
+    for warning in caught:
+        token = "<pad>" if "<pad>" in options[0] else "<bos>" if data.startswith("<bos>") else "<eos>"
+        assert re.search(rf"the text of 1 of 3 examples holds .* control tokens \({token} in 1\)", str(warning.message))
+        assert warning.filename == __file__
 
 
 def test_neither_question_nor_answers_are_cut_for_a_short_context() -> None:

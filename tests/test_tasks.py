@@ -352,6 +352,7 @@ def test_task_file_defaults(tmp_path: Path) -> None:
         (task_text(answers=None, options="{each: parts, text: '{option}'}", metric="f1"), "does not suit.*accuracy"),
         (task_text(loss="likelyhood"), "'likelyhood' does not suit.*cross_entropy or likelihood"),
         (task_text(answers=None, target="reply", loss="cross_entropy"), "does not suit.*choose likelihood"),
+        (task_text(splits="lm-bff"), "splits 'lm-bff' does not suit it: choose forwardtune or mezo"),
         (task_text(prompt="'{text|uper_first}'"), "unknown filter 'uper_first'.*did you mean upper_first"),
         (task_text(prompt="'{text} {}'"), "without the name of a column"),
         (task_text(answers="{0: '{a|b}', 1: good}"), "unknown filter 'b'"),

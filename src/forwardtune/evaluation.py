@@ -25,6 +25,7 @@ from .objectives import (
 from .tasks import Task, metrics
 from .tasks.batching import Layout, collate
 from .tasks.encoding import Encoded
+from .tasks.tokens import padding_id
 
 Progress = Callable[[int, int], object]
 
@@ -138,7 +139,7 @@ def training_objective(task: Task) -> Callable[[Any, Any], Tensor]:
 def plain_layout(model: Any, tokenizer: Any) -> Layout:
     """Every option in a row of its own, padded on the right: right for any model."""
     causal = model_kind(model) == "causal"
-    return Layout(tokenizer.pad_token_id, model.dtype, shared=False, packed=False, causal=causal)
+    return Layout(padding_id(tokenizer), model.dtype, shared=False, packed=False, causal=causal)
 
 
 def prepare(model: Any, tokenizer: Any, batch: Sequence[Encoded], layout: Layout | None = None) -> dict[str, Any]:
@@ -168,7 +169,7 @@ def find_layout(model: Any, tokenizer: Any, examples: Sequence[Encoded]) -> Layo
     trial = [_shortened(example, length) for example, length in zip(chosen, (12, 20, 48, 48), strict=False)]
     expected = option_scores(model, _inputs(model, trial, plain, None))
     best = replace(plain, shared=True, packed=True)
-    for layout in (best, replace(best, first_position=tokenizer.pad_token_id + 1), replace(best, packed=False)):
+    for layout in (best, replace(best, first_position=padding_id(tokenizer) + 1), replace(best, packed=False)):
         if _agrees(model, trial, layout, expected):
             return layout
     return plain

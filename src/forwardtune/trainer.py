@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -166,7 +167,8 @@ class MeZOTrainer(Trainer):
         self._part = 0
         self._trial: Any = None
         self._run = run
-        super().__init__(*args, **kwargs)
+        with _quantised_base(kwargs.get("model", args[0] if args else None)):
+            super().__init__(*args, **kwargs)
         if not isinstance(self.args, MeZOConfig):
             raise ValueError("MeZOTrainer needs args=MeZOConfig(...), whose defaults are MeZO's")
         if objective is not None:
@@ -445,3 +447,20 @@ class MeZOTrainer(Trainer):
     def step_log(self) -> Path:
         """Where the steps are logged."""
         return self.run_folder / STEP_LOG
+
+
+@contextmanager
+def _quantised_base(model: Any) -> Iterator[None]:
+    """Inside, Trainer takes a quantised model without an adapter; MeZO tunes its unquantised weights without a gradient.
+
+    Trainer's check looks at this attribute, which transformers sets on models with an adapter of its own.
+    """
+    mark = "_hf_peft_config_loaded"
+    marked = not getattr(model, "is_quantized", False) or getattr(model, mark, False)
+    if not marked:
+        setattr(model, mark, True)
+    try:
+        yield
+    finally:
+        if not marked:
+            setattr(model, mark, False)

@@ -120,6 +120,7 @@ class Session:
             "metric": self.metric,
             "settings": {k: v for k, v in vars(self.options).items() if k not in hidden and v is not None},
             "splits": self.sizes,
+            "split_rule": self.task.splits,
             "truncated_prompts": self.truncated,
             **({"skipped_rows": self.skipped} if self.skipped else {}),
         }
@@ -194,6 +195,7 @@ def open_session(
     if shots:
         encoder.demonstrations = _demonstrations(splits["train"], shots, options.seed)
     encoded = {}
+    say(f"splits drawn by the rule {task.splits}{'' if options.per_class is None else ', of each class'}")
     for name in wanted:
         if name in splits:
             encoded[name] = encoder(task, splits[name].examples)

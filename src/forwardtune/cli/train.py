@@ -20,7 +20,8 @@ from ..models import EMBEDDED_MODEL, save_model
 from ..optimizer import NonFiniteLossError
 from ..processes import require_one_process
 from ..rules import RULES, STATES
-from ..tasks import task_names
+from ..tasks import get_task, task_names
+from ..tasks.splits import DEFAULT_RULE
 from ..trajectory import Log, read_log
 from . import add_model_options, methods, positive, say
 from .results import (
@@ -74,6 +75,8 @@ _LEAST_MEASURED = 64
 _MEASURED = "dev_measured"
 # Where transformers lets a polynomial schedule end.
 _POLYNOMIAL_END = 1e-7
+# The rule that drew the splits; logs that do not say were drawn by the default one.
+_RULE = "split_rule"
 _SCHEDULERS = ("constant", "linear", "cosine", "inverse_sqrt", "polynomial")
 # What a resumed run may change; the rest comes from its log.
 _FREE = ("device", "steps", "save_steps", "eval_steps", "patience", "log_completions", "data_dir", "no_before")
@@ -198,7 +201,8 @@ def run(options: argparse.Namespace) -> int:
             write_lines(folder / COMPLETIONS, _samples(session, 0, before, outcomes["before"]))
         write_json(folder / METRICS, metrics)
         write_json(folder / OUTCOMES, outcomes)
-    described: dict[str, Any] = {}  # what the step log records beside the options
+    # What the step log records beside the options.
+    described: dict[str, Any] = {_RULE: session.task.splits}
     if "dev" in session.splits:
         whole = len(session.splits["dev"])
         measured = log.header["run"].get(_MEASURED, whole) if log else measured_examples(options, options.steps, whole)
@@ -404,6 +408,12 @@ def _resumed(options: argparse.Namespace, folder: Path) -> Log:
                 "resume it, or start another run in another folder"
             )
         setattr(options, name, recorded)
+    recorded, rule = log.header["run"].get(_RULE, DEFAULT_RULE), get_task(options.task).splits
+    if recorded != rule:
+        raise InputError(
+            f"the run in {folder} has splits drawn by the rule {recorded}, and task {options.task} now says {rule}: resume "
+            f"it with a task file that says 'splits: {recorded}', or start another run in another folder"
+        )
     return log
 
 

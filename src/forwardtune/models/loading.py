@@ -57,7 +57,11 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     # Left to itself, peft asks the hub whether the vocabulary grew.
     options = {"save_embedding_layers": False} if is_adapted(model) else {}
     try:
-        model.save_pretrained(folder, **options)
+        try:
+            model.save_pretrained(folder, **options)
+        except NotImplementedError:
+            # transformers converts what it loaded back to what it read, which some quantisations cannot; what it holds will do.
+            model.save_pretrained(folder, **options, save_original_format=False)
         tokenizer.save_pretrained(folder)
     except SafetensorError as error:
         raise OSError(f"{folder}: the model could not be written ({error})") from None

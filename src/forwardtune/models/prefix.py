@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +18,8 @@ def add_prefix(model: Any, tokenizer: Any, length: int, seed: int) -> Any:
 
     The tokens are drawn from the vocabulary without its special tokens, and go through the model once. There is no
     reparametrisation: the keys and values are the weights. Source: MeZO, appendix E.5.
+
+    Where all layers have a sliding window, a text beyond it does not see the prefix. The model then warns of such a text.
 
     Raises:
         InputError: the model's attention takes no keys and values from outside.
@@ -46,6 +50,9 @@ def add_prefix(model: Any, tokenizer: Any, length: int, seed: int) -> Any:
             f"are {rows.shape[1]}: correct num_key_value_heads and head_dim in its config.json"
         )
     weight.data.copy_(rows)
+    if (window := _window(model)) is not None:
+        # The model below is what everyone calls in the end: peft, forward() and generation.
+        model.register_forward_pre_hook(partial(_warn_beyond, window=window, prefix=length), with_kwargs=True)
     return wrapped
 
 
@@ -84,6 +91,30 @@ def prefix_length(model: Any) -> int:
     if not is_adapted(model) or model.peft_type != "PREFIX_TUNING":
         return 0
     return int(model.active_peft_config.num_virtual_tokens)
+
+
+def _window(model: Any) -> int | None:
+    """How many tokens a token sees, itself among them, if that holds in every layer."""
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])
+    window = getattr(config, "sliding_window", None)
+    return None if window is None or kinds != {"sliding_attention"} else int(window)
+
+
+def _warn_beyond(model: Any, args: Any, inputs: dict[str, Any], *, window: int, prefix: int) -> None:
+    """Before a forward pass: say that a text is longer than what sees the prefix."""
+    cache, mask, tokens = (inputs.get(name) for name in ("past_key_values", "attention_mask", "input_ids"))
+    if cache is None or tokens is None or (isinstance(mask, Tensor) and mask.dim() == 4):
+        return  # without the prefix, or with a mask that takes the window's place
+    length = int(cache.get_seq_length()) - prefix + tokens.shape[1]
+    if length >= window:
+        warnings.warn(
+            f"texts are longer than what sees the prefix: in every layer of {type(model).__name__} a token sees the last "
+            f"{window} alone, so that what stands behind the first {window - 1} learns of the prefix "
+            f"through earlier tokens at best. Cut texts to {window - 1} tokens (max_length), or choose lora",
+            UserWarning,
+            stacklevel=1,  # one place, so that it is said once
+        )
 
 
 def _all_visible(mask: Tensor, count: int) -> Tensor:

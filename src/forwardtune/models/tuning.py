@@ -53,7 +53,8 @@ def tune(
                         2022); A is random, B zero; no dropout
     ``prefix``          keys and values of ``prefix_length`` positions before the text (:mod:`.prefix`)
     anything else       parameters whose name the regular expression is found in (``re.search``), biases for example:
-                        ``bias$``
+                        ``bias$``. A tied tensor, such as a head that is the embedding too, is one parameter: naming
+                        one of its places tunes all of them, which a warning says
     ==================  ==================================================================================
 
     Adapters are float32 whatever the model is, and the same for a seed on every device. torch's global random state is
@@ -70,8 +71,8 @@ def tune(
         seed: of A, or of the tokens that the prefix starts from.
 
     Raises:
-        InputError: a pattern or a target that matches nothing, a size that is not positive, a model that has an adapter
-            already, or one that the mode cannot tune.
+        InputError: a pattern or a target that matches nothing, a LoRA target whose weight is tied, a size that is not
+            positive, a model that has an adapter already, or one that the mode cannot tune.
 
     Source: MeZO, appendix E.5: rank 8, alpha 16, 5 prefix tokens.
     """
@@ -109,6 +110,15 @@ def _select(model: nn.Module, pattern: str) -> None:
             f"no parameter has {pattern!r} in its name{nearest(pattern, [*MODES, *sorted(parts)]) or '.'} Names are "
             f"{_some([name for name, _ in named])}: choose {', '.join(MODES)}, or a pattern that is found in one"
         )
+    for names in _tied(model):
+        named_by = [name for name in names if expression.search(name)]
+        if named_by and len(named_by) < len(names):
+            others = " and ".join(name for name in names if name not in named_by)
+            warnings.warn(
+                f"{' and '.join(named_by)} is tied to {others}, one tensor in both places: it is tuned in both",
+                UserWarning,
+                stacklevel=3,
+            )
     for name, parameter in named:
         if id(parameter) in chosen and not parameter.is_floating_point():
             raise InputError(
@@ -125,6 +135,7 @@ def _add_lora(model: Any, rank: int, alpha: float, targets: Sequence[str] | None
     if rank < 1 or not 0 < alpha < float("inf"):
         raise InputError(f"LoRA needs a positive rank and alpha, got {rank} and {alpha}: 8 and 16 are usual")
     wanted = _lora_targets(model, targets)
+    _refuse_tied(model, _matching(model, wanted))
     settings: dict[str, Any] = {
         # There is no task of masked language modelling in peft; without one the model is called as it is.
         "task_type": "CAUSAL_LM" if model_kind(model) == "causal" else None,
@@ -138,6 +149,27 @@ def _add_lora(model: Any, rank: int, alpha: float, targets: Sequence[str] | None
     model.requires_grad_(False)
     with _wrapping(seed):
         return peft.get_peft_model(model, peft.LoraConfig(**settings))
+
+
+def _refuse_tied(model: nn.Module, layers: Sequence[nn.Module]) -> None:
+    """Raise InputError if a layer's weight stands elsewhere too: an adapter that is merged into it would move both."""
+    weights = {id(layer.weight) for layer in layers}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for names in _tied(model):
+        if id(parameters[names[0]]) in weights:
+            raise InputError(
+                f"{' and '.join(names)} are tied, one tensor in both places: LoRA on one of them could not be merged without "
+                "moving the other. Leave it out of the LoRA targets, or untie the weights (tie_word_embeddings=False in "
+                "the model's configuration, and a copy of the tensor) and save that model first"
+            )
+
+
+def _tied(model: nn.Module) -> list[list[str]]:
+    """The names of every parameter that has several."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [several for several in names.values() if len(several) > 1]
 
 
 def _lora_targets(model: nn.Module, given: Sequence[str] | None) -> list[str] | str:

@@ -6,14 +6,15 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import takewhile
 from typing import Any
 
 import torch
-from transformers import StoppingCriteriaList, StopStringCriteria
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from ..tasks import Task
+from ..tasks.tokens import padding_id
 
 
 @dataclass(frozen=True)
@@ -90,15 +91,14 @@ def write(
     Args:
         context: what all prompts begin with, if it was processed already.
     """
-    width, pad = max(map(len, prompts)), tokenizer.pad_token_id
+    width, pad = max(map(len, prompts)), padding_id(tokenizer)
     known = 0 if context is None else len(context.tokens)
     # Padding stands on the left, but behind what is common to all.
     fills = [width - len(prompt) for prompt in prompts]
     rows = [[*p[:known], *[pad] * fill, *p[known:]] for p, fill in zip(prompts, fills, strict=True)]
     seen = [[1] * known + [0] * fill + [1] * (width - known - fill) for fill in fills]
-    options: dict[str, Any] = (
-        {"stopping_criteria": _stopping(tokenizer, len(tokenizer), task.stop)} if task.stop else {}
-    )
+    stop = _Stop(tokenizer, task.stop, width)
+    options: dict[str, Any] = {"stopping_criteria": StoppingCriteriaList([stop])} if task.stop else {}
     if context is not None:
         options["past_key_values"] = context.repeated(len(rows))
     if sampling.temperature:
@@ -111,24 +111,43 @@ def write(
             pad_token_id=pad,
             **{"do_sample": False, **_PLAIN, **options},
         )
-    texts = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
-    texts = [(text.split(task.stop)[0] if task.stop else text).strip() for text in texts]
-    ends = {pad, *_listed(model.generation_config.eos_token_id), *_listed(tokenizer.eos_token_id)}
-    return Written(texts, [list(takewhile(lambda t: t not in ends, row)) for row in out[:, width:].tolist()])
+    ends = {*_listed(model.generation_config.eos_token_id), *_listed(tokenizer.eos_token_id)}
+    ends |= {*_listed(tokenizer.pad_token_id)}
+    # Behind the stop string stands padding or, if the model has no end-of-text token, what it wrote while others went on.
+    rows = [row[: stop.ended.get(i)] for i, row in enumerate(out[:, width:].tolist())]
+    tokens = [list(takewhile(lambda token: token not in ends, row)) for row in rows]
+    texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    return Written([(text.split(task.stop)[0] if task.stop else text).strip() for text in texts], tokens)
 
 
 def _listed(tokens: int | list[int] | None) -> list[int]:
     return tokens if isinstance(tokens, list) else [] if tokens is None else [tokens]
 
 
-@lru_cache(maxsize=4)
-def _stopping(tokenizer: Any, size: int, stop: str) -> StoppingCriteriaList:
-    """The stop string's criterion. Making it goes through the vocabulary, which would be a tenth of a short generation.
+class _Stop(StoppingCriteria):
+    """Ends a row when the text that it wrote holds the stop string.
 
-    Args:
-        size: of the vocabulary: the criterion is made anew when tokens were added.
+    ``StopStringCriteria`` of transformers looks tokens up by their own texts, and fails on a vocabulary whose tokens read
+    otherwise one after the other, such as words that are joined by spaces. Here the end of what was written is decoded.
+
+    Attributes:
+        ended: row -> how many tokens it wrote up to the stop string, the string's own among them.
     """
-    return StoppingCriteriaList([StopStringCriteria(tokenizer, [stop])])
+
+    def __init__(self, tokenizer: Any, stop: str, begin: int) -> None:
+        self._tokenizer, self._stop, self._begin = tokenizer, stop, begin
+        # A token reads as a byte at least; the first ones may read otherwise than behind others.
+        self._tail = len(stop.encode()) + 4
+        self.ended: dict[int, int] = {}
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:
+        written = input_ids.shape[1] - self._begin
+        open_rows = [row for row in range(len(input_ids)) if row not in self.ended]
+        tails = input_ids[:, self._begin :][open_rows, -self._tail :].tolist()
+        for row, text in zip(open_rows, self._tokenizer.batch_decode(tails), strict=True):
+            if self._stop in text:
+                self.ended[row] = written
+        return torch.tensor([row in self.ended for row in range(len(input_ids))], device=input_ids.device)
 
 
 @contextmanager

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,12 +9,9 @@ from pathlib import Path
 
 from ..errors import InputError
 from .rows import SUFFIXES, Row, read_rows
+from .splits import RULES, Wanted, sample
 from .task import Example, Task, same_label
 from .template import RowError
-
-# Test examples are the same for every seed, so that runs with several seeds can be compared.
-_TEST_SEED = 0
-
 
 #: What can be done about rows that a task cannot use.
 ON_BAD_ROW = ("refuse", "skip")
@@ -123,7 +118,7 @@ def load_split(
     """
     whole = _load(task, split, data_dir, on_bad_row)
     if limit is not None and limit < len(whole):
-        whole = _take(whole, random.Random(f"{seed} {task.name} {split}").sample(range(len(whole)), limit))
+        whole = _take(whole, sample(task, split, len(whole), limit, seed))
     whole.examples  # noqa: B018  # what cannot be used is refused now
     return whole
 
@@ -140,19 +135,17 @@ def load_splits(
     only: Sequence[str] = ("train", "dev", "test"),
     on_bad_row: str = "refuse",
 ) -> dict[str, Split]:
-    """Draw the ``train``, ``dev`` and ``test`` splits of a task, without replacement.
+    """Draw the ``train``, ``dev`` and ``test`` splits of a task, without replacement, by its rule (:mod:`.splits`).
 
     Training and development examples are drawn by ``seed`` from the training data and share no example; test examples
-    come from the test data and are the same for every seed. Where the training data are short, the development split
-    takes at most a quarter of what is left, unless as many remain for training. A task with development data of its own
-    takes them from there.
+    come from the test data. A task with development data of its own takes them from there.
 
     Args:
         data_dir: a folder with the task's data in files named after the data set's splits (``train.jsonl``,
             ``validation.csv``), directly or in a folder named after the task; instead of the task's own source.
         train_examples, dev_examples, test_examples: at most so many; ``dev_examples`` defaults to the task's own number.
         per_class: draw so many training examples of each class, and as many development examples, instead
-            (MeZO, appendix E.1: 16 or 512).
+            (the MeZO paper's masked models: 16 or 512).
         only: the splits that are wanted.
         on_bad_row: ``refuse`` a drawn row that the task cannot use (a column that is missing or empty, a label that is not
             among the answers), or ``skip`` all such rows before anything is drawn, and count them.
@@ -162,50 +155,24 @@ def load_splits(
             cannot use.
     """
     splits: dict[str, Split] = {}
-    if "test" in only:
-        splits["test"] = load_split(
-            task, "test", data_dir=data_dir, limit=test_examples, seed=_TEST_SEED, on_bad_row=on_bad_row
-        )
-    wanted = task.dev_examples if dev_examples is None else dev_examples
+    rule, devs = RULES[task.splits], task.dev_examples if dev_examples is None else dev_examples
     own_dev = data_dir is None and "dev" in (task.hub or task.files)
+    wanted = Wanted(train_examples, 0 if own_dev else devs, test_examples, per_class, seed)
+    if "test" in only:
+        whole = _load(task, "test", data_dir, on_bad_row)
+        splits["test"] = _take(whole, rule.test(task, len(whole), wanted))
     if "train" in only or ("dev" in only and not own_dev):
         whole = _load(task, "train", data_dir, on_bad_row)
-        order = list(range(len(whole)))
-        random.Random(f"{seed} {task.name} train").shuffle(order)
-        if per_class is not None:
-            train, dev = _per_class(whole, order, per_class, 0 if own_dev or wanted == 0 else per_class)
-        else:
-            share = 0 if own_dev else wanted if len(whole) >= 2 * wanted else min(wanted, len(whole) // 4)
-            dev, train = order[:share], order[share : share + train_examples]
+        labels = [str(row.get(task.label)).strip() for row in whole.rows]
+        train, dev = rule.train_and_dev(task, labels, whole.source, wanted)
         splits["train"], splits["dev"] = _take(whole, train), _take(whole, dev)
     if "dev" in only and own_dev:
-        splits["dev"] = load_split(task, "dev", limit=wanted, seed=seed, on_bad_row=on_bad_row)
+        splits["dev"] = load_split(task, "dev", limit=devs, seed=seed, on_bad_row=on_bad_row)
     splits = {name: splits[name] for name in only if len(splits[name]) or name != "dev"}
     for split in splits.values():
         for wording in task.wordings:  # a row that cannot be used is refused before a model is loaded
             replace(split, task=wording).examples  # noqa: B018
     return splits
-
-
-def _per_class(whole: Split, order: Sequence[int], train: int, dev: int) -> tuple[list[int], list[int]]:
-    """So many of each class for training and for development, in a drawn order."""
-    if whole.task.answers is None:
-        raise InputError(f"task {whole.task.name} has no classes to draw examples of: leave --per-class out")
-    labels = [str(row.get(whole.task.label)).strip() for row in whole.rows]
-    there = Counter(labels)
-    for label, text in whole.task.answers.items():
-        if there[label] < train + dev:
-            raise InputError(
-                f"{whole.source} holds {there[label]} examples of class {label} ({text}), and {train} for training and "
-                f"{dev} for development are asked for: lower --per-class to {there[label] // 2 if dev else there[label]}"
-            )
-    chosen: dict[str, list[int]] = {label: [] for label in whole.task.answers}
-    for i in order:
-        if labels[i] in chosen:
-            chosen[labels[i]].append(i)
-    place = {i: rank for rank, i in enumerate(order)}
-    parts = [[i for of in chosen.values() for i in of[lo:hi]] for lo, hi in ((0, train), (train, train + dev))]
-    return sorted(parts[0], key=place.__getitem__), sorted(parts[1], key=place.__getitem__)
 
 
 def _take(whole: Split, places: Sequence[int]) -> Split:
@@ -227,6 +194,8 @@ def _load(task: Task, split: str, data_dir: str | Path | None, on_bad_row: str) 
         rows, source = read_rows(task.files[split]), str(task.files[split])
     else:
         raise InputError(f"task {task.name} has no {split} file: add '{split}: FILE' to its task file")
+    if (known_as := (task.hub or {}).get("label")) is not None:
+        rows = [_labelled(row, task.label, known_as) for row in rows]
     rows = [_with_label(row, task) for row in rows]
     labelled = [i for i, row in enumerate(rows) if not _is_unlabelled(row, task)]
     if not labelled:
@@ -252,6 +221,14 @@ def _what_is_wrong(task: Task, row: Row, place: str) -> str | None:
     except RowError as error:
         return str(error)
     return None
+
+
+def _labelled(row: Row, label: str, known_as: str) -> Row:
+    """The row with its label under the task's name for it; true and false are 1 and 0."""
+    if label in row or known_as not in row:
+        return row
+    value = row[known_as]
+    return {**row, label: int(value) if isinstance(value, bool) else value}
 
 
 def _in_folder(task: Task, split: str, folder: Path) -> Path:

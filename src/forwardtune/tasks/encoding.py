@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from ..errors import InputError
 from .task import MASK, Example, Task
+from .tokens import Tokens, least, word_starts
 
 #: Between demonstrations, and before the prompt.
 SEPARATOR = "\n\n"
 _NOTHING = Example("")
+# To a token; a text is seen to be too long by an end of so many times the longest input.
+_MANY_CHARACTERS = 32
 
 
 @dataclass(frozen=True)
@@ -74,10 +78,16 @@ class Encoder:
     def __call__(self, task: Task, examples: Sequence[Example]) -> list[Encoded]:
         """Encode the examples of a task.
 
+        Warns:
+            UserWarning: data hold text, such as ``</s>``, that the tokenizer reads as a control token. Control tokens of
+                the task's prompt are meant, and so are those of a text that begins with one: a conversation that was
+                written out.
+
         Raises:
             InputError: nothing of a context would be left, a tokenizer without a mask token for a masked task, or a
                 label word of several tokens.
         """
+        self._warn_of_control_tokens(task, examples)
         if task.kind == "masked":
             return self._filled_masks(task, examples)
         preamble = self._preamble(task, examples)
@@ -104,6 +114,37 @@ class Encoder:
             )
         return [self._continuations(task, example, preamble, i) for i, example in enumerate(bare, start=1)]
 
+    @cached_property
+    def _texts(self) -> Tokens:
+        return Tokens(self.tokenizer)
+
+    def _far_too_long(self, text: str) -> int:
+        """About how many tokens a text has, if its end alone has far more than fit; 0 if it must be looked at in whole."""
+        end = text[-_MANY_CHARACTERS * self.max_length :]
+        count = len(self._texts.open(end)) if len(end) < len(text) else 0
+        return count * len(text) // len(end) if count > 2 * self.max_length else 0
+
+    def _warn_of_control_tokens(self, task: Task, examples: Sequence[Example]) -> None:
+        answers = " ".join([*(task.answers or {}).values(), *(task.options or ())[1:]])
+        found: dict[str, int] = {}
+        count = 0
+        for example in examples:
+            written = set(self._texts.control(answers))
+            tokens = self._texts.from_data(example.prompt, task.prompt)
+            for text in (*example.options, *example.targets):
+                tokens |= {*self._texts.control(text)} - written
+            for token in tokens:
+                found[token] = found.get(token, 0) + 1
+            count += bool(tokens)
+        if count:
+            warnings.warn(
+                f"task {task.name}: the text of {count} of {len(examples)} examples holds what this model's tokenizer reads "
+                f"as control tokens ({', '.join(f'{token} in {n}' for token, n in found.items())}): if it is meant as "
+                "text, reword it in the data",
+                UserWarning,
+                stacklevel=3,
+            )
+
     # --- causal models ------------------------------------------------------------------------------------------------
 
     def _continuations(self, task: Task, example: Example, preamble: str, number: int) -> Encoded:
@@ -114,31 +155,35 @@ class Encoder:
         def encode(cut: int) -> Encoded:
             return self._split(task, whole[:start] + whole[start + cut :], example, texts, number)
 
-        encoded = encode(0)
-        if _input_length(encoded, task) > self.max_length:
-            self.truncated += 1
-            cut = _least(
-                _word_starts(whole[start:end]),
-                lambda cut: _input_length(encode(cut), task) <= self.max_length,
-                end - start,
+        total = self._far_too_long(whole)
+        if not total:
+            encoded = encode(0)
+            if _input_length(encoded, task) <= self.max_length:
+                return encoded
+            total = len(encoded.prompt)
+        self.truncated += 1
+        places = word_starts(whole[start:end])
+        cut = least(
+            places,
+            lambda cut: _input_length(encode(cut), task) <= self.max_length,
+            _excess(total, self.max_length, end - start, len(whole)),
+        )
+        if cut is None:
+            encoded = encode(places[-1] if places else 0)
+            raise InputError(
+                f"task {task.name}, example {number}: an input of {self.max_length} tokens leaves no room for its "
+                f"context beside the rest of the prompt and answers of {_input_length(encoded, task) - len(encoded.prompt)}"
+                " tokens: raise --max-length, or choose a model with a longer context"
             )
-            longest = _input_length(encoded, task) - len(encoded.prompt)
-            encoded = encoded if cut == end - start else encode(cut)
-            if _input_length(encoded, task) > self.max_length:
-                raise InputError(
-                    f"task {task.name}, example {number}: an input of {self.max_length} tokens leaves no room for its "
-                    f"context beside the rest of the prompt and answers of {longest} tokens: raise --max-length, or "
-                    "choose a model with a longer context"
-                )
-        return encoded
+        return encode(cut)
 
     def _split(self, task: Task, prompt: str, example: Example, texts: Sequence[str], number: int) -> Encoded:
         # Prompt and answer are tokenised together, as the model saw text in training. What all continuations share is
         # the prompt; a token that spans the border counts as part of the answers.
-        alone = self._tokens(prompt)
+        alone = self._texts.open(prompt)
         if not texts:
             return Encoded(alone, [], example=example)
-        whole = [self._tokens(prompt + text) for text in texts]
+        whole = [self._texts.open(prompt + text) for text in texts]
         border = min(_common_prefix(alone, tokens) for tokens in whole)
         # Options that begin alike, as sentences with one word exchanged do, share their beginning's computation too.
         alike = min(min(_common_prefix(whole[0], tokens), len(tokens) - 1) for tokens in whole)
@@ -154,13 +199,6 @@ class Encoder:
         truths = tuple(text.strip() for text in example.targets)
         return Encoded(whole[0][:shared], options, example.right or (0,), truths, shared - border, example=example)
 
-    def _tokens(self, text: str) -> list[int]:
-        tokens: list[int] = self.tokenizer(text)["input_ids"]
-        # Some tokenizers close every text; a continuation must not be cut off from its prompt like that.
-        if tokens and tokens[-1] == self.tokenizer.eos_token_id:
-            tokens = tokens[:-1]
-        return tokens
-
     def _preamble(self, task: Task, examples: Sequence[Example]) -> str:
         """As many of the last demonstrations as fit before every example, as text."""
         texts = [
@@ -174,7 +212,7 @@ class Encoder:
         while texts:
             preamble = SEPARATOR.join(texts) + SEPARATOR
             # A vocabulary may part a prompt's first word otherwise behind a line break, so the quick sum is verified.
-            if len(self._tokens(preamble)) + longest <= self.max_length and all(
+            if len(self._texts.open(preamble)) + longest <= self.max_length and all(
                 _input_length(self._continuations_uncut(task, example, i, preamble), task) <= self.max_length
                 for i, example in enumerate(examples, 1)
             ):
@@ -202,20 +240,23 @@ class Encoder:
 
         def encode(cut: int) -> list[int]:
             text = example.prompt[:start] + example.prompt[start + cut :]
-            return self.tokenizer(text.replace(MASK, self.tokenizer.mask_token))["input_ids"]
+            return self._texts.closed(text.replace(MASK, self.tokenizer.mask_token))
 
-        tokens = encode(0)
-        if len(tokens) > self.max_length:
+        total = self._far_too_long(example.prompt)
+        tokens = [] if total else encode(0)
+        if total or len(tokens) > self.max_length:
             self.truncated += 1
-            cut = _least(
-                _word_starts(example.prompt[start:end]), lambda cut: len(encode(cut)) <= self.max_length, end - start
+            cut = least(
+                word_starts(example.prompt[start:end]),
+                lambda cut: len(encode(cut)) <= self.max_length,
+                _excess(total or len(tokens), self.max_length, end - start, len(example.prompt)),
             )
-            tokens = encode(cut)
-            if cut == end - start or len(tokens) > self.max_length:
+            if cut is None:
                 raise InputError(
                     f"task {task.name}, example {number}: an input of {self.max_length} tokens leaves no room for its "
                     "context beside the rest of the prompt: raise --max-length, or choose a model with a longer context"
                 )
+            tokens = encode(cut)
         if tokens.count(self.tokenizer.mask_token_id) != 1:
             raise InputError(f"task {task.name}, example {number}: its text has a mask token of its own: drop the row")
         mask = tokens.index(self.tokenizer.mask_token_id)
@@ -247,22 +288,9 @@ def _input_length(encoded: Encoded, task: Task) -> int:
     return len(encoded.prompt) + max(longest, task.max_new_tokens if task.free_text else 0)
 
 
-def _least(candidates: list[int], fits: Any, otherwise: int) -> int:
-    """The smallest of the sorted candidates that fits, by bisection; ``otherwise`` if none does."""
-    lo, hi = 0, len(candidates)
-    while lo < hi:
-        middle = (lo + hi) // 2
-        if fits(candidates[middle]):
-            hi = middle
-        else:
-            lo = middle + 1
-    return candidates[lo] if lo < len(candidates) else otherwise
-
-
-def _word_starts(text: str) -> list[int]:
-    """Where a text may be cut: before a word; anywhere in a text of one long word."""
-    starts = [match.start() for match in re.finditer(r"\S+", text)][1:]
-    return starts if starts else list(range(1, len(text)))
+def _excess(tokens: int, max_length: int, context: int, whole: int) -> float:
+    """About which share of the context must go, of so many characters of a text of so many tokens."""
+    return max(0, tokens - max_length) / tokens * whole / max(1, context)
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import InputError, nearest
 from .metrics import CHOICE_METRICS, TEXT_METRICS
+from .splits import RULES
 from .task import MASK, Task
 from .template import columns_of
 from .yaml_file import read_yaml
@@ -18,7 +19,7 @@ LIBRARY = Path(__file__).parent / "library"
 _WORDING = ("prompt", "answers", "context", "replace")
 _KEYS = (
     "name", *_WORDING, "options", "label", "unlabelled", "target", "preference", "beta", "metric", "loss", "calibration", "train", "dev", "test", "hub",
-    "dev_examples", "stop", "max_new_tokens", "masked",
+    "dev_examples", "splits", "stop", "max_new_tokens", "masked",
 )  # fmt: skip
 # What a task may have its model answer, with the metrics and losses that suit it; the first is the default.
 _METRICS = {
@@ -119,6 +120,7 @@ def _task(content: dict[str, Any], path: Path) -> Task:
         context=context,
         calibration=content.get("calibration"),
         dev_examples=_whole(content, "dev_examples", 500, 0),
+        splits=_one_of(content, "splits", tuple(RULES)),
         stop=content.get("stop", "\n"),
         max_new_tokens=_whole(content, "max_new_tokens", 50, 1),
         **_source(content, path),
@@ -202,7 +204,7 @@ def _source(content: dict[str, Any], path: Path) -> dict[str, Any]:
     if hub is not None:
         if not (isinstance(hub, dict) and {"path", "train", "test"} <= set(hub)):
             raise _WrongError("hub must be {path: ..., train: ..., test: ...}, with name: ... for a configuration")
-        _known(hub, ("path", "name", "train", "dev", "test"), "hub: ")
+        _known(hub, ("path", "name", "train", "dev", "test", "label"), "hub: ")
     return {"files": files, "hub": {key: str(value) for key, value in hub.items()} if hub else None}
 
 

@@ -71,8 +71,10 @@ class Task:
         context: the column that may be cut on the left when a prompt is too long.
         calibration: template of the prompt without content (appendix E.1 of the MeZO paper calls it SFC).
         files: split (``train``, ``dev``, ``test``) -> path of a JSON Lines or CSV file.
-        hub: ``{"path": ..., "name": ..., "train": ..., "test": ...}`` of a hub data set.
+        hub: ``{"path": ..., "name": ..., "train": ..., "test": ...}`` of a hub data set, with ``"label"`` if the label
+            column has another name there.
         dev_examples: size of the development split that is taken from the training data.
+        splits: the rule that draws the splits (:mod:`.splits`): ``forwardtune`` or ``mezo``.
         stop: free text ends here.
         max_new_tokens: longest free text that is generated.
         masked: the same task worded for masked models, if this one is worded for causal models and there is one.
@@ -94,6 +96,7 @@ class Task:
     files: Mapping[str, Path] = field(default_factory=dict)
     hub: Mapping[str, str] | None = None
     dev_examples: int = 500
+    splits: str = "forwardtune"
     stop: str = "\n"
     max_new_tokens: int = 50
     masked: Task | None = None

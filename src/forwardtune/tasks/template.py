@@ -15,11 +15,21 @@ class RowError(InputError):
 
 _PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
 
+
+def _first_word_lowered(text: str) -> str:
+    """The first word in lower case, unless it is the pronoun "I"."""
+    word, space, rest = text.partition(" ")
+    return text if word == "I" else word.lower() + space + rest
+
+
 #: What can be done to a value, as in ``{premise|without_stop}``.
 FILTERS: dict[str, Callable[[str], str]] = {
     "upper_first": lambda text: text[:1].upper() + text[1:],
     "lower_first": lambda text: text[:1].lower() + text[1:],
+    "lower_word": _first_word_lowered,
+    "lower": str.lower,
     "without_stop": lambda text: text.removesuffix(".").rstrip(),
+    "without_last": lambda text: text[:-1],
 }
 
 # What is said where braces stand that were hardly meant for a column, as in 'Return {"label": 0}'.

@@ -1,0 +1,185 @@
+"""Which rows are for training, development and testing: the rules that a task file can choose.
+
+==============  ============================================================================================================
+rule            what it draws
+==============  ============================================================================================================
+``forwardtune`` development and training rows in an order drawn by the seed, development first. Where the training data are
+                short, development takes at most a quarter of them, unless as many remain for training. Test rows are the
+                same for every seed. ``per_class`` needs that many rows of every class.
+``mezo``        as the code of the MeZO paper draws them from rows in the order of the source (numpy's ``RandomState``).
+                Causal models (section 3.1): ``permutation(rows)`` by the seed; the first ``train + dev`` are taken, and the
+                last ``dev`` of these are for development, however few that leaves for training; test rows are the first of
+                another ``permutation`` by the same seed. ``per_class``, masked models (section 3.2): rows are shuffled by
+                the seed; of each class the first k are for training and the next k for development, as many as there are;
+                test rows are the first after a shuffle by 42.
+==============  ============================================================================================================
+
+A rule names rows by their places in the source, counted without those that have no label.
+"""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import InputError
+from .task import Task
+
+# Of the default rule: runs with several seeds can be compared on the same examples.
+_TEST_SEED = 0
+# Of the paper's masked models.
+_MASKED_TEST_SEED = 42
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """How many examples are asked for, and the seed that draws them."""
+
+    train: int
+    dev: int
+    test: int
+    per_class: int | None
+    seed: int
+
+
+class Default:
+    """The rule ``forwardtune``."""
+
+    name = "forwardtune"
+
+    def test(self, task: Task, count: int, wanted: Wanted) -> list[int]:
+        """Places of the test rows among ``count``."""
+        return sample(task, "test", count, wanted.test, _TEST_SEED)
+
+    def train_and_dev(
+        self, task: Task, labels: Sequence[str], source: str, wanted: Wanted
+    ) -> tuple[list[int], list[int]]:
+        """Places of the training and of the development rows.
+
+        Args:
+            labels: of all rows, as text.
+            source: names the data in messages.
+
+        Raises:
+            InputError: the data do not hold what is asked for.
+        """
+        order = list(range(len(labels)))
+        random.Random(f"{wanted.seed} {task.name} train").shuffle(order)
+        if wanted.per_class is not None:
+            return self._of_each_class(task, labels, order, source, wanted)
+        short = len(labels) < 2 * wanted.dev
+        share = min(wanted.dev, len(labels) // 4) if short else wanted.dev
+        return order[share : share + wanted.train], order[:share]
+
+    def _of_each_class(
+        self, task: Task, labels: Sequence[str], order: Sequence[int], source: str, wanted: Wanted
+    ) -> tuple[list[int], list[int]]:
+        train, dev = _of_each_class(task, labels, order, wanted)
+        k, parts = wanted.per_class or 0, 2 if wanted.dev else 1
+        there = Counter(labels)
+        for label, text in (task.answers or {}).items():
+            if there[label] < parts * k:
+                raise InputError(_too_few(source, there[label], label, text, wanted))
+        return train, dev
+
+
+class MeZO:
+    """The rule ``mezo``."""
+
+    name = "mezo"
+
+    def test(self, task: Task, count: int, wanted: Wanted) -> list[int]:
+        """As of :class:`Default`; all rows where there are no more than asked for."""
+        if wanted.per_class is None:
+            order: list[int] = _state(wanted.seed).permutation(count).tolist()
+            return order[: wanted.test]
+        return _shuffled(count, _MASKED_TEST_SEED)[: wanted.test] if count > wanted.test else list(range(count))
+
+    def train_and_dev(
+        self, task: Task, labels: Sequence[str], source: str, wanted: Wanted
+    ) -> tuple[list[int], list[int]]:
+        """As of :class:`Default`."""
+        if wanted.per_class is not None:
+            train, dev = _of_each_class(task, labels, _shuffled(len(labels), wanted.seed), wanted)
+            there = Counter(labels)
+            for label, text in (task.answers or {}).items():
+                if not there[label] or (wanted.dev and not dev):
+                    raise InputError(_too_few(source, there[label], label, text, wanted))
+            k, parts = wanted.per_class, 2 if wanted.dev else 1
+            if short := [
+                f"{there[label]} of {text}" for label, text in (task.answers or {}).items() if there[label] < parts * k
+            ]:
+                _say(
+                    f"task {task.name}: {source} has only {', '.join(short)}; training takes up to {k}, development what is left"
+                )
+            return train, dev
+        taken: list[int] = _state(wanted.seed).permutation(len(labels)).tolist()[: wanted.train + wanted.dev]
+        border = max(0, len(taken) - wanted.dev)
+        if not border:
+            raise InputError(
+                f"task {task.name} draws its splits as the MeZO paper does, which sets {wanted.dev} examples aside for "
+                f"development and leaves none of the {len(labels)} in {source} to train on: ask for fewer "
+                f"(dev_examples={len(labels) // 4}), or use a task file without 'splits: {self.name}'"
+            )
+        if border < min(wanted.train, wanted.dev):
+            _say(
+                f"task {task.name} draws its splits as the MeZO paper does: of the {len(labels)} examples in {source}, "
+                f"{border} are for training and {wanted.dev} for development"
+            )
+        return taken[:border], taken[border:]
+
+
+#: The rules by name; the first is the default.
+RULES: dict[str, Default | MeZO] = {rule.name: rule for rule in (Default(), MeZO())}
+DEFAULT_RULE = Default.name
+
+
+def sample(task: Task, split: str, count: int, limit: int, seed: int) -> list[int]:
+    """Places of ``limit`` of so many rows, drawn without replacement by the seed and the names of task and split."""
+    if limit >= count:
+        return list(range(count))
+    return random.Random(f"{seed} {task.name} {split}").sample(range(count), limit)
+
+
+def _of_each_class(
+    task: Task, labels: Sequence[str], order: Sequence[int], wanted: Wanted
+) -> tuple[list[int], list[int]]:
+    """The first k of each class in the order, and the next k if development rows are wanted."""
+    if task.answers is None:
+        raise InputError(f"task {task.name} has no classes to draw examples of: leave --per-class out")
+    k = wanted.per_class or 0
+    members: dict[str, list[int]] = {label: [] for label in task.answers}
+    for i in order:
+        if labels[i] in members:
+            members[labels[i]].append(i)
+    dev = k if wanted.dev else 0
+    return [i for of in members.values() for i in of[:k]], [i for of in members.values() for i in of[k : k + dev]]
+
+
+def _too_few(source: str, there: int, label: str, text: str, wanted: Wanted) -> str:
+    k, dev = wanted.per_class, wanted.per_class if wanted.dev else 0
+    return (
+        f"{source} holds {there} examples of class {label} ({text}), and {k} for training and {dev} for development are "
+        f"asked for: lower --per-class to {there // 2 if dev else there}"
+    )
+
+
+def _say(what: str) -> None:
+    warnings.warn(what, UserWarning, stacklevel=4)
+
+
+def _shuffled(count: int, seed: int) -> list[int]:
+    places = list(range(count))
+    _state(seed).shuffle(places)
+    return places
+
+
+def _state(seed: int) -> np.random.RandomState:
+    if not 0 <= seed < 2**32:
+        raise InputError(f"the seed must be from 0 to 4294967295 for splits of the MeZO paper, got {seed}")
+    return np.random.RandomState(seed)
