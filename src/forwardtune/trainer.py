@@ -22,6 +22,7 @@ from transformers.training_args import OptimizerNames
 from .auto import AUTO, first_settings, number_or_auto
 from .automatic import Automatic, has_searched, plan_of
 from .errors import InputError
+from .noise import compile_kernels
 from .optimizer import MeZO
 from .rules import Rule, get_rule
 from .trajectory import LogError, StepLog, read_log
@@ -200,6 +201,8 @@ class MeZOTrainer(Trainer):
                 normalize=self.args.normalize,
                 rule=self.args.make_rule(),
             )
+            weights = [tensor.parameter for tensor in self.optimizer.tuned]
+            compile_kernels(weights, buffered=self.optimizer.rule.name != "sgd", announce=self.automatic.announce)
         return self.optimizer
 
     def compute_loss(

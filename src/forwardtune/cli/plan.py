@@ -18,6 +18,7 @@ from ..auto import AUTO, SHARE, first_settings
 from ..durations import duration
 from ..errors import InputError
 from ..evaluation import evaluate, prepare
+from ..noise import compile_kernels
 from ..optimizer import MeZO
 from ..rules import get_rule
 from . import methods, say, train
@@ -106,6 +107,8 @@ def measure(session: Session) -> Cost:
         normalize=options.normalize,
         rule=get_rule(options.rule, **({"state": options.rule_state} if options.rule in ("momentum", "adam") else {})),
     )
+    weights = [tensor.parameter for tensor in optimizer.tuned]
+    compile_kernels(weights, buffered=options.rule != "sgd", announce=say)
     model.eval()
     train_split = session.splits["train"]
 
