@@ -618,6 +618,36 @@ def test_a_trial_on_one_layout_says_nothing_of_another(monkeypatch):
     assert len(scratch._slices_are_exact) == 2  # torch chooses kernels by layout too, so each was tried
 
 
+@every_dtype
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_one_trial_serves_all_contiguous_inputs_with_as_many_rows(dtype, bias, monkeypatch):
+    monkeypatch.setattr(perturbation, "_VOCABULARY", 1000)
+    net = Head(dtype)
+    if not bias:
+        net.head.bias = None
+    scratch = Scratch(tune(net), NOISE)
+    for shape in ((1, 8, 64), (8, 1, 64), (2, 4, 64), (4, 2, 64), (1, 6, 64), (3, 2, 64)):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+        got = evaluate(scratch, lambda x=x: net.head(x))
+        for ours, expected in zip(got, by_hand(net, lambda moved, x=x: moved.head(x)), strict=True):
+            assert support.same_bits(ours, expected)
+    assert len(scratch._slices_are_exact) == 2  # 8 rows and 6
+
+
+def test_trials_of_strided_inputs_come_to_an_end(monkeypatch):
+    """A batch's last positions are as far apart as its texts are long: any number of layouts."""
+    monkeypatch.setattr(perturbation, "_VOCABULARY", 1000)
+    monkeypatch.setattr(perturbation, "_STRIDED_TRIALS", 3)
+    net = Head(torch.float32)
+    scratch = Scratch(tune(net), NOISE)
+    for length in range(2, 10):
+        x = torch.randn(2, length, 64, generator=torch.Generator().manual_seed(length))[:, -1:]
+        got = evaluate(scratch, lambda x=x: net.head(x))
+        for ours, expected in zip(got, by_hand(net, lambda moved, x=x: moved.head(x)), strict=True):
+            assert support.same_bits(ours, expected)
+    assert len(scratch._slices_are_exact) == 3
+
+
 def test_many_positions_take_the_head_whole(monkeypatch):
     monkeypatch.setattr(perturbation, "_VOCABULARY", 1000)
     net = Head(torch.float32)

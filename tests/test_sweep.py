@@ -448,41 +448,10 @@ def test_durations_read_well() -> None:
     ]  # fmt: skip
 
 
-def write_gguf(path: Path) -> None:
-    """A tiny Llama with its tokenizer as one GGUF file."""
-    gguf = pytest.importorskip("gguf")
-    vocabulary = json.loads(support.tokenizer().backend_tokenizer.to_str())["model"]
-    writer = gguf.GGUFWriter(str(path), "llama")
-    writer.add_context_length(256)
-    writer.add_embedding_length(32)
-    writer.add_block_count(2)
-    writer.add_feed_forward_length(48)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_rope_dimension_count(8)
-    writer.add_vocab_size(support.VOCABULARY)
-    tokens = sorted(vocabulary["vocab"], key=vocabulary["vocab"].get)
-    tokens += [f"<unused{i}>" for i in range(support.VOCABULARY - len(tokens))]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([1] * len(tokens))
-    writer.add_token_merges([" ".join(pair) if isinstance(pair, list) else pair for pair in vocabulary["merges"]])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_pad_token_id(0)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
-    for name, tensor in support.tiny_model("llama_untied").state_dict().items():
-        writer.add_tensor(names.get_name(name, (".weight",)), tensor.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def test_a_gguf_file_is_parsed_once(tmp_path: Path) -> None:
+def test_a_gguf_file_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORWARDTUNE_CACHE", "off")
     file = tmp_path / "tiny.gguf"
-    write_gguf(file)
+    support.write_gguf(file)
     runs = [Run(str(dtype), "eval", str(file), "sst2", "Z", 0, {}, dtype) for dtype in ({}, {"dtype": "bfloat16"})]
     runs += [Run("float32", "eval", str(file), "sst2", "Z", 0, {}, {"dtype": "float32"})]
     runs += [Run("hub", "eval", "some/model", "sst2", "Z", 0)]

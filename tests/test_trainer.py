@@ -490,6 +490,23 @@ def test_a_trainer_that_would_backpropagate_learns_so_before_it_does(tmp_path: P
     assert not passes
 
 
+@pytest.mark.parametrize(("rule", "buffered"), [("sgd", False), ("adam", True)])
+def test_kernels_are_compiled_before_the_first_step(tmp_path: Path, monkeypatch, rule: str, buffered: bool) -> None:
+    calls = []
+
+    def compiling(weights: Any, **options: Any) -> None:
+        calls.append(({weight.dtype for weight in weights}, options["buffered"], trainer.mezo.next_step))
+        options["announce"]("compiling")
+
+    monkeypatch.setattr("forwardtune.trainer.compile_kernels", compiling)
+    trainer = make(tmp_path, rule=rule, max_steps=1)
+    said: list[str] = []
+    trainer.automatic.announce = said.append
+    trainer.train()
+    assert calls == [({torch.float32}, buffered, 0)]
+    assert said == ["compiling"]
+
+
 def cosine(step: int) -> float:
     return step / 2 if step < 2 else (1 + math.cos(math.pi * (step - 2) / (STEPS - 2))) / 2
 

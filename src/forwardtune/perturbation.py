@@ -232,6 +232,7 @@ class Scratch(Perturbation):
         self._seen: list[tuple[nn.Module, bool]] | None = None
         self._eager: AbstractContextManager[Any] = nullcontext()
         self._slices_are_exact: dict[tuple[Any, ...], bool] = {}
+        self._strided_trials = 0
 
     def __enter__(self) -> Scratch:
         self._originals = {tensor.id: tensor.parameter.data for tensor in self.tuned}
@@ -468,16 +469,24 @@ class Scratch(Perturbation):
     def _may_slice(self, tensor: TunedTensor, source: Tensor, x: Tensor, bias: Tensor | None) -> bool:
         """Whether slices of the head give the bits of the whole for inputs like x: tried once, on the unperturbed weights.
 
-        For many positions the logits take more memory than the weights, and slices would save nothing.
+        For many positions the logits take more memory than the weights, and slices would save nothing. A trial costs two
+        products. torch folds a contiguous x to a matrix, so its number of rows is all that its shape says to a kernel:
+        there are at most ``width // 8`` of them. Strides can have any values, and only so many are tried.
         """
         height, width = source.shape
-        if height < _VOCABULARY or x.numel() // width > width // 8:
+        rows = x.numel() // width
+        if height < _VOCABULARY or rows > width // 8:
             return False
-        key = (tensor.id, x.shape, x.stride(), x.dtype, bias is None, torch.is_autocast_enabled(x.device.type))
+        layout = rows if x.is_contiguous() else (x.shape, x.stride())
+        key = (tensor.id, x.ndim, layout, x.dtype, bias is None, torch.is_autocast_enabled(x.device.type))
         if key not in self._slices_are_exact:
+            if not x.is_contiguous():
+                if self._strided_trials == _STRIDED_TRIALS:
+                    return False
+                self._strided_trials += 1
             weight = _as_parameter(source.detach(), tensor)
-            rows = self._slice_rows(source)
-            sliced = _project_in_slices(x, weight, bias, rows, lambda lo, hi: weight[lo:hi], lambda: None)
+            cut = self._slice_rows(source)
+            sliced = _project_in_slices(x, weight, bias, cut, lambda lo, hi: weight[lo:hi], lambda: None)
             self._slices_are_exact[key] = torch.equal(F.linear(x, weight, bias), sliced)
         return self._slices_are_exact[key]
 
@@ -495,6 +504,8 @@ def _as_parameter(value: Tensor, tensor: TunedTensor) -> Tensor:
 _VOCABULARY = 30_000
 # It is cut into so many slices at least, and at most.
 _SLICES = (8, 64)
+# So many layouts of inputs with gaps between their rows are tried; after them the head is computed whole.
+_STRIDED_TRIALS = 64
 
 
 def _is_table(module: nn.Module) -> bool:

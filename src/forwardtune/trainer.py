@@ -22,6 +22,7 @@ from .automatic import Automatic
 from .errors import InputError
 from .estimators import get_estimator
 from .model_card import describe
+from .noise import compile_kernels
 from .optimizer import MeZO
 from .processes import require_one_process
 from .resuming import LogKeeper, Resumption, steps_in_pass
@@ -227,6 +228,8 @@ class MeZOTrainer(Trainer):
                 normalize=self.args.normalize,
                 rule=self.args.make_rule(),
             )
+            weights = [tensor.parameter for tensor in self.optimizer.tuned]
+            compile_kernels(weights, buffered=self.optimizer.rule.name != "sgd", announce=self.automatic.announce)
         return self.optimizer
 
     def forget_own(self) -> None:

@@ -178,7 +178,7 @@ def open_session(
     if options.dtype == "auto":
         options.dtype = _dtype_of_run(Path(options.model))
     say(f"loading {options.model}")
-    model, tokenizer = load_model(options.model, dtype=options.dtype, device=options.device)
+    model, tokenizer = load_model(options.model, dtype=options.dtype, device=options.device, announce=say)
     kind = model_kind(model)
     task = task.worded_for(kind)
     splits = {name: split.worded_for(kind) for name, split in splits.items()}

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -11,6 +15,7 @@ import torch
 from torch import nn
 
 from ..errors import InputError, nearest
+from .converted import through_cache
 from .kinds import base_model, checkpoint_kind, is_adapted
 from .prefix import prefix_length
 
@@ -23,15 +28,19 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 _ADAPTER = "adapter_config.json"
 
 
-def load_model(name: str, *, dtype: str = "auto", device: str = "cpu") -> tuple[Any, Any]:
+def load_model(
+    name: str, *, dtype: str = "auto", device: str = "cpu", announce: Callable[[str], object] = lambda text: None
+) -> tuple[Any, Any]:
     """Load a causal or masked language model and its tokenizer, in evaluation mode.
 
-    A folder with an adapter gives the base model that it names, with the adapter on it, all of it frozen.
+    A folder with an adapter gives the base model that it names, with the adapter on it, all of it frozen. What a GGUF file was
+    converted to is kept in the user's cache (:mod:`forwardtune.models.converted`), and gives the same bits.
 
     Args:
         name: a hub id, a local folder, a ``.gguf`` file, or ``smollm2-135m``, the embedded model.
         dtype: of the base model: ``auto`` (as stored; float32 for GGUF), ``float32``, ``bfloat16`` or ``float16``.
         device: a torch device, such as ``cpu`` or ``cuda``, or ``auto``, which spreads the layers over all GPUs.
+        announce: told what takes long.
 
     Raises:
         InputError: no such model, one that is not a causal or masked language model or lacks weights, a device that is
@@ -42,8 +51,8 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "cpu") -> tuple[
     require_device(device)
     folder = Path(name).expanduser()
     if (folder / _ADAPTER).is_file():
-        return _load_adapted(folder, dtype, device)
-    return _load_base(name, dtype, device)
+        return _load_adapted(folder, dtype, device, announce)
+    return _load_base(name, dtype, device, announce)
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
@@ -96,10 +105,40 @@ def _reserved_positions(model: Any, length: int) -> int:
     return 0
 
 
-def _load_base(name: str, dtype: str, device: str) -> tuple[Any, Any]:
+def _load_base(name: str, dtype: str, device: str, announce: Callable[[str], object]) -> tuple[Any, Any]:
+    where, options = _locate(name)
+    if not options:
+        model, tokenizer = _read(name, where, dtype, device)
+    else:
+        dtype = "float32" if dtype == "auto" else dtype
+
+        def convert() -> tuple[Any, Any]:
+            with _parsed_once():
+                return _read(name, where, dtype, device, **options)
+
+        if device == "auto":
+            model, tokenizer = convert()
+        else:
+            file = Path(where, options["gguf_file"])
+            model, tokenizer = through_cache(
+                file, dtype, convert, lambda folder: _read(name, str(folder), dtype, device), announce
+            )
+            _align(model)
+        model.config._name_or_path = name
+        tokenizer.name_or_path = tokenizer.init_kwargs["name_or_path"] = where
+    model.name_or_path = name  # what an adapter remembers as its base
+    if tokenizer.pad_token_id is None:
+        # Collators take padding out of the labels: with the end of text in its place nothing would be taught to end.
+        tokenizer.pad_token = tokenizer.unk_token if tokenizer.unk_token != tokenizer.bos_token else None
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+    return (model if device == "auto" else model.to(device)).eval(), tokenizer
+
+
+def _read(name: str, where: str, dtype: str, device: str, **options: str) -> tuple[Any, Any]:
+    """Have ``transformers`` load a base model; ``options`` name the GGUF file if it is one."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
-    where, options = _locate(name)
     try:
         # The configuration comes first: one file, where a tokenizer or a model would look for many.
         kind = "causal" if options else checkpoint_kind(AutoConfig.from_pretrained(where))
@@ -115,23 +154,46 @@ def _load_base(name: str, dtype: str, device: str) -> tuple[Any, Any]:
         raise InputError(f"model {name!r} could not be loaded: {_reason(error)}") from None
     _require_all_weights(name, model, info["missing_keys"])
     _require_no_offloading(name, model)
-    if "gguf_file" in options:
+    if options:
         # The weights are ordinary ones now. Neither Trainer nor a saved checkpoint should take them for quantised.
         model.hf_quantizer.remove_quantization_config(model)
         for module in model.modules():
             if hasattr(getattr(module, "config", None), "_is_quantized"):
                 module.config._is_quantized = False
-        model.config._name_or_path = name
-    model.name_or_path = name  # what an adapter remembers as its base
-    if tokenizer.pad_token_id is None:
-        # Collators take padding out of the labels: with the end of text in its place nothing would be taught to end.
-        tokenizer.pad_token = tokenizer.unk_token if tokenizer.unk_token != tokenizer.bos_token else None
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-    return (model if device == "auto" else model.to(device)).eval(), tokenizer
+    return model, tokenizer
 
 
-def _load_adapted(folder: Path, dtype: str, device: str) -> tuple[Any, Any]:
+def _align(model: Any) -> None:
+    """Put the tensors where torch would: NumPy and mapped files align them otherwise, and kernels may choose by that."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
+
+
+_converting = threading.Lock()
+_PURE = ("GGUFReader", "get_tensor_name_map")
+
+
+@contextmanager
+def _parsed_once() -> Iterator[None]:
+    """``transformers`` parses a GGUF file for the configuration, the tokenizer and the weights, and makes the table of tensor
+    names anew for every module: inside, once is enough, which halves the time."""
+    try:
+        import gguf
+    except ImportError:  # transformers says what to install
+        yield
+        return
+    with _converting:
+        kept = {name: getattr(gguf, name) for name in _PURE}
+        for name, function in kept.items():
+            setattr(gguf, name, functools.cache(function))
+        try:
+            yield
+        finally:
+            for name, function in kept.items():
+                setattr(gguf, name, function)
+
+
+def _load_adapted(folder: Path, dtype: str, device: str, announce: Callable[[str], object]) -> tuple[Any, Any]:
     from peft import PeftConfig, PeftModel
     from peft.utils import PeftType
     from safetensors import SafetensorError
@@ -146,7 +208,7 @@ def _load_adapted(folder: Path, dtype: str, device: str) -> tuple[Any, Any]:
     if not config.base_model_name_or_path:
         raise InputError(f"{folder} does not say which model it adapts: set base_model_name_or_path in {_ADAPTER}")
     try:
-        base, tokenizer = _load_base(config.base_model_name_or_path, dtype, device)
+        base, tokenizer = _load_base(config.base_model_name_or_path, dtype, device, announce)
     except InputError as error:
         raise InputError(
             f"{folder} adapts another model. {error}. If that model moved, set base_model_name_or_path in {_ADAPTER}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
@@ -42,6 +42,7 @@ __all__ = [
     "Direction",
     "Noise",
     "Update",
+    "compile_kernels",
     "flattened",
     "get_direction",
     "register_direction",
@@ -127,6 +128,20 @@ class Noise:
         backend = _backend(weight) if half else definition
         unchanged: Count = backend.store(weight.detach(), x.contiguous(), self.seed, tensor, step, start)
         return unchanged
+
+
+def compile_kernels(
+    weights: Iterable[Tensor], *, buffered: bool = False, announce: Callable[[str], object] = lambda text: None
+) -> None:
+    """Have the compiled code for these weights ready before the first step, which else compiles it. CPU tensors alone.
+
+    Args:
+        buffered: for a rule that needs averages too, and not ``sgd``.
+        announce: told once, if something is compiled and not read from Numba's cache.
+    """
+    dtypes = {weight.dtype for weight in weights if weight.device.type == "cpu"}
+    if cpu is not None:
+        cpu.compile_kernels([dtype for dtype in cpu.DTYPES if dtype in dtypes], buffered, announce)
 
 
 @contextmanager

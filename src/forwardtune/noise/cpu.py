@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from typing import Any
@@ -21,11 +22,12 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import types
+from numba.core.caching import FunctionCache, NullCache
 from numba.extending import intrinsic
 from torch import Tensor
 
 from .definition import ROUNDING_PROBE, Update
-from .directions import Direction
+from .directions import RADEMACHER, Direction
 from .philox import split_seed
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -38,6 +40,67 @@ _MIN_PER_THREAD = 1 << 16
 _MIN_PER_THREAD_IN_FORWARD = 1 << 22
 # Steps fused into one sweep: their tables (16 KiB a term) should stay in the second-level cache.
 _FUSED_STEPS = 8
+
+
+# --- compiled code that is kept ----------------------------------------------------------------------------------------
+# Numba keeps it beside this file or in the user's cache. Neither may be writable (a container), full or damaged: then the
+# kernels are compiled anew, and nothing else changes.
+
+
+class _Kept(FunctionCache):
+    """Numba's cache of a function, of which no trouble with files gets out."""
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception:  # damaged: unpickling raises whatever it likes
+            return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        try:
+            try:
+                super().save_overload(sig, data)
+            except OSError:
+                raise
+            except Exception:  # the index is damaged
+                self.flush()
+                super().save_overload(sig, data)
+        except OSError as error:
+            _tell_once(error)
+
+
+class _NotKept(NullCache):
+    """For a function whose compiled code has no place to be kept in, because of ``reason``."""
+
+    def __init__(self, reason: object) -> None:
+        self._reason = reason
+
+    def save_overload(self, sig: Any, cres: Any) -> None:
+        _tell_once(self._reason)
+
+
+_told = False
+
+
+def _tell_once(reason: object) -> None:
+    global _told
+    if not _told:
+        _told = True
+        warnings.warn(
+            "the compiled noise kernels cannot be kept, so every process compiles them again, for some seconds: set "
+            f"NUMBA_CACHE_DIR to a folder that can be written ({reason})",
+            stacklevel=2,
+        )
+
+
+def _kernel(function: Callable[..., Any]) -> Any:
+    """Compile at the first call; it releases the GIL."""
+    compiled = numba.njit(nogil=True)(function)
+    try:
+        compiled._cache = _Kept(function)
+    except RuntimeError as error:  # no folder can be written
+        compiled._cache = _NotKept(error)
+    return compiled
 
 
 # --- conversions -----------------------------------------------------------------------------------------------------
@@ -160,7 +223,7 @@ def _gather(z, table, halves, shift):  # type: ignore[no-untyped-def]
         z[i] = table[halves[i] >> shift]
 
 
-@numba.njit(nogil=True, cache=True)
+@_kernel
 def _perturb(out, source, table, shift, k0, k1, tensor, step, probe, start, lo, hi):  # type: ignore[no-untyped-def]
     words = np.empty(2 * _BLOCKS, np.uint64)
     halves = words.view(np.uint16)
@@ -184,15 +247,16 @@ def _perturb(out, source, table, shift, k0, k1, tensor, step, probe, start, lo, 
         position += count
 
 
-@numba.njit(nogil=True, cache=True)
+@_kernel
 def _perturb_rows(out, source, rows, table, shift, k0, k1, tensor, step, probe, lo, hi):  # type: ignore[no-untyped-def]
     width = source.shape[1]
+    zero = lo - lo  # an int64 as for other callers: for a literal 0 Numba would compile the callee once more
     for i in range(lo, hi):
         row = rows[i]
-        _perturb(out[i], source[row], table, shift, k0, k1, tensor, step, probe, row * width, 0, width)
+        _perturb(out[i], source[row], table, shift, k0, k1, tensor, step, probe, row * width, zero, width)
 
 
-@numba.njit(nogil=True, cache=True)
+@_kernel
 def _update(weight, tables, probes, ends, steps, decays, shift, k0, k1, tensor, start, lo, hi):  # type: ignore[no-untyped-def]
     # Whole tiles have loops of their own, of a length that the compiler knows: that halves the time.
     words = np.empty(2 * _BLOCKS, np.uint64)
@@ -252,7 +316,7 @@ def _update(weight, tables, probes, ends, steps, decays, shift, k0, k1, tensor, 
     return unchanged
 
 
-@numba.njit(nogil=True, cache=True)
+@_kernel
 def _store(weight, x, k0, k1, tensor, step, start, lo, hi):  # type: ignore[no-untyped-def]
     words = np.empty(2 * _BLOCKS, np.uint64)
     halves = words.view(np.uint16)
@@ -319,6 +383,32 @@ def store(weight: Tensor, x: Tensor, seed: int, tensor: int, step: int, start: i
     """See :func:`.definition.store`; for half precision."""
     kernel = partial(_store, _array(weight), _array(x), *_words(*split_seed(seed)), *_words(tensor, step), start)
     return int(sum(_spread(kernel, weight.numel(), _TILE, _MIN_PER_THREAD))) if weight.numel() else 0
+
+
+def compile_kernels(dtypes: Iterable[torch.dtype], buffered: bool, announce: Callable[[str], object]) -> None:
+    """See :func:`forwardtune.noise.compile_kernels`."""
+    kernels = (_perturb, _perturb_rows, _update, _store)
+
+    def compiled() -> int:
+        return sum(sum(kernel.stats.cache_misses.values()) for kernel in kernels)
+
+    before, announced = compiled(), False
+    step = [Update(0, (1.0,))]
+    for dtype in dtypes:
+        weight, x, rows = torch.zeros(1, dtype=dtype), torch.zeros(1), torch.zeros(1, dtype=torch.int64)
+        table = weight.view(1, 1)
+        calls: list[Callable[[], object]] = [
+            partial(perturb, weight, weight, RADEMACHER, 0, 0, 0, 0, 1.0),
+            partial(perturb_rows, table, table, rows, RADEMACHER, 0, 0, 0, 0, 1.0),
+            partial(update, weight, step, RADEMACHER, 0, 0),
+        ]
+        if buffered and dtype != torch.float32:
+            calls += [partial(update, x, step, RADEMACHER, 0, 0), partial(store, weight, x, 0, 0, 0)]
+        for call in calls:
+            call()
+            if compiled() > before and not announced:  # the first one, of several
+                announced = True
+                announce("compiling the noise kernels: this takes some seconds, once on a machine")
 
 
 def _plan(updates: Sequence[Update], direction: Direction, seed: int) -> tuple[Any, ...]:
