@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -296,6 +297,30 @@ def test_evaluations_of_trainer_are_heard(tmp_path: Path) -> None:
     logged = [(line["step"], line["eval_loss"]) for line in trainer.state.log_history if "eval_loss" in line]
     assert [step for step, _ in logged] == [0, *range(6, STEPS + 1, 6)]
     assert heard == [pair for pair in logged if pair[0] == 0 or pair[0] >= 8]
+
+
+@pytest.mark.parametrize(("rows", "batches"), [(24, 1), (24, 3), (7, 1), (5, 4), (3, 1)])
+def test_held_out_examples_come_from_all_of_the_data(tmp_path: Path, rows: int, batches: int) -> None:
+    """Data are often sorted, by class or by length: the rows lie evenly, and none comes twice."""
+    seen: list[int] = []
+
+    def look(model: Any, inputs: Any) -> torch.Tensor:
+        seen.extend(inputs["input_ids"][:, 0].tolist())
+        return torch.zeros(len(inputs["input_ids"]))
+
+    trainer = make(tmp_path, objective=look)
+    trainer.eval_dataset = [{"input_ids": [row] * 6, "labels": [row] * 6} for row in range(rows)]
+    measure = trainer.held_out(batches)
+    measure()
+    first = list(seen)
+    measure()
+    assert seen == first * 2
+    count = min(rows, 4 * batches)
+    assert len(first) == count
+    assert first[0] == 0
+    gaps = [after - before for before, after in itertools.pairwise([*first, rows])]
+    assert min(gaps) >= 1
+    assert max(gaps) - min(gaps) <= 1
 
 
 def test_of_several_evaluation_sets_the_first_is_heard(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import itertools
 import json
 import time
 from pathlib import Path
@@ -64,6 +66,17 @@ def test_twenty_measurements_of_some_examples_and_the_best_weights_stay(whole: P
     log = read_log(whole / "steps.jsonl")
     heard = [(note.at, note.content["held_out"]) for note in log.notes if "held_out" in note.content]
     assert heard == [(line["step"], line["dev"]["loss"]) for line in dev]
+
+
+@pytest.mark.parametrize("count", [1, 64, 89, 90, 200])
+def test_development_examples_are_taken_from_all_of_the_split(count: int) -> None:
+    session = Session(None, None, None, {"dev": list(range(DEV))}, None, argparse.Namespace())  # type: ignore[arg-type]
+    session.thin("dev", count)
+    kept = session.splits["dev"]
+    assert len(kept) == min(count, DEV)
+    gaps = [after - before for before, after in itertools.pairwise([*kept, DEV])]
+    assert min(gaps) >= 1
+    assert max(gaps) - min(gaps) <= 1
 
 
 @pytest.mark.parametrize("objective", ["loss", "accuracy", "accuracy + 0.1 * loss"])

@@ -937,6 +937,25 @@ def test_an_optimizer_that_has_taken_steps_goes_on_from_the_last_one_only(path):
     assert replay(path, small_model()) == 4
 
 
+def test_a_step_after_the_end_makes_it_void_until_the_next(path):
+    small_run(path)
+    net = small_model()
+    optimizer = small_optimizer(net)
+    log = StepLog.resume(path, optimizer)
+    assert read_log(path).end is not None
+    optimizer.step(loss_of(net))
+    assert read_log(path).end is None
+    with pytest.raises(LogError, match=r"no end line.*steps=5"):
+        replay(path, small_model())
+    again = small_model()
+    assert replay(path, again, steps=5) == 5
+    assert_same_bits(again, snapshot(net))
+    log.finish()
+    log.close()
+    assert read_log(path).end["end"] == 5
+    assert replay(path, small_model()) == 5
+
+
 def test_cutting_a_log_keeps_its_tail(path):
     small_run(path, steps=5)
     data = path.read_bytes()
