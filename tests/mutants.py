@@ -16,6 +16,7 @@ import libcst as cst
 from mutmut import __main__ as mutmut
 from mutmut.mutation.data import SourceFileMutationData
 from mutmut.mutation.file_mutation import MutationVisitor
+from mutmut.runners.harness import PytestRunner
 from mutmut.stats import status_by_exit_code
 from mutmut.utils.file_utils import walk_mutatable_files
 
@@ -34,6 +35,19 @@ def mutate_what_runs_without_gradients() -> None:
         return skip(self, node)
 
     MutationVisitor._skip_node_and_children = without_no_grad
+
+
+def load_kernels_once() -> None:
+    """Before processes are forked, one for each mutant: to load them takes as long as most of its tests."""
+    collect = PytestRunner.warm_up
+
+    def warm_up(self: PytestRunner) -> None:
+        collect(self)
+        import test_noise
+
+        test_noise.everything()
+
+    PytestRunner.warm_up = warm_up
 
 
 def results() -> dict[str, dict[str, str]]:
@@ -73,6 +87,7 @@ def report() -> None:
 if __name__ == "__main__":
     os.environ.setdefault("FORWARDTUNE_MOST_CASES", "3")  # a survivor costs as long as all its tests
     mutate_what_runs_without_gradients()
+    load_kernels_once()
     forget_survivors()
     mutmut._run(sys.argv[1:], max_children=1)
     report()

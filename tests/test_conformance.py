@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from forwardtune import MeZO, StepLog, noise, replay
 from forwardtune.estimators import SPSA, Estimator, OneSided, centred_ranks
-from forwardtune.noise import ROUNDING_PROBE, Noise, definition
+from forwardtune.noise import ROUNDING_PROBE, Noise, Update, definition
 from forwardtune.noise.philox import half_words
 from forwardtune.parameters import TunedParameters
-from forwardtune.rules import SGD, Adam, Momentum, Rule, Sign, get_rule
+from forwardtune.rules import SGD, Adam, History, Momentum, Rule, Sign, get_rule, move_all, sgd
 from forwardtune.trajectory import LogError, export_trajectory, read_log
 from forwardtune.trajectory.export import read_trajectory
 from forwardtune.trajectory.log import cut_log
@@ -612,7 +612,7 @@ def test_the_form_of_the_memory_follows_the_share_that_is_tuned():
     assert MeZO(model, rule="momentum").rule.state == "exact"
 
 
-@pytest.mark.parametrize(("mu", "window"), [(0.0, 1), (0.9, 44), (0.99, 459)])
+@pytest.mark.parametrize(("mu", "window"), [(0.0, 1), (0.01, 2), (0.9, 44), (0.99, 459)])
 def test_a_window_holds_99_percent(mu, window):
     model = Quadratic()
     rule = Momentum(mu, state="window").settled(
@@ -621,6 +621,63 @@ def test_a_window_holds_99_percent(mu, window):
     assert rule.window == window
     assert mu**window < 0.01
     assert window == 1 or mu ** (window - 1) >= 0.01
+
+
+@pytest.mark.parametrize(("rule", "weights"), [("momentum", 1000), ("adam", 2000)])
+@pytest.mark.parametrize(("count", "state"), [(100, "exact"), (101, "window")])
+def test_moments_are_exact_up_to_a_tenth_of_the_models_memory(rule, weights, count, state):
+    model = nn.ParameterList([torch.zeros(count), torch.zeros(weights - count)])
+    model[1].requires_grad_(False)
+    assert MeZO(model, rule=rule).rule.state == state
+    model[1].data = model[1].data.double()  # memory counts, not the number of weights
+    assert MeZO(model, rule=rule).rule.state == "exact"
+
+
+@every_rule_with_moments
+def test_moments_are_kept_where_they_are_wanted(rule):
+    model = long_enough(torch.float32)
+    tuned = TunedParameters.from_groups([{"params": list(model.parameters())}], model)
+    for keep in (False, True):
+        history = History()
+        move_all(rule, Noise(0), tuned, [[rule.plan(0, [1.0], 1e-2, 0.0)]], history, keep=keep)
+        assert bool(history.moments) == (keep and rule.state == "exact")
+
+
+@every_rule
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_what_did_not_change_is_counted_over_all_steps(rule, dtype):
+    """Skipped ones too, in which nothing changes."""
+    model, one_by_one, counts = long_enough(dtype), long_enough(dtype), []
+    rule = rule.settled(TunedParameters.from_groups([{"params": list(model.parameters())}], model))
+    updates = [Update(0, ()), rule.plan(1, [2.0], 1e-4, 0.0), Update(2, ()), rule.plan(3, [1.0], 1e-4, 0.25)]
+    tuned = TunedParameters.from_groups([{"params": list(one_by_one.parameters())}], one_by_one)
+    history = History()
+    for update in updates:
+        before = snapshot(one_by_one)
+        counted = move_all(rule, Noise(0), tuned, [[update]], history)
+        same = sum(int((tensor == before[name]).sum()) for name, tensor in one_by_one.state_dict().items())
+        assert counted == same
+        counts.append(counted)
+    assert counts[0] == counts[2] == tuned.numel
+    assert 0 < counts[1] < tuned.numel or dtype == torch.float64
+    tuned = TunedParameters.from_groups([{"params": list(model.parameters())}], model)
+    assert move_all(rule, Noise(0), tuned, [updates], History()) == sum(counts)
+    assert_same_bits(model, snapshot(one_by_one))
+
+
+def test_a_step_of_adam_must_fit_its_float32_moments():
+    """``(4 sum |sizes|)^2`` is at most the largest float32, 2^128."""
+    assert Adam().plan(0, [0.99 * 2.0**62], 1e-6, 0.0)
+    assert Adam().plan(0, [0.99 * 2.0**62, -0.99 * 2.0**62], 1e-6, 0.0)
+    for coefficients in ([1.01 * 2.0**62], [1.01 * 2.0**62, -1.01 * 2.0**62]):
+        with pytest.raises(OverflowError):
+            Adam().plan(0, coefficients, 1e-6, 0.0)
+    assert Momentum().plan(0, [1.01 * 2.0**62], 1e-6, 0.0)
+
+
+def test_weights_decay_only_where_it_is_asked_for():
+    assert sgd(0, [1.0], 0.1).decay == 1.0
+    assert sgd(0, [1.0], 0.5, 0.5).decay == 0.75
 
 
 @every_rule
@@ -658,7 +715,7 @@ def test_steps_may_be_taken_in_inference_mode_and_out_of_it():
         ({"rule": "adma"}, "unknown rule 'adma'; did you mean adam"),
         ({"estimator": "two_sided"}, "unknown estimator 'two_sided'.*spsa, one_sided"),
         ({"normalize": "sigmas"}, "unknown normalize.*did you mean sigma"),
-        ({"normalize": "sigma"}, "set probes to 2 or more"),
+        ({"normalize": "sigma", "probes": 1}, "set probes to 2 or more"),
         ({"normalize": "rank", "estimator": "one_sided"}, "set probes to 2 or more"),
     ],
     ids=str,
@@ -675,7 +732,13 @@ def test_what_is_unknown_is_refused_with_what_is_known(settings, words):
         (lambda: Adam(0.9, math.nan), "beta2 must be"),
         (lambda: Adam(epsilon=0.0), "epsilon must be a positive"),
         (lambda: Adam(state="exactly"), "unknown state.*did you mean exact"),
+        (lambda: Adam(epsilon=1e-37), "epsilon must be a positive"),
+        (lambda: Adam(epsilon=math.inf), "epsilon must be a positive"),
+        (lambda: Adam(epsilon="1e-8"), "epsilon must be a positive"),
+        (lambda: Momentum(-0.1), "momentum must be a number from 0 up to 1"),
+        (lambda: Momentum("0.5"), "momentum must be a number from 0 up to 1"),
         (lambda: Adam(window=0), "window must be an integer"),
+        (lambda: Adam(window=2.5), "window must be an integer"),
         (lambda: Adam(window=5, state="exact"), "leave window out"),
         (lambda: get_rule("momentum", beta=0.5), "no setting 'beta'.*momentum"),
         (lambda: get_rule("sgd", momentum=0.5), "'sgd' has no setting 'momentum'.*none"),
@@ -684,6 +747,17 @@ def test_what_is_unknown_is_refused_with_what_is_known(settings, words):
 def test_a_setting_out_of_range_is_refused(make, words):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+def test_settings_at_the_border_are_taken():
+    assert Adam(0.0, 0.0, epsilon=2e-37, window=1).window == 1
+    assert [cls(1e-3, 2, normalize).probes for cls in (SPSA, OneSided) for normalize in ("sigma", "rank")] == [2] * 4
+
+
+@pytest.mark.parametrize("normalize", ["none", "sigma", "rank"])
+def test_losses_that_lack_a_side_are_refused(normalize):
+    with pytest.raises(ValueError, match="zip"):
+        SPSA(1e-3, 2, normalize).coefficients([1.0, 2.0, 3.0])
 
 
 @pytest.mark.parametrize(
@@ -806,6 +880,38 @@ def test_an_export_holds_learning_rates_once_where_they_are_constant(tmp_path):
     save_file(tensors, exported, metadata=metadata)
     with pytest.raises(LogError, match="lacks the learning rates"):
         read_trajectory(exported)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_an_export_holds_once_what_is_the_same_throughout(groups, decay, tmp_path):
+    from safetensors import safe_open
+
+    def shapes(name: str, rule: str, losses: list[float]) -> dict[str, tuple[int, ...]]:
+        model, values = Quadratic(), iter(losses)
+        params = [{"params": list(part.parameters())} for part in (model.flat, model.turned)]
+        params = params if groups == 2 else list(model.parameters())
+        optimizer = MeZO(params, 0.5, module=model, rule=rule, perturbation="copy", weight_decay=decay)
+        with StepLog(tmp_path / f"{name}.jsonl", optimizer):
+            for _ in losses[::2]:
+                optimizer.step(lambda: next(values))
+        exported = tmp_path / "deep" / f"{name}.safetensors"
+        export_trajectory(read_log(tmp_path / f"{name}.jsonl"), exported)
+        again = Quadratic()
+        replay(read_trajectory(exported), again)
+        replay(read_log(tmp_path / f"{name}.jsonl"), Quadratic())
+        assert_same_bits(again, snapshot(model))
+        with safe_open(exported, framework="pt") as file:
+            assert file.metadata()["forwardtune"] == "trajectory"
+            return {key: tuple(file.get_tensor(key).shape) for key in file.keys()}  # noqa: SIM118
+
+    steps = {"sizes": (1, 3, 1), **({"decay": (groups, 1)} if decay else {})}
+    for losses in ([1.0, 0.5, 2.0, 0.5, 0.25, 1.0], [math.nan] * 6):
+        name = str(math.isnan(losses[0]))
+        skipped = {} if math.isnan(losses[0]) else {"decay": steps.get("decay")}
+        expected = {"sizes": (1, 3, 1)} | {key: shape for key, shape in skipped.items() if shape}
+        assert shapes(f"sgd-{name}", "sgd", losses) == expected
+        assert shapes(f"sign-{name}", "sign", losses) == {**expected, "lr": (groups, 1)}
 
 
 # --- in Trainer ------------------------------------------------------------------------------------------------------

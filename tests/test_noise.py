@@ -11,6 +11,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Sequence
 from fractions import Fraction
 from itertools import pairwise
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 import support
+from forwardtune import noise
 from forwardtune.noise import (
     DIRECTIONS,
     GAUSSIAN,
@@ -448,6 +450,30 @@ def test_rows_far_down_a_table_have_the_noise_of_their_place():
     for out, number in zip(expected, rows.tolist(), strict=True):
         noise.perturb(out, row[0], **address, start=8 * number)
     assert_equal_bits(noise.perturb_rows(row.expand(2**32, 8), rows, **address), expected)
+
+
+def test_rows_of_a_table_of_float64_are_those_of_the_whole():
+    noise, address = Noise(SEED), {"tensor": 2, "step": 3, "probe": 1, "scale": 1e-2}
+    table = torch.linspace(-1, 1, 40 * 3, dtype=torch.float64).view(40, 3)
+    whole, rows = torch.empty_like(table), torch.tensor([[39, 0], [7, 7]])
+    noise.perturb(whole, table, **address)
+    assert_equal_bits(noise.perturb_rows(table, rows, **address), whole[rows])
+
+
+def test_a_slow_path_is_told_once_with_the_remedy(monkeypatch):
+    """And not for float64, which has no other."""
+    sweep = {"tensor": 0, "step": 0, "probe": 0, "scale": 1.0}
+    monkeypatch.setattr(noise, "cpu", None)
+    monkeypatch.setattr(noise, "_told", False)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for dtype in (torch.float64, torch.float32, torch.bfloat16):
+            x = torch.zeros(3, dtype=dtype)
+            Noise(SEED).perturb(x, x, **sweep)
+    assert [str(warning.message) for warning in told] == [
+        "forwardtune computes its noise with plain torch here: the same bits, but slowly (install numba)"
+    ]
+    assert "no kernel for meta" in str(noise._fast(torch.device("meta"), torch.float32))
 
 
 LAYOUTS = {

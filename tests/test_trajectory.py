@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
@@ -120,6 +121,30 @@ def test_the_header_says_what_the_steps_mean(path):
     assert header["base"] == optimizer.tuned.digest()
     assert header["versions"].keys() >= {"python", "forwardtune", "torch"}
     assert header["run"] == {"model": "small"}
+
+
+def test_the_header_names_the_packages_that_are_there(path):
+    small_run(path)
+    here = ["python", "forwardtune", "torch", "transformers"]
+    here += ["numba"] if importlib.util.find_spec("numba") else []
+    assert list(read_log(path).header["versions"]) == here
+
+
+def test_what_json_cannot_hold_is_refused_before_it_is_written(path):
+    optimizer = small_optimizer(small_model())
+    with StepLog(path, optimizer) as log:
+        data = path.read_bytes()
+        for bad in (math.nan, math.inf, {1}):
+            with pytest.raises((ValueError, TypeError)):
+                log.note({"loss": bad})
+        assert path.read_bytes() == data
+        log.note({"loss": 1.0})
+    assert read_log(path).notes[0].content == {"loss": 1.0}
+
+
+def test_seconds_are_written_to_the_microsecond():
+    record = StepRecord(0, (1.0,), (0.0,), (1.0,), (1.0, 1.0), 1.0, 0, 1.23456789)
+    assert step_content(record)["seconds"] == 1.234568
 
 
 def test_every_line_is_a_sealed_object(path):

@@ -461,9 +461,9 @@ def register_rule(rule: AnyRule) -> AnyRule:
     Raises:
         ValueError: the name belongs to another class, or is missing.
     """
-    known = RULES.get(getattr(rule, "name", ""), rule)
     if "name" not in vars(rule):
         raise InputError(f"the rule {rule.__qualname__} has no name of its own: give it one, as in name = 'halved'")
+    known = RULES.get(rule.name, rule)
     if (known.__module__, known.__qualname__) != (rule.__module__, rule.__qualname__):
         raise InputError(f"there is another rule {rule.name!r} already, {known.__qualname__}: choose another name")
     RULES[rule.name] = rule

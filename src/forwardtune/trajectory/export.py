@@ -149,7 +149,7 @@ def read_trajectory(path: str | PathLike[str]) -> Trajectory:
         lr = tensors.get("lr", torch.ones(1, 1)).expand(groups, sizes.shape[1])
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, zlib.error) as error:
         raise LogError(f"{path} is not an intact exported trajectory ({error}): export it again from the log") from None
-    check_header(path, {"versions": {}, **header})
+    check_header(path, header)
     rule = rule_of(path, header)
     if rated != needs_lr(rule):
         raise LogError(
