@@ -247,6 +247,7 @@ def test_a_given_rate_that_explodes_at_once_is_warned_of(tmp_path: Path) -> None
     assert "lower the learning rate" in text
 
 
+@pytest.mark.filterwarnings("ignore:the tuned weights have not changed the loss")
 @pytest.mark.parametrize(
     ("eps", "steps", "expected"),
     [

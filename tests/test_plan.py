@@ -152,6 +152,7 @@ def test_measuring_moves_no_weight(setting: Setting, tmp_path: Path) -> None:
     assert digests[0] == digests[1]
 
 
+@pytest.mark.filterwarnings("ignore:the tuned weights have not changed the loss")
 @pytest.mark.parametrize("dtype", support.DTYPES, ids=str)
 @pytest.mark.parametrize(
     "rule", [Momentum(state="window"), Adam(state="window", window=7), Momentum(state="exact"), "sgd", "sign"]

@@ -25,7 +25,6 @@ from ..objectives import Sampling, TaskObjective
 from ..tasks.batching import collate
 from ..tasks.encoding import Encoded
 from ..trajectory import Log, read_log, replay
-from ..trajectory.reader import Rollback
 from . import say
 from .results import COMPLETIONS, resume_command
 from .session import Session, bar
@@ -157,7 +156,8 @@ def train_mezo(session: Session, folder: Path, log: Log | None, settings: dict[s
     best = dev.best if dev else None
     if best is not None:
         facts["dev"], facts["best_step"] = best["dev"], best["step"]
-        went_back = step_log.rollbacks and step_log.rollbacks[-1] == Rollback(len(records), best["step"])
+        last = step_log.rollbacks[-1] if step_log.rollbacks else None
+        went_back = last is not None and (last.at, last.to) == (len(records), best["step"])
         if best["step"] < len(records) and not went_back:
             session.model = None  # trainer and model go before the model is loaded again
             del trainer, clock
