@@ -17,7 +17,7 @@ SOURCE = Path(forwardtune.__file__).parent
 
 # A module imports from layers before its own, or from its own package. `forwardtune/__init__.py` may import them all.
 LAYERS = (
-    {"errors", "files", "memory", "noise", "line_search", "guard", "auto"},
+    {"errors", "files", "memory", "cores", "noise", "line_search", "guard", "auto"},
     {"parameters", "arena", "durations"},
     {"perturbation", "estimators", "rules"},
     {"optimizer"},
@@ -38,7 +38,10 @@ NEEDS = {
     "noise": {"torch"},
     "noise/cpu.py": {"torch", "numba", "numpy", "llvmlite"},
     "noise/gpu.py": {"torch", "triton"},
-} | {part: {"torch"} for part in ("parameters", "arena", "perturbation", "estimators", "rules", "optimizer", "epsilon")}
+} | {
+    part: {"torch"}
+    for part in ("parameters", "arena", "perturbation", "estimators", "rules", "optimizer", "epsilon", "cores")
+}
 NEEDS |= {part: set() for part in ("line_search", "guard", "auto", "durations")}
 NEEDS["trajectory"] = {"torch", "safetensors"}
 

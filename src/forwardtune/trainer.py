@@ -21,6 +21,7 @@ from transformers.training_args import OptimizerNames
 
 from .auto import AUTO, first_settings, number_or_auto
 from .automatic import Automatic, has_searched, plan_of
+from .cores import SharedCores
 from .errors import InputError
 from .noise import compile_kernels
 from .optimizer import MeZO
@@ -74,6 +75,10 @@ class MeZOConfig(TrainingArguments):
     adam_beta2: float = field(default=0.95, metadata={"help": "For rule adam; 0.95 keeps its window at 90 steps."})
     rule_state: str = field(default="auto", metadata={"help": "How moments are kept: exact, window or auto."})
     rule_window: int | None = field(default=None, metadata={"help": "Steps in a window; by default 99% of the weight."})
+    share_cores: bool = field(
+        default=True,
+        metadata={"help": "Take fewer threads while other processes keep cores busy; OMP_NUM_THREADS overrides it."},
+    )
 
     def __post_init__(self) -> None:
         for wrong, remedy in (
@@ -163,6 +168,8 @@ class MeZOTrainer(Trainer):
         #: What finds learning rate and eps, and watches the run.
         self.automatic = Automatic(self)
         self.automatic.is_told = self.args.eval_strategy != IntervalStrategy.NO
+        #: What chooses the number of threads, on a CPU. Set it to go on with one; else every :meth:`train` has its own.
+        self.cores: SharedCores | None = None
         self._keeper = _LogKeeper(self)
         self.add_callback(self._keeper)
         self.add_callback(self.automatic)
@@ -243,6 +250,9 @@ class MeZOTrainer(Trainer):
         finally:
             if end_step is not None:
                 end_step()
+        if self.cores is not None and self.accelerator.sync_gradients:  # the step's last microbatch
+            with torch.no_grad():
+                self._keeper.changed_threads = self.cores.look(closure)
         return torch.tensor(loss, device=self.args.device)
 
     @property
@@ -313,10 +323,16 @@ class MeZOTrainer(Trainer):
             if log.steps >= self._max_steps():
                 return self._already_trained(log)
             resume_from_checkpoint = self._checkpoint_of(log)
+        own = self.cores is None and self.args.share_cores and self.args.device.type == "cpu"
+        if own:
+            self.cores = SharedCores(self.automatic.announce)
         try:
             return super().train(resume_from_checkpoint or None, *args, **kwargs)
         finally:
             self._keeper.close()
+            if own and self.cores is not None:
+                self.cores.follow(None)
+                self.cores = None
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As Trainer's, with the magnitude of the last projected gradient in place of a gradient norm."""
@@ -440,18 +456,37 @@ class _LogKeeper(TrainerCallback):
         self._trainer = trainer
         self._log: StepLog | None = None
         self.continues: Log | None = None
+        #: The number of threads, if it was changed in this step.
+        self.changed_threads: int | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         optimizer, automatic = self._trainer.mezo, self._trainer.automatic
         if self.continues is not None:
+            threads = noted_threads(self.continues, self.continues.steps)
+            if self._trainer.cores is not None:
+                self._trainer.cores.follow(threads)
             self._log = StepLog.resume(self.continues.path, optimizer)
+            if threads is not None:
+                self._note_threads()
             automatic.resume(self._log, self.continues)
         else:
             require_no_log(self._trainer.step_log)  # before anything is measured
             plan = automatic.prepare(state.max_steps)
             self._log = StepLog(self._trainer.step_log, optimizer, self._trainer._run)
             automatic.begin(self._log, plan)
+            cores = self._trainer.cores
+            if cores is not None and torch.get_num_threads() < cores.most:
+                self._note_threads()
         self.continues = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.changed_threads is not None:
+            self.changed_threads = None
+            self._note_threads()
+
+    def _note_threads(self) -> None:
+        assert self._log is not None
+        self._log.note({"threads": torch.get_num_threads(), "from_step": self._trainer.mezo.next_step})
 
     def finish(self) -> None:
         if self._log is not None:
@@ -464,6 +499,12 @@ class _LogKeeper(TrainerCallback):
         if self._log is not None:
             self._log.close()
             self._log = None
+
+
+def noted_threads(log: Log, steps: int) -> int | None:
+    """The number of threads with which a run went on after so many steps; None if that was the largest."""
+    noted = (note.content for note in reversed(log.notes) if "threads" in note.content)
+    return next((int(content["threads"]) for content in noted if content["from_step"] <= steps), None)
 
 
 def _steps_of(checkpoint: Path) -> int | None:

@@ -136,6 +136,7 @@ def train_mezo(session: Session, folder: Path, log: Log | None, settings: dict[s
     held_out = session.splits.get("dev")
     trainer = MeZOTrainer(args=config, run=settings, eval_dataset=held_out, **_ingredients(session, objective))
     trainer.automatic.announce = say
+    trainer.cores = session.cores
     course = Course(objective, folder / _REWARDS)
     trainer.add_callback(course)
     if options.log_completions:

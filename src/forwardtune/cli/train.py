@@ -164,7 +164,7 @@ def run(options: argparse.Namespace) -> int:
         return _report(metrics, options)
 
     prepare = partial(methods.prepare_model, options=options, first=folder / methods.INITIAL if log else None)
-    session = open_session(options, "train", "dev", "test", prepare_model=prepare)
+    session = open_session(options, "train", "dev", "test", prepare_model=prepare, resumed=log)
     folder.mkdir(parents=True, exist_ok=True)
     if options.tune in ("lora", "prefix") and log is None:
         methods.keep_first(session.model, folder / methods.INITIAL)
