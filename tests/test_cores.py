@@ -14,6 +14,7 @@ import torch
 
 import support
 from forwardtune import MeZOConfig, MeZOTrainer, cores
+from forwardtune.cli import main
 from forwardtune.cores import SharedCores, Use
 from forwardtune.trainer import noted_threads
 from forwardtune.trajectory import read_log
@@ -220,3 +221,25 @@ def test_share_cores_can_be_turned_off(machine: Machine, tmp_path: Path) -> None
     make(tmp_path, objective, share_cores=False).train()
     assert set(objective.evaluations) == {2}
     assert machine.trials == []
+
+
+def test_the_command_line_looks_before_its_first_evaluation_and_resumes_alike(
+    machine: Machine, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    machine.others, machine.takes = 1.0, {1: 2.0, 2: 9.0}
+    where = ["train", "--output-dir", str(tmp_path / "run"), "--device", "cpu"]
+    what = ["--model", str(tiny_folder), "--task", "reviews", "--lr", "1e-4", "--eps", "1e-3", "--dev-examples", "0"]
+    sizes = ["--train-examples", "8", "--test-examples", "4", "--batch-size", "2"]
+    assert main([*where, *what, *sizes, "--steps", "2"]) == 0
+    assert torch.get_num_threads() == 1
+    told = capsys.readouterr().err
+    assert told.index("1 thread instead of 2") < told.index("before:")
+    log = read_log(tmp_path / "run" / "steps.jsonl")
+    assert noted_threads(log, 0) == 1
+    torch.set_num_threads(2)
+    machine.others = 0.0  # a run that is resumed does not try again before it goes on
+    machine.takes = {1: 2.0, 2: 1.9}
+    assert main([*where, "--resume", "--steps", "4"]) == 0
+    assert torch.get_num_threads() == 1
+    assert noted_threads(read_log(log.path), 4) == 1
+    assert "instead of" not in capsys.readouterr().err
