@@ -14,6 +14,7 @@ import torch
 
 import support
 from forwardtune import MeZO
+from forwardtune.errors import InputError
 from forwardtune.models import converted, load_model
 
 gguf = pytest.importorskip("gguf")
@@ -80,6 +81,7 @@ def test_a_model_from_the_cache_is_the_converted_one(dtype: str, file: Path, cac
     assert second.training == first.training
     assert second.name_or_path == first.name_or_path == str(file)
     assert second.config.to_dict() == first.config.to_dict()
+    assert second.__dict__.keys() == first.__dict__.keys()
     assert second.generation_config.to_dict() == first.generation_config.to_dict()
     assert again.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
     assert again.special_tokens_map == tokenizer.special_tokens_map
@@ -165,6 +167,28 @@ def test_without_a_cache_models_load_as_well(where: str, file: Path, tmp_path: P
         model, _ = load_model(str(file))
         assert_has_weights_of(model, 0)
     assert {path.name for path in tmp_path.iterdir()} == {"occupied", "tiny.gguf"}
+
+
+def test_without_the_package_that_reads_gguf_the_remedy_is_named(
+    file: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(name: str) -> str:
+        if name == "gguf":
+            raise converted.metadata.PackageNotFoundError(name)
+        return "1"
+
+    monkeypatch.setattr(converted.metadata, "version", version)
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    monkeypatch.setattr("transformers.utils.import_utils.is_gguf_available", lambda *_: False)
+    with pytest.raises(InputError, match="gguf"):
+        load_model(str(file))
+
+
+def test_a_file_that_is_no_gguf_is_refused(cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.gguf").write_text("no model")
+    with pytest.raises(InputError, match="could not be loaded"):
+        load_model(str(tmp_path / "text.gguf"))
+    assert not cache.exists()
 
 
 @pytest.mark.parametrize(

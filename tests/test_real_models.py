@@ -99,7 +99,7 @@ def test_trainer_takes_the_embedded_model_for_what_it_is(smollm: tuple[Any, Any]
     rows = [{key: torch.tensor(value) for key, value in tokenizer(STORY).items()}]
     config = MeZOConfig(str(tmp_path), max_steps=1, report_to=[], use_cpu=True)
     MeZOTrainer(model=model, args=config, train_dataset=rows, processing_class=tokenizer)
-    assert not model.is_quantized
+    assert not getattr(model, "is_quantized", False)
 
 
 def test_saved_folder_is_an_ordinary_checkpoint(smollm: tuple[Any, Any], tmp_path: Path) -> None:

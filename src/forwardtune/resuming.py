@@ -89,6 +89,12 @@ def _passes(log: Log) -> dict[int, int]:
     return {0: 0} | {note["number"]: note["step"] for note in notes}
 
 
+def noted_threads(log: Log, steps: int) -> int | None:
+    """The number of threads with which a run went on after so many steps; None if that was the largest."""
+    noted = (note.content for note in reversed(log.notes) if "threads" in note.content)
+    return next((int(content["threads"]) for content in noted if content["from_step"] <= steps), None)
+
+
 class LogKeeper(TrainerCallback):
     """Opens a run's step log when the optimizer is ready, and closes it.
 
@@ -102,6 +108,8 @@ class LogKeeper(TrainerCallback):
         self._lock: LogLock | None = None
         #: The log of the run that is resumed, until it is open.
         self.continues: Log | None = None
+        #: The number of threads, if it was changed in this step.
+        self.changed_threads: int | None = None
         self._pass = 0
         self._passes: dict[int, int] = {}
 
@@ -115,7 +123,12 @@ class LogKeeper(TrainerCallback):
         trainer, before = self._trainer, self.continues
         optimizer, automatic, lock = trainer.mezo, trainer.automatic, self.lock()
         if before is not None:
+            threads = noted_threads(before, before.steps)
+            if trainer.cores is not None:
+                trainer.cores.follow(threads)
             self._log = StepLog.resume(before.path, optimizer, lock=lock)
+            if threads is not None:
+                self._note_threads()
             automatic.resume(self._log, before)
             if not automatic.finds_lr and before.steps:
                 self._settle_rates(before)
@@ -124,10 +137,21 @@ class LogKeeper(TrainerCallback):
             plan = automatic.prepare(state.max_steps)
             self._log = StepLog(trainer.step_log, optimizer, trainer._run, lock=lock)
             automatic.begin(self._log, plan)
+            if trainer.cores is not None and torch.get_num_threads() < trainer.cores.most:
+                self._note_threads()
         self.continues = None
         self._passes = {0: 0} if before is None else _passes(before)
         length = None if before is None or args.ignore_data_skip else steps_in_pass(before)
         self._pass = -1 if length is None else state.global_step // length - 1
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.changed_threads is not None:
+            self.changed_threads = None
+            self._note_threads()
+
+    def _note_threads(self) -> None:
+        assert self._log is not None
+        self._log.note({"threads": torch.get_num_threads(), "from_step": self._trainer.mezo.next_step})
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note where a pass over data without a length begins: no number of batches says it when the run is resumed."""

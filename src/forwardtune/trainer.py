@@ -19,6 +19,7 @@ from transformers.training_args import OptimizerNames
 
 from .auto import AUTO, first_settings, number_or_auto
 from .automatic import Automatic
+from .cores import SharedCores
 from .errors import InputError
 from .estimators import get_estimator
 from .model_card import describe
@@ -72,6 +73,10 @@ class MeZOConfig(TrainingArguments):
     adam_beta2: float = field(default=0.95, metadata={"help": "For rule adam; 0.95 keeps its window at 90 steps."})
     rule_state: str = field(default="auto", metadata={"help": "How moments are kept: exact, window or auto."})
     rule_window: int | None = field(default=None, metadata={"help": "Steps in a window; by default 99% of the weight."})
+    share_cores: bool = field(
+        default=True,
+        metadata={"help": "Take fewer threads while other processes keep cores busy; OMP_NUM_THREADS overrides it."},
+    )
 
     def __post_init__(self) -> None:
         self.validate()
@@ -189,6 +194,8 @@ class MeZOTrainer(Trainer):
         self._held_out_batches: list[Any] = []
         #: What finds learning rate and eps, and watches the run.
         self.automatic = Automatic(self)
+        #: What chooses the number of threads, on a CPU. Set it to go on with one; else every :meth:`train` has its own.
+        self.cores: SharedCores | None = None
         self._keeper = LogKeeper(self)
         self.add_callback(self._keeper)
         self.add_callback(self.automatic)
@@ -283,6 +290,9 @@ class MeZOTrainer(Trainer):
         finally:
             if end_step is not None:
                 end_step()
+        if self.cores is not None and self.accelerator.sync_gradients:  # the step's last microbatch
+            with torch.no_grad():
+                self._keeper.changed_threads = self.cores.look(closure)
         return torch.tensor(loss, device=self.args.device)
 
     def _require_ends(self, inputs: dict[str, Any]) -> None:
@@ -382,6 +392,9 @@ class MeZOTrainer(Trainer):
             for name in ("learning_rate", "eps"):
                 # A trial's value is cast to the type of the one before: text takes numbers and "auto" alike.
                 setattr(self.args, name, str(getattr(self.args, name)))
+        own = self.cores is None and self.args.share_cores and self.args.device.type == "cpu"
+        if own:
+            self.cores = SharedCores(self.automatic.announce)
         try:
             checkpoint = None
             if resume_from_checkpoint:
@@ -395,6 +408,9 @@ class MeZOTrainer(Trainer):
             return super().train(checkpoint, trial, *args, **kwargs)
         finally:
             self._keeper.close()
+            if own and self.cores is not None:
+                self.cores.follow(None)
+                self.cores = None
             if trial is not None:
                 self.automatic.forget()
 

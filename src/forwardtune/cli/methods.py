@@ -203,7 +203,9 @@ def make_trainer(
     except ValueError as error:
         raise InputError(str(error)) from None
     held_out = session.splits.get("dev")
-    return MeZOTrainer(args=config, run=run, eval_dataset=held_out, **_ingredients(session, objective))
+    trainer = MeZOTrainer(args=config, run=run, eval_dataset=held_out, **_ingredients(session, objective))
+    trainer.cores = session.cores
+    return trainer
 
 
 def train_adam(session: Session, folder: Path, log: Log | None, settings: dict[str, Any]) -> Trained | None:

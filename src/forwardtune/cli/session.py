@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from .. import memory
+from ..cores import SharedCores
 from ..errors import InputError
 from ..evaluation import evaluate, find_layout, prepare
 from ..files import read_json
@@ -24,6 +25,7 @@ from ..objectives.mixture import parse
 from ..tasks import BadRowsError, Split, Task, doubts, get_task, load_splits
 from ..tasks.batching import Layout
 from ..tasks.encoding import Encoded, Encoder
+from ..trajectory import Log
 from . import positive, say
 from .results import METRICS
 
@@ -52,6 +54,7 @@ class Session:
         demonstrations: how many stand before every prompt.
         skipped: how many rows were left out of each split's source because the task cannot use them.
         deadline: when tuning must end, by ``time.monotonic``.
+        cores: what chooses the number of threads, on a CPU.
     """
 
     model: Any
@@ -67,6 +70,7 @@ class Session:
     sizes: dict[str, int] = field(default_factory=dict)
     skipped: dict[str, int] = field(default_factory=dict)
     deadline: float | None = None
+    cores: SharedCores | None = None
 
     def evaluate(
         self,
@@ -142,6 +146,7 @@ def open_session(
     shots: int = 0,
     calibrate: bool = False,
     prepare_model: Callable[[Any, Any], Any] | None = None,
+    resumed: Log | None = None,
 ) -> Session:
     """Check the options, then load task, data and model, in that order: what is cheap to refuse is refused first.
 
@@ -150,7 +155,9 @@ def open_session(
         shots: demonstrations before every prompt, drawn from the training split.
         calibrate: encode the test examples without content too.
         prepare_model: ``(model, tokenizer) -> model`` with what is to be tuned.
+        resumed: the log of the run that goes on, with the number of threads that it had.
     """
+    cores = SharedCores(say)
     for name in ("model", "task"):
         if not getattr(options, name):
             raise InputError(f"--{name} is missing")
@@ -204,6 +211,14 @@ def open_session(
         say(f"  {encoder.truncated} prompts were cut on the left of their context to {encoder.max_length} tokens")
     if shots:
         say(f"  {encoder.demonstrated} of {shots} demonstrations fit before the longest prompt")
+    if resumed is not None:
+        from ..resuming import noted_threads
+
+        cores.follow(noted_threads(resumed, 0))
+    elif options.device == "cpu":
+        first = prepare(model, tokenizer, next(iter(encoded.values()))[: options.batch_size])
+        with torch.no_grad():
+            cores.look(lambda: logits_at(model, first))
     if task.preference is not None and prepare_model is not None:  # a model that was tuned before has no reference
         for name in encoded:
             encoded[name] = _with_reference(model, tokenizer, encoded[name], name, options.batch_size)
@@ -211,6 +226,7 @@ def open_session(
     session = Session(model, tokenizer, task, encoded, layout, options)
     session.truncated, session.demonstrations = encoder.truncated, encoder.demonstrated
     session.rewards = rewards
+    session.cores = cores if options.device == "cpu" else None
     session.sizes = {name: len(split) for name, split in encoded.items()}
     session.skipped = {name: split.skipped for name, split in splits.items() if split.skipped}
     if calibrate:

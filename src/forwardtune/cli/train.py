@@ -186,7 +186,7 @@ def run(options: argparse.Namespace) -> int:
         return _report(metrics, options)
 
     prepare = partial(methods.prepare_model, options=options, first=folder / methods.INITIAL if log else None)
-    session = open_session(options, "train", "dev", "test", prepare_model=prepare)
+    session = open_session(options, "train", "dev", "test", prepare_model=prepare, resumed=log)
     if options.steps is None:
         options.steps = _steps(session, began)  # before anything is evaluated: the time may be too short
     folder.mkdir(parents=True, exist_ok=True)

@@ -54,12 +54,14 @@ def through_cache(
         announce: told when something is converted.
     """
     root = cache_folder()
-    if (
-        root is None or 2 * file.stat().st_size > _MOST_BYTES
-    ):  # quantised weights take less than half of the converted ones
+    key = None
+    with suppress(OSError, metadata.PackageNotFoundError):  # then converting says what is wrong
+        if root is not None and 2 * file.stat().st_size <= _MOST_BYTES:  # converted weights take twice as much, or more
+            key = _key(file, dtype)
+    if root is None or key is None:
         announce(f"  converting {file.name}")
         return convert()
-    entry = root / f"gguf-{_key(file, dtype)}"
+    entry = root / f"gguf-{key}"
     if _is_whole(entry):
         try:
             model, tokenizer = load(entry)

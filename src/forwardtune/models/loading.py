@@ -157,6 +157,7 @@ def _read(name: str, where: str, dtype: str, device: str, **options: str) -> tup
     if options:
         # The weights are ordinary ones now. Neither Trainer nor a saved checkpoint should take them for quantised.
         model.hf_quantizer.remove_quantization_config(model)
+        model.__dict__.pop("is_quantized", None)  # which ordinary models do not have
         for module in model.modules():
             if hasattr(getattr(module, "config", None), "_is_quantized"):
                 module.config._is_quantized = False
