@@ -52,7 +52,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# NAMES='forwardtune.guard*' tries a part.
+# NAMES='forwardtune.search.guard*' tries a part.
 mutants: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,mutants]'
 	nice -n 19 $(BIN)/python tests/mutants.py $(NAMES)

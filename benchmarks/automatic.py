@@ -22,8 +22,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from forwardtune.files import write_json
-from forwardtune.sweep import SweepFolder
-from forwardtune.sweep.plan import Run, label, show
+from forwardtune.paper.sweep import SweepFolder
+from forwardtune.paper.sweep.plan import Run, label, show
 
 MODES = ("Full", "LoRA")
 UNTUNED, AUTO = "Untuned", "auto"

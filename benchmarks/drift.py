@@ -14,7 +14,7 @@ from torch import nn
 
 from forwardtune.noise import Noise
 from forwardtune.parameters import TunedParameters
-from forwardtune.perturbation import PERTURBATIONS
+from forwardtune.points import PERTURBATIONS
 
 STEPS, CHECKPOINTS = 1000, (100, 1000)
 

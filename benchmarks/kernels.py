@@ -24,8 +24,8 @@ from timing import interleave
 from torch import Tensor, nn
 
 from forwardtune import MeZO, StepLog, noise, replay
+from forwardtune.method.rules import RULES
 from forwardtune.noise import DIRECTIONS, GAUSSIAN, Direction, Noise, Update, definition
-from forwardtune.rules import RULES
 
 SEED = 0x0123456789ABCDEF
 SIZES = (1, 7, 1023, 4097, 100_000)

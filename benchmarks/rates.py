@@ -23,9 +23,9 @@ from statistics import mean
 import numpy as np
 from machine import write
 
-from forwardtune.automatic import size_found
-from forwardtune.guard import FALL, RISE, SLIGHT, SLIGHT_OF_GAIN
-from forwardtune.line_search import RATIO, line_search
+from forwardtune.search.automatic import size_found
+from forwardtune.search.guard import FALL, RISE, SLIGHT, SLIGHT_OF_GAIN
+from forwardtune.search.line_search import RATIO, line_search
 
 EPS, HELD, SHARE, TRIES, SEARCHED = 1e-3, 8, 0.86, 5, 24
 FEATURES, HIDDEN, DEV, TRAIN, TEST = 48, 32, 48, 1000, 2000

@@ -1,6 +1,6 @@
 """Mutation testing with mutmut: small faults are put into the code, one at a time, and the tests must notice each.
 
-    python tests/mutants.py [NAME ...]     # such as 'forwardtune.guard*'; everything without a name
+    python tests/mutants.py [NAME ...]     # such as 'forwardtune.search.guard*'; everything without a name
 
 ``[tool.mutmut]`` in pyproject.toml says what is mutated and by which tests it is tried. Results are kept in ``mutants/``: a
 mutant that was killed stays so until its function changes, and one that survived is tried again by the tests as they are now.

@@ -14,10 +14,10 @@ import torch
 from transformers import HfArgumentParser, TrainerCallback
 
 import support
-from forwardtune.automatic import RETURN_POINT, Budget, found
-from forwardtune.guard import FALL, RISE, SLIGHT
+from forwardtune.hf.trainer import MeZOConfig, MeZOTrainer
 from forwardtune.models import tune
-from forwardtune.trainer import MeZOConfig, MeZOTrainer
+from forwardtune.search.automatic import RETURN_POINT, Budget, found
+from forwardtune.search.guard import FALL, RISE, SLIGHT
 from forwardtune.trajectory import LogError, read_log, replay
 
 STEPS = 48

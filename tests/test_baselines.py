@@ -15,11 +15,11 @@ from sklearn.linear_model import LogisticRegression
 from transformers import BertConfig, BertModel
 
 import support
-from forwardtune.baselines import AdamTrainer, adam_arguments, probe
 from forwardtune.errors import InputError
 from forwardtune.evaluation import evaluate, find_layout, plain_layout, prepare, training_objective
 from forwardtune.models import load_model, model_kind, tune
 from forwardtune.objectives import option_cross_entropy, target_likelihood
+from forwardtune.paper.baselines import AdamTrainer, adam_arguments, probe
 from forwardtune.tasks import Task, get_task, load_split
 from forwardtune.tasks.batching import collate
 from forwardtune.tasks.encoding import Encoded, Encoder

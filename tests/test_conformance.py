@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from forwardtune import MeZO, StepLog, noise, replay
-from forwardtune.estimators import SPSA, Estimator, OneSided, centred_ranks
+from forwardtune.method.estimators import SPSA, Estimator, OneSided, centred_ranks
+from forwardtune.method.rules import SGD, Adam, History, Momentum, Rule, Sign, get_rule, move_all, sgd
 from forwardtune.noise import ROUNDING_PROBE, Noise, Update, definition
 from forwardtune.noise.philox import half_words
 from forwardtune.parameters import TunedParameters
-from forwardtune.rules import SGD, Adam, History, Momentum, Rule, Sign, get_rule, move_all, sgd
 from forwardtune.trajectory import LogError, export_trajectory, read_log
 from forwardtune.trajectory.export import read_trajectory
 from forwardtune.trajectory.log import cut_log
@@ -461,8 +461,8 @@ def test_plain_torch_gives_the_same_bits_as_the_kernels(rule, direction, dtype, 
 def test_pieces_of_a_tensor_add_up_to_the_whole(rule, sizes, elsewhere, monkeypatch):
     whole, parts = long_enough(torch.bfloat16), long_enough(torch.bfloat16)
     one = scripted_run(whole, rule)
-    monkeypatch.setattr("forwardtune.rules._PIECE", sizes)
-    monkeypatch.setattr("forwardtune.rules._PIECE_ELSEWHERE", elsewhere)
+    monkeypatch.setattr("forwardtune.method.rules._PIECE", sizes)
+    monkeypatch.setattr("forwardtune.method.rules._PIECE_ELSEWHERE", elsewhere)
     many = scripted_run(parts, rule)
     assert_same_bits(parts, snapshot(whole))
     assert one.last.unchanged == many.last.unchanged

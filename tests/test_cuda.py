@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from forwardtune import MeZO, StepLog, noise, replay
+from forwardtune.method.rules import RULES, _total
 from forwardtune.noise import DIRECTIONS, GAUSSIAN, Noise, Update, definition
-from forwardtune.rules import RULES, _total
 from forwardtune.trajectory import read_log
 from support import DTYPES, HALF, TEXT, assert_same_bits, closure_for, same_bits, snapshot, tiny_model, token_batch
 
@@ -103,7 +103,7 @@ def test_a_run_replays_with_the_same_bits_on_both_devices(dtype, rule, tmp_path)
 def test_a_run_of_the_trainer_replays_on_the_cpu(dtype, tmp_path):
     """Trainer moves model and batches to the device by itself."""
     pytest.importorskip("accelerate", reason="needs accelerate")
-    from forwardtune.trainer import MeZOConfig, MeZOTrainer
+    from forwardtune.hf.trainer import MeZOConfig, MeZOTrainer
 
     data = [{"input_ids": row, "labels": row} for row in token_batch(12, 6).tolist()]
     config = MeZOConfig(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from forwardtune import MeZO
-from forwardtune.epsilon import EVALUATIONS, choose_eps, measure
+from forwardtune.search.epsilon import EVALUATIONS, choose_eps, measure
 from support import assert_same_bits, closure_for, snapshot, tiny_model, token_batch, trusted
 
 ROOT = 10**0.5

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from forwardtune import MeZO, StepLog, replay
-from forwardtune.perturbation import ReadElsewhereError
-from forwardtune.rules import Adam, Momentum
+from forwardtune.method.rules import Adam, Momentum
+from forwardtune.points import ReadElsewhereError
 from forwardtune.trajectory import read_log
 from forwardtune.trajectory.export import export_trajectory
 from support import assert_same_bits, closure_for, same_bits, snapshot, tiny_model, token_batch, tokenizer, trusted

@@ -112,7 +112,7 @@ def test_golden_log_replays_to_its_digest(name: str) -> None:
 def test_a_run_of_today_moves_by_the_same_rule(name: str) -> None:
     """The golden run's coefficients, gone on with: what a resumed optimizer remembers is what it remembered."""
     log = read_log(FOLDER / f"{name}.jsonl")
-    net, optimizer = method(name)
+    _net, optimizer = method(name)
     assert optimizer.tuned.digest() == log.header["base"]
     for record in log.records:
         optimizer._take(record, 0.0)

@@ -9,7 +9,7 @@ from itertools import islice
 
 import pytest
 
-from forwardtune.guard import FALL, PLUNGE, RISE, GoBack, Guard
+from forwardtune.search.guard import FALL, PLUNGE, RISE, GoBack, Guard
 
 LR = 1e-5
 WINDOW = 8

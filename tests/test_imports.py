@@ -17,19 +17,17 @@ SOURCE = Path(forwardtune.__file__).parent
 
 # A module imports from layers before its own, or from its own package. `forwardtune/__init__.py` may import them all.
 LAYERS = (
-    {"errors", "files", "memory", "noise", "line_search", "guard", "auto"},
-    {"parameters", "arena", "lazy_weight", "durations", "processes", "estimators"},
-    {"perturbation", "rules"},
-    {"self_check"},
+    {"errors", "files", "memory", "cores", "noise"},
+    {"parameters", "durations", "processes"},
+    {"method"},
+    {"points"},
     {"optimizer"},
-    {"trajectory", "epsilon"},
+    {"trajectory"},
+    {"search"},
     {"tasks", "models"},
     {"objectives"},
     {"evaluation"},
-    {"automatic"},
-    {"resuming", "model_card"},
-    {"trainer", "baselines", "sweep"},
-    {"report"},
+    {"hf", "paper"},
     {"cli"},
     {"__main__"},
 )
@@ -40,22 +38,13 @@ NEEDS = {
     "noise": {"torch"},
     "noise/cpu.py": {"torch", "numba", "numpy", "llvmlite"},
     "noise/gpu.py": {"torch", "triton"},
-} | {
-    part: {"torch"}
-    for part in (
-        "parameters",
-        "arena",
-        "lazy_weight",
-        "perturbation",
-        "self_check",
-        "estimators",
-        "rules",
-        "optimizer",
-        "epsilon",
-    )
-}
-NEEDS |= {part: set() for part in ("line_search", "guard", "auto", "durations")}
-NEEDS["trajectory"] = {"torch", "safetensors"}
+    "durations": set(),
+    "processes": set(),
+    "search": {"torch", "transformers"},
+    "trajectory": {"torch", "safetensors"},
+} | {part: {"torch"} for part in ("parameters", "method", "points", "optimizer", "cores")}
+NEEDS |= {f"search/{file}.py": set() for file in ("auto", "guard", "line_search")}
+NEEDS["search/epsilon.py"] = {"torch"}
 
 MODULES = sorted(path.relative_to(SOURCE) for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")
 

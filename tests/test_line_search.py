@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from forwardtune.line_search import RATIO, LineSearch, line_search
+from forwardtune.search.line_search import RATIO, LineSearch, line_search
 
 START = 3e-6
 

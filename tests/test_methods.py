@@ -412,7 +412,7 @@ SURVIVOR = """
     from pathlib import Path
 
     import torch
-    import forwardtune.baselines, forwardtune.trainer, peft
+    import forwardtune.paper.baselines, forwardtune.hf.trainer, peft
     from forwardtune.cli import main
 
     torch.set_num_threads(1)

@@ -18,11 +18,11 @@ from transformers import TrainerCallback
 import support
 from forwardtune.errors import InputError
 from forwardtune.evaluation import evaluate, find_layout, prepare
+from forwardtune.hf.trainer import MeZOConfig, MeZOTrainer
 from forwardtune.objectives import Reward, Sampling, TaskObjective, generate
 from forwardtune.objectives.mixture import parse
 from forwardtune.tasks import Task, metrics
 from forwardtune.tasks.encoding import Encoded
-from forwardtune.trainer import MeZOConfig, MeZOTrainer
 from forwardtune.trajectory import read_log
 from test_cli import Setting, cli, weights, write_task
 from test_objectives import CHOICE, TOKENIZER, encoded, naive_scores, sharp_model, talking_model, tokens

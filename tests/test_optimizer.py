@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 
 from forwardtune import MeZO, NonFiniteLossError, replay
-from forwardtune.estimators import SPSA
+from forwardtune.method.estimators import SPSA
+from forwardtune.method.rules import sgd
 from forwardtune.noise import Noise, definition, get_direction
 from forwardtune.optimizer import InterruptedUpdateError
-from forwardtune.rules import sgd
 from forwardtune.trajectory import StepLog
 from support import DTYPES, assert_same_bits, closure_for, same_bits, snapshot, tiny_model, token_batch, trusted
 

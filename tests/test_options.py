@@ -15,12 +15,12 @@ import pytest
 import torch
 
 import support
-from forwardtune.baselines import AdamTrainer
 from forwardtune.cli import methods, train
 from forwardtune.cli.session import Session
 from forwardtune.cli.sweeps import command_options
 from forwardtune.cli.watcher import DevWatcher
-from forwardtune.trainer import MeZOTrainer
+from forwardtune.hf.trainer import MeZOTrainer
+from forwardtune.paper.baselines import AdamTrainer
 from forwardtune.trajectory import read_log
 from test_cli import cli
 
@@ -196,7 +196,7 @@ def build(name: str, folder: Path, patch: pytest.MonkeyPatch) -> Built:
         here.setitem(methods.METHODS, method, noted)
         here.setattr(f"{trainer.__module__}.{trainer.__name__}", Noted)
         if method == "adam":
-            here.setattr("forwardtune.baselines.AdamTrainer", Noted)
+            here.setattr("forwardtune.paper.baselines.AdamTrainer", Noted)
         options = {"model": "MODEL", "task": "mine.yaml", "output_dir": folder / name}
         options |= {option: value for option, (value, _, _) in CASES[name].items()}
         if name == "rewarded":

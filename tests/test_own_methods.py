@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from forwardtune import MeZO, StepLog, replay
+from forwardtune.method.rules import RULES, SGD, Adam, Momentum, Rule, get_rule, register_rule
 from forwardtune.noise import DIRECTIONS, GAUSSIAN, RADEMACHER, Direction, Noise, Update, definition, register_direction
 from forwardtune.noise.philox import half_words
-from forwardtune.rules import RULES, SGD, Adam, Momentum, Rule, get_rule, register_rule
 from forwardtune.trajectory import LogError, export_trajectory, read_log
 from support import DTYPES, assert_same_bits, same_bits, snapshot
 

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import support
-from forwardtune import MeZO, perturbation
+from forwardtune import MeZO
 from forwardtune.errors import InputError
 from forwardtune.noise import Noise
 from forwardtune.parameters import TunedParameters
-from forwardtune.perturbation import PERTURBATIONS, Copy, InPlace, Perturbation, Scratch
+from forwardtune.points import PERTURBATIONS, Copy, InPlace, Perturbation, Scratch, head
 
 NOISE = Noise(seed=17)
 STEP, PROBE, EPS = 3, 1, 1e-2
@@ -565,9 +565,9 @@ class Head(nn.Module):
 @pytest.mark.parametrize("positions", [1, 4])
 @pytest.mark.parametrize("exact", [True, False], ids=["slices are exact", "slices round otherwise"])
 def test_a_vocabulary_head_in_slices_gives_the_bits_of_the_whole(dtype, positions, exact, monkeypatch):
-    monkeypatch.setattr(perturbation, "_VOCABULARY", 1000)
+    monkeypatch.setattr(head, "VOCABULARY", 1000)
     if not exact:
-        monkeypatch.setattr(Scratch, "_may_slice", lambda *_: False)
+        monkeypatch.setattr(head.Slices, "may_slice", lambda *_: False)
     net = Head(dtype)
     before = support.snapshot(net)
     scratch = Scratch(tune(net), NOISE)
@@ -577,7 +577,7 @@ def test_a_vocabulary_head_in_slices_gives_the_bits_of_the_whole(dtype, position
     support.assert_same_bits(net, before)
     whole = net.head.weight.numel() * net.head.weight.element_size()
     # So few rows may go through a kernel whose rounding depends on the width: then the head is computed whole.
-    sliced = exact and (positions == 4 or all(scratch._slices_are_exact.values()))
+    sliced = exact and (positions == 4 or all(scratch.slices.is_exact.values()))
     assert (arena_bytes(scratch) < whole / 4) == sliced
 
 
@@ -590,16 +590,16 @@ def test_slices_of_a_head_are_of_one_height_where_it_can_be_cut_so(height, expec
     """And none of them takes more memory than the largest other module does."""
     net = nn.ModuleDict({"layer": nn.Linear(64, 2792), "head": nn.Linear(64, height, bias=False)})
     scratch = Scratch(tune(net), NOISE)
-    rows = scratch._slice_rows(net["head"].weight)
+    rows = scratch.slices.rows(net["head"].weight)
     heights = {min(rows, height - lo) for lo in range(0, height, rows)}
     assert heights == expected
     assert rows * 64 <= 64 * 2792 + 2792
 
 
 def test_a_head_whose_slices_differ_in_a_bit_is_computed_whole(monkeypatch):
-    monkeypatch.setattr(perturbation, "_VOCABULARY", 1000)
-    in_slices = perturbation._project_in_slices
-    monkeypatch.setattr(perturbation, "_project_in_slices", lambda *args: torch.nextafter(in_slices(*args), INFINITY))
+    monkeypatch.setattr(head, "VOCABULARY", 1000)
+    in_slices = head.project_in_slices
+    monkeypatch.setattr(head, "project_in_slices", lambda *args: torch.nextafter(in_slices(*args), INFINITY))
     net = Head(torch.float32)
     got = evaluate(Scratch(tune(net), NOISE), lambda: net(1))
     for ours, expected in zip(got, by_hand(net, lambda moved: moved(1)), strict=True):
@@ -607,7 +607,7 @@ def test_a_head_whose_slices_differ_in_a_bit_is_computed_whole(monkeypatch):
 
 
 def test_a_trial_on_one_layout_says_nothing_of_another(monkeypatch):
-    monkeypatch.setattr(perturbation, "_VOCABULARY", 1000)
+    monkeypatch.setattr(head, "VOCABULARY", 1000)
     net = Head(torch.float32)
     strided, contiguous = net.x[:, :1], net.x[:, :1].contiguous()
     scratch = Scratch(tune(net), NOISE)
@@ -615,13 +615,13 @@ def test_a_trial_on_one_layout_says_nothing_of_another(monkeypatch):
         got = evaluate(scratch, lambda x=x: net.head(x))
         for ours, expected in zip(got, by_hand(net, lambda moved, x=x: moved.head(x)), strict=True):
             assert support.same_bits(ours, expected)
-    assert len(scratch._slices_are_exact) == 2  # torch chooses kernels by layout too, so each was tried
+    assert len(scratch.slices.is_exact) == 2  # torch chooses kernels by layout too, so each was tried
 
 
 @every_dtype
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 def test_one_trial_serves_all_contiguous_inputs_with_as_many_rows(dtype, bias, monkeypatch):
-    monkeypatch.setattr(perturbation, "_VOCABULARY", 1000)
+    monkeypatch.setattr(head, "VOCABULARY", 1000)
     net = Head(dtype)
     if not bias:
         net.head.bias = None
@@ -631,13 +631,13 @@ def test_one_trial_serves_all_contiguous_inputs_with_as_many_rows(dtype, bias, m
         got = evaluate(scratch, lambda x=x: net.head(x))
         for ours, expected in zip(got, by_hand(net, lambda moved, x=x: moved.head(x)), strict=True):
             assert support.same_bits(ours, expected)
-    assert len(scratch._slices_are_exact) == 2  # 8 rows and 6
+    assert len(scratch.slices.is_exact) == 2  # 8 rows and 6
 
 
 def test_trials_of_strided_inputs_come_to_an_end(monkeypatch):
     """A batch's last positions are as far apart as its texts are long: any number of layouts."""
-    monkeypatch.setattr(perturbation, "_VOCABULARY", 1000)
-    monkeypatch.setattr(perturbation, "_STRIDED_TRIALS", 3)
+    monkeypatch.setattr(head, "VOCABULARY", 1000)
+    monkeypatch.setattr(head, "_STRIDED_TRIALS", 3)
     net = Head(torch.float32)
     scratch = Scratch(tune(net), NOISE)
     for length in range(2, 10):
@@ -645,11 +645,11 @@ def test_trials_of_strided_inputs_come_to_an_end(monkeypatch):
         got = evaluate(scratch, lambda x=x: net.head(x))
         for ours, expected in zip(got, by_hand(net, lambda moved, x=x: moved.head(x)), strict=True):
             assert support.same_bits(ours, expected)
-    assert len(scratch._slices_are_exact) == 3
+    assert len(scratch.slices.is_exact) == 3
 
 
 def test_many_positions_take_the_head_whole(monkeypatch):
-    monkeypatch.setattr(perturbation, "_VOCABULARY", 1000)
+    monkeypatch.setattr(head, "VOCABULARY", 1000)
     net = Head(torch.float32)
     net.x = net.x.repeat(1, 3, 1)
     scratch = Scratch(tune(net), NOISE)

@@ -21,8 +21,8 @@ from forwardtune.cli import plan
 from forwardtune.cli.plan import Cost, fill_window, seconds_of_run, steps_within
 from forwardtune.durations import duration, seconds_of
 from forwardtune.errors import InputError
+from forwardtune.method.rules import Adam, Momentum
 from forwardtune.noise import Noise
-from forwardtune.rules import Adam, Momentum
 from forwardtune.trajectory import read_log
 from test_cli import Setting, _flags, cli, write_task
 from test_methods import read

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import support
 from forwardtune import MeZO, MeZOConfig, MeZOTrainer
 from forwardtune.evaluation import evaluate, find_layout, plain_layout, prepare
+from forwardtune.method.rules import sgd
 from forwardtune.models import EMBEDDED_MODEL, context_length, load_model, save_model
 from forwardtune.objectives import option_cross_entropy
-from forwardtune.rules import sgd
 from forwardtune.tasks import get_task, load_split
 from forwardtune.tasks.encoding import Encoder
 from forwardtune.trajectory import StepLog, replay

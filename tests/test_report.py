@@ -12,9 +12,9 @@ import pytest
 
 from forwardtune.cli import main
 from forwardtune.errors import InputError
-from forwardtune.report import collect, write_report
-from forwardtune.report.results import mean_curve
-from forwardtune.sweep import Run, Sweep, SweepFolder
+from forwardtune.paper.report import collect, write_report
+from forwardtune.paper.report.results import mean_curve
+from forwardtune.paper.sweep import Run, Sweep, SweepFolder
 
 MIB = 2**20
 NONE = "\N{EN DASH}"
@@ -191,7 +191,7 @@ def test_a_curve_is_the_mean_over_seeds_at_steps_that_all_have() -> None:
 
 def test_smoothing_is_the_mean_of_the_last_values() -> None:
     pytest.importorskip("matplotlib")
-    from forwardtune.report.plots import smoothed
+    from forwardtune.paper.report.plots import smoothed
 
     assert smoothed([4.0, 2.0, 6.0, 1.0], 2) == [4.0, 3.0, 4.0, 3.5]
     assert smoothed([4.0, 2.0], 1) == [4.0, 2.0]
@@ -200,7 +200,7 @@ def test_smoothing_is_the_mean_of_the_last_values() -> None:
 
 def test_the_plots_show_what_the_runs_recorded(made: Made, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    from forwardtune.report.plots import _dev, _loss, _memory
+    from forwardtune.paper.report.plots import _dev, _loss, _memory
 
     for seed, loss in ((0, 2.0), (1, 4.0)):
         folder = made.finished("MeZO", "sst2", seed, test=0.7, dev=0.7, peak_memory_bytes=300 * MIB)
@@ -242,7 +242,7 @@ def test_nothing_overlaps(made: Made, tasks: int) -> None:
     pytest.importorskip("matplotlib")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    from forwardtune.report.plots import _dev
+    from forwardtune.paper.report.plots import _dev
 
     for method in (f"method number {i}" for i in range(9)):
         for task in (f"task{i}" for i in range(tasks)):
@@ -282,7 +282,7 @@ def test_wrong_input_has_a_remedy(made: Made, tmp_path: Path, monkeypatch: Any, 
     made.run("MeZO", "sst2", 0)
     made.plan()
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # to import it raises ModuleNotFoundError
-    monkeypatch.delitem(sys.modules, "forwardtune.report.plots", raising=False)
+    monkeypatch.delitem(sys.modules, "forwardtune.paper.report.plots", raising=False)
     for name in [name for name in sys.modules if name.startswith("matplotlib.")]:
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(InputError, match=r"pip install 'forwardtune\[report\]'"):

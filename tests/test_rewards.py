@@ -21,12 +21,12 @@ import support
 from forwardtune import MeZO
 from forwardtune.errors import InputError
 from forwardtune.evaluation import evaluate
+from forwardtune.hf.trainer import MeZOConfig, MeZOTrainer
 from forwardtune.models import tune
 from forwardtune.objectives import Reward, RewardError, Sampling, TaskObjective, generate, load_reward
 from forwardtune.tasks import Example, Task
 from forwardtune.tasks.encoding import Encoded, Encoder
 from forwardtune.tasks.reader import read_task
-from forwardtune.trainer import MeZOConfig, MeZOTrainer
 from forwardtune.trajectory import read_log
 from test_cli import Setting, cli, weights, write_task
 from test_objectives import TOKENIZER, talking_model

@@ -19,9 +19,9 @@ from torch import nn
 
 from forwardtune import MeZO, StepLog, StepRecord, replay
 from forwardtune.errors import InputError
+from forwardtune.method.rules import Adam, History, Momentum, Rule, get_rule, move_all
 from forwardtune.noise import Update
 from forwardtune.optimizer import InterruptedUpdateError
-from forwardtune.rules import Adam, History, Momentum, Rule, get_rule, move_all
 from forwardtune.trajectory import LogError, ReturnPoint, export_trajectory, read_log
 from forwardtune.trajectory.export import read_trajectory
 from forwardtune.trajectory.format import seal

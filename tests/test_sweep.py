@@ -23,10 +23,10 @@ from forwardtune.cli.sweeps import command_options
 from forwardtune.durations import duration
 from forwardtune.errors import InputError
 from forwardtune.models import load_model
-from forwardtune.sweep import Run, Sweep, SweepFolder, read_sweep, run_sweep
-from forwardtune.sweep.bases import prepare_bases
-from forwardtune.sweep.plan import show
-from forwardtune.sweep.runner import thread_limits, time_left
+from forwardtune.paper.sweep import Run, Sweep, SweepFolder, read_sweep, run_sweep
+from forwardtune.paper.sweep.bases import prepare_bases
+from forwardtune.paper.sweep.plan import show
+from forwardtune.paper.sweep.runner import thread_limits, time_left
 
 SHIPPED = sorted((Path(__file__).parent.parent / "sweeps").glob("*.yaml"))
 
@@ -386,7 +386,7 @@ def test_two_sweeps_do_not_share_a_folder(bench: Bench) -> None:
 SWEEPER = """
 import sys
 from pathlib import Path
-from forwardtune.sweep import SweepFolder, run_sweep
+from forwardtune.paper.sweep import SweepFolder, run_sweep
 
 folder = SweepFolder(Path(sys.argv[1]))
 with folder.locked() as lock:

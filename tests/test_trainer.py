@@ -26,7 +26,7 @@ from transformers.trainer_utils import HPSearchBackend
 
 import support
 from forwardtune import MeZO
-from forwardtune.trainer import MeZOConfig, MeZOTrainer
+from forwardtune.hf.trainer import MeZOConfig, MeZOTrainer
 from forwardtune.trajectory import LogError, read_log, replay
 
 STEPS = 7
@@ -498,7 +498,7 @@ def test_kernels_are_compiled_before_the_first_step(tmp_path: Path, monkeypatch,
         calls.append(({weight.dtype for weight in weights}, options["buffered"], trainer.mezo.next_step))
         options["announce"]("compiling")
 
-    monkeypatch.setattr("forwardtune.trainer.compile_kernels", compiling)
+    monkeypatch.setattr("forwardtune.hf.trainer.compile_kernels", compiling)
     trainer = make(tmp_path, rule=rule, max_steps=1)
     said: list[str] = []
     trainer.automatic.announce = said.append

@@ -326,7 +326,7 @@ def test_a_replay_takes_every_step_however_many_go_into_a_sweep(rule, path, monk
         for _ in range(10):
             optimizer.step(loss_of(net))
             weights.append(snapshot(net))
-    monkeypatch.setattr("forwardtune.rules._STEPS_PER_SWEEP", 3)
+    monkeypatch.setattr("forwardtune.method.rules._STEPS_PER_SWEEP", 3)
     for steps in (2, 3, 4, 6, 7, 9, 10):
         net = small_model()
         replay(path, net, steps=steps)

@@ -24,7 +24,7 @@ from figures import BLUE, GREEN, GREY, RED, panels, parser, save
 from forwardtune import MeZO
 from forwardtune.evaluation import prepare, training_objective
 from forwardtune.models import context_length, load_model
-from forwardtune.perturbation import Scratch
+from forwardtune.points import Scratch
 from forwardtune.tasks import get_task, load_split
 from forwardtune.tasks.encoding import Encoder
 

@@ -20,9 +20,9 @@ from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from forwardtune import MeZO
-from forwardtune.estimators import SPSA
+from forwardtune.method.estimators import SPSA
 from forwardtune.models import load_model
-from forwardtune.perturbation import Scratch
+from forwardtune.points import Scratch
 
 
 def tiny_gpt2(dtype: torch.dtype) -> Any:

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 from .optimizer import MeZO, NonFiniteLossError, StepRecord
 
 if TYPE_CHECKING:
-    from .trainer import MeZOConfig, MeZOTrainer
+    from .hf.trainer import MeZOConfig, MeZOTrainer
     from .trajectory import StepLog, replay
 
 __version__ = "0.1.0"
 __all__ = ["MeZO", "MeZOConfig", "MeZOTrainer", "NonFiniteLossError", "StepLog", "StepRecord", "__version__", "replay"]
 
 # What needs more than torch is imported when it is first asked for.
-_LAZY = {"MeZOConfig": ".trainer", "MeZOTrainer": ".trainer", "StepLog": ".trajectory", "replay": ".trajectory"}
+_LAZY = {"MeZOConfig": ".hf.trainer", "MeZOTrainer": ".hf.trainer", "StepLog": ".trajectory", "replay": ".trajectory"}
 
 
 def __getattr__(name: str) -> Any:

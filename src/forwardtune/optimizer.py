@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from .estimators import Estimator, get_estimator
+from .method.estimators import Estimator, get_estimator
+from .method.rules import History, Rule, get_rule, move_all
 from .noise import Direction, Noise, Update, get_direction
 from .parameters import TunedParameters
-from .perturbation import PERTURBATIONS, Closure, Perturbation, ReadElsewhereError, Scratch
-from .rules import History, Rule, get_rule, move_all
-from .self_check import check, copy_instead, refuse_stale_weights
+from .points import PERTURBATIONS, Closure, Perturbation, ReadElsewhereError, Scratch
+from .points.self_check import check, copy_instead, refuse_stale_weights
 
 # After so many steps from the start in which nothing changed the loss, that is said.
 _FLAT = 10
@@ -81,7 +81,7 @@ class MeZO(torch.optim.Optimizer):
         \theta \leftarrow (1 - \eta\lambda)\,\theta - \eta \, \frac{1}{n} \sum_k c_k z_k
 
     No gradient, activation or direction is stored: directions are regenerated from ``(seed, step, probe, tensor)``. Other
-    estimators (:mod:`forwardtune.estimators`) and rules (:mod:`forwardtune.rules`) take the place of the two equations.
+    estimators (:mod:`forwardtune.method.estimators`) and rules (:mod:`forwardtune.method.rules`) take the place of the two equations.
 
     Example::
 
@@ -91,7 +91,7 @@ class MeZO(torch.optim.Optimizer):
 
     The closure is called under ``torch.no_grad()``, 2 n times a step (n + 1 with one-sided probes), and must return the loss of the *same* minibatch
     each time: a scalar tensor or any Python number, lower is better. Put the model in evaluation mode, as dropout would
-    differ between the two sides. The first step calls it two or three times more (:mod:`forwardtune.self_check`).
+    differ between the two sides. The first step calls it two or three times more (:mod:`forwardtune.points.self_check`).
 
     A step moves what its evaluations went through: a tuned tensor that none of them read (a vision tower in a step on text) stays as it
     is, without weight decay. With ``perturbation="copy"`` that cannot be seen, and every tuned tensor is moved.
@@ -104,7 +104,7 @@ class MeZO(torch.optim.Optimizer):
         eps: perturbation scale.
         probes: n, the directions a step (n-SPSA).
         direction: ``"gaussian"`` or ``"rademacher"``.
-        perturbation: ``"scratch"``, ``"copy"`` or ``"in_place"`` (see :mod:`forwardtune.perturbation`), or ``"auto"``:
+        perturbation: ``"scratch"``, ``"copy"`` or ``"in_place"`` (see :mod:`forwardtune.points.scratch`), or ``"auto"``:
             scratch, or copy without a module or where a weight is read on a way that scratch cannot see.
         weight_decay: decoupled weight decay.
         seed: 64-bit seed of all directions and of stochastic rounding.

@@ -54,7 +54,7 @@ def run_eval(options: argparse.Namespace) -> None:
 
 def run_probe(options: argparse.Namespace) -> None:
     """Fit a linear probe, evaluate with it and print one JSON object on stdout."""
-    from ..baselines import probe
+    from ..paper.baselines import probe
 
     fill(options, MODEL_DEFAULTS)
     _new(options)

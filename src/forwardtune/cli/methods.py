@@ -17,11 +17,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .. import memory
-from ..auto import AUTO
 from ..errors import InputError
 from ..evaluation import training_objective
 from ..models import load_model, tune
 from ..objectives import Sampling, TaskObjective
+from ..search.auto import AUTO
 from ..tasks.batching import collate
 from ..tasks.encoding import Encoded
 from ..trajectory import Log, read_log, replay
@@ -31,7 +31,7 @@ from .session import Session, bar
 from .watcher import Course, Deadline, DevWatcher, Samples, StepClock, Watcher, keep_tuned, stop_on_interrupt
 
 if TYPE_CHECKING:
-    from ..trainer import MeZOTrainer
+    from ..hf.trainer import MeZOTrainer
 
 #: The adapter that a run began with, so that its step log can be replayed anywhere.
 INITIAL = "initial.safetensors"
@@ -101,7 +101,7 @@ def start_from(model: Any, path: Path) -> None:
 
 def train_mezo(session: Session, folder: Path, log: Log | None, settings: dict[str, Any]) -> Trained | None:
     """Run MeZO; None when Ctrl-C stopped it."""
-    from ..automatic import found
+    from ..search.automatic import found
 
     options, inference_peak = session.options, session.inference_peak()
     objective = make_objective(session)
@@ -169,7 +169,7 @@ def make_trainer(
     session: Session, folder: Path, objective: TaskObjective, steps: int, run: dict[str, Any] | None = None
 ) -> MeZOTrainer:
     """The trainer of a run of MeZO, with every option of the command line that concerns it."""
-    from ..trainer import MeZOConfig, MeZOTrainer
+    from ..hf.trainer import MeZOConfig, MeZOTrainer
 
     options = session.options
     try:
@@ -210,7 +210,7 @@ def make_trainer(
 
 def train_adam(session: Session, folder: Path, log: Log | None, settings: dict[str, Any]) -> Trained | None:
     """Run backpropagation with Adam; None when Ctrl-C stopped it."""
-    from ..baselines import AdamTrainer, adam_arguments
+    from ..paper.baselines import AdamTrainer, adam_arguments
 
     options, inference_peak = session.options, session.inference_peak()
     arguments = adam_arguments(

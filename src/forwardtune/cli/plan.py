@@ -20,15 +20,15 @@ from typing import Any
 import torch
 
 from .. import memory
-from ..auto import AUTO, SHARE
 from ..durations import duration
 from ..errors import InputError
-from ..estimators import get_estimator
 from ..evaluation import evaluate
+from ..method.estimators import get_estimator
+from ..method.rules import History, Rule
 from ..noise import Count, Noise, Update
 from ..optimizer import MeZO
 from ..parameters import TunedTensor
-from ..rules import History, Rule
+from ..search.auto import AUTO, SHARE
 from . import methods, say, train
 from .results import plain
 from .session import Session, open_session
@@ -244,7 +244,7 @@ def _rounded_up(seconds: float) -> int:
 
 
 def _budget(steps: int, options: argparse.Namespace) -> Any:
-    from ..automatic import Budget
+    from ..search.automatic import Budget
 
     estimator = get_estimator(options.estimator, 1.0, options.probes, options.normalize)
     return Budget.of(steps, len(estimator.queries()), find_eps=options.eps == AUTO)

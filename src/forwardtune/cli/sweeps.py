@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..report import write_report
-from ..sweep import SweepFolder, read_sweep, run_sweep
-from ..sweep.bases import prepare_bases
-from ..sweep.plan import slug
-from ..sweep.reader import Commands
+from ..paper.report import write_report
+from ..paper.sweep import SweepFolder, read_sweep, run_sweep
+from ..paper.sweep.bases import prepare_bases
+from ..paper.sweep.plan import slug
+from ..paper.sweep.reader import Commands
 from . import positive, say
 
 

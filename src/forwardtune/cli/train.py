@@ -10,16 +10,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..auto import AUTO, MEASUREMENTS, number_or_auto
 from ..durations import duration, seconds_of
 from ..errors import InputError
-from ..estimators import ESTIMATORS, NORMALIZATIONS
 from ..evaluation import sign_test
 from ..files import read_json
+from ..method.estimators import ESTIMATORS, NORMALIZATIONS
+from ..method.rules import RULES, STATES
 from ..models import EMBEDDED_MODEL, save_model
 from ..optimizer import NonFiniteLossError
 from ..processes import require_one_process
-from ..rules import RULES, STATES
+from ..search.auto import AUTO, MEASUREMENTS, number_or_auto
 from ..tasks import get_task, task_names
 from ..tasks.splits import DEFAULT_RULE
 from ..trajectory import Log, read_log

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..method.rules import Elementwise, Rule, Step
 from ..noise import Update
-from ..rules import Elementwise, Rule, Step
 from .format import LogError, numbers, ranges
 from .reader import Log, Rollback, check_header, rule_of
 from .updates import Trajectory, trajectory_of

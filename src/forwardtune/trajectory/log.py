@@ -10,10 +10,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from ..method.rules import RULES, get_rule
 from ..noise import DIRECTIONS
 from ..optimizer import MeZO, StepRecord
-from ..perturbation import InPlace
-from ..rules import RULES, get_rule
+from ..points import InPlace
 from .format import ABSENT, DESCRIPTIVE, LogError, LogWriteError, header_content, identity, seal, step_content
 from .lock import LogLock
 from .reader import Log, Rollback, read_log
@@ -221,7 +221,7 @@ def _require_known(optimizer: MeZO) -> None:
     if RULES.get(name) is not type(rule):
         raise LogError(
             f"the rule {name!r} is not registered as {type(rule).__qualname__}, so its log could never be read: give the class a "
-            "name of its own and decorate it with forwardtune.rules.register_rule, in a module that is imported wherever the log "
+            "name of its own and decorate it with forwardtune.method.rules.register_rule, in a module that is imported wherever the log "
             "is read"
         )
     try:

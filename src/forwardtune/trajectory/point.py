@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..method.rules import Elementwise, History, Rule, move_all
 from ..noise import Update
 from ..optimizer import MeZO, StepRecord
-from ..rules import Elementwise, History, Rule, move_all
 from .format import LogError
 from .reader import Log
 from .replay import require_base

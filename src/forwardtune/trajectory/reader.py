@@ -8,9 +8,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from ..method.rules import RULES, Rule, get_rule
 from ..noise import DIRECTIONS, NOISE_VERSION
 from ..optimizer import StepRecord
-from ..rules import RULES, Rule, get_rule
 from .format import ABSENT, READABLE, LogError, direction_content, step_record, unseal
 
 

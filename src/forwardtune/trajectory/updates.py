@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..method.rules import Rule
 from ..noise import Update
 from ..optimizer import StepRecord, updates_of
-from ..rules import Rule
 from .reader import Log, Rollback, rule_of
 
 

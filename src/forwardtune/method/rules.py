@@ -37,9 +37,9 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from .errors import InputError, nearest
-from .noise import Count, Noise, Update, flattened
-from .parameters import TunedParameters, TunedTensor
+from ..errors import InputError, nearest
+from ..noise import Count, Noise, Update, flattened
+from ..parameters import TunedParameters, TunedTensor
 
 STATES = ("auto", "exact", "window")
 # "auto" keeps exact moments if they take at most this share of the memory of the model's weights: adapters do.

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
-from ..files import read_json, write_json
+from ...errors import InputError
+from ...files import read_json, write_json
 from .plan import Run, Sweep, show
 
 try:

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
-from .errors import InputError, nearest
+from ..errors import InputError, nearest
 
 NORMALIZATIONS = ("none", "sigma", "rank")
 

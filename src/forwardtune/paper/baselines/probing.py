@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError
-from ..evaluation import prepare
-from ..objectives import logits_at
-from ..tasks import Task
-from ..tasks.batching import Layout
-from ..tasks.encoding import Encoded
+from ...errors import InputError
+from ...evaluation import prepare
+from ...objectives import logits_at
+from ...tasks import Task
+from ...tasks.batching import Layout
+from ...tasks.encoding import Encoded
 
 #: Inverse strengths of the penalty that are tried.
 GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError, nearest
-from ..tasks import get_task
-from ..tasks.yaml_file import read_yaml
+from ...errors import InputError, nearest
+from ...tasks import get_task
+from ...tasks.yaml_file import read_yaml
 from .plan import Run, Sweep, folder_of, label, slug
 
 #: Commands that leave a metrics.json.

@@ -1,4 +1,4 @@
-"""L0: ``"auto"`` in place of a number: to be found by the run itself (:mod:`forwardtune.automatic`)."""
+"""L0: ``"auto"`` in place of a number: to be found by the run itself (:mod:`forwardtune.search.automatic`)."""
 
 from __future__ import annotations
 

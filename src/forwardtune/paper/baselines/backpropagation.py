@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from ..errors import InputError
+from ...errors import InputError
 
 Objective = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
 

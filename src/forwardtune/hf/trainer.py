@@ -17,18 +17,18 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 from transformers.training_args import OptimizerNames
 
-from .auto import AUTO, first_settings, number_or_auto
-from .automatic import Automatic
-from .cores import SharedCores
-from .errors import InputError
-from .estimators import get_estimator
+from ..cores import SharedCores
+from ..errors import InputError
+from ..method.estimators import get_estimator
+from ..method.rules import Rule, get_rule
+from ..noise import compile_kernels
+from ..optimizer import MeZO
+from ..processes import require_one_process
+from ..search.auto import AUTO, first_settings, number_or_auto
+from ..search.automatic import Automatic
+from ..trajectory import read_log
 from .model_card import describe
-from .noise import compile_kernels
-from .optimizer import MeZO
-from .processes import require_one_process
 from .resuming import LogKeeper, Resumption, steps_in_pass
-from .rules import Rule, get_rule
-from .trajectory import read_log
 
 STEP_LOG = "steps.jsonl"
 
@@ -45,7 +45,7 @@ else:
 class MeZOConfig(TrainingArguments):
     """``TrainingArguments`` with MeZO's settings and defaults.
 
-    Learning rate and eps are found (:mod:`forwardtune.automatic`), the batch size is 16, and there is no gradient to clip. A run
+    Learning rate and eps are found (:mod:`forwardtune.search.automatic`), the batch size is 16, and there is no gradient to clip. A run
     that finds its learning rate and evaluates does so before the first step too (``eval_on_start``), and after the last one. What
     MeZO cannot honour is refused with what to do instead.
 

@@ -1,192 +1,24 @@
-"""L2: how the model is evaluated at ``theta + scale * z``.
-
-All three ways are context managers: inside the block :meth:`Perturbation.shift` moves the model to a point, on exit the
-model is back at theta, whatever happened in between.
-
-============  =======================================  =======================  ========================================
-name          how                                      extra memory             afterwards
-============  =======================================  =======================  ========================================
-``scratch``   each module computes on a perturbed      the largest module       bit for bit as before
-              copy of its own weights, made just       that owns weights
-              before it runs, in a reused buffer
-``copy``      all perturbed weights at once, in a      all tuned weights        bit for bit as before
-              second set of tensors
-``in_place``  ``+eps z``, ``-2 eps z``, ``+eps z``     none                     off by rounding, which adds up: in
-              on the weights (the published loop)                               half precision it ruins the weights
-============  =======================================  =======================  ========================================
-
-All three evaluate at the same point: float32 addition, rounded to nearest in the weights' dtype.
-"""
+"""Perturbed copies of a module's weights, made just before it runs."""
 
 from __future__ import annotations
 
 import functools
 import math
 import sys
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..method.estimators import Query
+from ..noise import Noise
+from ..parameters import TunedParameters, TunedTensor
 from .arena import Arena
-from .estimators import Query
-from .lazy_weight import LazyWeight
-from .noise import Noise
-from .parameters import TunedParameters, TunedTensor
-
-Closure = Callable[[], "Tensor | float"]
-
-
-class ReadElsewhereError(RuntimeError):
-    """A tuned weight was read on a way that ``scratch`` cannot see, so its perturbation would be missing from the loss."""
-
-
-class Perturbation(ABC):
-    """Moves a model to ``theta + scale * z(step, probe)`` and back.
-
-    Use::
-
-        with perturbation:
-            perturbation.shift(step, probe, +eps)
-            plus = loss()
-            perturbation.shift(step, probe, -eps)
-            minus = loss()
-
-    Attributes:
-        used: ids of the tuned tensors that were read inside the last block; None where that cannot be seen.
-    """
-
-    name: str
-
-    def __init__(self, tuned: TunedParameters, noise: Noise) -> None:
-        self.tuned = tuned
-        self.noise = noise
-        self.used: set[int] | None = None
-
-    def losses(self, step: int, queries: Sequence[Query], closure: Closure) -> list[float]:
-        """The closure's values at the points ``theta + scale * z(step, probe)`` of the queries, in their order.
-
-        Raises:
-            TypeError: the closure returned no number.
-        """
-        with self:
-            return self._losses(step, queries, closure)
-
-    def _losses(self, step: int, queries: Sequence[Query], closure: Closure) -> list[float]:
-        values = []
-        for probe, scale in queries:
-            self.shift(step, probe, scale)
-            values.append(as_loss(closure()))
-        return [float(value) for value in values]  # read now: a GPU went from point to point without waiting
-
-    @abstractmethod
-    def shift(self, step: int, probe: int, scale: float) -> None:
-        """Evaluate at ``theta + scale * z(step, probe)`` from now on; theta is always the unperturbed point.
-
-        Scale 0 is theta itself, and costs no noise.
-        """
-
-    @abstractmethod
-    def __enter__(self) -> Perturbation: ...
-
-    @abstractmethod
-    def __exit__(self, *exception: object) -> None: ...
-
-
-def as_loss(value: Any) -> Tensor | float:
-    """What a closure returned, once it is known to be a number. A tensor is not read yet but copied: the next evaluation may
-    write to it.
-
-    Raises:
-        TypeError: it is none.
-    """
-    if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise TypeError(f"the closure returned a tensor of shape {tuple(value.shape)}: return one number, a mean")
-        return value.detach().clone()
-    try:
-        if isinstance(value, (str, bytes)):
-            raise TypeError
-        return float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"the closure returned {value!r}, which is not a number: return the loss") from None
-
-
-class InPlace(Perturbation):
-    """The published loop: the weights themselves move, and come back only up to rounding."""
-
-    name = "in_place"
-
-    def __init__(self, tuned: TunedParameters, noise: Noise) -> None:
-        super().__init__(tuned, noise)
-        self._at: tuple[int, int, float] | None = None
-
-    def __enter__(self) -> InPlace:
-        return self
-
-    def shift(self, step: int, probe: int, scale: float) -> None:
-        if scale == 0:
-            self._return()
-            return
-        if self._at is not None and self._at[:2] == (step, probe):
-            self._add(step, probe, scale - self._at[2])
-        else:
-            self._return()
-            self._add(step, probe, scale)
-        self._at = (step, probe, scale)
-
-    def __exit__(self, *exception: object) -> None:
-        self._return()
-
-    def _return(self) -> None:
-        if self._at is not None:
-            step, probe, scale = self._at
-            self._at = None
-            self._add(step, probe, -scale)
-
-    def _add(self, step: int, probe: int, scale: float) -> None:
-        torch.clear_autocast_cache()
-        for tensor in self.tuned:
-            weight = tensor.parameter.detach()
-            self.noise.perturb(weight, weight, tensor=tensor.id, step=step, probe=probe, scale=scale)
-
-
-class Copy(Perturbation):
-    """The parameters point to a second set of tensors while the model is evaluated."""
-
-    name = "copy"
-
-    def __init__(self, tuned: TunedParameters, noise: Noise) -> None:
-        super().__init__(tuned, noise)
-        self._shadows: list[Tensor] = []
-        self._originals: list[Tensor] = []
-
-    def __enter__(self) -> Copy:
-        self._originals = [tensor.parameter.data for tensor in self.tuned]
-        if [(s.shape, s.device, s.dtype) for s in self._shadows] != [
-            (o.shape, o.device, o.dtype) for o in self._originals
-        ]:
-            self._shadows = [torch.empty_like(original) for original in self._originals]
-        return self
-
-    def shift(self, step: int, probe: int, scale: float) -> None:
-        torch.clear_autocast_cache()  # it holds casts by parameter, and knows nothing of what the parameter points to
-        for tensor, original, shadow in zip(self.tuned, self._originals, self._shadows, strict=True):
-            if scale == 0:
-                tensor.parameter.data = original
-                continue
-            self.noise.perturb(shadow, original, tensor=tensor.id, step=step, probe=probe, scale=scale)
-            tensor.parameter.data = shadow
-
-    def __exit__(self, *exception: object) -> None:
-        for tensor, original in zip(self.tuned, self._originals, strict=True):
-            tensor.parameter.data = original
-        self._originals = []
-        torch.clear_autocast_cache()
+from .head import Slices, as_parameter, is_table, nbytes, project_in_slices
+from .lazy import LazyWeight
+from .perturbation import Closure, Perturbation, ReadElsewhereError, as_loss
 
 
 class Scratch(Perturbation):
@@ -214,11 +46,13 @@ class Scratch(Perturbation):
             for module in tuned.module.modules()
             if (owned := [(k, by_parameter[id(p)]) for k, p in module._parameters.items() if id(p) in by_parameter])
         ]
-        self._tables = {t.id for module, owned in self._owners if _is_table(module) for k, t in owned if k == "weight"}
+        self._tables = {t.id for module, owned in self._owners if is_table(module) for k, t in owned if k == "weight"}
         # A slice of a vocabulary head takes no more scratch memory than the largest other module does.
-        self._slice_bytes = max(
-            (sum(_nbytes(t.parameter) for _, t in owned) for module, owned in self._owners if not _is_table(module)),
-            default=0,
+        self.slices = Slices(
+            max(
+                (sum(nbytes(t.parameter) for _, t in owned) for module, owned in self._owners if not is_table(module)),
+                default=0,
+            )
         )
         self._arena = Arena()
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
@@ -231,8 +65,6 @@ class Scratch(Perturbation):
         self._whole: dict[int, Tensor] = {}
         self._seen: list[tuple[nn.Module, bool]] | None = None
         self._eager: AbstractContextManager[Any] = nullcontext()
-        self._slices_are_exact: dict[tuple[Any, ...], bool] = {}
-        self._strided_trials = 0
 
     def __enter__(self) -> Scratch:
         self._originals = {tensor.id: tensor.parameter.data for tensor in self.tuned}
@@ -387,8 +219,8 @@ class Scratch(Perturbation):
         """The weight as its owner sees it while it runs."""
         original = self._originals[tensor.id]
         if self._point is None:
-            return _as_parameter(original, tensor)
-        if name == "weight" and _is_table(module):
+            return as_parameter(original, tensor)
+        if name == "weight" and is_table(module):
             return self._table(tensor, functools.cache(lambda: self._perturbed(tensor)))
         return self._perturbed(tensor)
 
@@ -398,7 +230,7 @@ class Scratch(Perturbation):
         source = self._originals[tensor.id]
         out = self._arena.take(source)
         self.noise.perturb(out, source, tensor=tensor.id, step=step, probe=probe, scale=scale)
-        return _as_parameter(out, tensor)
+        return as_parameter(out, tensor)
 
     def _seen_from_outside(self, tensor: TunedTensor) -> LazyWeight:
         """The weight as others see it: perturbed where it is read."""
@@ -412,7 +244,7 @@ class Scratch(Perturbation):
                     step, probe, scale = self._point
                     address = {"tensor": tensor.id, "step": step, "probe": probe}
                     self.noise.perturb(self._strays[tensor.id], original, **address, scale=scale)
-            return _as_parameter(original if self._point is None else self._strays[tensor.id], tensor)
+            return as_parameter(original if self._point is None else self._strays[tensor.id], tensor)
 
         if tensor.id in self._tables:
             return self._table(tensor, whole)
@@ -424,7 +256,7 @@ class Scratch(Perturbation):
 
     def _table(self, tensor: TunedTensor, whole: Callable[[], Tensor]) -> LazyWeight:
         """The weight of an embedding or a vocabulary head, of which only what is needed is computed."""
-        source = _as_parameter(self._originals[tensor.id], tensor)
+        source = as_parameter(self._originals[tensor.id], tensor)
 
         def rows(numbers: Tensor) -> Tensor | None:
             if self._point is None:
@@ -433,14 +265,14 @@ class Scratch(Perturbation):
             return self.noise.perturb_rows(source, numbers, tensor=tensor.id, step=step, probe=probe, scale=scale)
 
         def project(x: Tensor, bias: Tensor | None) -> Tensor | None:
-            if self._point is None or not self._may_slice(tensor, source, x, bias):
+            if self._point is None or not self.slices.may_slice(tensor, source, x, bias):
                 return None
             mark, poison = self._arena.mark(), self._seen is not None and self._poisoned
-            return _project_in_slices(
+            return project_in_slices(
                 x,
                 source,
                 bias,
-                self._slice_rows(source),
+                self.slices.rows(source),
                 perturbed_slice,
                 lambda: self._arena.release(mark, poison=poison),
             )
@@ -451,86 +283,9 @@ class Scratch(Perturbation):
             out = self._arena.take(source[lo:hi])
             address = {"tensor": tensor.id, "step": step, "probe": probe, "start": lo * source.shape[1]}
             self.noise.perturb(out, source[lo:hi], **address, scale=scale)
-            return _as_parameter(out, tensor)
+            return as_parameter(out, tensor)
 
         return LazyWeight.wrap(source, whole, lambda: self._note_use(tensor), rows, project)
-
-    def _slice_rows(self, table: Tensor) -> int:
-        """Rows in a slice of a vocabulary head; slices of one height if the table can be cut so.
-
-        For every shape that a matrix product has, oneDNN keeps a kernel of about a megabyte.
-        """
-        height, (least, most) = table.shape[0], _SLICES
-        slices = max(1, self._slice_bytes and -(-_nbytes(table) // self._slice_bytes))
-        slices = min(max(slices, least), most)
-        even = (n for n in range(slices, min(2 * slices, most) + 1) if height % n == 0)
-        return -(-height // next(even, slices))
-
-    def _may_slice(self, tensor: TunedTensor, source: Tensor, x: Tensor, bias: Tensor | None) -> bool:
-        """Whether slices of the head give the bits of the whole for inputs like x: tried once, on the unperturbed weights.
-
-        For many positions the logits take more memory than the weights, and slices would save nothing. A trial costs two
-        products. torch folds a contiguous x to a matrix, so its number of rows is all that its shape says to a kernel:
-        there are at most ``width // 8`` of them. Strides can have any values, and only so many are tried.
-        """
-        height, width = source.shape
-        rows = x.numel() // width
-        if height < _VOCABULARY or rows > width // 8:
-            return False
-        layout = rows if x.is_contiguous() else (x.shape, x.stride())
-        key = (tensor.id, x.ndim, layout, x.dtype, bias is None, torch.is_autocast_enabled(x.device.type))
-        if key not in self._slices_are_exact:
-            if not x.is_contiguous():
-                if self._strided_trials == _STRIDED_TRIALS:
-                    return False
-                self._strided_trials += 1
-            weight = _as_parameter(source.detach(), tensor)
-            cut = self._slice_rows(source)
-            sliced = _project_in_slices(x, weight, bias, cut, lambda lo, hi: weight[lo:hi], lambda: None)
-            self._slices_are_exact[key] = torch.equal(F.linear(x, weight, bias), sliced)
-        return self._slices_are_exact[key]
-
-
-def _nbytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
-def _as_parameter(value: Tensor, tensor: TunedTensor) -> Tensor:
-    """The value as a parameter that requires grad as the tuned one does: torch chooses some kernels by that."""
-    return nn.Parameter(value, requires_grad=tensor.parameter.requires_grad)
-
-
-# A linear layer with so many outputs is a vocabulary head; the widest inner layers have fewer.
-_VOCABULARY = 30_000
-# It is cut into so many slices at least, and at most.
-_SLICES = (8, 64)
-# So many layouts of inputs with gaps between their rows are tried; after them the head is computed whole.
-_STRIDED_TRIALS = 64
-
-
-def _is_table(module: nn.Module) -> bool:
-    return isinstance(module, nn.Embedding) or (isinstance(module, nn.Linear) and module.out_features >= _VOCABULARY)
-
-
-def _project_in_slices(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    rows: int,
-    piece: Callable[[int, int], Tensor],
-    done: Callable[[], None],
-) -> Tensor:
-    """``x W^T + b``, so many rows of W at a time; ``piece`` gives the rows, ``done`` takes them back."""
-    height = weight.shape[0]
-    out: Tensor | None = None
-    for lo in range(0, height, rows):
-        hi = min(lo + rows, height)
-        part = F.linear(x, piece(lo, hi), None if bias is None else bias[lo:hi])
-        out = part.new_empty(*part.shape[:-1], height) if out is None else out
-        out[..., lo:hi] = part
-        done()
-    assert out is not None
-    return out
 
 
 _ELSEWHERE = "the model reads a tuned weight on a way that perturbation='scratch' cannot see"
@@ -557,6 +312,3 @@ def _without_compilation() -> AbstractContextManager[Any]:
         return nullcontext()
     stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
     return stance
-
-
-PERTURBATIONS: dict[str, type[Perturbation]] = {cls.name: cls for cls in (Scratch, Copy, InPlace)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from .trajectory import Log
+from ..trajectory import Log
 
 # In the card that transformers writes.
 _LIST = re.compile(r"(?<=The following hyperparameters were used during training:\n)(?:[^\n#]+\n)*")

@@ -8,8 +8,11 @@ import warnings
 import torch
 from torch import nn
 
-from .estimators import Query
-from .perturbation import Closure, Copy, InPlace, Perturbation, ReadElsewhereError, Scratch
+from ..method.estimators import Query
+from .copy import Copy
+from .in_place import InPlace
+from .perturbation import Closure, Perturbation, ReadElsewhereError
+from .scratch import Scratch
 
 # From here to the caller of MeZO.step.
 _STACK = 7

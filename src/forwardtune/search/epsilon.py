@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .optimizer import MeZO
-from .perturbation import Perturbation
+from ..optimizer import MeZO
+from ..points import Perturbation
 
 # Signal over noise that is enough: below it, more than a tenth of a coefficient's variance is rounding.
 _ENOUGH = 3.0

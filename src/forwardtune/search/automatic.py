@@ -1,4 +1,4 @@
-"""L6: learning rate and eps found for the user, inside :class:`~forwardtune.trainer.MeZOTrainer`.
+"""L6: learning rate and eps found for the user, inside :class:`~forwardtune.hf.trainer.MeZOTrainer`.
 
 With ``learning_rate="auto"`` a run
 
@@ -23,14 +23,14 @@ from typing import Any, Protocol
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
+from ..optimizer import MeZO, StepRecord
+from ..parameters import dtype_name
+from ..trajectory import Log, ReturnPoint, StepLog
+from ..trajectory.point import keep_point, require_room
 from .auto import AUTO, MEASUREMENTS, SHARE
 from .epsilon import EVALUATIONS, Scale, choose_eps, measure
 from .guard import SLIGHT, GoBack, Guard
 from .line_search import LineSearch, line_search
-from .optimizer import MeZO, StepRecord
-from .parameters import dtype_name
-from .trajectory import Log, ReturnPoint, StepLog
-from .trajectory.point import keep_point, require_room
 
 _logger = logging.getLogger(__name__)
 

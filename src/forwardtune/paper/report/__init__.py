@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..errors import InputError
-from ..files import write_json
+from ...errors import InputError
+from ...files import write_json
 from ..sweep import SweepFolder
 from ..sweep.plan import label, slug
 from .results import Cell, Chosen, Results, collect

@@ -16,7 +16,7 @@ from statistics import mean
 from types import FrameType
 from typing import Any
 
-from ..durations import duration
+from ...durations import duration
 from .bases import Bases, dtype_of
 from .folder import SweepFolder
 from .plan import Run, Sweep, label

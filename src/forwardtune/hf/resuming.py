@@ -1,4 +1,4 @@
-"""L6: the step log of a run of :class:`~forwardtune.trainer.MeZOTrainer`, and going on with a run that was stopped."""
+"""L6: the step log of a run of :class:`~forwardtune.hf.trainer.MeZOTrainer`, and going on with a run that was stopped."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from transformers import TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SchedulerType, TrainOutput, has_length
 
-from .automatic import has_measured, has_searched, plan_of, set_rates
-from .files import read_json, write_json
-from .optimizer import MeZO
-from .trajectory import LogError, StepLog, read_log
-from .trajectory.lock import LogLock
-from .trajectory.log import cut_log, require_no_log, require_same_run
-from .trajectory.reader import Log
-from .trajectory.replay import apply_log
+from ..files import read_json, write_json
+from ..optimizer import MeZO
+from ..search.automatic import has_measured, has_searched, plan_of, set_rates
+from ..trajectory import LogError, StepLog, read_log
+from ..trajectory.lock import LogLock
+from ..trajectory.log import cut_log, require_no_log, require_same_run
+from ..trajectory.reader import Log
+from ..trajectory.replay import apply_log
 
 _TRAINER_STATE, _OPTIMIZER, _SCHEDULER = "trainer_state.json", "optimizer.pt", "scheduler.pt"
 # What a checkpoint says of the log that it belongs to.
@@ -99,7 +99,7 @@ class LogKeeper(TrainerCallback):
     """Opens a run's step log when the optimizer is ready, and closes it.
 
     Args:
-        trainer: the :class:`~forwardtune.trainer.MeZOTrainer` whose run it is.
+        trainer: the :class:`~forwardtune.hf.trainer.MeZOTrainer` whose run it is.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -214,7 +214,7 @@ class Resumption:
     """Going on with the run in a trainer's output folder.
 
     Args:
-        trainer: the :class:`~forwardtune.trainer.MeZOTrainer`.
+        trainer: the :class:`~forwardtune.hf.trainer.MeZOTrainer`.
         wanted: True for the last logged step, or the path of a checkpoint of the run.
         lock: the log's.
 

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from ..models import EMBEDDED_MODEL, load_model, save_model
+from ...models import EMBEDDED_MODEL, load_model, save_model
 from .plan import Run, label, slug
 
 #: Model name and ``--dtype`` of a run -> folder of the parsed model.
