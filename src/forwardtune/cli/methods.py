@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -130,7 +131,10 @@ def train_mezo(session: Session, folder: Path, log: Log | None, settings: dict[s
     dev = _watch_dev(session, folder, heard=partial(_hear, trainer, session), held=held, is_over=lambda: clock.is_over)
     trainer.automatic.is_told = dev is not None and options.eval_steps is not None
     seen: dict[str, Any] = {"raised": options.objective != "loss", "still": last_still, "advise": _advise}
-    peak = _run(trainer, session, done, last_loss, dev, resume=bool(log), **seen)
+    with warnings.catch_warnings():
+        if options.objective != "loss":  # an accuracy often stands still: _advise says it, with what to do
+            warnings.filterwarnings("ignore", message="the tuned weights have not changed the loss")
+        peak = _run(trainer, session, done, last_loss, dev, resume=bool(log), **seen)
     stopped = "patience" if dev is not None and dev.gave_up else "time" if clock.is_over else None
     if trainer.state.global_step < options.steps and stopped is None:
         saved = folder / f"checkpoint-{trainer.state.global_step}"
