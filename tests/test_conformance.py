@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from forwardtune import MeZO, StepLog, noise, replay
 from forwardtune.method.estimators import SPSA, Estimator, OneSided, centred_ranks
-from forwardtune.method.rules import SGD, Adam, History, Momentum, Rule, Sign, get_rule, move_all, sgd
+from forwardtune.method.rule import History, Rule, move_all
+from forwardtune.method.rules import SGD, Adam, Momentum, Sign, get_rule, sgd
 from forwardtune.noise import ROUNDING_PROBE, Noise, Update, definition
 from forwardtune.noise.philox import half_words
 from forwardtune.parameters import TunedParameters
@@ -461,8 +462,8 @@ def test_plain_torch_gives_the_same_bits_as_the_kernels(rule, direction, dtype, 
 def test_pieces_of_a_tensor_add_up_to_the_whole(rule, sizes, elsewhere, monkeypatch):
     whole, parts = long_enough(torch.bfloat16), long_enough(torch.bfloat16)
     one = scripted_run(whole, rule)
-    monkeypatch.setattr("forwardtune.method.rules._PIECE", sizes)
-    monkeypatch.setattr("forwardtune.method.rules._PIECE_ELSEWHERE", elsewhere)
+    monkeypatch.setattr("forwardtune.method.moments._PIECE", sizes)
+    monkeypatch.setattr("forwardtune.method.moments._PIECE_ELSEWHERE", elsewhere)
     many = scripted_run(parts, rule)
     assert_same_bits(parts, snapshot(whole))
     assert one.last.unchanged == many.last.unchanged
@@ -615,7 +616,7 @@ def test_the_form_of_the_memory_follows_the_share_that_is_tuned():
 @pytest.mark.parametrize(("mu", "window"), [(0.0, 1), (0.01, 2), (0.9, 44), (0.99, 459)])
 def test_a_window_holds_99_percent(mu, window):
     model = Quadratic()
-    rule = Momentum(mu, state="window").settled(
+    rule = Momentum(mu, state="window").resolved(
         TunedParameters.from_groups([{"params": list(model.parameters())}], model)
     )
     assert rule.window == window
@@ -648,7 +649,7 @@ def test_moments_are_kept_where_they_are_wanted(rule):
 def test_what_did_not_change_is_counted_over_all_steps(rule, dtype):
     """Skipped ones too, in which nothing changes."""
     model, one_by_one, counts = long_enough(dtype), long_enough(dtype), []
-    rule = rule.settled(TunedParameters.from_groups([{"params": list(model.parameters())}], model))
+    rule = rule.resolved(TunedParameters.from_groups([{"params": list(model.parameters())}], model))
     updates = [Update(0, ()), rule.plan(1, [2.0], 1e-4, 0.0), Update(2, ()), rule.plan(3, [1.0], 1e-4, 0.25)]
     tuned = TunedParameters.from_groups([{"params": list(one_by_one.parameters())}], one_by_one)
     history = History()

@@ -18,7 +18,8 @@ import pytest
 import torch
 
 from forwardtune import MeZO, StepLog, noise, replay
-from forwardtune.method.rules import RULES, _total
+from forwardtune.method.rule import _total
+from forwardtune.method.rules import RULES
 from forwardtune.noise import DIRECTIONS, GAUSSIAN, Noise, Update, definition
 from forwardtune.trajectory import read_log
 from support import DTYPES, HALF, TEXT, assert_same_bits, closure_for, same_bits, snapshot, tiny_model, token_batch

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from forwardtune import MeZO, StepLog, replay
-from forwardtune.method.rules import RULES, SGD, Adam, Momentum, Rule, get_rule, register_rule
+from forwardtune.method.rule import Rule
+from forwardtune.method.rules import RULES, SGD, Adam, Momentum, get_rule, register_rule
 from forwardtune.noise import DIRECTIONS, GAUSSIAN, RADEMACHER, Direction, Noise, Update, definition, register_direction
 from forwardtune.noise.philox import half_words
 from forwardtune.trajectory import LogError, export_trajectory, read_log

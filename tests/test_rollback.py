@@ -19,7 +19,8 @@ from torch import nn
 
 from forwardtune import MeZO, StepLog, StepRecord, replay
 from forwardtune.errors import InputError
-from forwardtune.method.rules import Adam, History, Momentum, Rule, get_rule, move_all
+from forwardtune.method.rule import History, Rule, move_all
+from forwardtune.method.rules import Adam, Momentum, get_rule
 from forwardtune.noise import Update
 from forwardtune.optimizer import InterruptedUpdateError
 from forwardtune.trajectory import LogError, ReturnPoint, export_trajectory, read_log

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from .method.estimators import Estimator, get_estimator
-from .method.rules import History, Rule, get_rule, move_all
+from .method.rule import History, Rule, move_all
+from .method.rules import get_rule
 from .noise import Direction, Noise, Update, get_direction
 from .parameters import TunedParameters
 from .points import PERTURBATIONS, Closure, Perturbation, ReadElsewhereError, Scratch
@@ -183,7 +184,7 @@ class MeZO(torch.optim.Optimizer):
         self.perturbation: Perturbation | None = None
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self.tuned = TunedParameters.from_groups(self.param_groups, module)
-        self.rule = self._rule.settled(self.tuned)
+        self.rule = self._rule.resolved(self.tuned)
         if perturbation == "auto" and module is None:
             perturbation = "copy"
         if perturbation != "auto":
@@ -210,7 +211,7 @@ class MeZO(torch.optim.Optimizer):
             except ValueError:
                 self.param_groups.pop()
                 raise
-            self.rule = self._rule.settled(self.tuned)
+            self.rule = self._rule.resolved(self.tuned)
             if self.perturbation is not None:
                 self.perturbation = type(self.perturbation)(self.tuned, self.noise)
 

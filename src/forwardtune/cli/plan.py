@@ -24,7 +24,7 @@ from ..durations import duration
 from ..errors import InputError
 from ..evaluation import evaluate
 from ..method.estimators import get_estimator
-from ..method.rules import History, Rule
+from ..method.rule import History, Rule
 from ..noise import Count, Noise, Update
 from ..optimizer import MeZO
 from ..parameters import TunedTensor

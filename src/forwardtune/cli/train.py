@@ -15,7 +15,8 @@ from ..errors import InputError
 from ..evaluation import sign_test
 from ..files import read_json
 from ..method.estimators import ESTIMATORS, NORMALIZATIONS
-from ..method.rules import RULES, STATES
+from ..method.moments import STATES
+from ..method.rules import RULES
 from ..models import EMBEDDED_MODEL, save_model
 from ..optimizer import NonFiniteLossError
 from ..processes import require_one_process

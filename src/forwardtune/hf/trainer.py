@@ -20,7 +20,8 @@ from transformers.training_args import OptimizerNames
 from ..cores import SharedCores
 from ..errors import InputError
 from ..method.estimators import get_estimator
-from ..method.rules import Rule, get_rule
+from ..method.rule import Rule
+from ..method.rules import get_rule
 from ..noise import compile_kernels
 from ..optimizer import MeZO
 from ..processes import require_one_process

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..method.rules import Elementwise, Rule, Step
+from ..method.moments import Elementwise
+from ..method.rule import Rule, Step
 from ..noise import Update
 from .format import LogError, numbers, ranges
 from .reader import Log, Rollback, check_header, rule_of

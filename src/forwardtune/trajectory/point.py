@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..method.rules import Elementwise, History, Rule, move_all
+from ..method.moments import Elementwise
+from ..method.rule import History, Rule, move_all
 from ..noise import Update
 from ..optimizer import MeZO, StepRecord
 from .format import LogError

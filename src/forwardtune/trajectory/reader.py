@@ -8,7 +8,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from ..method.rules import RULES, Rule, get_rule
+from ..method.rule import Rule
+from ..method.rules import RULES, get_rule
 from ..noise import DIRECTIONS, NOISE_VERSION
 from ..optimizer import StepRecord
 from .format import ABSENT, READABLE, LogError, direction_content, step_record, unseal
@@ -176,7 +177,7 @@ def rule_of(path: Path, header: dict[str, Any]) -> Rule:
         rule = get_rule(header["rule"], **settings)
     except (TypeError, ValueError) as error:
         raise LogError(f"{path} uses the rule {header['rule']!r} otherwise than this forwardtune: {error}") from None
-    if rule.settings() != settings or not rule.is_settled:
+    if rule.settings() != settings or not rule.is_resolved:
         raise LogError(
             f"{path} uses the rule {header['rule']!r} with the settings {settings}, which are not all that it has: "
             "use the forwardtune that wrote it, or restore the file from a copy"

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..method.rules import History, move_all
+from ..method.rule import History, move_all
 from ..noise import Noise, Update, get_direction
 from ..optimizer import MeZO
 from ..parameters import TunedParameters, dtype_name

@@ -1,0 +1,154 @@
+"""What a rule is, and how one moves all tuned tensors."""
+
+from __future__ import annotations
+
+import struct
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..noise import Count, Noise, Update
+from ..parameters import TunedParameters, TunedTensor
+
+
+@dataclass(frozen=True)
+class Step(Update):
+    """One step of a rule that is not linear in g: ``sizes`` give the estimate, ``g = sum_k sizes[k] z_k``.
+
+    Attributes:
+        lr: learning rate, a float32 number.
+    """
+
+    lr: float = 1.0
+
+
+@dataclass
+class History:
+    """What a rule knows of the steps before, the same for all tensors but for the moments.
+
+    Attributes:
+        taken: number of steps taken, skipped ones not counted.
+        recent: the last W of them, for ``state="window"``.
+        moments: flat float32 tensors under the name of each tuned tensor, for ``state="exact"``.
+        missed: how many of the steps taken left a tensor alone, by its id.
+    """
+
+    taken: int = 0
+    recent: list[Update] = field(default_factory=list)
+    moments: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    missed: dict[int, int] = field(default_factory=dict)
+
+    def take(self, updates: Sequence[Update], window: int | None) -> None:
+        """Count steps that were taken, of which the last ``window`` are kept."""
+        self.taken += len(updates)
+        self.recent = [*self.recent, *updates][-window:] if window else []
+        for update in updates:
+            for number in update.unused:
+                self.missed[number] = self.missed.get(number, 0) + 1
+
+    def without_moments(self) -> History:
+        """A copy of the rest."""
+        return History(self.taken, list(self.recent), missed=dict(self.missed))
+
+    def of(self, tensor: int) -> History:
+        """The history of one tensor, without the steps that left it alone."""
+        if not self.missed.get(tensor):
+            return self
+        recent = [update for update in self.recent if tensor not in update.unused]
+        return replace(self, taken=self.taken - self.missed[tensor], recent=recent)
+
+
+class Rule(ABC):
+    """What is done with the estimate. A class of your own needs a name and :func:`register_rule` for its runs to be logged."""
+
+    name: ClassVar[str]
+
+    @property
+    def remembers(self) -> bool:
+        """Whether a step depends on steps before it."""
+        return False
+
+    @property
+    def is_resolved(self) -> bool:
+        """Whether nothing is left to be chosen by the tuned weights."""
+        return True
+
+    def settings(self) -> dict[str, Any]:
+        """What the step log's header says of the rule beside its name; ``type(rule)(**settings)`` is the rule."""
+        return {}
+
+    def resolved(self, tuned: TunedParameters) -> Rule:
+        """The rule with everything chosen that was left to be chosen by the tuned weights."""
+        return self
+
+    @abstractmethod
+    def plan(self, step: int, coefficients: Sequence[float], lr: float, weight_decay: float) -> Update:
+        """One step in float32 numbers. Raises OverflowError when it does not fit them."""
+
+    @abstractmethod
+    def move(
+        self, noise: Noise, tensor: TunedTensor, updates: Sequence[Update], history: History, *, keep: bool
+    ) -> Count:
+        """Apply steps to one tensor, in place. ``history`` is that before the first of them.
+
+        Args:
+            updates: steps in order; one without sizes was skipped.
+            keep: leave the tensor's moments after the last step in ``history.moments``.
+
+        Returns:
+            How many stored values did not change, summed over the steps; it may be a tensor that was not read yet.
+        """
+
+
+def move_all(
+    rule: Rule,
+    noise: Noise,
+    tuned: TunedParameters,
+    updates: Sequence[Sequence[Update]],
+    history: History,
+    *,
+    keep: bool = True,
+    progress: Callable[[int, int], object] | None = None,
+) -> int:
+    """Apply steps to all tuned tensors, a tensor at a time, and take them into the history.
+
+    Args:
+        updates: for every parameter group the same steps, in order.
+        keep: whether ``history.moments`` are wanted afterwards; without them they are never whole in memory.
+        progress: called with the numbers of tensors done and in all.
+
+    Returns:
+        How many stored values did not change, summed over the steps.
+    """
+    ragged = any(update.unused for update in updates[0])
+    counts = []
+    for done, tensor in enumerate(tuned):
+        own = updates[tensor.group]
+        if ragged:
+            own = [Update(update.step, ()) if tensor.id in update.unused else update for update in own]
+        counts.append(rule.move(noise, tensor, own, history.of(tensor.id), keep=keep))
+        if progress is not None:
+            progress(done + 1, len(tuned))
+    if rule.remembers:
+        # All groups have the same coefficients, and so the same estimate.
+        history.take([update for update in updates[0] if update.sizes], getattr(rule, "window", None))
+    return _total(counts)
+
+
+def _total(counts: Sequence[Count]) -> int:
+    """The sum. Each device is waited for once, after all of its sweeps were launched."""
+    there: dict[torch.device, list[Tensor]] = {}
+    for count in counts:
+        if isinstance(count, Tensor):
+            there.setdefault(count.device, []).append(count)
+    sums = [torch.stack(of_device).sum() for of_device in there.values()]
+    return sum(count for count in counts if not isinstance(count, Tensor)) + sum(map(int, sums))
+
+
+def float32(x: float) -> float:
+    """The nearest float32 value; OverflowError beyond its range."""
+    return float(struct.unpack("<f", struct.pack("<f", x))[0])
