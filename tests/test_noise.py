@@ -492,6 +492,9 @@ def test_what_torch_makes_by_default_does_not_matter(dtype):
         noise.store(stored.view(-1), x, tensor=7, step=3)
         definition.perturb(plainly.view(-1), source.view(-1), *plain, 11, 1, 1e-2)
         definition.update(plain_update.view(-1), updates, *plain)
+        plain_store = source.clone()
+        definition.store(plain_store.view(-1), x, SEED, 7, 3)
+        assert_equal_bits(plain_store, stored)
         z = noise.z(source, **address)
         return [out, updated, stored, plainly, plain_update, z, noise.perturb_rows(source, rows, **address, scale=1.0)]
 
