@@ -149,6 +149,18 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@contextmanager
+def other_defaults() -> Iterator[None]:
+    """torch makes float64 tensors, on a device without storage, where nothing else is said."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 TEXT = [
     "the film was great and it was fun", "the film was terrible and it was slow", "a quick brown fox likes the dog",
     "yes no maybe true false", "positive negative neutral", "this product broke after one day", "I would buy it again",

@@ -858,12 +858,17 @@ def test_an_export_holds_learning_rates_once_where_they_are_constant(tmp_path):
     from safetensors.torch import load_file, save_file
 
     sizes = []
-    for name, change in (("constant", False), ("changing", True)):
+    courses = {
+        "constant": [0.1] * 5,
+        "halved": [0.1] * 3 + [0.05] * 2,
+        "changing": [0.1 / (1 + step) for step in range(5)],
+    }
+    for name, rates in courses.items():
         model = Quadratic()
         optimizer = MeZO(model, rule=Momentum(0.5, window=3), lr=0.1, perturbation="copy", weight_decay=0.5)
         with StepLog(tmp_path / f"{name}.jsonl", optimizer):
             for step in range(5):
-                optimizer.param_groups[0]["lr"] = 0.1 / (1 + step * change)
+                optimizer.param_groups[0]["lr"] = rates[step]
                 optimizer.step(model if step != 2 else lambda: math.nan)
         exported = tmp_path / f"{name}.safetensors"
         export_trajectory(read_log(tmp_path / f"{name}.jsonl"), exported)
@@ -871,7 +876,7 @@ def test_an_export_holds_learning_rates_once_where_they_are_constant(tmp_path):
         sizes.append(tuple(tensors["lr"].shape))
         assert tensors["lr"].dtype == torch.float32
         replay(exported, Quadratic())
-    assert sizes == [(1, 1), (1, 5)]
+    assert sizes == [(1, 1), (1, 5), (1, 5)]
 
     from safetensors import safe_open
 

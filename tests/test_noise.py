@@ -476,6 +476,35 @@ def test_a_slow_path_is_told_once_with_the_remedy(monkeypatch):
     assert "no kernel for meta" in str(noise._fast(torch.device("meta"), torch.float32))
 
 
+@pytest.mark.parametrize("dtype", [*support.DTYPES, torch.float64], ids=str)
+def test_what_torch_makes_by_default_does_not_matter(dtype):
+    source = torch.linspace(-1, 1, 60, dtype=dtype).view(12, 5)
+    x, rows = torch.linspace(-1, 1, 60, dtype=dtype if dtype == torch.float64 else torch.float32), torch.tensor([3, 1])
+    address, updates = {"tensor": 7, "step": 11, "probe": 1}, [Update(9, (1e-3, 1e-4), 0.875)]
+    plain = (GAUSSIAN, SEED, 7)
+
+    def sweeps() -> list[Tensor]:
+        """Kernels and definition."""
+        out, updated, stored, plainly, plain_update = (source.clone() for _ in range(5))
+        noise = Noise(SEED)
+        noise.perturb(out, source, **address, scale=1e-2)
+        noise.update(updated, updates, tensor=7)
+        noise.store(stored.view(-1), x, tensor=7, step=3)
+        definition.perturb(plainly.view(-1), source.view(-1), *plain, 11, 1, 1e-2)
+        definition.update(plain_update.view(-1), updates, *plain)
+        plain_store = source.clone()
+        definition.store(plain_store.view(-1), x, SEED, 7, 3)
+        assert_equal_bits(plain_store, stored)
+        z = noise.z(source, **address)
+        return [out, updated, stored, plainly, plain_update, z, noise.perturb_rows(source, rows, **address, scale=1.0)]
+
+    expected = sweeps()
+    with support.other_defaults():
+        found = sweeps()
+    for one, other in zip(found, expected, strict=True):
+        assert_equal_bits(one, other)
+
+
 LAYOUTS = {
     "transposed": lambda x: x.view(30, 50).t(),
     "strided": lambda x: x[::2],

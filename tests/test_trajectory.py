@@ -32,7 +32,7 @@ from forwardtune.trajectory import format as log_format
 from forwardtune.trajectory.export import read_trajectory
 from forwardtune.trajectory.format import seal, step_content
 from forwardtune.trajectory.log import cut_log
-from support import DTYPES, assert_same_bits, closure_for, snapshot, tiny_model, token_batch, trusted
+from support import DTYPES, assert_same_bits, closure_for, other_defaults, snapshot, tiny_model, token_batch, trusted
 
 
 def small_model(dtype: torch.dtype = torch.float32) -> nn.Sequential:
@@ -351,6 +351,32 @@ def test_a_tensor_with_more_elements_than_blocks_can_number_is_refused():
     assert TunedParameters.from_groups([{"params": [torch.nn.Parameter(most)]}]).numel == 2**35
     with pytest.raises(ValueError, match=r"34359738369 elements; at most 2\*\*35"):
         TunedParameters.from_groups([{"params": [torch.nn.Parameter(torch.zeros(1).expand(2**35 + 1))]}])
+
+
+@pytest.mark.parametrize("rule", ["sgd", "adam", "sign"])
+def test_what_torch_makes_by_default_does_not_matter(rule, path):
+    net, exported = small_model(), path.with_suffix(".safetensors")
+    bases = [small_model() for _ in range(4)]
+    data = torch.tensor([[1.0, -0.5]])
+    with other_defaults():
+        optimizer = small_optimizer(net, rule=rule)
+        with StepLog(path, optimizer):
+            train(optimizer, *[lambda: net(data).square().sum()] * 3, lambda: math.nan)
+        export_trajectory(read_log(path), exported)
+        for source, base in zip((path, exported), bases, strict=False):
+            replay(source, base)
+    for source, base in zip((path, exported), bases[2:], strict=True):
+        replay(source, base)
+    for base in bases:
+        assert_same_bits(base, snapshot(net))
+
+
+def test_a_message_about_an_export_names_the_file(path):
+    small_run(path)
+    exported = path.with_name("run.safetensors")
+    export_trajectory(read_log(path), exported)
+    with pytest.raises(LogError, match=r"run\.safetensors holds 4 steps"):
+        replay(exported, small_model(), steps=5)
 
 
 def test_a_log_of_no_steps_is_a_run(path):

@@ -62,7 +62,9 @@ def half_words(
     """
     first, last = start // 8, (start + count + 7) // 8
     blocks = torch.arange(first, last, dtype=torch.int64, device=device)
-    words = torch.stack([torch.as_tensor(w) for w in philox((blocks, tensor, step, probe), split_seed(seed))], dim=1)
+    words = torch.stack(
+        [torch.as_tensor(w, device=device) for w in philox((blocks, tensor, step, probe), split_seed(seed))], dim=1
+    )
     halves = torch.stack([words & 0xFFFF, words >> 16], dim=2).reshape(-1)
     offset = start - 8 * first
     return halves[offset : offset + count]

@@ -49,6 +49,7 @@ def export_trajectory(log: Log, path: str | PathLike[str]) -> int:
     sizes = torch.tensor(
         [[update.sizes or (math.nan,) * probes for update in group] for group in trajectory.updates],
         dtype=torch.float32,
+        device="cpu",
     ).reshape(groups, steps, probes)
     taken = ~sizes.isnan().any(dim=2)
     decay = _compact([[update.decay for update in group] for group in trajectory.updates], taken)
@@ -105,11 +106,11 @@ def needs_lr(rule: Rule) -> bool:
 
 def _compact(rows: list[list[float]], taken: Tensor) -> Tensor:
     """A number for every group and step; one for every group when those of the steps that were taken are all equal."""
-    numbers = torch.tensor(rows, dtype=torch.float32).reshape(taken.shape)
+    numbers = torch.tensor(rows, dtype=torch.float32, device="cpu").reshape(taken.shape)
     # Skipped steps have no number of their own.
     values = [row[mask].unique() for row, mask in zip(numbers, taken, strict=True)]
     if all(len(value) <= 1 for value in values):
-        return torch.stack([value if len(value) else torch.ones(1) for value in values])
+        return torch.stack([value if len(value) else numbers.new_ones(1) for value in values])
     return numbers
 
 
@@ -145,9 +146,10 @@ def read_trajectory(path: str | PathLike[str]) -> Trajectory:
             for step in range(first, last + 1)
         }
         sizes = tensors["sizes"].expand(groups, -1, header["probes"])
-        decay = tensors.get("decay", torch.ones(1, 1)).expand(groups, sizes.shape[1])
+        one = torch.ones(1, dtype=torch.float32, device="cpu")  # whatever torch makes by default
+        decay = tensors.get("decay", one).expand(groups, sizes.shape[1])
         rated = "lr" in tensors
-        lr = tensors.get("lr", torch.ones(1, 1)).expand(groups, sizes.shape[1])
+        lr = tensors.get("lr", one).expand(groups, sizes.shape[1])
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, zlib.error) as error:
         raise LogError(f"{path} is not an intact exported trajectory ({error}): export it again from the log") from None
     check_header(path, header)
