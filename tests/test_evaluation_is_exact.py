@@ -467,3 +467,32 @@ def test_a_copied_optimizer_goes_on_by_itself(
 def test_words_for_numbers_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} must be a number, got 'auto'; MeZOTrainer finds one"):
         MeZO(tiny_model(), **{name: "auto"})
+
+
+@pytest.mark.filterwarnings("default")
+def test_warnings_stand_at_the_users_own_line(tmp_path: Any) -> None:
+    """Not inside torch or transformers, where they would be taken for theirs, and be silenced with them."""
+    from forwardtune import MeZOConfig, MeZOTrainer
+
+    net = Row(nn.Dropout(0.5))
+    with warnings.catch_warnings(record=True) as direct:
+        warnings.simplefilter("always")
+        MeZO(net).step(net)
+    rows = [{"input_ids": row, "labels": row} for row in token_batch(4, 11).tolist()]
+    config = MeZOConfig(
+        str(tmp_path),
+        learning_rate=1e-5,
+        eps=1e-3,
+        max_steps=1,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        save_strategy="no",
+    )
+    trainer = MeZOTrainer(model=vision_language(), args=config, train_dataset=rows)
+    with warnings.catch_warnings(record=True) as through_trainer:
+        warnings.simplefilter("always")
+        trainer.train()
+    ours = [w for w in (*direct, *through_trainer) if IDLE in str(w.message) or "training mode" in str(w.message)]
+    assert len(ours) == 2
+    assert {w.filename for w in ours} == {__file__}

@@ -17,8 +17,9 @@ SOURCE = Path(forwardtune.__file__).parent
 
 # A module imports from layers before its own, or from its own package. `forwardtune/__init__.py` may import them all.
 LAYERS = (
-    {"errors", "files", "memory", "cores", "noise"},
-    {"parameters", "durations", "processes"},
+    {"errors", "files", "memory", "cores"},
+    {"noise", "durations", "processes"},
+    {"parameters"},
     {"method"},
     {"points"},
     {"optimizer"},

@@ -5,7 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .optimizer import MeZO, NonFiniteLossError, StepRecord
+from .method.record import StepRecord
+from .optimizer import MeZO, NonFiniteLossError
 
 if TYPE_CHECKING:
     from .hf.trainer import MeZOConfig, MeZOTrainer

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import sys
+import warnings
 from collections.abc import Iterable
+
+# Who stands between a user and this package.
+_BETWEEN = {"forwardtune", "torch", "contextlib", "transformers", "accelerate", "peft", "tqdm", "runpy"}
 
 
 class InputError(ValueError):
@@ -15,3 +20,11 @@ def nearest(word: str, known: Iterable[str]) -> str:
     by_lower = {one.lower(): one for one in known}
     close = difflib.get_close_matches(word.lower(), by_lower, n=1)
     return f"; did you mean {by_lower[close[0]]}?" if close else ""
+
+
+def warn(message: str) -> None:
+    """A UserWarning at the line of the user's own code that led here."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _BETWEEN:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, UserWarning, stacklevel=level)

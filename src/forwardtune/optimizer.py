@@ -5,26 +5,22 @@ from __future__ import annotations
 import copy
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from .method.estimators import Estimator, get_estimator
+from .method.record import StepRecord, updates_of
 from .method.rule import History, Rule, move_all
 from .method.rules import get_rule
 from .noise import Direction, Noise, Update, get_direction
 from .parameters import TunedParameters
 from .points import PERTURBATIONS, Closure, Perturbation, ReadElsewhereError, Scratch
+from .points.idle import IdleWatch
 from .points.self_check import check, copy_instead, refuse_stale_weights
-
-# After so many steps from the start in which nothing changed the loss, that is said.
-_FLAT = 10
-# Names in a message.
-_SHOWN = 4
 
 
 class NonFiniteLossError(RuntimeError):
@@ -33,43 +29,6 @@ class NonFiniteLossError(RuntimeError):
 
 class InterruptedUpdateError(RuntimeError):
     """An earlier update stopped half-way, so the weights belong to no step."""
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """What one step did: enough to do it again without data.
-
-    Attributes:
-        step: number of the step, from 0; a word of the noise counter.
-        lr: learning rate of every parameter group.
-        weight_decay: weight decay of every parameter group.
-        coefficients: projected gradient of every probe; empty when the step was skipped.
-        losses: the closure's values in the order of the estimator's queries.
-        loss: their mean.
-        unchanged: how many weights the update left at the same stored value.
-        seconds: from the start of the first evaluation to the end of the update.
-        unused: ids of the tuned tensors that no evaluation of the step went through; the update left them alone.
-    """
-
-    step: int
-    lr: tuple[float, ...]
-    weight_decay: tuple[float, ...]
-    coefficients: tuple[float, ...]
-    losses: tuple[float, ...]
-    loss: float
-    unchanged: int
-    seconds: float
-    unused: tuple[int, ...] = ()
-
-    @property
-    def skipped(self) -> bool:
-        """True when a loss was not finite and the weights were left alone."""
-        return not self.coefficients
-
-    @property
-    def flat(self) -> bool:
-        """True when every coefficient is 0: all probes gave the same loss, as accuracies often do."""
-        return not self.skipped and not any(self.coefficients)
 
 
 class MeZO(torch.optim.Optimizer):
@@ -174,7 +133,7 @@ class MeZO(torch.optim.Optimizer):
         self.checking = False
         self._checked = False
         self._skipped = 0
-        self._flat: int | None = 0
+        self._idle = IdleWatch()
         # What estimate() gathers for the coming step.
         self._pending: list[float] | None = None
         self._used: set[int] = set()
@@ -303,7 +262,10 @@ class MeZO(torch.optim.Optimizer):
             # Where nothing was seen to be read, the closure evaluates the weights on some other way.
             unused=tuple(t.id for t in self.tuned if t.id not in used) if used else (),
         )
-        self._warn_of_idle_weights(record, bool(used))
+        if record.step == 0:
+            self._idle.first_step(self.tuned, record.unused)
+        if not record.skipped:
+            self._idle.step(record.flat, bool(used))
         self.next_step += 1
         if self.held is None:
             self._take(record, began)
@@ -383,28 +345,6 @@ class MeZO(torch.optim.Optimizer):
     def _updates(self, record: StepRecord) -> list[Update]:
         """What the rule makes of a step, for each parameter group; nothing for a skipped one."""
         return [] if record.skipped else updates_of(self.rule, record)
-
-    def _warn_of_idle_weights(self, record: StepRecord, was_used: bool) -> None:
-        """Say once that a part of what is tuned takes no part, and once that nothing changes the loss."""
-        if record.step == 0 and record.unused:
-            warnings.warn(
-                f"{len(record.unused)} of {len(self.tuned)} tuned tensors took no part in the first step "
-                f"({_summary(self.tuned, record.unused)}): a step moves only what its evaluations went through. Set "
-                "requires_grad=False on what is not meant to be tuned",
-                stacklevel=4,
-            )
-        if self._flat is None or record.skipped:
-            return
-        self._flat = self._flat + 1 if record.flat else None
-        if self._flat is not None and (self._flat == _FLAT or (not was_used and self._flat == 1)):
-            seen = "" if was_used else ", and no evaluation read one of them"
-            warnings.warn(
-                f"the tuned weights have not changed the loss so far ({self._flat} steps, every coefficient is 0{seen}): check that "
-                "the closure runs this model and that an adapter is not merged; objectives that are steps, such as accuracy, want "
-                "larger minibatches or a larger eps",
-                stacklevel=4,
-            )
-            self._flat = None if self._flat == _FLAT else self._flat
 
     def _move(self, updates: Sequence[Update]) -> int:
         """Apply its group's update to every tuned tensor; returns how many weights kept their value."""
@@ -524,26 +464,3 @@ class MeZO(torch.optim.Optimizer):
 
 def _described(rule: dict[str, Any] | None) -> str:
     return f"the rule {rule['name']!r} {rule['settings']}" if rule else "a rule without memory"
-
-
-def updates_of(rule: Rule, record: StepRecord) -> list[Update]:
-    """What a rule makes of a step that was not skipped, for each parameter group."""
-    updates = [
-        rule.plan(record.step, record.coefficients, lr, weight_decay)
-        for lr, weight_decay in zip(record.lr, record.weight_decay, strict=True)
-    ]
-    return [replace(update, unused=frozenset(record.unused)) for update in updates] if record.unused else updates
-
-
-def _summary(tuned: TunedParameters, ids: Sequence[int]) -> str:
-    """The largest modules that hold nothing else of what is tuned, the first few by name."""
-    among, others = {tuned[i].name for i in ids}, {t.name for t in tuned} - {tuned[i].name for i in ids}
-    taken = {prefix for name in others for prefix in _prefixes(name)}
-    tops = dict.fromkeys(next((p for p in _prefixes(name) if p not in taken), name) for name in sorted(among))
-    shown = list(tops)[:_SHOWN]
-    return ", ".join(shown) + (f" and {len(tops) - len(shown)} more" if len(tops) > len(shown) else "")
-
-
-def _prefixes(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[:i]) for i in range(1, len(parts) + 1)]

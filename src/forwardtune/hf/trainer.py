@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 from transformers.training_args import OptimizerNames
 
 from ..cores import SharedCores
-from ..errors import InputError
+from ..errors import InputError, warn
 from ..method.estimators import get_estimator
 from ..method.rule import Rule
 from ..method.rules import get_rule
@@ -307,11 +306,10 @@ class MeZOTrainer(Trainer):
             return
         ends = (tokens == end) & (seen == 1)
         if ends.any() and (labels[ends] == -100).all():
-            warnings.warn(
+            warn(
                 f"padding and end of text are the same token ({tokenizer.eos_token}), and the data collator took it out of the "
                 f"labels: none of the {int(ends.sum())} ends in the first minibatch is a target, so the model is not taught to "
                 "stop. Give the tokenizer another pad_token before the collator is made, such as its unk_token",
-                stacklevel=2,
             )
 
     @property

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import InputError, nearest
+from ..errors import InputError, nearest, warn
 from .kinds import is_adapted, model_kind
 from .prefix import add_prefix
 
@@ -114,10 +114,8 @@ def _select(model: nn.Module, pattern: str) -> None:
         named_by = [name for name in names if expression.search(name)]
         if named_by and len(named_by) < len(names):
             others = " and ".join(name for name in names if name not in named_by)
-            warnings.warn(
+            warn(
                 f"{' and '.join(named_by)} is tied to {others}, one tensor in both places: it is tuned in both",
-                UserWarning,
-                stacklevel=3,
             )
     for name, parameter in named:
         if id(parameter) in chosen and not parameter.is_floating_point():

@@ -8,7 +8,6 @@ the same on every device, dtype, shard layout and parameter order. :mod:`.defini
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ..errors import warn
 from . import definition
 from .definition import ROUNDING_PROBE, Count, Update
 from .directions import (
@@ -193,7 +193,5 @@ def _backend(tensor: Tensor) -> ModuleType:
     global _told
     if not _told and tensor.dtype != torch.float64:
         _told = True
-        warnings.warn(
-            f"forwardtune computes its noise with plain torch here: the same bits, but slowly ({fast})", stacklevel=3
-        )
+        warn(f"forwardtune computes its noise with plain torch here: the same bits, but slowly ({fast})")
     return definition

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import threading
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
@@ -26,6 +25,7 @@ from numba.core.caching import FunctionCache, NullCache
 from numba.extending import intrinsic
 from torch import Tensor
 
+from ..errors import warn
 from .definition import ROUNDING_PROBE, Update
 from .directions import RADEMACHER, Direction
 from .philox import split_seed
@@ -86,10 +86,9 @@ def _tell_once(reason: object) -> None:
     global _told
     if not _told:
         _told = True
-        warnings.warn(
+        warn(
             "the compiled noise kernels cannot be kept, so every process compiles them again, for some seconds: set "
             f"NUMBA_CACHE_DIR to a folder that can be written ({reason})",
-            stacklevel=2,
         )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError, nearest
+from ..errors import InputError, nearest, warn
 from ..tasks import Task, metrics
 from ..tasks.encoding import Encoded
 from .generation import GREEDY, Sampling, Written, write
@@ -149,11 +148,10 @@ class TaskObjective:
         idle = sum(all(map(math.isnan, values)) for values in zip(*values_of.values(), strict=True))
         if idle:
             self._warned = True
-            warnings.warn(
+            warn(
                 f"objective {self.specification!r}: all rewards are None for {idle} of {len(values_of[self.terms[0].name])} "
                 "completions. They count as 0 and teach nothing: leave such examples out of the data, or add a reward "
                 "for them",
-                stacklevel=3,
             )
 
 

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import math
-import warnings
 
 import torch
 from torch import nn
 
+from ..errors import warn
 from ..method.estimators import Query
 from .copy import Copy
 from .in_place import InPlace
 from .perturbation import Closure, Perturbation, ReadElsewhereError
 from .scratch import Scratch
-
-# From here to the caller of MeZO.step.
-_STACK = 7
 
 
 def check(
@@ -47,10 +44,9 @@ def check(
     if not math.isfinite(loss) or again is None:
         return None
     if again != loss:
-        warnings.warn(
+        warn(
             f"the closure is not deterministic: it returned {loss!r} and {again!r} at the same point. It must "
             "return the loss of the same minibatch at every call, without dropout",
-            stacklevel=_STACK,
         )
     return perturbation
 
@@ -58,10 +54,9 @@ def check(
 def copy_instead(perturbation: Perturbation, error: ReadElsewhereError) -> Copy:
     """``copy``, with a word about why, and what it takes."""
     gib = sum(t.parameter.numel() * t.parameter.element_size() for t in perturbation.tuned) / 2**30
-    warnings.warn(
+    warn(
         f"{error}, so every step evaluates a perturbed copy of all tuned weights instead (perturbation='copy', {gib:.2f} GiB "
         "more memory)",
-        stacklevel=_STACK,
     )
     return Copy(perturbation.tuned, perturbation.noise)
 
@@ -70,16 +65,14 @@ def warn_of_training_mode(module: nn.Module | None) -> None:
     """Dropout differs between the evaluations of a step; normalisation by batch keeps statistics of perturbed activations."""
     modules = list(module.modules()) if module is not None else []
     if any(isinstance(m, nn.modules.dropout._DropoutNd) and m.training and m.p > 0 for m in modules):
-        warnings.warn(
+        warn(
             "the model is in training mode with dropout, which differs between the evaluations of a step: "
             "call model.eval() before step()",
-            stacklevel=_STACK,
         )
     if any(isinstance(m, nn.modules.batchnorm._NormBase) and m.training and m.track_running_stats for m in modules):
-        warnings.warn(
+        warn(
             "the model is in training mode with batch normalisation, whose running statistics every evaluation at perturbed "
             "weights would move: call model.eval() before step()",
-            stacklevel=_STACK,
         )
 
 

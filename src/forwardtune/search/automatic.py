@@ -23,7 +23,8 @@ from typing import Any, Protocol
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
-from ..optimizer import MeZO, StepRecord
+from ..method.record import StepRecord
+from ..optimizer import MeZO
 from ..parameters import dtype_name
 from ..trajectory import Log, ReturnPoint, StepLog
 from ..trajectory.point import keep_point, require_room

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, warn
 from .task import MASK, Example, Task
 from .tokens import Tokens, least, word_starts
 
@@ -137,12 +136,10 @@ class Encoder:
                 found[token] = found.get(token, 0) + 1
             count += bool(tokens)
         if count:
-            warnings.warn(
+            warn(
                 f"task {task.name}: the text of {count} of {len(examples)} examples holds what this model's tokenizer reads "
                 f"as control tokens ({', '.join(f'{token} in {n}' for token, n in found.items())}): if it is meant as "
                 "text, reword it in the data",
-                UserWarning,
-                stacklevel=3,
             )
 
     # --- causal models ------------------------------------------------------------------------------------------------

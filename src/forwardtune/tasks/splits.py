@@ -20,14 +20,13 @@ A rule names rows by their places in the source, counted without those that have
 from __future__ import annotations
 
 import random
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import InputError
+from ..errors import InputError, warn
 from .task import Task
 
 # Of the default rule: runs with several seeds can be compared on the same examples.
@@ -170,7 +169,7 @@ def _too_few(source: str, there: int, label: str, text: str, wanted: Wanted) -> 
 
 
 def _say(what: str) -> None:
-    warnings.warn(what, UserWarning, stacklevel=4)
+    warn(what)
 
 
 def _shuffled(count: int, seed: int) -> list[int]:

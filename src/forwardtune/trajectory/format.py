@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
+from ..method.record import StepRecord
 from ..noise import NOISE_VERSION, SPECIFIED, Direction
-from ..optimizer import MeZO, StepRecord
+from ..optimizer import MeZO
 
 FORMAT_VERSION = 3
 #: Formats that can be read: in version 2 every step moved every tensor.

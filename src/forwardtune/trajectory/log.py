@@ -10,9 +10,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from ..method.record import StepRecord
 from ..method.rules import RULES, get_rule
 from ..noise import DIRECTIONS
-from ..optimizer import MeZO, StepRecord
+from ..optimizer import MeZO
 from ..points import InPlace
 from .format import ABSENT, DESCRIPTIVE, LogError, LogWriteError, header_content, identity, seal, step_content
 from .lock import LogLock

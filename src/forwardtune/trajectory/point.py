@@ -15,9 +15,10 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..method.moments import Elementwise
+from ..method.record import StepRecord
 from ..method.rule import History, Rule, move_all
 from ..noise import Update
-from ..optimizer import MeZO, StepRecord
+from ..optimizer import MeZO
 from .format import LogError
 from .reader import Log
 from .replay import require_base

@@ -8,10 +8,10 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from ..method.record import StepRecord
 from ..method.rule import Rule
 from ..method.rules import RULES, get_rule
 from ..noise import DIRECTIONS, NOISE_VERSION
-from ..optimizer import StepRecord
 from .format import ABSENT, READABLE, LogError, direction_content, step_record, unseal
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..method.record import StepRecord, updates_of
 from ..method.rule import Rule
 from ..noise import Update
-from ..optimizer import StepRecord, updates_of
 from .reader import Log, Rollback, rule_of
 
 

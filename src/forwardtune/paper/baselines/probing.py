@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...errors import InputError
+from ...errors import InputError, warn
 from ...evaluation import prepare
 from ...objectives import logits_at
 from ...tasks import Task
@@ -155,10 +155,9 @@ def probe(
         best = _choose(grid, fitted_on, held_out, max_iterations)
     classifier, converged = _fit(features, tokens, best, max_iterations)
     if not converged:
-        warnings.warn(
+        warn(
             f"linear probing of task {task.name}: logistic regression with C={best:g} did not converge in "
             f"{max_iterations} iterations. Raise max_iterations, or give a grid of smaller values",
-            stacklevel=2,
         )
     return Probe(model, _head(classifier, vocabulary, model.device), best, converged)
 
