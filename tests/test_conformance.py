@@ -361,10 +361,65 @@ def test_losses_too_far_apart_for_a_deviation_are_skipped(kind):
     losses = itertools.cycle([1e308, -1e308])
     model = Quadratic()
     before = snapshot(model)
-    optimizer = MeZO(model, estimator=kind(1e-3, 4, "sigma"), perturbation="copy")
+    optimizer = trusted(MeZO(model, estimator=kind(1e-3, 4, "sigma"), perturbation="copy"))
     optimizer.step(lambda: next(losses))
     assert optimizer.last.skipped
     assert_same_bits(model, before)
+
+
+GAP = {  # estimator, losses with a gap, losses without the probe that it is in, place of that probe
+    "spsa": (SPSA(0.5, 3), [1.0, 0.5, math.inf, 0.25, 3.0, 2.0], [1.0, 0.5, 3.0, 2.0], 1),
+    "spsa, minus": (SPSA(0.5, 3), [1.0, 0.5, 0.25, 3.0, 2.0, math.nan], [1.0, 0.5, 0.25, 3.0], 2),
+    "spsa, overflow": (SPSA(0.5, 2), [1e308, -1e308, 1.0, 0.5], [1.0, 0.5], 0),
+    "sigma": (SPSA(0.5, 3, "sigma"), [1.0, 0.5, -math.inf, 0.25, 3.0, 2.0], [1.0, 0.5, 3.0, 2.0], 1),
+    "rank": (SPSA(0.5, 3, "rank"), [math.nan, 0.5, 0.75, 0.25, 3.0, 2.0], [0.75, 0.25, 3.0, 2.0], 0),
+    "one_sided": (OneSided(0.5, 3), [1.0, math.inf, 0.5, 0.25], [1.0, 0.5, 0.25], 0),
+    "one_sided, sigma": (OneSided(0.5, 3, "sigma"), [1.0, 0.5, 0.25, math.inf], [1.0, 0.5, 0.25], 2),
+    "one_sided, rank": (OneSided(0.5, 3, "rank"), [0.5, math.nan, 0.25], [0.5, 0.25], 1),
+}
+
+
+@pytest.mark.parametrize("case", GAP)
+def test_a_probe_without_finite_losses_is_left_out(case, tmp_path):
+    """The step is that of the others alone; log, replay and export hold the gap."""
+    estimator, losses, others, gap = GAP[case]
+    fewer = type(estimator)(
+        estimator.eps, estimator.probes - 1, estimator.normalize if estimator.probes > 2 else "none"
+    )
+    expected = fewer.coefficients(others)
+    expected.insert(gap, math.nan)
+    assert repr(estimator.coefficients(losses)) == repr(expected)
+
+    model, values = Quadratic(), iter(losses)
+    optimizer = trusted(MeZO(model, lr=0.25, estimator=estimator, perturbation="copy", rule="adam"))
+    with StepLog(tmp_path / "steps.jsonl", optimizer):
+        optimizer.step(lambda: next(values))
+    assert not optimizer.last.skipped
+    assert optimizer.last.present == tuple(c for c in expected if not math.isnan(c))
+    assert optimizer.last.loss == math.fsum(x for x in losses if math.isfinite(x)) / sum(map(math.isfinite, losses))
+    (record,) = read_log(tmp_path / "steps.jsonl").records
+    assert repr(record.coefficients) == repr(tuple(expected))
+    export_trajectory(read_log(tmp_path / "steps.jsonl"), tmp_path / "run.safetensors")
+    for source in ("steps.jsonl", "run.safetensors"):
+        again = Quadratic()
+        replay(tmp_path / source, again)
+        assert_same_bits(again, snapshot(model))
+        assert not torch.equal(again.flat.value, Quadratic().flat.value)
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [SPSA(0.5, 2), OneSided(0.5, 2), SPSA(0.5, 2, "sigma"), OneSided(0.5, 2, "sigma"), OneSided(0.5, 2, "rank")],
+    ids=str,
+)
+def test_no_probe_left_skips_the_step(estimator):
+    """Or too few for a normalisation; or the unperturbed loss, which all probes need, is gone."""
+    count = len(estimator.queries())
+    assert all(map(math.isnan, estimator.coefficients([math.inf] * count)))
+    if estimator.normalize != "none":
+        assert all(map(math.isnan, estimator.coefficients([*range(count - 1), math.nan])))
+    if estimator.name == "one_sided" and estimator.normalize != "rank":
+        assert all(map(math.isnan, estimator.coefficients([math.nan, *range(count - 1)])))
 
 
 @pytest.mark.parametrize("probes", [2, 5])

@@ -349,7 +349,7 @@ def test_the_closure_may_return_any_number(kind):
 def test_the_closure_may_return_whole_numbers(plus_minus):
     """An accuracy, a count, a success: ``c = (plus - minus) / (2 eps)``."""
     plus, minus = map(float, plus_minus)
-    optimizer = MeZO(network(), eps=0.5, perturbation="copy")
+    optimizer = trusted(MeZO(network(), eps=0.5, perturbation="copy"))
     assert optimizer.step(scripted(*plus_minus)) == (plus + minus) / 2
     assert optimizer.last.losses == (plus, minus)
     assert optimizer.last.coefficients == (plus - minus,)
@@ -552,7 +552,7 @@ def test_a_step_too_large_for_float32_is_skipped(losses):
     """Finite losses whose difference is not, or whose update is not: the weights stay finite."""
     net = network()
     before = snapshot(net)
-    optimizer = MeZO(net, perturbation="copy")
+    optimizer = trusted(MeZO(net, perturbation="copy"))
     optimizer.step(scripted(*losses))
     assert_same_bits(net, before)
     assert optimizer.last.skipped
@@ -691,7 +691,7 @@ def test_updates_far_below_the_spacing_are_kept_on_average(dtype):
     assert torch.tensor(start + move).to(dtype) == start
     weight = torch.full((size,), start, dtype=dtype, requires_grad=True)
     # c = 1 / eps = 2, so the update is -2 lr z.
-    optimizer = MeZO([weight], lr=move / 2, eps=0.5, direction="rademacher")
+    optimizer = trusted(MeZO([weight], lr=move / 2, eps=0.5, direction="rademacher"))
     along = 0.0
     for step in range(steps):
         before = weight.detach().double()

@@ -220,7 +220,7 @@ class MeZO(torch.optim.Optimizer):
         except BaseException:
             self._forget_estimate()  # the step would be made of a part of its microbatches
             raise
-        self._pending = [a + b for a, b in zip(self._pending or [0.0] * len(losses), losses, strict=True)]
+        self._pending = self.estimator.merge(self._pending, losses)
         self._used |= set(range(len(self.tuned))) if perturbation.used is None else perturbation.used
         self._seconds += time.perf_counter() - began
         return math.fsum(losses) / len(losses) if all(map(math.isfinite, losses)) else math.nan
@@ -244,19 +244,18 @@ class MeZO(torch.optim.Optimizer):
         began = time.perf_counter()
         losses, used, seconds = self._pending, self._used, self._seconds
         self._forget_estimate()
-        coefficients: list[float] = []
-        if all(map(math.isfinite, losses)):
-            limit = self.clip_coefficient or math.inf
-            coefficients = [min(max(c, -limit), limit) for c in self.estimator.coefficients(losses)]
-            if not all(map(math.isfinite, coefficients)):
-                coefficients = []
+        limit = self.clip_coefficient or math.inf
+        coefficients = [c if math.isnan(c) else min(max(c, -limit), limit) for c in self.estimator.coefficients(losses)]
+        if all(map(math.isnan, coefficients)):
+            coefficients = []
+        known = [loss for loss in losses if math.isfinite(loss)] if coefficients else losses
         record = StepRecord(
             step=self.next_step,
             lr=tuple(float(group["lr"]) for group in self.param_groups),
             weight_decay=tuple(float(group["weight_decay"]) for group in self.param_groups),
             coefficients=tuple(coefficients),
             losses=tuple(losses),
-            loss=sum(losses) / len(losses),
+            loss=sum(known) / len(known),
             unchanged=self.tuned.numel,
             seconds=seconds,
             # Where nothing was seen to be read, the closure evaluates the weights on some other way.

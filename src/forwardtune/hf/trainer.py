@@ -433,7 +433,7 @@ class MeZOTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As Trainer's, with the magnitude of the last projected gradient in place of a gradient norm."""
         if logs.pop("grad_norm", None) is not None and self.mezo.last is not None and not self.mezo.last.skipped:
-            coefficients = self.mezo.last.coefficients
+            coefficients = self.mezo.last.present
             logs["projected_gradient"] = sum(map(abs, coefficients)) / len(coefficients)
         take_statistics = getattr(self._objective, "take_statistics", None)
         if take_statistics is not None:

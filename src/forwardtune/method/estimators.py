@@ -72,9 +72,37 @@ class Estimator(ABC):
     def queries(self) -> list[Query]:
         """The points of one step, in the order in which they are evaluated."""
 
-    @abstractmethod
+    @property
+    def shared(self) -> int:
+        """How many queries, at the beginning, serve all probes; the others are as many for each, probe by probe."""
+        return 0
+
+    def merge(self, gathered: Sequence[float] | None, losses: Sequence[float]) -> list[float]:
+        """Losses at :meth:`queries` of a further microbatch, added to those of the ones before."""
+        return [a + b for a, b in zip(gathered or [0.0] * len(losses), losses, strict=True)]
+
     def coefficients(self, losses: Sequence[float]) -> list[float]:
-        """One coefficient ``c_k`` for each probe from the finite losses at :meth:`queries`; NaN if they overflow."""
+        """One coefficient ``c_k`` for each probe from the losses at :meth:`queries`.
+
+        NaN for a probe of which a loss is not finite, or whose coefficient would not be: the estimate is the mean over the others.
+        A normalisation compares what is there, two probes at least.
+        """
+        shared = self.shared
+        size = (len(losses) - shared) // self.probes
+        own = [losses[i : i + size] for i in range(shared, len(losses), size)]
+        present = [all(map(math.isfinite, [*losses[:shared], *part])) for part in own]
+        found = [math.nan] * self.probes
+        if sum(present) < (1 if self.normalize == "none" else 2):
+            return found
+        known = [*losses[:shared], *(loss for part, there in zip(own, present, strict=True) if there for loss in part)]
+        places = (k for k, there in enumerate(present) if there)
+        for k, c in zip(places, self.of_finite(known), strict=True):
+            found[k] = c if math.isfinite(c) else math.nan
+        return found
+
+    @abstractmethod
+    def of_finite(self, losses: Sequence[float]) -> list[float]:
+        """The coefficients of probes all of whose losses are finite, those of every probe in the order of its queries."""
 
     def settings(self) -> dict[str, Any]:
         """What the step log's header says of the estimator."""
@@ -99,7 +127,7 @@ class SPSA(Estimator):
     def queries(self) -> list[Query]:
         return [Query(probe, sign * self.eps) for probe in range(self.probes) for sign in (+1.0, -1.0)]
 
-    def coefficients(self, losses: Sequence[float]) -> list[float]:
+    def of_finite(self, losses: Sequence[float]) -> list[float]:
         pairs = list(zip(losses[0::2], losses[1::2], strict=True))
         if self.normalize == "rank":
             ranks = centred_ranks(losses)
@@ -125,11 +153,15 @@ class OneSided(Estimator):
 
     name: ClassVar[str] = "one_sided"
 
+    @property
+    def shared(self) -> int:
+        return 0 if self.normalize == "rank" else 1
+
     def queries(self) -> list[Query]:
         clean = [] if self.normalize == "rank" else [Query(0, 0.0)]
         return clean + [Query(probe, self.eps) for probe in range(self.probes)]
 
-    def coefficients(self, losses: Sequence[float]) -> list[float]:
+    def of_finite(self, losses: Sequence[float]) -> list[float]:
         if self.normalize == "rank":
             return centred_ranks(losses)
         clean, *there = losses

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import InputError, nearest
 from ..noise import Count, Noise, Update, flattened
 from ..parameters import TunedParameters, TunedTensor
-from .rule import History, Rule, Step, float32
+from .rule import History, Rule, Step, float32, shares
 
 STATES = ("auto", "exact", "window")
 # "auto" keeps exact moments if they take at most this share of the memory of the model's weights: adapters do.
@@ -54,10 +54,9 @@ class Elementwise(Rule):
         """What is subtracted from the weights, shape ``(n,)``. ``count`` steps are in the averages, of which it may make use."""
 
     def plan(self, step: int, coefficients: Sequence[float], lr: float, weight_decay: float) -> Step:
-        count = len(coefficients)
         return Step(
             step=step,
-            sizes=tuple(float32(c / count) for c in coefficients),
+            sizes=shares(coefficients),
             decay=float32(1.0 - lr * weight_decay),
             lr=float32(lr),
         )

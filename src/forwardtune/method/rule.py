@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -147,6 +148,12 @@ def _total(counts: Sequence[Count]) -> int:
             there.setdefault(count.device, []).append(count)
     sums = [torch.stack(of_device).sum() for of_device in there.values()]
     return sum(count for count in counts if not isinstance(count, Tensor)) + sum(map(int, sums))
+
+
+def shares(coefficients: Sequence[float], factor: float = 1.0) -> tuple[float, ...]:
+    """Sizes of the directions in ``factor * mean_k c_k z_k``, float32; the mean is over the coefficients that are no NaN."""
+    count = sum(not math.isnan(c) for c in coefficients)
+    return tuple(0.0 if math.isnan(c) else float32(factor * c / count) for c in coefficients)
 
 
 def float32(x: float) -> float:

@@ -38,7 +38,7 @@ from ..errors import InputError, nearest
 from ..noise import Count, Noise, Update
 from ..parameters import TunedTensor
 from .moments import Elementwise, WithMoments
-from .rule import History, Rule, Step, float32
+from .rule import History, Rule, Step, float32, shares
 
 # Steps handed to one fused sweep over a tensor.
 _STEPS_PER_SWEEP = 4096
@@ -70,10 +70,9 @@ def sgd(step: int, coefficients: Sequence[float], lr: float, weight_decay: float
 
     Source: MeZO, algorithm 1 (n = 1) and algorithm 2 (n-SPSA); decoupled decay as in AdamW.
     """
-    count = len(coefficients)
     return Update(
         step=step,
-        sizes=tuple(float32(-lr * c / count) for c in coefficients),
+        sizes=shares(coefficients, -lr),
         decay=float32(1.0 - lr * weight_decay),
     )
 

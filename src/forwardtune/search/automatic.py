@@ -396,7 +396,7 @@ class Automatic(TrainerCallback):
         unit = 1.0  # rules that normalise move a weight by about the learning rate itself
         if optimizer.rule.name in ("sgd", "momentum"):
             probes = optimizer.estimator.probes
-            unit = math.sqrt(sum(c * c for r in taken for c in r.coefficients) / max(1, len(taken))) / probes
+            unit = math.sqrt(sum(c * c for r in taken for c in r.present) / max(1, len(taken))) / probes
             unit /= 1 - optimizer.rule.settings().get("momentum", 0.0)
         guess = _MOVE * optimizer.estimator.eps / unit if unit else 0.0
         return guess if 0 < guess < math.inf else float(optimizer.defaults["lr"])

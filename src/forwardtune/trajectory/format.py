@@ -98,7 +98,7 @@ def step_content(record: StepRecord) -> dict[str, Any]:
     return {
         "step": record.step,
         "lr": record.lr[0] if len(set(record.lr)) == 1 else list(record.lr),
-        "coefficients": list(record.coefficients),
+        "coefficients": [_plain(c) for c in record.coefficients],
         "losses": [_plain(loss) for loss in record.losses],
         "loss": _plain(record.loss),
         "unchanged": record.unchanged,
@@ -115,7 +115,7 @@ def step_record(content: dict[str, Any], header: dict[str, Any]) -> StepRecord:
         step=content["step"],
         lr=tuple(lr) if isinstance(lr, list) else (lr,) * len(groups),
         weight_decay=tuple(group["weight_decay"] for group in groups),
-        coefficients=tuple(content["coefficients"]),
+        coefficients=tuple(map(float, content["coefficients"])),
         losses=tuple(map(float, content["losses"])),
         loss=float(content["loss"]),
         unchanged=content["unchanged"],
