@@ -23,9 +23,9 @@ from statistics import mean
 import numpy as np
 from machine import write
 
-from forwardtune.search.automatic import size_found
 from forwardtune.search.guard import FALL, RISE, SLIGHT, SLIGHT_OF_GAIN
 from forwardtune.search.line_search import RATIO, line_search
+from forwardtune.search.rates import rate_found
 
 EPS, HELD, SHARE, TRIES, SEARCHED = 1e-3, 8, 0.86, 5, 24
 FEATURES, HIDDEN, DEV, TRAIN, TEST = 48, 32, 48, 1000, 2000
@@ -157,7 +157,7 @@ def found(problem: Problem, rule: Rule) -> tuple[float, float]:
     estimates = [problem.gradient(base, step) for step in range(HELD)]
     unit = math.sqrt(mean(c * c for c, _ in estimates))
     jump = sum(c * z for c, z in estimates)
-    lr = size_found(
+    lr = rate_found(
         line_search(lambda size: problem.held_out(base - size * jump, SEARCHED), 0.3 * EPS / unit, most=TRIES)
     )
     every = max(1, problem.steps // rule.measurements)

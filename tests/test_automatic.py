@@ -16,8 +16,10 @@ from transformers import HfArgumentParser, TrainerCallback
 import support
 from forwardtune.hf.trainer import MeZOConfig, MeZOTrainer
 from forwardtune.models import tune
-from forwardtune.search.automatic import RETURN_POINT, Budget, found
+from forwardtune.search.budget import Budget
+from forwardtune.search.driver import RETURN_POINT
 from forwardtune.search.guard import FALL, RISE, SLIGHT
+from forwardtune.search.notes import found
 from forwardtune.trajectory import LogError, read_log, replay
 
 STEPS = 48

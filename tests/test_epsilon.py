@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from forwardtune import MeZO
-from forwardtune.search.epsilon import EVALUATIONS, choose_eps, measure
+from forwardtune.search.budget import SCALE_EVALUATIONS
+from forwardtune.search.epsilon import choose_eps, measure
 from support import assert_same_bits, closure_for, snapshot, tiny_model, token_batch, trusted
 
 ROOT = 10**0.5
@@ -119,7 +120,7 @@ def test_the_coefficients_are_derivatives_along_directions():
         assert scale.signal == pytest.approx(2 * scale.eps * norm)
         assert scale.noise < 1e-5
         assert scale.is_clear
-        assert scale.evaluations == EVALUATIONS == 10
+        assert scale.evaluations == SCALE_EVALUATIONS == 10
     assert measure(optimizer, closure, 1.0, directions=5).evaluations == 16
     assert closure.calls == 10 + 10 + 16
 

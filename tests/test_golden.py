@@ -115,7 +115,7 @@ def test_a_run_of_today_moves_by_the_same_rule(name: str) -> None:
     _net, optimizer = method(name)
     assert optimizer.tuned.digest() == log.header["base"]
     for record in log.records:
-        optimizer._take(record, 0.0)
+        optimizer.take(record)
     assert optimizer.tuned.digest() == log.end["digest"]
 
 

@@ -41,11 +41,9 @@ NEEDS = {
     "noise/gpu.py": {"torch", "triton"},
     "durations": set(),
     "processes": set(),
-    "search": {"torch", "transformers"},
     "trajectory": {"torch", "safetensors"},
-} | {part: {"torch"} for part in ("parameters", "method", "points", "optimizer", "cores")}
-NEEDS |= {f"search/{file}.py": set() for file in ("auto", "guard", "line_search")}
-NEEDS["search/epsilon.py"] = {"torch"}
+} | {part: {"torch"} for part in ("parameters", "method", "points", "optimizer", "search", "cores")}
+NEEDS |= {f"search/{file}.py": set() for file in ("auto", "budget", "guard", "line_search", "rates")}
 
 MODULES = sorted(path.relative_to(SOURCE) for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")
 

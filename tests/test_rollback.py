@@ -23,6 +23,7 @@ from forwardtune.method.rule import History, Rule, move_all
 from forwardtune.method.rules import Adam, Momentum, get_rule
 from forwardtune.noise import Update
 from forwardtune.optimizer import InterruptedUpdateError
+from forwardtune.search.held import drop, hold, move_to_trial, take, trial
 from forwardtune.trajectory import LogError, ReturnPoint, export_trajectory, read_log
 from forwardtune.trajectory.export import read_trajectory
 from forwardtune.trajectory.format import seal
@@ -80,9 +81,10 @@ def step(net: nn.Module, optimizer: MeZO) -> None:
 def back_to(optimizer: MeZO, log: Path, steps: int) -> None:
     """The way back to any step, by definition: the steps that stand, replayed over the base weights."""
     trajectory = trajectory_of(read_log(log))
-    optimizer.moving()
+    optimizer.interrupted = True
     optimizer.module.load_state_dict(base_model(next(optimizer.module.parameters()).dtype).state_dict())
-    optimizer.moved_back(apply_updates(trajectory, optimizer.tuned, trajectory.first(steps), None, keep=True))
+    optimizer.history = apply_updates(trajectory, optimizer.tuned, trajectory.first(steps), None, keep=True)
+    optimizer.interrupted = False
 
 
 class Run:
@@ -645,7 +647,7 @@ def held_run(folder: Path, rule: str, dtype: torch.dtype, before: int = 2, held:
     log = StepLog(folder / f"{rule}-{dtype}.jsonl", optimizer)
     for _ in range(before):
         step(net, optimizer)
-    optimizer.hold()
+    hold(optimizer)
     for _ in range(held):
         step(net, optimizer)
     return net, optimizer, log
@@ -660,12 +662,12 @@ def test_what_is_tried_is_what_is_released(rule, dtype, tmp_path):
     moments = copy.deepcopy(optimizer.history.moments)
     tried = {}
     for rate in (lr, 0.5, lr):
-        optimizer.try_held(rate)
+        move_to_trial(optimizer, rate)
         if rate in tried:
             assert_same_bits(net, tried[rate])
         tried[rate] = snapshot(net)
         net.load_state_dict(here)
-        optimizer.moved_back()
+        optimizer.interrupted = False
         assert repr((optimizer.history.taken, optimizer.history.recent)) == memory
         assert moments.keys() == optimizer.history.moments.keys()
         assert all(
@@ -674,7 +676,7 @@ def test_what_is_tried_is_what_is_released(rule, dtype, tmp_path):
     assert any(not torch.equal(tried[lr][name], tried[0.5][name]) for name in here)
     assert read_log(log.path).steps == 2
 
-    optimizer.release(lr)
+    take(optimizer, lr)
     assert_same_bits(net, tried[lr])
     assert optimizer.held is None
     assert [group["lr"] for group in optimizer.param_groups] == [lr]
@@ -715,11 +717,10 @@ def test_a_point_undoes_a_trial(tmp_path):
     net, optimizer, log = held_run(tmp_path, "sgd", torch.bfloat16, before=0)
     point = ReturnPoint(tmp_path / "return.bin", optimizer, log.base)
     for rate in (0.1, 10.0):
-        optimizer.try_held(rate)
-        point.restore()
-        optimizer.moved_back()
+        with trial(optimizer, rate, point):
+            assert optimizer.interrupted
         assert_same_bits(net, snapshot(base_model(torch.bfloat16)))
-    optimizer.release(0.1)
+    take(optimizer, 0.1)
     log.finish()
     log.close()
     assert replay(log.path, base_model(torch.bfloat16)) == 5
@@ -729,7 +730,7 @@ def test_a_point_undoes_a_trial(tmp_path):
 
 def test_steps_that_are_dropped_were_never_estimated(tmp_path):
     net, optimizer, log = held_run(tmp_path, "momentum", torch.float32, held=2)
-    optimizer.drop()
+    drop(optimizer)
     assert (optimizer.next_step, optimizer.held) == (2, None)
     for _ in range(4):
         step(net, optimizer)
@@ -741,21 +742,21 @@ def test_steps_that_are_dropped_were_never_estimated(tmp_path):
         step(other, plain)
     assert_same_bits(net, snapshot(other))
     assert read_log(log.path).steps == 6
-    optimizer.drop()  # nothing is held
+    drop(optimizer)  # nothing is held
     assert optimizer.next_step == 6
 
 
 def test_no_step_is_taken_on_weights_that_were_tried(tmp_path):
     net, optimizer, log = held_run(tmp_path, "sgd", torch.float32)
     here = snapshot(net)
-    optimizer.try_held(0.1)
+    move_to_trial(optimizer, 0.1)
     for attempt in (lambda: step(net, optimizer), log.finish):
         with pytest.raises(InterruptedUpdateError):
             attempt()
     net.load_state_dict(here)
-    optimizer.moved_back()
+    optimizer.interrupted = False
     step(net, optimizer)
-    optimizer.release(0.1)
+    take(optimizer, 0.1)
     log.finish()
     log.close()
     assert replay(log.path, base_model()) == 8
@@ -765,9 +766,9 @@ def test_a_trial_that_fits_no_float32_says_so_and_moves_nothing(tmp_path):
     net, optimizer, log = held_run(tmp_path, "sgd", torch.float32)
     here = snapshot(net)
     with pytest.raises(OverflowError):
-        optimizer.try_held(1e300)
+        move_to_trial(optimizer, 1e300)
     assert_same_bits(net, here)
-    optimizer.moved_back()
-    optimizer.release(1e-3)
+    optimizer.interrupted = False
+    take(optimizer, 1e-3)
     log.close()
     assert read_log(log.path).steps == 7

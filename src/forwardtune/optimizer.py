@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -126,7 +125,7 @@ class MeZO(torch.optim.Optimizer):
         #: Called with a :class:`StepRecord` after every step; the step log is one of them.
         self.recorders: list[Callable[[StepRecord], None]] = []
         self.last: StepRecord | None = None
-        #: Steps that :meth:`hold` keeps back.
+        #: While a list: steps are estimated and put there, and not taken (:mod:`forwardtune.search.held`).
         self.held: list[StepRecord] | None = None
         self.next_step = 0
         #: True while the first step's self-check calls the closure.
@@ -138,7 +137,8 @@ class MeZO(torch.optim.Optimizer):
         self._pending: list[float] | None = None
         self._used: set[int] = set()
         self._seconds = 0.0
-        self._interrupted = False
+        #: True while the weights belong to no step; then none can be taken.
+        self.interrupted = False
         self._may_copy = perturbation == "auto"
         self.perturbation: Perturbation | None = None
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
@@ -267,63 +267,22 @@ class MeZO(torch.optim.Optimizer):
             self._idle.step(record.flat, bool(used))
         self.next_step += 1
         if self.held is None:
-            self._take(record, began)
+            self.take(record, began)
         else:
             self.held.append(record)
             self.last = record
         assert self.last is not None
         return self.last.loss
 
-    def hold(self) -> None:
-        """From now on steps are estimated but not taken: the weights stay, so all of them are of the same point."""
-        if self.held:
-            raise RuntimeError(f"{len(self.held)} steps are held back already: release or drop them first")
-        self.held = []
-
-    def drop(self) -> None:
-        """Forget the steps that are held, as if they had not been estimated."""
-        self.next_step -= len(self.held or ())
-        self.held = None
-        self._forget_estimate()
-
     @torch.no_grad()
-    def try_held(self, lr: float) -> None:
-        """Move the weights by the steps that are held, with this learning rate, without taking them.
+    def take(self, record: StepRecord, began: float | None = None) -> None:
+        """Move the weights by one step and tell the recorders.
 
-        The weights are those that :meth:`release` would give, to the bit. Nothing here keeps the weights before: load them
-        again, and say so with :meth:`moved_back`.
-
-        Raises:
-            OverflowError: a step does not fit float32; nothing was moved. :meth:`release` skips such a step.
+        Args:
+            record: the step, as estimated.
+            began: where ``time.perf_counter()`` stood when this part of the step began; by default it begins now.
         """
-        self.require_whole_weights()
-        steps = [self._updates(replace(r, lr=(lr,) * len(r.lr))) for r in self.held or () if not r.skipped]
-        groups = [[step[group] for step in steps] for group in range(len(self.param_groups))]
-        self.moving()
-        move_all(self.rule, self.noise, self.tuned, groups, copy.deepcopy(self.history))
-
-    def moving(self) -> None:
-        """The weights are about to belong to no step: until :meth:`moved_back`, no step can be taken."""
-        self._interrupted = True
-
-    def moved_back(self, history: History | None = None) -> None:
-        """The weights were brought back to an earlier step, after which the rule remembered ``history``."""
-        self._interrupted = False
-        if history is not None:
-            self.history = history
-
-    @torch.no_grad()
-    def release(self, lr: float) -> None:
-        """Take the steps that are held, with this learning rate, in order. Recorders are told of each."""
-        self.require_whole_weights()
-        held, self.held = self.held or [], None
-        for group in self.param_groups:
-            group["lr"] = lr
-        for record in held:
-            self._take(replace(record, lr=(lr,) * len(record.lr)), time.perf_counter())
-
-    def _take(self, record: StepRecord, began: float) -> None:
-        """Move the weights by one step and tell the recorders."""
+        began = time.perf_counter() if began is None else began
         try:
             updates = self._updates(record)
         except OverflowError:  # a learning rate or a loss so large that the step does not fit float32
@@ -349,9 +308,9 @@ class MeZO(torch.optim.Optimizer):
         """Apply its group's update to every tuned tensor; returns how many weights kept their value."""
         if not updates:
             return self.tuned.numel
-        self._interrupted = True
+        self.interrupted = True
         unchanged = move_all(self.rule, self.noise, self.tuned, [[update] for update in updates], self.history)
-        self._interrupted = False
+        self.interrupted = False
         return unchanged
 
     @property
@@ -361,7 +320,7 @@ class MeZO(torch.optim.Optimizer):
 
     def require_whole_weights(self) -> None:
         """Raise InterruptedUpdateError if an update stopped half-way."""
-        if self._interrupted:
+        if self.interrupted:
             raise InterruptedUpdateError(
                 "an earlier update was interrupted, so the weights are between two steps: "
                 "load the base weights again and replay the step log"

@@ -102,7 +102,7 @@ def start_from(model: Any, path: Path) -> None:
 
 def train_mezo(session: Session, folder: Path, log: Log | None, settings: dict[str, Any]) -> Trained | None:
     """Run MeZO; None when Ctrl-C stopped it."""
-    from ..search.automatic import found
+    from ..search.notes import found
 
     options, inference_peak = session.options, session.inference_peak()
     objective = make_objective(session)
@@ -129,7 +129,7 @@ def train_mezo(session: Session, folder: Path, log: Log | None, settings: dict[s
     clock = Deadline(session.deadline, lambda: not held())
     trainer.add_callback(clock)
     dev = _watch_dev(session, folder, heard=partial(_hear, trainer, session), held=held, is_over=lambda: clock.is_over)
-    trainer.automatic.is_told = dev is not None and options.eval_steps is not None
+    trainer.automatic.is_measured = dev is not None and options.eval_steps is not None
     seen: dict[str, Any] = {"raised": options.objective != "loss", "still": last_still, "advise": _advise}
     with warnings.catch_warnings():
         if options.objective != "loss":  # an accuracy often stands still: _advise says it, with what to do
@@ -319,7 +319,7 @@ def _watch_dev(
 def _hear(trainer: Any, session: Session, step: int, dev: dict[str, float]) -> None:
     """Tell the run's watch what was measured on the development split, as something that should fall."""
     judge = _judge(session)
-    trainer.automatic.hear(step, dev[judge] if judge == "loss" else -dev[judge])
+    trainer.automatic.measured(step, dev[judge] if judge == "loss" else -dev[judge])
 
 
 def _judge(session: Session) -> str:

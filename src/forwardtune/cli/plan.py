@@ -244,7 +244,7 @@ def _rounded_up(seconds: float) -> int:
 
 
 def _budget(steps: int, options: argparse.Namespace) -> Any:
-    from ..search.automatic import Budget
+    from ..search.budget import Budget
 
     estimator = get_estimator(options.estimator, 1.0, options.probes, options.normalize)
     return Budget.of(steps, len(estimator.queries()), find_eps=options.eps == AUTO)

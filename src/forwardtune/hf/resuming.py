@@ -17,7 +17,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SchedulerType, Tra
 
 from ..files import read_json, write_json
 from ..optimizer import MeZO
-from ..search.automatic import has_measured, has_searched, plan_of, set_rates
+from ..search.driver import set_rates
+from ..search.notes import has_measured, has_searched, plan_of
 from ..trajectory import LogError, StepLog, read_log
 from ..trajectory.lock import LogLock
 from ..trajectory.log import cut_log, require_no_log, require_same_run
@@ -239,7 +240,11 @@ class Resumption:
             # The kill may have come before the last step was evaluated and saved: do that step again.
             steps = log.steps - 1
         elif (
-            automatic.finds_lr and automatic.is_told and log.steps and not has_measured(log) and log.steps not in saved
+            automatic.finds_lr
+            and automatic.is_measured
+            and log.steps
+            and not has_measured(log)
+            and log.steps not in saved
         ):
             steps = log.steps - 1  # likewise, and the rate that is found follows from the evaluation
         if args.lr_scheduler_type in _PLATEAU and not (steps in saved and saved[steps].is_whole):

@@ -25,8 +25,8 @@ from ..noise import compile_kernels
 from ..optimizer import MeZO
 from ..processes import require_one_process
 from ..search.auto import AUTO, first_settings, number_or_auto
-from ..search.automatic import Automatic
 from ..trajectory import read_log
+from .automatic import Automatic
 from .model_card import describe
 from .resuming import LogKeeper, Resumption, steps_in_pass
 
@@ -45,7 +45,7 @@ else:
 class MeZOConfig(TrainingArguments):
     """``TrainingArguments`` with MeZO's settings and defaults.
 
-    Learning rate and eps are found (:mod:`forwardtune.search.automatic`), the batch size is 16, and there is no gradient to clip. A run
+    Learning rate and eps are found (``docs/automatic.md``), the batch size is 16, and there is no gradient to clip. A run
     that finds its learning rate and evaluates does so before the first step too (``eval_on_start``), and after the last one. What
     MeZO cannot honour is refused with what to do instead.
 
@@ -318,7 +318,7 @@ class MeZOTrainer(Trainer):
         return hasattr(self._held_out_dataset(), "__len__")
 
     @property
-    def heard_metric(self) -> str:
+    def held_out_metric(self) -> str:
         """The name of the loss on ``eval_dataset`` among an evaluation's metrics; of several datasets, the first."""
         if isinstance(self.eval_dataset, dict) and self.eval_dataset:
             return f"eval_{next(iter(self.eval_dataset))}_loss"

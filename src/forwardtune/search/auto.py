@@ -1,4 +1,4 @@
-"""L0: ``"auto"`` in place of a number: to be found by the run itself (:mod:`forwardtune.search.automatic`)."""
+"""L0: ``"auto"`` in place of a number: to be found by the run itself (:mod:`forwardtune.search.rates`)."""
 
 from __future__ import annotations
 

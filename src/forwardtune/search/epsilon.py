@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from ..optimizer import MeZO
 from ..points import Perturbation
+from .budget import SCALE_DIRECTIONS
 
 # Signal over noise that is enough: below it, more than a tenth of a coefficient's variance is rounding.
 _ENOUGH = 3.0
@@ -20,13 +22,11 @@ _CURVED = 0.5
 # So small a change of scale moves the loss by little, but rounds what is computed from the weights anew.
 _NUDGE = 1.01
 _RATIO = 10**0.5
-_DIRECTIONS = 3
-#: Forward passes that one scale takes.
-EVALUATIONS = 3 * _DIRECTIONS + 1
 # Directions of the measurements: far from any step's.
 _STEP = 2**30
 # Elements of each tensor by which the rounding of perturbed weights is measured.
 _SAMPLE = 2**16
+_ADVICE = "choose float32, a larger batch, or a larger --eps"
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,13 @@ class Scale:
         """Whether the weights move as they should, and the signal stands out of the noise of two evaluations."""
         return self.is_finite and self.survives and self.signal > _ENOUGH * math.sqrt(2) * self.noise
 
+    def content(self) -> dict[str, Any]:
+        """What a step log says of it, as JSON."""
+        signal, noise = (x if math.isfinite(x) else str(x) for x in (self.signal, self.noise))
+        return {"eps": self.eps, "signal": signal, "noise": noise, "kept": self.kept}
 
-def measure(optimizer: MeZO, closure: Callable[[], float], eps: float, directions: int = _DIRECTIONS) -> Scale:
+
+def measure(optimizer: MeZO, closure: Callable[[], float], eps: float, directions: int = SCALE_DIRECTIONS) -> Scale:
     """Evaluate one minibatch in the middle, at both sides of some directions, and a nudge further on one side.
 
     The weights stay, but for ``perturbation="in_place"``, which returns to them only up to rounding. With
@@ -125,6 +130,43 @@ def choose_eps(optimizer: MeZO, closure: Callable[[], float], start: float, *, m
             break
         measured.append(smaller)
     return measured
+
+
+def find_eps(
+    optimizer: MeZO, closure: Callable[[], float], dtypes: str, announce: Callable[[str], object], *, most: int
+) -> list[Scale]:
+    """:func:`choose_eps` from the optimizer's own scale, with a word to people on what was found.
+
+    Args:
+        dtypes: those in which the loss is computed, for messages.
+        announce: is told.
+        optimizer, closure, most: as :func:`choose_eps`.
+    """
+    scales = choose_eps(optimizer, closure, optimizer.estimator.eps, most=most)
+    chosen = scales[-1]
+    if not chosen.is_finite:
+        announce(f"the loss is not finite around the untuned weights, down to eps {chosen.eps:.1e}")
+    elif not chosen.is_clear:
+        announce(
+            f"rounding in {dtypes} hides what a perturbation does to the loss, up to eps {max(s.eps for s in scales):.1e}: {_ADVICE}"
+        )
+    announce(f"eps {chosen.eps:.1e}: the loss moves by {chosen.signal:.1e}, rounding by {chosen.noise:.0e}")
+    return scales
+
+
+def check_eps(optimizer: MeZO, closure: Callable[[], float], dtypes: str, announce: Callable[[str], object]) -> None:
+    """Warn of a given eps with which a run of some length would learn from rounding."""
+    scale = measure(optimizer, closure, optimizer.estimator.eps)
+    if not scale.survives:
+        announce(
+            f"eps {scale.eps:.1e} is below the spacing of weights in {dtypes}, which keeps {scale.kept:.0%} of a perturbation: "
+            f"{_ADVICE}, or let it be found (auto)"
+        )
+    elif scale.is_finite and scale.signal and not scale.is_clear:
+        announce(
+            f"eps {scale.eps:.1e} moves the loss by {scale.signal:.0e}, of which rounding in {dtypes} is up to "
+            f"{math.sqrt(2) * scale.noise:.0e}: {_ADVICE}, or let it be found (auto)"
+        )
 
 
 @torch.no_grad()

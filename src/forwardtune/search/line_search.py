@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 # Two points a decade: the loss along the ray is flat around its minimum, and rises within a factor of about four of it.
@@ -41,23 +41,35 @@ def line_search(
     Raises:
         ValueError: ``start`` is not positive and finite, or ``most`` below 3.
     """
+    asking = search(start, most=most, floor=floor)
+    size = next(asking)
+    while True:
+        try:
+            size = asking.send(loss_at(size))
+        except StopIteration as end:
+            found: LineSearch = end.value
+            return found
+
+
+def search(start: float, *, most: int, floor: float | None = None) -> Generator[float, float, LineSearch]:
+    """:func:`line_search` as a generator: it yields a size, is sent the loss there, and returns what it found."""
     if not 0 < start < math.inf:
         raise ValueError(f"start must be positive, got {start!r}")
     if most < 3:
         raise ValueError(f"a search needs 3 evaluations or more, got most={most!r}")
-    tried: dict[int | None, float] = {None: _finite(loss_at(0.0) if floor is None else floor)}
+    tried: dict[int | None, float] = {None: _finite((yield 0.0) if floor is None else floor)}
 
-    def at(k: int) -> float:
+    def at(k: int) -> Generator[float, float, float]:
         if k not in tried:
-            tried[k] = _finite(loss_at(start * RATIO**k))
+            tried[k] = _finite((yield start * RATIO**k))
         return tried[k]
 
     k = 0
-    step = 1 if min(at(0), tried[None]) > at(1) else -1
+    step = 1 if min((yield from at(0)), tried[None]) > (yield from at(1)) else -1
     if step > 0:
         k = 1
     while len(tried) < most:
-        if at(k + step) >= at(k) and at(k) < tried[None]:
+        if (yield from at(k + step)) >= (yield from at(k)) and tried[k] < tried[None]:
             break
         k += step
     best = min(tried, key=lambda k: (tried[k], k is not None))

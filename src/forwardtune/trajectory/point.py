@@ -104,11 +104,11 @@ class ReturnPoint:
                 f"there is no way back to step {steps}: only to step {self.steps}, or to one taken since then"
             )
         history = self._history.without_moments()
-        optimizer.moving()
+        optimizer.interrupted = True
         self._read(history)
         updates = updates_by_group(optimizer.rule, again, len(optimizer.param_groups))
         move_all(optimizer.rule, optimizer.noise, optimizer.tuned, updates, history)
-        optimizer.moved_back(history)
+        optimizer.history, optimizer.interrupted = history, False
         self._since.clear()
         if again:
             self._keep(steps)

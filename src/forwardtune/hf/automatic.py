@@ -1,0 +1,202 @@
+"""L6: what ``"auto"`` stands for in a :class:`~forwardtune.hf.trainer.MeZOTrainer`'s arguments: Trainer's events, put to a search."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from transformers import TrainerCallback
+from transformers.trainer_utils import IntervalStrategy
+
+from ..optimizer import MeZO
+from ..search.auto import AUTO
+from ..search.budget import Plan
+from ..search.driver import RETURN_POINT, SearchDriver, plan_run, set_rates
+from ..search.notes import plan_of
+from ..search.rates import GivenRate
+from ..trajectory import Log, ReturnPoint, StepLog
+from ..trajectory.point import keep_point, require_room
+
+_logger = logging.getLogger(__name__)
+
+
+class Run(Protocol):
+    """What is asked of the trainer."""
+
+    args: Any
+    state: Any
+    lr_scheduler: Any
+    model: Any
+
+    @property
+    def mezo(self) -> MeZO:
+        """The optimizer."""
+
+    @property
+    def run_folder(self) -> Path:
+        """Where the run's files lie."""
+
+    @property
+    def held_out_metric(self) -> str:
+        """What an evaluation calls the loss on held-out examples."""
+
+    @property
+    def can_hold_out(self) -> bool:
+        """Whether there are examples of which some can be chosen."""
+
+    def held_out(self, batches: int) -> Callable[[], float]:
+        """What measures the loss on so many minibatches of held-out examples."""
+
+
+class Automatic(TrainerCallback):
+    """Puts Trainer's events to a :class:`~forwardtune.search.driver.SearchDriver`, or watches a learning rate that was given.
+
+    Args:
+        trainer: whose run it is.
+    """
+
+    def __init__(self, trainer: Run) -> None:
+        self._trainer = trainer
+        self._driver: SearchDriver | None = None
+        self._given: GivenRate | None = None
+        self._has_stepped = False
+        self._is_measured: bool | None = None
+        #: What is told of decisions.
+        self.announce: Callable[[str], object] = _logger.warning
+
+    @property
+    def finds_lr(self) -> bool:
+        """Whether the learning rate is this object's business."""
+        return bool(self._trainer.args.learning_rate == AUTO)
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether somebody else measures held-out examples, and calls :meth:`measured`: Trainer, if it evaluates."""
+        if self._is_measured is None:
+            return bool(self._trainer.args.eval_strategy != IntervalStrategy.NO)
+        return self._is_measured
+
+    @is_measured.setter
+    def is_measured(self, is_measured: bool) -> None:
+        self._is_measured = is_measured
+
+    # --- the beginning and the end, around the log's -----------------------------------------------------------------
+
+    def prepare(self, steps: int) -> dict[str, Any]:
+        """Plan a new run of so many steps, before its log begins. Returns the plan, the log's first note."""
+        trainer, self._driver = self._trainer, None
+        plan = plan_run(
+            trainer.mezo,
+            steps,
+            trainer.held_out,
+            self.announce,
+            find_lr=self.finds_lr,
+            find_eps=trainer.args.eps == AUTO,
+            model=trainer.model,
+            may_check=trainer.can_hold_out,
+        )
+        if self.finds_lr:
+            require_room(self._point_path, trainer.mezo)
+        return plan
+
+    def begin(self, log: StepLog, plan: dict[str, Any]) -> None:
+        """Start a new run, whose log was opened."""
+        if plan:
+            log.note({"plan": plan})
+        if self.finds_lr:
+            point = ReturnPoint(self._point_path, self._trainer.mezo, log.base)
+            self._driver = self._make_driver(log, point, plan)
+            self._driver.begin()
+
+    def resume(self, log: StepLog, before: Log) -> None:
+        """Go on with a run whose log was ``before``, at its last step."""
+        self._driver = None
+        if not self.finds_lr:
+            return
+        optimizer = self._trainer.mezo
+        if before.steps == 0:
+            point = ReturnPoint(self._point_path, optimizer, log.base)
+        else:
+            point = ReturnPoint.resume(self._point_path, optimizer, before)
+        self._driver = self._make_driver(log, point, plan_of(before))
+        self._driver.resume(before)
+
+    def keep_point(self, optimizer: MeZO, log: Log) -> None:
+        """See to a way back for a run that is resumed, before its base weights are moved."""
+        if self.finds_lr and log.steps:
+            keep_point(self._point_path, optimizer, log)
+
+    def stop(self) -> None:
+        """The run ends here, for now or for good: steps that are held back were not taken."""
+        if self._driver is not None:
+            self._driver.stop()
+
+    def finish(self) -> None:
+        """The run is over: nothing goes back any more."""
+        if self._driver is not None:
+            self._driver.finish()
+        if self.finds_lr:
+            self.forget()
+        self._driver = None
+
+    def forget(self) -> None:
+        """The run will not be gone on with, as a trial that was pruned: leave nothing large behind."""
+        self._point_path.unlink(missing_ok=True)
+
+    def _make_driver(self, log: StepLog, point: ReturnPoint, plan: dict[str, Any]) -> SearchDriver:
+        trainer = self._trainer
+
+        def set_rate(lr: float) -> None:
+            set_rates(trainer.mezo, trainer.lr_scheduler, [lr] * len(trainer.mezo.param_groups))
+
+        return SearchDriver(
+            Plan.read(plan),
+            trainer.state.max_steps,
+            trainer.mezo,
+            log,
+            point,
+            trainer.held_out,
+            set_rate=set_rate,
+            announce=self.announce,
+            measures=not self.is_measured,
+        )
+
+    @property
+    def _point_path(self) -> Path:
+        return self._trainer.run_folder / RETURN_POINT
+
+    # --- the course --------------------------------------------------------------------------------------------------
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._given = None if self.finds_lr else GivenRate(args.learning_rate)
+        self._has_stepped = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._has_stepped = True
+        if self._driver is None:
+            self._watch_given(state.global_step)
+        elif not self._driver.stepped():
+            control.should_save = control.should_training_stop = False  # what is held is in no checkpoint
+        elif state.global_step >= state.max_steps and args.eval_strategy == IntervalStrategy.STEPS:
+            control.should_evaluate = True  # the last steps are judged as well, however many they are
+
+    def _watch_given(self, step: int) -> None:
+        last = self._trainer.mezo.last
+        if self._given is not None and last is not None:
+            warning = self._given.stepped(step, math.nan if last.skipped else last.loss)
+            if warning is not None:
+                self.announce(warning)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        # What eval_on_start measures of a resumed run, the run without a kill did not measure.
+        resumed = state.global_step > 0 and not self._has_stepped
+        if metrics and self._trainer.held_out_metric in metrics and not resumed:
+            self.measured(state.global_step, metrics[self._trainer.held_out_metric])
+
+    def measured(self, step: int, loss: float) -> None:
+        """The loss on held-out examples after a step was measured, lower is better; after step 0 that of the untuned model."""
+        if self._driver is not None:
+            self._driver.measured(step, loss)
