@@ -19,6 +19,8 @@ SOURCE = Path(forwardtune.__file__).parent
 LAYERS = (
     {"errors", "files", "memory", "cores", "noise"},
     {"parameters", "durations", "processes"},
+    {"config"},
+    {"refusals"},
     {"method"},
     {"points"},
     {"optimizer"},
@@ -39,6 +41,8 @@ NEEDS = {
     "noise/cpu.py": {"torch", "numba", "numpy", "llvmlite"},
     "noise/gpu.py": {"torch", "triton"},
     "durations": set(),
+    "config": set(),
+    "refusals": set(),
     "processes": set(),
     "search": {"torch", "transformers"},
     "trajectory": {"torch", "safetensors"},
