@@ -19,7 +19,7 @@ from forwardtune import config
 from forwardtune.cli import methods
 from forwardtune.cli.session import Session
 from forwardtune.cli.watcher import DevWatcher
-from forwardtune.hf.trainer import MeZOTrainer
+from forwardtune.hf.trainer import MeZOConfig, MeZOTrainer
 from forwardtune.paper.baselines import AdamTrainer
 from forwardtune.trajectory import read_log
 from test_cli import cli
@@ -137,6 +137,13 @@ def test_every_option_is_listed_with_a_value_that_is_not_its_default() -> None:
     for case in CASES.values():
         for option, (value, _, _) in case.items():
             assert value != declared[option].default, option
+
+
+def test_trainer_has_the_same_settings_with_the_same_defaults(tmp_path: Path) -> None:
+    made = MeZOConfig(output_dir=str(tmp_path))
+    declared = config.arguments(config.Train())
+    del declared["seed"]  # transformers' own
+    assert {name: getattr(made, name) for name in declared} == declared
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,8 @@ from .errors import InputError, nearest
 
 #: In place of a number: to be found by the run itself (:mod:`forwardtune.search.automatic`).
 AUTO = "auto"
+#: Version of the files of ``--config``; one that does not say has this.
+SCHEMA = 1
 #: Steps of a run that is told neither steps nor time.
 STEPS = 1000
 #: Where transformers lets a polynomial schedule end.
@@ -129,9 +131,17 @@ class Option:
         return result
 
 
-def option(default: Any = None, help: str = "", **how: Any) -> Any:
+class _Help(str):
+    """The help of a field, which carries all else that is declared: HfArgumentParser hands whatever metadata hold to argparse."""
+
+    option: Option
+
+
+def option(default: Any, help: str, **how: Any) -> Any:
     """A field that is a setting; ``how`` are attributes of :class:`Option`."""
-    return field(default=default, metadata={"help": help, "option": Option(help, **how)})
+    text = _Help(help)
+    text.option = Option(help, **how)
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass
@@ -160,7 +170,6 @@ class Data:
     batch_size: int = option(
         16,
         "examples in a minibatch",
-        shown="16; adam 8",
         bounds=POSITIVE,
         defaults={"adam": 8},
         argument="per_device_train_batch_size",
@@ -290,8 +299,8 @@ def options(kind: Any) -> dict[str, Option]:
     hints = get_type_hints(kind)
     found = {}
     for one in fields(kind):
-        if "option" in one.metadata:
-            declared: Option = one.metadata["option"]
+        if isinstance(text := one.metadata.get("help"), _Help):
+            declared = text.option
             types = [part for part in get_args(hints[one.name]) if part is not NoneType] or [hints[one.name]]
             own = one.name if one.name in MeZOSettings.__dataclass_fields__ else None
             found[one.name] = replace(
@@ -302,6 +311,12 @@ def options(kind: Any) -> dict[str, Option]:
                 argument=declared.argument or own,
             )
     return found
+
+
+def as_declared(name: str) -> Any:
+    """A field with the default and the help of a setting of ``train``, for a class that has it by another name."""
+    one = options(Train)[name]
+    return field(default=one.default, metadata={"help": one.help})
 
 
 def with_defaults(command: str, given: Mapping[str, Any]) -> Any:

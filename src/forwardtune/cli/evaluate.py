@@ -7,7 +7,7 @@ from typing import Any
 
 from .. import memory
 from ..errors import InputError
-from .options import add_options, describe_run
+from .options import add_options, ask
 from .results import conclude, new_folder
 from .session import Session, open_session
 
@@ -24,7 +24,7 @@ def add_commands(commands: Any) -> None:
 
 def run_eval(parsed: argparse.Namespace) -> None:
     """Evaluate and print one JSON object on stdout."""
-    options = describe_run(parsed, "eval")
+    options = ask(parsed, "eval").describe()
     _new(parsed)
     session = open_session(options, "test", shots=options.shots, calibrate=options.calibrate)
     name = "icl" if options.shots else "zero-shot"
@@ -38,7 +38,7 @@ def run_probe(parsed: argparse.Namespace) -> None:
     """Fit a linear probe, evaluate with it and print one JSON object on stdout."""
     from ..paper.baselines import probe
 
-    options = describe_run(parsed, "probe")
+    options = ask(parsed, "probe").describe()
     _new(parsed)
     session = open_session(options, "train", "dev", "test")
     if session.task.preference is not None:  # its right text is always the first

@@ -16,7 +16,7 @@ from ..config import STEPS
 from ..durations import duration
 from . import methods, say
 from .costs import Cost, measure, seconds_of_run, steps_of_budget, steps_within
-from .options import add_options, describe_run, flag, given
+from .options import add_config, add_options, ask, flag
 from .results import plain
 from .session import Session, open_session
 
@@ -26,6 +26,7 @@ _SPANS = (600.0, 3600.0, 8 * 3600.0)
 def add_commands(commands: Any) -> None:
     """Add ``plan`` to the command line."""
     parser = commands.add_parser("plan", help="say what train would cost: memory, time, and the steps that fit a time")
+    add_config(parser)
     add_options(parser, "plan")
     parser.set_defaults(run=run)
 
@@ -33,7 +34,8 @@ def add_commands(commands: Any) -> None:
 def run(parsed: argparse.Namespace) -> int:
     """Measure three steps and an evaluation, and say what follows."""
     began = time.monotonic()
-    options = describe_run(parsed, "plan")
+    asked = ask(parsed, "plan")
+    options = asked.describe()
     prepare_model = partial(methods.prepare_model, options=options, first=None)
     session = open_session(options, "train", "dev", "test", prepare_model=prepare_model)
     cost = measure(session)
@@ -51,7 +53,7 @@ def run(parsed: argparse.Namespace) -> int:
         wanted = steps_of_budget(options.time_budget - (time.monotonic() - began), cost, session)
         facts["time_budget_seconds"] = options.time_budget
     facts["steps"], facts["seconds"] = wanted, seconds_of_run(wanted, cost, session)
-    _tell(facts, cost, session, _flags(given(parsed, "plan")))
+    _tell(facts, cost, session, _flags(asked.settings))
     if parsed.json:
         print(json.dumps(plain(facts)))
     return 0

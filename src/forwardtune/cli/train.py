@@ -19,13 +19,12 @@ from ..files import read_json
 from ..models import EMBEDDED_MODEL, save_model
 from ..optimizer import NonFiniteLossError
 from ..processes import require_one_process
-from ..refusals import describe
 from ..tasks import get_task, task_names
 from ..tasks.splits import DEFAULT_RULE
 from ..trajectory import Log, read_log
 from . import methods, say
 from .costs import evaluation_steps, measure, measured_examples, steps_of_budget
-from .options import add_options, flag, given
+from .options import add_config, add_options, ask, flag
 from .results import (
     COMPLETIONS,
     HISTORY,
@@ -53,8 +52,9 @@ _SAMPLES = 32
 def add_commands(commands: Any) -> None:
     """Add ``train`` to the command line."""
     parser = commands.add_parser("train", help="tune a model on a task")
-    parser.add_argument("--output-dir", required=True, help="new folder for the tuned model and its step log")
+    parser.add_argument("--output-dir", help="new folder for the tuned model and its step log")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --output-dir")
+    add_config(parser)
     add_options(parser, "train")
     parser.set_defaults(run=run)
 
@@ -63,11 +63,14 @@ def run(parsed: argparse.Namespace) -> int:
     """Tune, evaluate before and after, and write model, step log and metrics."""
     require_one_process()
     began = time.monotonic()
-    folder, log = Path(parsed.output_dir), None
-    asked = _absolute(given(parsed, "train"))  # the log may be read in another folder
+    asked = ask(parsed, "train")
+    if asked.output_dir is None:
+        raise InputError("the following arguments are required: --output-dir, here or in the file of --config")
+    folder, log = Path(asked.output_dir), None
+    settled = _absolute(asked.settings)  # the log may be read in another folder
     if parsed.resume:
-        log, asked = _resumed(asked, folder)
-    options = describe("train", asked, resumed=parsed.resume, spell=flag)
+        log, settled = _resumed(settled, folder)
+    options = asked.describe(settled, resumed=parsed.resume)
     if log is None:
         # A run that was killed before its first step leaves its first evaluation behind, and nothing else.
         begun = not read_json(folder / METRICS).keys() - {"before"}
@@ -76,7 +79,7 @@ def run(parsed: argparse.Namespace) -> int:
     metrics = read_json(folder / METRICS) if log else {}
     if log and "test" in metrics and log.end and _is_done(options, log, metrics):
         say(f"the run in {folder} is complete after {log.steps} steps: nothing to do (more --steps would extend it)")
-        return _report(metrics, parsed, options.method)
+        return _report(metrics, folder, options.method, parsed.json)
 
     prepare = partial(methods.prepare_model, options=options, first=folder / methods.INITIAL if log else None)
     session = open_session(options, "train", "dev", "test", prepare_model=prepare, resumed=log)
@@ -130,7 +133,7 @@ def run(parsed: argparse.Namespace) -> int:
     write_lines(folder / HISTORY, trained.history)
     write_json(folder / OUTCOMES, outcomes)
     write_json(folder / METRICS, metrics)
-    return _report(metrics, parsed, options.method)
+    return _report(metrics, folder, options.method, parsed.json)
 
 
 def _steps(session: Session, began: float) -> int:
@@ -225,7 +228,7 @@ def _absolute(settings: dict[str, Any]) -> dict[str, Any]:
     return {**settings, **{name: os.path.abspath(path) for name, path in places.items() if path.exists()}}
 
 
-def _report(metrics: dict[str, Any], parsed: argparse.Namespace, method: str) -> int:
+def _report(metrics: dict[str, Any], folder: Path, method: str, as_json: bool) -> int:
     """Say what came of it."""
     say()
     table({name: metrics[key] for name, key in (("before", "before"), ("after", "test")) if key in metrics})
@@ -240,7 +243,7 @@ def _report(metrics: dict[str, Any], parsed: argparse.Namespace, method: str) ->
         say("the weights are untuned: no step was better on the dev split")
     elif metrics.get("best_step", metrics["steps"]) != metrics["steps"]:
         say(f"the weights are those of step {metrics['best_step']}, which was best on the dev split")
-    say(f"model, {'steps.jsonl' if method == 'mezo' else HISTORY} and {METRICS} are in {parsed.output_dir}")
-    if parsed.json:
+    say(f"model, {'steps.jsonl' if method == 'mezo' else HISTORY} and {METRICS} are in {folder}")
+    if as_json:
         print(json.dumps(plain(metrics)))
     return 0
