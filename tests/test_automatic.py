@@ -414,6 +414,7 @@ def test_auto_and_numbers_come_from_a_command_line(tmp_path: Path) -> None:
         ["--output_dir", str(tmp_path), "--learning_rate", "1e-5", "--eps", "auto"]
     )
     assert (config.learning_rate, config.eps) == (1e-5, "auto")
+    assert "perturbation scale, or auto" in parser.format_help()
 
 
 @pytest.mark.parametrize("value", [0, -1.0, "fast", math.nan, math.inf, None])

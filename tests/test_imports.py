@@ -20,6 +20,8 @@ LAYERS = (
     {"errors", "files", "memory", "cores"},
     {"noise", "durations", "processes"},
     {"parameters"},
+    {"config"},
+    {"refusals"},
     {"method"},
     {"points"},
     {"optimizer"},
@@ -40,6 +42,8 @@ NEEDS = {
     "noise/cpu.py": {"torch", "numba", "numpy", "llvmlite"},
     "noise/gpu.py": {"torch", "triton"},
     "durations": set(),
+    "config": set(),
+    "refusals": set(),
     "processes": set(),
     "trajectory": {"torch", "safetensors"},
 } | {part: {"torch"} for part in ("parameters", "method", "points", "optimizer", "search", "cores")}

@@ -1,6 +1,6 @@
 """Every option of ``train`` reaches what is built of it.
 
-The options come from the parser: one that is added and not listed here fails the first test.
+The options are the declared settings: one that is added and not listed here fails the first test.
 """
 
 from __future__ import annotations
@@ -15,19 +15,16 @@ import pytest
 import torch
 
 import support
-from forwardtune.cli import methods, train
+from forwardtune import config
+from forwardtune.cli import methods
 from forwardtune.cli.session import Session
-from forwardtune.cli.sweeps import command_options
 from forwardtune.cli.watcher import DevWatcher
-from forwardtune.hf.trainer import MeZOTrainer
+from forwardtune.hf.trainer import MeZOConfig, MeZOTrainer
 from forwardtune.paper.baselines import AdamTrainer
 from forwardtune.trajectory import read_log
 from test_cli import cli
 
 pytestmark = pytest.mark.usefixtures("short_collections")
-
-# What does not describe a run; test_cli.py has tests of each.
-BESIDE = {"help", "output_dir", "resume", "json"}
 
 
 @dataclass
@@ -134,20 +131,19 @@ CASES: dict[str, dict[str, tuple[Any, See, Any]]] = {
 }  # fmt: skip
 
 
-def options_of_train() -> set[str]:
-    return {name.replace("-", "_") for name in command_options()["train"]} - BESIDE
-
-
 def test_every_option_is_listed_with_a_value_that_is_not_its_default() -> None:
-    assert {option for case in CASES.values() for option in case} == options_of_train()
+    declared = config.options(config.Train)
+    assert {option for case in CASES.values() for option in case} == set(declared)
     for case in CASES.values():
         for option, (value, _, _) in case.items():
-            assert value != train.DEFAULTS.get(option), option
+            assert value != declared[option].default, option
 
 
-def test_every_option_is_kept_by_the_step_log() -> None:
-    """What is not kept is forgotten by ``--resume``."""
-    assert set(train._SETTINGS) == options_of_train()
+def test_trainer_has_the_same_settings_with_the_same_defaults(tmp_path: Path) -> None:
+    made = MeZOConfig(output_dir=str(tmp_path))
+    declared = config.arguments(config.Train())
+    del declared["seed"]  # transformers' own
+    assert {name: getattr(made, name) for name in declared} == declared
 
 
 @pytest.fixture(scope="module")

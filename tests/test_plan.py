@@ -17,8 +17,7 @@ import transformers
 
 import support
 from forwardtune import MeZO
-from forwardtune.cli import plan
-from forwardtune.cli.plan import Cost, fill_window, seconds_of_run, steps_within
+from forwardtune.cli.costs import Cost, Rehearsed, fill_window, seconds_of_run, steps_within
 from forwardtune.durations import duration, seconds_of
 from forwardtune.errors import InputError
 from forwardtune.method.rules import Adam, Momentum
@@ -164,7 +163,7 @@ def test_a_rehearsed_step_moves_no_weight(rule: Any, dtype: torch.dtype) -> None
         model.model.norm.weight.copy_(torch.tensor([0.0, -0.0]).repeat(16))
     before = support.snapshot(model)
     optimizer = MeZO(model, lr=1e-3, weight_decay=0.1, rule=rule)
-    optimizer.rule = rehearsed = plan.Rehearsed(optimizer.rule)
+    optimizer.rule = rehearsed = Rehearsed(optimizer.rule)
     for loss in (math.nan, 0.5, 0.5):
         optimizer.step(lambda loss=loss: loss)
         fill_window(optimizer)

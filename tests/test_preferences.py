@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from collections.abc import Sequence
@@ -17,9 +16,9 @@ from safetensors.torch import load_file
 
 import support
 from forwardtune.cli import session as sessions
-from forwardtune.cli import train
 from forwardtune.cli.methods import prepare_model
 from forwardtune.cli.session import open_session
+from forwardtune.config import Train
 from forwardtune.errors import InputError
 from forwardtune.evaluation import evaluate, find_layout, plain_layout, prepare
 from forwardtune.models import forward, load_model
@@ -254,10 +253,10 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
-def options_of(setting: Setting, **changes: Any) -> argparse.Namespace:
+def options_of(setting: Setting, **changes: Any) -> Train:
     """What ``train`` works with."""
     given = {"model": str(setting.model), "task": str(setting.task), "batch_size": 3, "device": "cpu", **changes}
-    return argparse.Namespace(**{**train.DEFAULTS, **given})
+    return Train(**given)
 
 
 @pytest.mark.parametrize("mode", ["all", "lora", "prefix"])

@@ -19,7 +19,6 @@ import pytest
 
 import support
 from forwardtune.cli import main
-from forwardtune.cli.sweeps import command_options
 from forwardtune.durations import duration
 from forwardtune.errors import InputError
 from forwardtune.models import load_model
@@ -31,15 +30,10 @@ from forwardtune.paper.sweep.runner import thread_limits, time_left
 SHIPPED = sorted((Path(__file__).parent.parent / "sweeps").glob("*.yaml"))
 
 
-@pytest.fixture(scope="module")
-def commands() -> Any:
-    return command_options()
-
-
-def read(tmp_path: Path, commands: Any, text: str, data_dir: str | None = None) -> Sweep:
+def read(tmp_path: Path, text: str, data_dir: str | None = None) -> Sweep:
     path = tmp_path / "file.yaml"
     path.write_text(text, encoding="utf-8")
-    return read_sweep(path, commands, data_dir)
+    return read_sweep(path, data_dir)
 
 
 # --- the file --------------------------------------------------------------------------------------------------------
@@ -59,8 +53,8 @@ task-options:
 """
 
 
-def test_a_file_is_the_product_of_its_lists(tmp_path: Path, commands: Any) -> None:
-    runs = read(tmp_path, commands, GRID).runs
+def test_a_file_is_the_product_of_its_lists(tmp_path: Path) -> None:
+    runs = read(tmp_path, GRID).runs
     assert len(runs) == 2 * 1 + 2 * 2 * 4 + 1 * 2
     assert [run.seed for run in runs] == sorted(run.seed for run in runs)  # a whole table for one seed first
     mezo = next(run for run in runs if run.folder == "rte/mezo/lr-3e-5_tune-lora/seed-7")
@@ -73,10 +67,10 @@ def test_a_file_is_the_product_of_its_lists(tmp_path: Path, commands: Any) -> No
     assert {(run.task, run.options["steps"]) for run in runs if run.method == "Adam"} == {("rte", 5)}
 
 
-def test_a_run_is_a_command_line_that_the_commands_understand(tmp_path: Path, commands: Any) -> None:
+def test_a_run_is_a_command_line_that_the_commands_understand(tmp_path: Path) -> None:
     from forwardtune.cli import _parser
 
-    for run in read(tmp_path, commands, GRID, data_dir="data").runs:
+    for run in read(tmp_path, GRID, data_dir="data").runs:
         parsed = _parser().parse_args(run.arguments("out", model="base"))
         assert (parsed.model, parsed.task, parsed.seed) == ("base", run.task, run.seed)
         assert (parsed.output_dir, parsed.data_dir) == ("out", "data")
@@ -84,28 +78,28 @@ def test_a_run_is_a_command_line_that_the_commands_understand(tmp_path: Path, co
             assert getattr(parsed, name.replace("-", "_")) == value
 
 
-def test_tasks_that_bring_their_data_are_not_sent_to_the_folder(tmp_path: Path, commands: Any) -> None:
+def test_tasks_that_bring_their_data_are_not_sent_to_the_folder(tmp_path: Path) -> None:
     text = "model: m\ntasks: [reviews, sst2]\nmethods:\n  A: {command: train, steps: 1}\n"
-    runs = read(tmp_path, commands, text, data_dir="data").runs
+    runs = read(tmp_path, text, data_dir="data").runs
     assert {run.task: run.options.get("data-dir") for run in runs} == {"reviews": None, "sst2": "data"}
 
 
-def test_numbers_and_flags_are_read_as_the_command_line_reads_them(tmp_path: Path, commands: Any) -> None:
+def test_numbers_and_flags_are_read_as_the_command_line_reads_them(tmp_path: Path) -> None:
     """YAML 1.1 reads 1e-6 as text, 1.0e-6 as a number."""
     text = "model: m\ntasks: sst2\nmethods:\n  A: {command: train, lr: [1e-6, 0.002], no-before: true}\n"
     text += "  B: {command: eval, calibrate: [true, false]}\n"
-    first, second, calibrated, plain = read(tmp_path, commands, text).runs
+    first, second, calibrated, plain = read(tmp_path, text).runs
     assert (first.options["lr"], second.options["lr"]) == (1e-6, 0.002)
     assert "--no-before" in first.arguments("D")
     assert "--calibrate" in calibrated.arguments("D")
     assert "--calibrate" not in plain.arguments("D")
     assert (calibrated.folder, plain.folder) == ("sst2/b/calibrate-true/seed-0", "sst2/b/calibrate-false/seed-0")
-    same = read(tmp_path, commands, text.replace("1e-6", "0.000001").replace("0.002", "2.0e-3")).runs
+    same = read(tmp_path, text.replace("1e-6", "0.000001").replace("0.002", "2.0e-3")).runs
     assert [run.folder for run in same] == [run.folder for run in (first, second, calibrated, plain)]
 
 
-def test_several_models_have_folders_of_their_own(tmp_path: Path, commands: Any) -> None:
-    sweep = read(tmp_path, commands, "model: [a/one, two.gguf]\ntasks: sst2\nmethods: {Z: {command: eval}}")
+def test_several_models_have_folders_of_their_own(tmp_path: Path) -> None:
+    sweep = read(tmp_path, "model: [a/one, two.gguf]\ntasks: sst2\nmethods: {Z: {command: eval}}")
     assert [run.folder for run in sweep.runs] == ["one/sst2/z/seed-0", "two/sst2/z/seed-0"]
 
 
@@ -152,17 +146,15 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("text", "message"), WRONG.items(), ids=range(len(WRONG)))
-def test_what_is_wrong_in_a_file_is_said_before_anything_runs(
-    tmp_path: Path, commands: Any, text: str, message: str
-) -> None:
+def test_what_is_wrong_in_a_file_is_said_before_anything_runs(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(InputError, match=r"file\.yaml") as caught:
-        read(tmp_path, commands, text)
+        read(tmp_path, text)
     assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_the_shipped_files_are_right(commands: Any, path: Path) -> None:
-    sweep = read_sweep(path, commands)
+def test_the_shipped_files_are_right(path: Path) -> None:
+    sweep = read_sweep(path)
     assert {run.method for run in sweep.runs} == set(sweep.methods)
     if path.stem == "opt-13b":  # the paper's grid
         assert len(sweep.tasks) == 11

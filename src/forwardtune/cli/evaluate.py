@@ -7,57 +7,39 @@ from typing import Any
 
 from .. import memory
 from ..errors import InputError
+from .options import add_options, ask
 from .results import conclude, new_folder
-from .session import MODEL_DEFAULTS, Session, fill, open_session
-
-DEFAULTS: dict[str, Any] = {**MODEL_DEFAULTS, "shots": 0, "objective": "loss"}
+from .session import Session, open_session
 
 
 def add_commands(commands: Any) -> None:
     """Add ``eval`` and ``probe`` to the command line."""
-    from . import add_model_options
-
-    parser = commands.add_parser("eval", help="measure a model on a task's test examples; prints one JSON object")
-    add_model_options(parser)
-    parser.add_argument("--shots", type=int, help="demonstrations before every prompt: in-context learning [0]")
-    parser.add_argument(
-        "--objective", help="rewards to measure generated text by: module:function, or a sum of several"
-    )
-    parser.add_argument("--calibrate", action="store_true", help="divide by each answer's likelihood without content")
-    parser.add_argument("--output-dir", help="new folder for metrics.json")
-    parser.set_defaults(run=run_eval)
-
-    parser = commands.add_parser("probe", help="linear probing: logistic regression on the frozen model's features")
-    add_model_options(parser)
-    parser.add_argument("--output-dir", help="new folder for metrics.json")
-    parser.set_defaults(run=run_probe)
+    evaluated = commands.add_parser("eval", help="measure a model on a task's test examples; prints one JSON object")
+    probed = commands.add_parser("probe", help="linear probing: logistic regression on the frozen model's features")
+    for parser, command, run in ((evaluated, "eval", run_eval), (probed, "probe", run_probe)):
+        add_options(parser, command)
+        parser.add_argument("--output-dir", help="new folder for metrics.json")
+        parser.set_defaults(run=run)
 
 
-def run_eval(options: argparse.Namespace) -> None:
+def run_eval(parsed: argparse.Namespace) -> None:
     """Evaluate and print one JSON object on stdout."""
-    fill(options, DEFAULTS)
-    if options.shots < 0:
-        raise InputError(f"--shots must not be negative, got {options.shots}")
-    _new(options)
-    if options.objective != "loss" and ":" not in options.objective:
-        raise InputError(
-            f"--objective {options.objective}: eval always measures the task's own metric and loss. Give a reward, "
-            "module:function, or leave it out"
-        )
+    options = ask(parsed, "eval").describe()
+    _new(parsed)
     session = open_session(options, "test", shots=options.shots, calibrate=options.calibrate)
     name = "icl" if options.shots else "zero-shot"
     metrics = session.facts("eval", f"{name}-calibrated" if options.calibrate else name)
     if options.shots:
         metrics["demonstrations"] = session.demonstrations
-    conclude(_measure(session, metrics), options)
+    conclude(_measure(session, metrics), parsed)
 
 
-def run_probe(options: argparse.Namespace) -> None:
+def run_probe(parsed: argparse.Namespace) -> None:
     """Fit a linear probe, evaluate with it and print one JSON object on stdout."""
     from ..paper.baselines import probe
 
-    fill(options, MODEL_DEFAULTS)
-    _new(options)
+    options = ask(parsed, "probe").describe()
+    _new(parsed)
     session = open_session(options, "train", "dev", "test")
     if session.task.preference is not None:  # its right text is always the first
         raise InputError(
@@ -77,7 +59,7 @@ def run_probe(options: argparse.Namespace) -> None:
         **few,
     ) as fitted:
         metrics["C"] = fitted.C
-        conclude(_measure(session, metrics), options)
+        conclude(_measure(session, metrics), parsed)
 
 
 def _measure(session: Session, metrics: dict[str, Any]) -> dict[str, Any]:
@@ -88,6 +70,6 @@ def _measure(session: Session, metrics: dict[str, Any]) -> dict[str, Any]:
     return metrics
 
 
-def _new(options: argparse.Namespace) -> None:
-    if options.output_dir:
-        new_folder(options.output_dir)
+def _new(parsed: argparse.Namespace) -> None:
+    if parsed.output_dir:
+        new_folder(parsed.output_dir)

@@ -8,11 +8,12 @@ import math
 from pathlib import Path
 from typing import Any
 
+from ..config import recorded
 from ..models import load_model, save_model
 from ..trajectory import export_trajectory, read_log, replay
 from ..trajectory.export import read_trajectory
 from ..trajectory.updates import trajectory_of
-from . import methods, say, train
+from . import methods, say
 from .results import new_folder
 from .session import bar, reach
 
@@ -50,12 +51,11 @@ def run_replay(options: argparse.Namespace) -> None:
     transformers.utils.logging.disable_progress_bar()
     dtypes = {tensor["dtype"] for tensor in trajectory.header["tensors"]}
     say(f"loading {options.model}")
-    settings = {**train.DEFAULTS, **trajectory.header["run"]}
-    adapted = settings["tune"] in ("lora", "prefix")  # then the logged dtype is the adapter's, not the model's
-    dtype = dtypes.pop() if len(dtypes) == 1 and not adapted else settings["dtype"]
+    run = recorded(trajectory.header["run"])
+    adapted = run.tune in ("lora", "prefix")  # then the logged dtype is the adapter's, not the model's
+    dtype = dtypes.pop() if len(dtypes) == 1 and not adapted else run.dtype
     model, tokenizer = load_model(options.model, dtype=dtype, device=options.device)
     if adapted:
-        run = argparse.Namespace(**settings)
         model = methods.prepare_model(model, tokenizer, options=run, first=Path(options.log).parent / methods.INITIAL)
     with bar(len(trajectory.header["tensors"]), "replaying", "tensor") as progress:
         steps = replay(trajectory, model, steps=options.steps, progress=reach(progress))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import gc
 import math
 import warnings
@@ -18,11 +17,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .. import memory
+from ..config import AUTO, Train, arguments
 from ..errors import InputError
 from ..evaluation import training_objective
 from ..models import load_model, tune
 from ..objectives import Sampling, TaskObjective
-from ..search.auto import AUTO
 from ..tasks.batching import collate
 from ..tasks.encoding import Encoded
 from ..trajectory import Log, read_log, replay
@@ -53,7 +52,7 @@ class Trained:
     history: list[dict[str, Any]]
 
 
-def prepare_model(model: Any, tokenizer: Any, *, options: argparse.Namespace, first: Path | None) -> Any:
+def prepare_model(model: Any, tokenizer: Any, *, options: Train, first: Path | None) -> Any:
     """The model with what is to be tuned. An adapter takes its first weights from the file, if there is one."""
     targets = [name for part in (options.lora_targets or "").split(",") if (name := part.strip())] or None
     model = tune(
@@ -180,21 +179,7 @@ def make_trainer(
         config = MeZOConfig(
             output_dir=str(folder),
             max_steps=steps,
-            per_device_train_batch_size=options.batch_size,
-            learning_rate=options.lr,
-            lr_scheduler_type=options.lr_scheduler,
-            weight_decay=options.weight_decay,
-            eps=options.eps,
-            estimator=options.estimator,
-            probes=options.probes,
-            normalize=options.normalize,
-            rule=options.rule,
-            momentum=options.momentum,
-            rule_state=options.rule_state,
-            direction=options.direction,
-            perturbation=perturbation_of(session, objective),
-            clip_coefficient=options.clip_coefficient,
-            seed=options.seed,
+            **{**arguments(options), "perturbation": perturbation_of(session, objective)},
             save_strategy="steps" if options.save_steps else "no",
             save_steps=options.save_steps or 500,
             report_to=[],

@@ -72,10 +72,11 @@ class Parser(argparse.ArgumentParser):
         first = next((one for one in unknown if one.startswith("-")), unknown[0])
         given = first.partition("=")[0]
         known = [name for name in self._option_string_actions if name.startswith("--")]
-        self.error(f"unrecognized arguments: {' '.join(unknown)}{_hint(given, known) if given.startswith('-') else ''}")
+        self.error(f"unrecognized arguments: {' '.join(unknown)}{hint(given, known) if given.startswith('-') else ''}")
 
 
-def _hint(given: str, known: Sequence[str]) -> str:
+def hint(given: str, known: Sequence[str]) -> str:
+    """``"; did you mean --X?"`` for an option that is none of the known ones, or nothing."""
     name = given.lstrip("-").replace("_", "-").lower()
     ours = f"--{_ELSEWHERE.get(name, name)}"
     if ours in known:

@@ -81,10 +81,10 @@ def resume_command(folder: Path, objective: str) -> str:
     return f"forwardtune train --output-dir {shlex.quote(str(folder))} --resume{named}"
 
 
-def conclude(metrics: dict[str, Any], options: argparse.Namespace) -> None:
+def conclude(metrics: dict[str, Any], parsed: argparse.Namespace) -> None:
     """Write what was measured to the run's folder, if it has one, and print it on stdout."""
-    if options.output_dir:
-        folder = Path(options.output_dir)
+    if parsed.output_dir:
+        folder = Path(parsed.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / METRICS, metrics)
     print(json.dumps(plain(metrics)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import random
 import sys
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from .. import memory
+from ..config import settings
 from ..cores import SharedCores
 from ..errors import InputError
 from ..evaluation import evaluate, find_layout, prepare
@@ -26,22 +26,8 @@ from ..tasks import BadRowsError, Split, Task, doubts, get_task, load_splits
 from ..tasks.batching import Layout
 from ..tasks.encoding import Encoded, Encoder
 from ..trajectory import Log
-from . import positive, say
+from . import say
 from .results import METRICS
-
-MODEL_DEFAULTS: dict[str, Any] = {
-    "dtype": "auto",
-    "device": None,
-    "batch_size": 16,
-    "max_length": 2048,
-    "train_examples": 1000,
-    "dev_examples": None,
-    "test_examples": 1000,
-    "per_class": None,
-    "seed": 0,
-    "data_dir": None,
-    "on_bad_row": "refuse",
-}
 
 
 @dataclass
@@ -49,6 +35,7 @@ class Session:
     """A loaded model, its task as it is put to that kind of model, and the encoded splits.
 
     Attributes:
+        options: what describes the run (:mod:`forwardtune.config`).
         calibrations: of the test split, where they were asked for.
         truncated: how many prompts were cut.
         demonstrations: how many stand before every prompt.
@@ -62,7 +49,7 @@ class Session:
     task: Task
     splits: dict[str, list[Encoded]]
     layout: Layout
-    options: argparse.Namespace
+    options: Any
     calibrations: list[Encoded] | None = None
     truncated: int = 0
     demonstrations: int = 0
@@ -115,14 +102,13 @@ class Session:
 
     def facts(self, command: str, method: str) -> dict[str, Any]:
         """What every command's ``metrics.json`` begins with."""
-        hidden = ("run", "json", "output_dir", "resume")
         return {
             "command": command,
             "method": method,
             "model": self.options.model,
             "task": self.task.name,
             "metric": self.metric,
-            "settings": {k: v for k, v in vars(self.options).items() if k not in hidden and v is not None},
+            "settings": settings(self.options),
             "splits": self.sizes,
             "split_rule": self.task.splits,
             "truncated_prompts": self.truncated,
@@ -141,16 +127,17 @@ class Session:
 
 
 def open_session(
-    options: argparse.Namespace,
+    options: Any,
     *wanted: str,
     shots: int = 0,
     calibrate: bool = False,
     prepare_model: Callable[[Any, Any], Any] | None = None,
     resumed: Log | None = None,
 ) -> Session:
-    """Check the options, then load task, data and model, in that order: what is cheap to refuse is refused first.
+    """Load task, data and model, in that order: what is cheap to refuse is refused first.
 
     Args:
+        options: what describes the run (:mod:`forwardtune.config`).
         wanted: the splits to encode.
         shots: demonstrations before every prompt, drawn from the training split.
         calibrate: encode the test examples without content too.
@@ -158,14 +145,6 @@ def open_session(
         resumed: the log of the run that goes on, with the number of threads that it had.
     """
     cores = SharedCores(say)
-    for name in ("model", "task"):
-        if not getattr(options, name):
-            raise InputError(f"--{name} is missing")
-    positive(options, "batch_size", "max_length", "train_examples", "test_examples", "per_class")
-    if options.dev_examples is not None and options.dev_examples < 0:
-        raise InputError(f"--dev-examples must not be negative, got {options.dev_examples}")
-    if not 0 <= options.seed < 2**32:
-        raise InputError(f"--seed must be from 0 to 4294967295, got {options.seed}")
     task = get_task(options.task)
     rewards = _rewards(task, options)
     splits = _load_splits(task, options, [*wanted, "train"] if shots and "train" not in wanted else wanted)
@@ -234,7 +213,7 @@ def open_session(
     return session
 
 
-def _load_splits(task: Task, options: argparse.Namespace, wanted: Sequence[str]) -> dict[str, Split]:
+def _load_splits(task: Task, options: Any, wanted: Sequence[str]) -> dict[str, Split]:
     """The splits, with a line for what was left out of them and for what makes them doubtful."""
     names = ("data_dir", "train_examples", "dev_examples", "test_examples", "per_class", "seed", "on_bad_row")
     try:
@@ -249,7 +228,7 @@ def _load_splits(task: Task, options: argparse.Namespace, wanted: Sequence[str])
     return splits
 
 
-def _rewards(task: Task, options: argparse.Namespace) -> list[Reward]:
+def _rewards(task: Task, options: Any) -> list[Reward]:
     """The reward functions among the objective's terms."""
     objective = getattr(options, "objective", "loss")
     terms = parse(objective, task) if objective != "loss" else []
@@ -317,10 +296,3 @@ def bar(total: int, description: str, unit: str, initial: int = 0) -> Any:
 def reach(progress: Any) -> Callable[[int, int], object]:
     """A function that moves the bar to ``done``."""
     return lambda done, total: progress.update(done - progress.n)
-
-
-def fill(options: argparse.Namespace, defaults: dict[str, Any]) -> None:
-    """Give options that were not set their defaults."""
-    for name, value in defaults.items():
-        if getattr(options, name, None) is None:
-            setattr(options, name, value)

@@ -11,8 +11,7 @@ from ..paper.report import write_report
 from ..paper.sweep import SweepFolder, read_sweep, run_sweep
 from ..paper.sweep.bases import prepare_bases
 from ..paper.sweep.plan import slug
-from ..paper.sweep.reader import Commands
-from . import positive, say
+from . import say
 
 
 def add_commands(commands: Any) -> None:
@@ -34,8 +33,9 @@ def add_commands(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Do the runs of a sweep file that are not done yet. 1 if some failed."""
-    positive(options, "jobs")
-    sweep = read_sweep(Path(options.file), command_options(), options.data_dir)
+    if options.jobs < 1:
+        raise InputError(f"--jobs must be positive, got {options.jobs}")
+    sweep = read_sweep(Path(options.file), options.data_dir)
     folder = SweepFolder(Path(options.output_dir or Path("runs") / slug(sweep.name)))
     if options.dry_run:
         folder.require_same_runs(sweep.runs)
@@ -73,22 +73,3 @@ def run_report(options: argparse.Namespace) -> None:
     output = Path(options.output_dir) if options.output_dir else folder
     for path in write_report(folder, output, plots=not options.no_plots):
         say(str(path))
-
-
-def command_options() -> Commands:
-    """The options of every command, by their names without dashes."""
-    from . import _parser
-
-    parsers: dict[str, argparse.ArgumentParser] = {}
-    for action in _parser()._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            parsers = action.choices
-    return {
-        command: {
-            name.removeprefix("--"): action
-            for action in parser._actions
-            for name in action.option_strings
-            if name.startswith("--")
-        }
-        for command, parser in parsers.items()
-    }

@@ -10,21 +10,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..durations import duration, seconds_of
+from ..config import STEPS, Train, settings
+from ..config import options as options_of
+from ..durations import duration
 from ..errors import InputError
 from ..evaluation import sign_test
 from ..files import read_json
-from ..method.estimators import ESTIMATORS, NORMALIZATIONS
-from ..method.moments import STATES
-from ..method.rules import RULES
 from ..models import EMBEDDED_MODEL, save_model
 from ..optimizer import NonFiniteLossError
 from ..processes import require_one_process
-from ..search.auto import AUTO, MEASUREMENTS, number_or_auto
 from ..tasks import get_task, task_names
 from ..tasks.splits import DEFAULT_RULE
 from ..trajectory import Log, read_log
-from . import add_model_options, methods, positive, say
+from . import methods, say
+from .costs import evaluation_steps, measure, measured_examples, steps_of_budget
+from .options import add_config, add_options, ask, flag
 from .results import (
     COMPLETIONS,
     HISTORY,
@@ -38,144 +38,39 @@ from .results import (
     write_json,
     write_lines,
 )
-from .session import MODEL_DEFAULTS, Session, fill, open_session
+from .session import Session, open_session
 
-DEFAULTS: dict[str, Any] = {
-    **MODEL_DEFAULTS,
-    "method": "mezo",
-    "tune": "all",
-    "lora_rank": 8,
-    "lora_alpha": 16.0,
-    "lora_targets": None,
-    "prefix_length": 5,
-    "estimator": "spsa",
-    "probes": 1,
-    "normalize": "none",
-    "rule": "sgd",
-    "momentum": 0.9,
-    "rule_state": "auto",
-    "direction": "gaussian",
-    "perturbation": "auto",
-    "weight_decay": 0.0,
-    "lr_scheduler": "constant",
-    "clip_coefficient": None,
-    "save_steps": None,
-    "eval_steps": None,
-    "patience": None,
-    "objective": "loss",
-    "temperature": 0.0,
-    "log_completions": None,
-}
-#: Steps of a run that is told neither steps nor time.
-STEPS = 1000
-_MEZO = {"lr": AUTO, "eps": AUTO}
-_ADAM = {"lr": 1e-5, "eps": None, "batch_size": 8}
 _ADAM_EPOCHS = 5
-_LEAST_MEASURED = 64
 # Where the step log keeps how many development examples are measured.
 _MEASURED = "dev_measured"
-# Where transformers lets a polynomial schedule end.
-_POLYNOMIAL_END = 1e-7
 # The rule that drew the splits; logs that do not say were drawn by the default one.
 _RULE = "split_rule"
-_SCHEDULERS = ("constant", "linear", "cosine", "inverse_sqrt", "polynomial")
-# What a resumed run may change; the rest comes from its log.
-_FREE = ("device", "steps", "save_steps", "eval_steps", "patience", "log_completions", "data_dir", "no_before")
-# What may name a file or a folder.
-_PLACES = ("model", "task", "data_dir")
-# What has an effect with one method, or on one way to tune, alone.
-_ONLY: dict[tuple[str, ...], tuple[str, ...]] = {
-    ("--method mezo",): (
-        "objective",
-        "temperature",
-        "log_completions",
-        "eps",
-        "estimator",
-        "probes",
-        "normalize",
-        "rule",
-        "rule_state",
-        "momentum",
-        "direction",
-        "perturbation",
-        "clip_coefficient",
-        "save_steps",
-        "time_budget",
-    ),
-    ("--rule momentum",): ("momentum",),
-    ("--rule momentum", "--rule adam"): ("rule_state",),
-    ("--tune lora",): ("lora_rank", "lora_alpha", "lora_targets"),
-    ("--tune prefix",): ("prefix_length",),
-}
 # Test examples of which the completions are kept.
 _SAMPLES = 32
-_SETTINGS = ("model", "task", "lr", "eps", "steps", "time_budget", "no_before", *DEFAULTS)
 
 
 def add_commands(commands: Any) -> None:
     """Add ``train`` to the command line."""
     parser = commands.add_parser("train", help="tune a model on a task")
-    parser.add_argument("--output-dir", required=True, help="new folder for the tuned model and its step log")
+    parser.add_argument("--output-dir", help="new folder for the tuned model and its step log")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --output-dir")
-    add_options(parser)
+    add_config(parser)
+    add_options(parser, "train")
     parser.set_defaults(run=run)
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """What describes a run."""
-    add_model_options(parser)
-    parser.add_argument("--method", choices=tuple(methods.METHODS), help="mezo, or adam: backpropagation [mezo]")
-    parser.add_argument(
-        "--objective", help="loss, accuracy, f1, exact_match, module:function, file.py:function, or a sum [loss]"
-    )
-    parser.add_argument("--temperature", type=float, help="of sampled text; 0 takes the likeliest tokens [0]")
-    parser.add_argument(
-        "--log-completions",
-        type=int,
-        metavar="STEPS",
-        help="write what the model wrote at every so many steps, and before and after, to completions.jsonl [not]",
-    )
-    parser.add_argument("--tune", help="all, lora, prefix, or a pattern of parameter names [all]")
-    parser.add_argument("--lora-rank", type=int, help="width of the LoRA matrices [8]")
-    parser.add_argument("--lora-alpha", type=float, help="scale of LoRA, times 1/rank [16]")
-    parser.add_argument("--lora-targets", help="names of the layers to adapt, by commas [query and value projections]")
-    parser.add_argument("--prefix-length", type=int, help="positions of the prefix [5]")
-    parser.add_argument("--steps", type=int, help="optimizer steps [1000; adam: 5 epochs]")
-    parser.add_argument("--time-budget", type=_seconds, help="as many steps as fit this time: 90s, 30m, 1h30m")
-    parser.add_argument(
-        "--lr", type=_number_or_auto, help="learning rate, or auto: found on held-out data [auto; adam 1e-5]"
-    )
-    parser.add_argument("--eps", type=_number_or_auto, help="perturbation scale, or auto: measured [auto]")
-    parser.add_argument("--probes", type=int, help="directions a step; each costs two forward passes [1]")
-    parser.add_argument("--estimator", choices=tuple(ESTIMATORS), help="two-sided spsa, or one_sided probes [spsa]")
-    parser.add_argument("--normalize", choices=NORMALIZATIONS, help="units of coefficients over the probes [none]")
-    parser.add_argument("--rule", choices=tuple(RULES), help="how coefficients move the weights [sgd]")
-    parser.add_argument("--momentum", type=float, help="of --rule momentum [0.9]")
-    parser.add_argument("--rule-state", choices=STATES, help="moments of momentum and adam: kept, or rebuilt [auto]")
-    parser.add_argument("--direction", choices=("gaussian", "rademacher"), help="distribution of directions [gaussian]")
-    parser.add_argument("--perturbation", choices=("auto", "scratch", "copy"), help="how to perturb [auto]")
-    parser.add_argument("--weight-decay", type=float, help="decoupled, not on norms and biases [0]")
-    parser.add_argument("--lr-scheduler", choices=_SCHEDULERS, help="course of the learning rate [constant]")
-    parser.add_argument("--clip-coefficient", type=float, help="largest magnitude of a projected gradient [none]")
-    parser.add_argument(
-        "--eval-steps",
-        type=int,
-        help="measure the dev split so often and keep the best step's weights [--lr auto: 20 times in a run]",
-    )
-    parser.add_argument("--patience", type=int, help="stop after so many of these without improvement [never]")
-    parser.add_argument("--save-steps", type=int, help="also save a checkpoint every so many steps [none]")
-    parser.add_argument("--no-before", action="store_true", default=None, help="do not evaluate the untuned model")
-
-
-def run(options: argparse.Namespace) -> int:
+def run(parsed: argparse.Namespace) -> int:
     """Tune, evaluate before and after, and write model, step log and metrics."""
     require_one_process()
     began = time.monotonic()
-    folder = Path(options.output_dir)
-    for name in _PLACES:  # the log may be read in another folder
-        setattr(options, name, _absolute(getattr(options, name)))
-    log = _resumed(options, folder) if options.resume else None
-    settle(options, log)
+    asked = ask(parsed, "train")
+    if asked.output_dir is None:
+        raise InputError("the following arguments are required: --output-dir, here or in the file of --config")
+    folder, log = Path(asked.output_dir), None
+    settled = _absolute(asked.settings)  # the log may be read in another folder
+    if parsed.resume:
+        log, settled = _resumed(settled, folder)
+    options = asked.describe(settled, resumed=parsed.resume)
     if log is None:
         # A run that was killed before its first step leaves its first evaluation behind, and nothing else.
         begun = not read_json(folder / METRICS).keys() - {"before"}
@@ -184,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
     metrics = read_json(folder / METRICS) if log else {}
     if log and "test" in metrics and log.end and _is_done(options, log, metrics):
         say(f"the run in {folder} is complete after {log.steps} steps: nothing to do (more --steps would extend it)")
-        return _report(metrics, options)
+        return _report(metrics, folder, options.method, parsed.json)
 
     prepare = partial(methods.prepare_model, options=options, first=folder / methods.INITIAL if log else None)
     session = open_session(options, "train", "dev", "test", prepare_model=prepare, resumed=log)
@@ -238,46 +133,19 @@ def run(options: argparse.Namespace) -> int:
     write_lines(folder / HISTORY, trained.history)
     write_json(folder / OUTCOMES, outcomes)
     write_json(folder / METRICS, metrics)
-    return _report(metrics, options)
-
-
-def settle(options: argparse.Namespace, log: Log | None = None) -> None:
-    """Give options their defaults, and refuse what cannot be."""
-    if log is None:
-        _refuse_idle(options)
-    _fill(options)
-    _check(options)
-
-
-def evaluation_steps(options: argparse.Namespace, steps: int) -> int | None:
-    """Steps between measurements of the development split: as told, or 20 in a run that finds its learning rate."""
-    if options.eval_steps is not None or options.lr != AUTO or options.dev_examples == 0:
-        return options.eval_steps
-    return max(1, steps // MEASUREMENTS)
-
-
-def measured_examples(options: argparse.Namespace, steps: int, examples: int) -> int:
-    """How many of the development examples are measured: all, unless the user said neither how many nor how often.
-
-    Then 20 measurements take a quarter of the passes that the steps take, but at least 64 examples each.
-    """
-    if options.lr != AUTO or options.eval_steps is not None or options.dev_examples is not None:
-        return examples
-    return min(examples, max(_LEAST_MEASURED, steps * options.batch_size // (2 * MEASUREMENTS)))
+    return _report(metrics, folder, options.method, parsed.json)
 
 
 def _steps(session: Session, began: float) -> int:
     """The steps of a run that was not told them."""
-    from . import plan
-
     options = session.options
     if options.method == "adam":
         return max(1, _ADAM_EPOCHS * len(session.splits["train"]) // options.batch_size)
     if not options.time_budget:
         return STEPS
-    cost = plan.measure(session)
+    cost = measure(session)
     left = options.time_budget - (time.monotonic() - began)
-    steps = plan.steps_of_budget(left, cost, session)
+    steps = steps_of_budget(left, cost, session)
     last = len(session.splits["test"]) + measured_examples(options, steps, len(session.splits.get("dev", ())))
     session.deadline = began + options.time_budget - last * cost.evaluation
     say(f"{cost.step:.2f} s a step: {steps} steps fit the {duration(left)} that are left")
@@ -299,134 +167,68 @@ def _samples(session: Session, step: int, texts: list[str], outcomes: list[float
     ]
 
 
-def settings(options: argparse.Namespace) -> dict[str, Any]:
-    """What the step log records of a run."""
-    return {key: value for key in _SETTINGS if (value := getattr(options, key)) is not None}
-
-
-def _fill(options: argparse.Namespace) -> None:
-    """Defaults, which depend on the method."""
-    method = options.method or DEFAULTS["method"]
-    fill(options, {**DEFAULTS, **(_ADAM if method == "adam" else _MEZO)})
-
-
-def _check(options: argparse.Namespace) -> None:
-    positive(
-        options, "steps", "probes", "save_steps", "eval_steps", "patience", "log_completions",
-        "clip_coefficient", "lora_rank", "lora_alpha", "prefix_length",
-    )  # fmt: skip
-    if options.method == "adam" and options.lr == AUTO:
-        raise InputError("--lr auto is found with forward passes, by --method mezo: give a number for adam")
-    if options.steps is not None and options.time_budget is not None and not options.resume:
-        raise InputError("--steps and --time-budget both say how long to tune: leave one of them out")
-    if options.patience is not None and evaluation_steps(options, options.steps or STEPS) is None:
-        raise InputError("--patience counts measurements of the dev split: give --eval-steps too")
-    if options.normalize != "none" and options.probes < 2:
-        raise InputError(
-            f"--normalize {options.normalize} compares the probes of a step, and there is one: give --probes 2 or more"
-        )
-    if not 0 <= options.momentum < 1:
-        raise InputError(f"--momentum must be a number from 0 up to 1, 1 excluded, got {options.momentum}")
-    if options.lr_scheduler == "polynomial" and options.lr != AUTO and options.lr <= _POLYNOMIAL_END:
-        raise InputError(
-            f"--lr-scheduler polynomial ends at a learning rate of {_POLYNOMIAL_END:g}, and --lr is {options.lr:g}: "
-            "give a larger one, or --lr-scheduler linear"
-        )
-    if not 0 <= options.weight_decay < float("inf"):
-        raise InputError(f"--weight-decay must be a number that is not negative, got {options.weight_decay}")
-    if not 0 <= options.temperature < float("inf"):
-        raise InputError(f"--temperature must be a number that is not negative, got {options.temperature}")
-    if options.device is not None and ":" in options.device:
-        raise InputError(
-            f"training runs on the first device of its kind, not on {options.device}: choose it with "
-            "CUDA_VISIBLE_DEVICES, and give --device cuda"
-        )
-
-
-def _number_or_auto(text: str) -> float | str:
-    try:
-        return number_or_auto(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _seconds(text: str) -> float:
-    try:
-        return seconds_of(text)
-    except InputError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _refuse_idle(options: argparse.Namespace) -> None:
-    """Raise InputError for an option that would have no effect."""
-    method, mode, rule = (getattr(options, name) or DEFAULTS[name] for name in ("method", "tune", "rule"))
-    for belongs, names in _ONLY.items():
-        for name in names:
-            chosen = {f"--method {method}", f"--tune {mode}", f"--rule {rule}"}
-            if getattr(options, name) is not None and chosen.isdisjoint(belongs):
-                raise InputError(f"--{name.replace('_', '-')} belongs to {' or '.join(belongs)}: leave it out")
-    if options.eval_steps is not None and options.dev_examples == 0:
-        raise InputError("--eval-steps measures development examples, and --dev-examples is 0: leave one of them out")
-
-
-def _is_done(options: argparse.Namespace, log: Log, metrics: dict[str, Any]) -> bool:
+def _is_done(options: Train, log: Log, metrics: dict[str, Any]) -> bool:
     """Whether a run has all its steps, or ended early as it was told to, and no more are asked for."""
-    return bool(log.steps >= options.steps or ("stopped" in metrics and options.steps <= log.header["run"]["steps"]))
+    steps = options.steps or log.header["run"]["steps"]
+    return bool(log.steps >= steps or ("stopped" in metrics and steps <= log.header["run"]["steps"]))
 
 
-def _resumed(options: argparse.Namespace, folder: Path) -> Log:
-    """The log of the run in the folder; its settings become the options."""
-    if options.method == "adam":
+def _resumed(asked: dict[str, Any], folder: Path) -> tuple[Log, dict[str, Any]]:
+    """The log of the run in the folder, and the run's settings: the log's, with what was asked for that may change."""
+    if asked.get("method") == "adam":
         raise InputError("--method adam keeps no step log to resume from: run it again in a new folder")
     if not (folder / "steps.jsonl").is_file():
         raise InputError(f"{folder} holds no run to resume (no steps.jsonl): start one without --resume")
     log = read_log(folder / "steps.jsonl")
-    objective = str(log.header["run"].get("objective"))
-    if options.objective is None and ":" in objective:  # a log may come from anyone
+    header = log.header["run"]
+    objective = str(header.get("objective"))
+    if "objective" not in asked and ":" in objective:  # a log may come from anyone
         raise InputError(
             f"the run in {folder} is rewarded by {objective}, which is code, and is not imported because a log names it. "
             f"If you know it, name it again: {resume_command(folder, objective)}"
         )
-    for name in _SETTINGS:
-        recorded, given = log.header["run"].get(name), getattr(options, name)
-        if name in _FREE:
-            setattr(options, name, recorded if given is None else given)
+    settled = {}
+    for name, one in options_of(Train).items():
+        recorded, wanted = header.get(name), asked.get(name)
+        if one.free:
+            settled[name] = recorded if wanted is None else wanted
             continue
-        if name in _PLACES:
-            recorded = _absolute(recorded)
+        if one.is_place:
+            recorded = _absolute({name: recorded})[name]
             if recorded is not None and Path(recorded).is_absolute() and not Path(recorded).exists():
-                if given is None:
+                if wanted is None:
                     raise InputError(
                         f"the run in {folder} has --{name} {recorded}, which is not there: say where it is now"
                     )
-                if (
-                    Path(given).name == Path(recorded).name
-                ):  # it was moved; a model is known by the digest of its weights
-                    recorded = given
-        if given is not None and given != recorded:
+                if Path(wanted).name == Path(recorded).name:
+                    recorded = wanted  # it was moved; a model is known by the digest of its weights
+        if wanted is not None and wanted != recorded:
             raise InputError(
-                f"the run in {folder} has --{name.replace('_', '-')} {recorded}, not {given}: leave the option out to "
+                f"the run in {folder} has {flag(name)} {recorded}, not {wanted}: leave the option out to "
                 "resume it, or start another run in another folder"
             )
-        setattr(options, name, recorded)
-    recorded, rule = log.header["run"].get(_RULE, DEFAULT_RULE), get_task(options.task).splits
+        settled[name] = recorded
+    recorded, rule = header.get(_RULE, DEFAULT_RULE), get_task(settled["task"]).splits
     if recorded != rule:
         raise InputError(
-            f"the run in {folder} has splits drawn by the rule {recorded}, and task {options.task} now says {rule}: resume "
+            f"the run in {folder} has splits drawn by the rule {recorded}, and task {settled['task']} now says {rule}: resume "
             f"it with a task file that says 'splits: {recorded}', or start another run in another folder"
         )
-    return log
+    return log, settled
 
 
-def _absolute(value: str | None) -> str | None:
-    """What is a file or a folder here, by a path that holds anywhere."""
-    if value is None or value in (EMBEDDED_MODEL, *task_names()):
-        return value
-    path = Path(value).expanduser()
-    return os.path.abspath(path) if path.exists() else value
+def _absolute(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings, in which what is a file or a folder here has a path that holds anywhere."""
+    named = (EMBEDDED_MODEL, *task_names())
+    places = {
+        name: Path(value).expanduser()
+        for name, value in settings.items()
+        if options_of(Train)[name].is_place and value is not None and value not in named
+    }
+    return {**settings, **{name: os.path.abspath(path) for name, path in places.items() if path.exists()}}
 
 
-def _report(metrics: dict[str, Any], options: argparse.Namespace) -> int:
+def _report(metrics: dict[str, Any], folder: Path, method: str, as_json: bool) -> int:
     """Say what came of it."""
     say()
     table({name: metrics[key] for name, key in (("before", "before"), ("after", "test")) if key in metrics})
@@ -441,7 +243,7 @@ def _report(metrics: dict[str, Any], options: argparse.Namespace) -> int:
         say("the weights are untuned: no step was better on the dev split")
     elif metrics.get("best_step", metrics["steps"]) != metrics["steps"]:
         say(f"the weights are those of step {metrics['best_step']}, which was best on the dev split")
-    say(f"model, {'steps.jsonl' if options.method == 'mezo' else HISTORY} and {METRICS} are in {options.output_dir}")
-    if options.json:
+    say(f"model, {'steps.jsonl' if method == 'mezo' else HISTORY} and {METRICS} are in {folder}")
+    if as_json:
         print(json.dumps(plain(metrics)))
     return 0

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 from transformers.training_args import OptimizerNames
 
+from ..config import AUTO, MeZOSettings, NumberOrAuto, as_declared, number_or_auto
 from ..cores import SharedCores
 from ..errors import InputError, warn
 from ..method.estimators import get_estimator
@@ -24,7 +25,7 @@ from ..method.rules import get_rule
 from ..noise import compile_kernels
 from ..optimizer import MeZO
 from ..processes import require_one_process
-from ..search.auto import AUTO, first_settings, number_or_auto
+from ..search.auto import first_settings
 from ..trajectory import read_log
 from .automatic import Automatic
 from .model_card import describe
@@ -35,15 +36,9 @@ STEP_LOG = "steps.jsonl"
 Objective = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
 
 
-if TYPE_CHECKING:
-    NumberOrAuto = float | str
-else:
-    NumberOrAuto = number_or_auto  # HfArgumentParser reads an argument by calling its type
-
-
 @dataclass
-class MeZOConfig(TrainingArguments):
-    """``TrainingArguments`` with MeZO's settings and defaults.
+class MeZOConfig(MeZOSettings, TrainingArguments):
+    """``TrainingArguments`` with MeZO's settings and defaults (:class:`forwardtune.config.MeZOSettings`).
 
     Learning rate and eps are found (``docs/automatic.md``), the batch size is 16, and there is no gradient to clip. A run
     that finds its learning rate and evaluates does so before the first step too (``eval_on_start``), and after the last one. What
@@ -53,26 +48,15 @@ class MeZOConfig(TrainingArguments):
         ValueError: an argument that has no meaning without gradients, or is out of range; or several processes.
     """
 
-    learning_rate: NumberOrAuto = field(
-        default=AUTO,
-        metadata={"help": "A number, or auto: found on held-out examples, and lowered when the run no longer gains."},
-    )
-    lr_scheduler_type: str = field(default="constant", metadata={"help": "As in Trainer; the paper's is constant."})
+    learning_rate: NumberOrAuto = as_declared("lr")  # noqa: RUF009
+    lr_scheduler_type: str = as_declared("lr_scheduler")
     max_grad_norm: float = field(default=0.0, metadata={"help": "Must stay 0: see clip_coefficient."})
-    per_device_train_batch_size: int = field(default=16, metadata={"help": "Examples in a minibatch."})
-    eps: NumberOrAuto = field(default=AUTO, metadata={"help": "Perturbation scale, or auto: measured before the run."})
-    probes: int = field(default=1, metadata={"help": "Directions a step; each costs two evaluations."})
-    direction: str = field(default="gaussian", metadata={"help": "gaussian or rademacher."})
-    perturbation: str = field(default="auto", metadata={"help": "auto, scratch or copy."})
-    clip_coefficient: float | None = field(default=None, metadata={"help": "Largest magnitude of a coefficient."})
+    per_device_train_batch_size: int = as_declared("batch_size")
     max_skipped: int = field(default=10, metadata={"help": "Stop after so many non-finite losses in a row."})
-    estimator: str = field(default="spsa", metadata={"help": "spsa (two-sided) or one_sided (probes + 1 evaluations)."})
-    normalize: str = field(default="none", metadata={"help": "Units of loss differences: none, sigma (FZOO) or rank."})
-    rule: str = field(default="sgd", metadata={"help": "sgd, sign, momentum or adam."})
-    momentum: float = field(default=0.9, metadata={"help": "For rule momentum. Adam's are adam_beta1 and adam_beta2."})
     adam_beta2: float = field(default=0.95, metadata={"help": "For rule adam; 0.95 keeps its window at 90 steps."})
-    rule_state: str = field(default="auto", metadata={"help": "How moments are kept: exact, window or auto."})
-    rule_window: int | None = field(default=None, metadata={"help": "Steps in a window; by default 99% of the weight."})
+    rule_window: int | None = field(
+        default=None, metadata={"help": "Steps in a window; by default as many as hold 99 percent of the weight."}
+    )
     share_cores: bool = field(
         default=True,
         metadata={"help": "Take fewer threads while other processes keep cores busy; OMP_NUM_THREADS overrides it."},

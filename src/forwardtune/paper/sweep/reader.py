@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...config import COMMANDS as DESCRIBED
+from ...config import Option
+from ...config import options as options_of
 from ...errors import InputError, nearest
 from ...tasks import get_task
 from ...tasks.yaml_file import read_yaml
@@ -29,8 +31,8 @@ _OWN = {
     "help": "leave it out",
 }
 
-#: Command -> option without its dashes -> how argparse reads it.
-Commands = Mapping[str, Mapping[str, argparse.Action]]
+# Command -> its options, by their names in a file.
+_OPTIONS = {command: {one.key: one for one in options_of(DESCRIBED[command]).values()} for command in COMMANDS}
 
 
 @dataclass
@@ -42,14 +44,13 @@ class _Method:
     options: dict[str, Any]
 
 
-def read_sweep(path: Path, commands: Commands, data_dir: str | None = None) -> Sweep:
+def read_sweep(path: Path, data_dir: str | None = None) -> Sweep:
     """Read a sweep file and lay out its runs.
 
     Runs are ordered by seed, then by task: the table is complete for one seed before the next begins.
 
     Args:
         path: the sweep file.
-        commands: the options of the command line.
         data_dir: given as ``--data-dir`` to every run whose task does not bring its data.
 
     Raises:
@@ -57,12 +58,12 @@ def read_sweep(path: Path, commands: Commands, data_dir: str | None = None) -> S
     """
     content = read_yaml(path, "sweep file", "model, tasks and methods")
     try:
-        return _sweep(content, path, commands, data_dir)
+        return _sweep(content, path, data_dir)
     except InputError as error:
         raise InputError(f"sweep file {path}: {error}") from None
 
 
-def _sweep(content: dict[str, Any], path: Path, commands: Commands, data_dir: str | None) -> Sweep:
+def _sweep(content: dict[str, Any], path: Path, data_dir: str | None) -> Sweep:
     _known(content, _KEYS, "key")
     for key in ("model", "tasks", "methods"):
         if not content.get(key):
@@ -80,13 +81,13 @@ def _sweep(content: dict[str, Any], path: Path, commands: Commands, data_dir: st
         raise InputError(f"keep-models must be true or false, got {keep_models!r}")
 
     methods = [
-        _method(str(name), _mapping(entry, f"method {name}"), tasks, seeds, commands)
+        _method(str(name), _mapping(entry, f"method {name}"), tasks, seeds)
         for name, entry in _mapping(content["methods"], "methods").items()
     ]
-    shared = _shared(content.get("options", {}), "options", methods, commands)
+    shared = _shared(content.get("options", {}), "options", methods)
     by_task = _mapping(content.get("task-options", {}), "task-options")
     _known(by_task, tasks, "task-options of a task")
-    by_task = {task: _shared(entry, f"task-options of {task}", methods, commands) for task, entry in by_task.items()}
+    by_task = {task: _shared(entry, f"task-options of {task}", methods) for task, entry in by_task.items()}
     _distinct([label(model) for model in models], "models")
     _distinct([label(task) for task in tasks], "tasks")
     _distinct([method.name for method in methods], "methods")
@@ -99,9 +100,9 @@ def _sweep(content: dict[str, Any], path: Path, commands: Commands, data_dir: st
         merged = {**shared, **method.options, **by_task.get(task, {})}
         if data_dir is not None and not found[task].files:
             merged["data-dir"] = data_dir
-        accepted = commands[method.command]
+        accepted = _OPTIONS[method.command]
         given = {
-            option: _values(value, option, accepted[option], f"method {method.name}, task {label(task)}")
+            option: _values(value, accepted[option], f"method {method.name}, task {label(task)}")
             for option, value in merged.items()
             if option in accepted
         }
@@ -125,7 +126,7 @@ def _sweep(content: dict[str, Any], path: Path, commands: Commands, data_dir: st
     return Sweep(name, models, tasks, metrics, names, keep_models, [run for _, run in runs])
 
 
-def _method(name: str, entry: dict[str, Any], tasks: list[str], seeds: list[int], commands: Commands) -> _Method:
+def _method(name: str, entry: dict[str, Any], tasks: list[str], seeds: list[int]) -> _Method:
     where = f"method {name}"
     command = entry.get("command")
     if command not in COMMANDS:
@@ -136,17 +137,17 @@ def _method(name: str, entry: dict[str, Any], tasks: list[str], seeds: list[int]
     own = _texts(entry["tasks"], f"{where}, tasks") if "tasks" in entry else tasks
     _known(own, tasks, f"{where}: task", "add it to tasks: at the top")
     options = {key: value for key, value in entry.items() if key not in _METHOD_KEYS}
-    _known_options(options, commands[command], where, f"forwardtune {command}")
+    _known_options(options, _OPTIONS[command], where, f"forwardtune {command}")
     return _Method(
         name, command, own, _seeds(entry["seeds"], f"{where}, seeds") if "seeds" in entry else seeds, options
     )
 
 
-def _shared(entry: Any, where: str, methods: list[_Method], commands: Commands) -> dict[str, Any]:
+def _shared(entry: Any, where: str, methods: list[_Method]) -> dict[str, Any]:
     """Options for several commands: each takes those that it has, and each option must have a taker."""
     options = dict(_mapping(entry, where))
     used = list(dict.fromkeys(method.command for method in methods))
-    known = {option: action for command in used for option, action in commands[command].items()}
+    known = {key: one for command in used for key, one in _OPTIONS[command].items()}
     _known_options(options, known, where, f"forwardtune {' | '.join(used)}")
     return options
 
@@ -162,39 +163,14 @@ def _known_options(options: Mapping[str, Any], known: Mapping[str, Any], where: 
             )
 
 
-def _values(value: Any, option: str, action: argparse.Action, where: str) -> list[Any]:
+def _values(value: Any, option: Option, where: str) -> list[Any]:
     """One value, or a grid axis of several, as the command line would read them."""
-    values = [_value(each, option, action, where) for each in (value if isinstance(value, list) else [value])]
+    values = [option.of_file(each, where) for each in (value if isinstance(value, list) else [value])]
     if not values:
-        raise InputError(f"{where}: {option} is an empty list: give at least one value")
+        raise InputError(f"{where}: {option.key} is an empty list: give at least one value")
     if len({(type(each), each) for each in values}) < len(values):
-        raise InputError(f"{where}: {option} has the same value twice: leave one out")
+        raise InputError(f"{where}: {option.key} has the same value twice: leave one out")
     return values
-
-
-def _value(value: Any, option: str, action: argparse.Action, where: str) -> Any:
-    wrong = f"{where}: {option} cannot be {value!r}"
-    if action.nargs == 0:
-        if not isinstance(value, bool):
-            raise InputError(f"{wrong}: it is a flag, write true or false")
-        return value
-    if value is None or isinstance(value, bool | dict | list):
-        raise InputError(
-            f"{wrong}: give a number or text (YAML reads yes, no, on and off as true and false: quote them)"
-        )
-    # YAML 1.1 reads 1e-6 as text; the option's own type reads it as the number that was meant.
-    convert = action.type if callable(action.type) else str
-    try:
-        result = convert(str(value))
-    except argparse.ArgumentTypeError as error:
-        raise InputError(f"{wrong}: {error}") from None
-    except (ValueError, TypeError) as error:
-        kind = {"int": "a whole number", "float": "a number"}.get(getattr(convert, "__name__", ""), str(error))
-        raise InputError(f"{wrong}: it must be {kind}") from None
-    if action.choices is not None and result not in action.choices:
-        choices = [str(choice) for choice in action.choices]
-        raise InputError(f"{wrong}: choose {', '.join(choices)}{nearest(str(value), choices)}")
-    return result if isinstance(result, int | float | str) else str(value)
 
 
 def _known(names: Any, known: Any, what: str, remedy: str = "") -> None:

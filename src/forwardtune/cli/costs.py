@@ -1,0 +1,237 @@
+"""What a run's parts cost here, measured, and what follows for its time and its steps."""
+
+from __future__ import annotations
+
+import math
+import random
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import count, pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from .. import memory
+from ..config import AUTO, Train
+from ..durations import duration
+from ..errors import InputError
+from ..evaluation import evaluate
+from ..method.estimators import get_estimator
+from ..method.rule import History, Rule
+from ..noise import Count, Noise, Update
+from ..optimizer import MeZO
+from ..parameters import TunedTensor
+from ..search.auto import MEASUREMENTS, SHARE
+from . import methods
+from .session import Session
+
+# Steps that are timed, after one that warms up.
+_TIMED = 3
+# Examples that time an evaluation.
+_EXAMPLES = 32
+_LEAST_MEASURED = 64
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run's parts cost here.
+
+    Attributes:
+        step: seconds of a step, the median of three.
+        update: seconds of its update, in them.
+        evaluation: seconds to evaluate an example.
+        bytes_now: memory with the model loaded.
+        bytes_inference: peak memory of a forward pass over the longest minibatch.
+        bytes_step: peak memory of a step on it.
+    """
+
+    step: float
+    update: float
+    evaluation: float
+    bytes_now: int
+    bytes_inference: int
+    bytes_step: int
+
+
+def measure(session: Session) -> Cost:
+    """Time steps and an evaluation, and measure memory. The weights stay as they are, to the bit."""
+    options, model = session.options, session.model
+    device = model.device
+    now = memory.now(device)
+    inference = session.inference_peak()
+    with tempfile.TemporaryDirectory() as folder:  # Trainer wants one
+        trainer = methods.make_trainer(session, Path(folder), methods.make_objective(session), 1)
+    optimizer = trainer.create_optimizer()
+    assert isinstance(optimizer, MeZO)
+    optimizer.rule = rehearsed = Rehearsed(optimizer.rule)
+    trainer.current_gradient_accumulation_steps = 1
+
+    def estimate(examples: Any) -> None:
+        trainer.training_step(model, trainer.data_collator(examples))
+
+    train_split = session.splits["train"]
+    memory.reset_peak(device)
+    estimate(sorted(train_split, key=lambda example: example.length)[-options.batch_size :])
+    peak = memory.peak(device)
+    optimizer.step()
+    peak += sum(m.numel() * m.element_size() for moments in optimizer.history.moments.values() for m in moments)
+    fill_window(optimizer)
+    draw = random.Random(options.seed)
+    steps, updates = [], []
+    for _ in range(_TIMED):
+        examples = draw.sample(train_split, min(options.batch_size, len(train_split)))
+        rehearsed.seconds = rehearsed.seconds_beside = 0.0
+        began = _clock(device)
+        estimate(examples)
+        optimizer.step()
+        steps.append(_clock(device) - began - rehearsed.seconds_beside)
+        updates.append(rehearsed.seconds)
+    examples = session.splits["test"][:_EXAMPLES]
+    began = time.perf_counter()
+    evaluate(
+        model, session.tokenizer, session.task, examples,
+        batch_size=options.batch_size, layout=session.layout, rewards=session.rewards,
+    )  # fmt: skip
+    return Cost(median(steps), median(updates), (time.perf_counter() - began) / len(examples), now, inference, peak)
+
+
+class Rehearsed(Rule):
+    """Takes every step as another rule would, and takes it back: what steps cost, with weights that stay, to the bit.
+
+    All coefficients count as 1. One that happens to be 0, as those of an accuracy often are, would cost nothing.
+
+    Attributes:
+        seconds: of the updates themselves.
+        seconds_beside: of keeping the weights and bringing them back, a tensor at a time.
+    """
+
+    name = "rehearsed"
+
+    def __init__(self, rule: Rule) -> None:
+        self._rule = rule
+        self.window: int | None = getattr(rule, "window", None)
+        self.seconds = self.seconds_beside = 0.0
+
+    @property
+    def remembers(self) -> bool:
+        return self._rule.remembers
+
+    def plan(self, step: int, coefficients: Sequence[float], lr: float, weight_decay: float) -> Update:
+        return self._rule.plan(step, [1.0] * len(coefficients), lr, weight_decay)
+
+    def move(
+        self, noise: Noise, tensor: TunedTensor, updates: Sequence[Update], history: History, *, keep: bool
+    ) -> Count:
+        weight = tensor.parameter.detach()
+        times = [_clock(weight.device)]
+        kept = weight.clone() if weight.device.type == "cpu" else weight.cpu()
+        times.append(_clock(weight.device))
+        unchanged = self._rule.move(noise, tensor, updates, history, keep=keep)
+        times.append(_clock(weight.device))
+        weight.copy_(kept)
+        times.append(_clock(weight.device))
+        before, moved, after = (end - begin for begin, end in pairwise(times))
+        self.seconds += moved
+        self.seconds_beside += before + after
+        return unchanged
+
+
+def _clock(device: torch.device) -> float:
+    """Seconds, when all that was launched is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def fill_window(optimizer: MeZO) -> None:
+    """Let a rule that averages over a window remember as many steps as in the long run, each as the one that was taken."""
+    history, window = optimizer.history, getattr(optimizer.rule, "window", None)
+    if window:
+        history.recent = history.recent[-1:] * window
+
+
+def seconds_of_run(steps: int, cost: Cost, session: Session) -> float:
+    """Seconds that a run of so many steps takes at most, with its evaluations.
+
+    A run that finds its learning rate also tries the first steps with several, and may replay every step once on its ways back.
+    """
+    options = session.options
+    search = SHARE if AUTO in (options.lr, options.eps) else 0.0
+    again = steps + _budget(steps, options).updates if options.lr == AUTO else 0
+    return steps * cost.step * (1 + search) + again * cost.update + _beside(steps, cost, session)
+
+
+def steps_within(seconds: float, cost: Cost, session: Session) -> int:
+    """The most steps of a run that takes no longer than that; 0 if not even one does."""
+    least, most = 0, 1
+    while seconds_of_run(most, cost, session) <= seconds:
+        least, most = most, 2 * most
+    while most - least > 1:
+        middle = (least + most) // 2
+        least, most = (middle, most) if seconds_of_run(middle, cost, session) <= seconds else (least, middle)
+    return least
+
+
+def steps_of_budget(left: float, cost: Cost, session: Session) -> int:
+    """The steps of a run with ``--time-budget`` of which so many seconds are left.
+
+    Raises:
+        InputError: they are too few for a step, or for finding the learning rate.
+    """
+    options = session.options
+    steps, least = steps_within(left, cost, session), 1
+    if options.lr == AUTO:
+        least = next(n for n in count(1) if _budget(n, options).searches)
+    if steps < least:
+        needed = options.time_budget - left + seconds_of_run(least, cost, session)
+        why = f"finding a learning rate takes {least} steps or more" if least > 1 else "that is none"
+        raise InputError(
+            f"--time-budget {duration(options.time_budget)} leaves room for {steps} steps of {cost.step:.2f} s beside loading "
+            f"and evaluating, and {why}: give --time-budget {_rounded_up(needed)}s or more"
+            + (", or a learning rate (--lr)" if least > 1 else "")
+        )
+    return steps
+
+
+def _rounded_up(seconds: float) -> int:
+    """A tenth more, in whole seconds: times differ from run to run."""
+    return math.ceil(1.1 * seconds)
+
+
+def _budget(steps: int, options: Train) -> Any:
+    from ..search.budget import Budget
+
+    estimator = get_estimator(options.estimator, 1.0, options.probes, options.normalize)
+    return Budget.of(steps, len(estimator.queries()), find_eps=options.eps == AUTO)
+
+
+def _beside(steps: int, cost: Cost, session: Session) -> float:
+    """Seconds of the evaluations: the test split before and after, the development split every so many steps."""
+    options = session.options
+    tests = 1 if options.no_before else 2
+    every = evaluation_steps(options, steps)
+    measurements = 1 if every is None else (options.lr == AUTO) + -(-steps // every)
+    dev = measured_examples(options, steps, len(session.splits.get("dev", ())))
+    examples = tests * len(session.splits["test"]) + measurements * dev
+    return examples * cost.evaluation
+
+
+def evaluation_steps(options: Train, steps: int) -> int | None:
+    """Steps between measurements of the development split: as told, or 20 in a run that finds its learning rate."""
+    if options.eval_steps is not None or options.lr != AUTO or options.dev_examples == 0:
+        return options.eval_steps
+    return max(1, steps // MEASUREMENTS)
+
+
+def measured_examples(options: Train, steps: int, examples: int) -> int:
+    """How many of the development examples are measured: all, unless the user said neither how many nor how often.
+
+    Then 20 measurements take a quarter of the passes that the steps take, but at least 64 examples each.
+    """
+    if options.lr != AUTO or options.eval_steps is not None or options.dev_examples is not None:
+        return examples
+    return min(examples, max(_LEAST_MEASURED, steps * options.batch_size // (2 * MEASUREMENTS)))

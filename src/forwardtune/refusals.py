@@ -1,0 +1,173 @@
+"""L1: combinations of settings without meaning, in one table. They are refused before a model or a data set is opened."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
+
+from .config import AUTO, COMMANDS, POLYNOMIAL_END, Bounds, Option, number_or_auto, options, with_defaults
+from .durations import seconds_of
+from .errors import InputError
+
+_TRAINS = ("train", "plan")
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A combination of settings without meaning.
+
+    Attributes:
+        template: what to say of it. ``<name>`` is the name of a setting, ``{name}`` its value.
+        is_wrong: ``(settings, names that were given) -> whether they are refused``.
+        example: settings that are refused for this and for nothing before it.
+        commands: whose settings are held against it.
+    """
+
+    template: str
+    is_wrong: Callable[[Any, frozenset[str]], bool]
+    example: Mapping[str, Any]
+    commands: tuple[str, ...] = _TRAINS
+
+    def message(self, run: Any, spell: Callable[[str], str] = str) -> str:
+        """What to say; ``spell`` turns a setting's name into what the user knows it by."""
+        return re.sub(r"<(\w+)>", lambda found: spell(found[1]), self.template).format(**vars(run))
+
+
+_COMBINATIONS = (
+    Refusal(
+        "<eval_steps> measures development examples, and <dev_examples> is 0: leave one of them out",
+        lambda run, given: run.eval_steps is not None and run.dev_examples == 0,
+        {"eval_steps": 2, "dev_examples": 0},
+    ),
+    Refusal(
+        "<lr> auto is found with forward passes, by <method> mezo: give a number for adam",
+        lambda run, given: run.method == "adam" and run.lr == AUTO,
+        {"method": "adam", "lr": AUTO},
+    ),
+    Refusal(
+        "<steps> and <time_budget> both say how long to tune: leave one of them out",
+        lambda run, given: {"steps", "time_budget"} <= given,
+        {"steps": 3, "time_budget": 60.0},
+    ),
+    Refusal(
+        "<patience> counts measurements of the dev split: give <eval_steps> too",
+        lambda run, given: (
+            run.patience is not None and run.eval_steps is None and (run.lr != AUTO or run.dev_examples == 0)
+        ),
+        {"patience": 2, "lr": 1e-6},
+    ),
+    Refusal(
+        "<normalize> {normalize} compares the probes of a step, and there is one: give <probes> 2 or more",
+        lambda run, given: run.normalize != "none" and run.probes < 2,
+        {"normalize": "sigma", "probes": 1},
+    ),
+    Refusal(
+        f"<lr_scheduler> polynomial ends at a learning rate of {POLYNOMIAL_END:g}, and <lr> is {{lr:g}}: give a larger "
+        "one, or <lr_scheduler> linear",
+        lambda run, given: run.lr_scheduler == "polynomial" and run.lr != AUTO and run.lr <= POLYNOMIAL_END,
+        {"lr_scheduler": "polynomial", "lr": 1e-7},
+    ),
+    Refusal(
+        "training runs on the first device of its kind, not on {device}: choose it with CUDA_VISIBLE_DEVICES, and give "
+        "<device> cuda",
+        lambda run, given: run.device is not None and ":" in run.device,
+        {"device": "cuda:1"},
+    ),
+    Refusal(
+        "plan measures steps of <method> mezo, not of {method}: leave <method> out",
+        lambda run, given: run.method != "mezo",
+        {"method": "adam"},
+        ("plan",),
+    ),
+    Refusal(
+        "<objective> {objective}: eval always measures the task's own metric and loss. Give a reward, module:function, "
+        "or leave it out",
+        lambda run, given: run.objective != "loss" and ":" not in run.objective,
+        {"objective": "accuracy"},
+        ("eval",),
+    ),
+)
+
+
+@lru_cache
+def refusals(command: str) -> tuple[Refusal, ...]:
+    """What a command refuses, in this order: what would have no effect, numbers out of bounds, combinations, what is missing."""
+    declared, commands = options(COMMANDS[command]), (command,)
+    idle, beyond, missing = [], [], []
+    for name, one in declared.items():
+        for other, values in one.only.items():
+            belongs = " or ".join(f"<{other}> {value}" for value in values)
+            unlike = next(value for value in _other_values(declared[other]) if value not in values)
+            idle.append(
+                Refusal(
+                    f"<{name}> belongs to {belongs}: leave it out",
+                    partial(_is_idle, name, other, values),
+                    {other: unlike, name: _example(one)},
+                    commands,
+                )
+            )
+        if one.bounds is not None:
+            needed = {other: values[0] for other, values in one.only.items()}
+            beyond.append(
+                Refusal(
+                    f"<{name}> {one.bounds.words}{'' if one.bounds.words.endswith(',') else ','} got {{{name}}}",
+                    partial(_is_beyond, name, one.bounds),
+                    {**needed, name: one.bounds.wrong},
+                    commands,
+                )
+            )
+        if one.required:
+            missing.append(Refusal(f"<{name}> is missing", partial(_is_missing, name), {name: None}, commands))
+    return (*idle, *beyond, *(row for row in _COMBINATIONS if command in row.commands), *missing)
+
+
+def _is_idle(name: str, other: str, values: tuple[str, ...], run: Any, given: frozenset[str]) -> bool:
+    return name in given and getattr(run, other) not in values
+
+
+def _is_beyond(name: str, bounds: Bounds, run: Any, given: frozenset[str]) -> bool:
+    value = getattr(run, name)
+    return value is not None and not bounds.allow(value)
+
+
+def _is_missing(name: str, run: Any, given: frozenset[str]) -> bool:
+    return not getattr(run, name)
+
+
+def _other_values(one: Option) -> tuple[str, ...]:
+    return one.choices or (one.default,)
+
+
+def _example(one: Option) -> Any:
+    """A value that is no default."""
+    if one.choices:
+        return next(choice for choice in one.choices if choice != one.default)
+    return {int: 2, float: 0.5, number_or_auto: 1e-3, seconds_of: 60.0}.get(one.read, "loss")
+
+
+def refusal_of(command: str, run: Any, given: frozenset[str]) -> Refusal | None:
+    """The first row of the table that these settings fall under."""
+    return next((row for row in refusals(command) if row.is_wrong(run, given)), None)
+
+
+def describe(
+    command: str, given: Mapping[str, Any], *, resumed: bool = False, spell: Callable[[str], str] = str
+) -> Any:
+    """The description of a command's run.
+
+    Args:
+        given: settings by name; None counts as not given.
+        resumed: they come from the log of a run that goes on, in which nothing tells what was given from what was default.
+        spell: a setting's name -> what the user knows it by.
+
+    Raises:
+        InputError: they have no meaning together, or a number is out of bounds.
+    """
+    run = with_defaults(command, given)
+    names = frozenset() if resumed else frozenset(name for name, value in given.items() if value is not None)
+    if (refusal := refusal_of(command, run, names)) is not None:
+        raise InputError(refusal.message(run, spell))
+    return run
