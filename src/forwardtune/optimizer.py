@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .errors import NonFiniteLossError
 from .method.estimators import Estimator, get_estimator
 from .method.rules import History, Rule, get_rule, move_all
 from .noise import Direction, Noise, Update, get_direction
@@ -24,10 +25,6 @@ from .points.self_check import check, copy_instead, refuse_stale_weights
 _FLAT = 10
 # Names in a message.
 _SHOWN = 4
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss was infinite or not a number in too many steps in a row."""
 
 
 class InterruptedUpdateError(RuntimeError):

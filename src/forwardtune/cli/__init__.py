@@ -6,29 +6,28 @@ wrong, 130 stopped by Ctrl-C.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from .. import __version__
-from ..errors import InputError
-from ..optimizer import NonFiniteLossError
-from ..tasks import ON_BAD_ROW
-from ..trajectory.format import LogError, LogWriteError
-from .parser import Parser
+from ..errors import InputError, LogError, LogWriteError, NonFiniteLossError
+from .commands import make_parser
 
-_DESCRIPTION = "Fine-tune language models with forward passes only (MeZO)."
+if TYPE_CHECKING:
+    from argparse import Namespace
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    options = _parser().parse_args(arguments)
+    options = make_parser().parse_args(arguments)
+    module, function = options.run.split(".")
     _quiet_libraries()
     try:
-        return int(options.run(options) or 0)
+        run = getattr(import_module(f".{module}", __name__), function)
+        return int(run(options) or 0)
     except (NonFiniteLossError, LogWriteError) as error:
         return _fail(error, 1)
     except (InputError, LogError) as error:
@@ -68,40 +67,7 @@ def _quiet_libraries() -> None:
     warnings.filterwarnings("ignore", module=r"(torch|transformers|accelerate|datasets|huggingface_hub)\b")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="forwardtune", description=_DESCRIPTION)
-    parser.add_argument("--version", action="version", version=f"forwardtune {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    from . import evaluate, logs, plan, sweeps, train
-
-    for module in (train, plan, evaluate, sweeps, logs):
-        module.add_commands(commands)
-    return parser
-
-
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Options that say what is evaluated on what."""
-    parser.add_argument("--model", help="hub id, local folder, .gguf file, or smollm2-135m (embedded)")
-    parser.add_argument("--task", help="a task of the package, such as sst2 or reviews, or a task file (.yaml)")
-    parser.add_argument(
-        "--data-dir", help="folder with the task's data (.jsonl, .csv, .json, .tsv), instead of the hub"
-    )
-    parser.add_argument("--dtype", help="auto (as stored), float32, bfloat16 or float16 [auto]")
-    parser.add_argument("--device", help="cpu, cuda, mps, or auto to spread over devices [cuda if there is one]")
-    parser.add_argument("--batch-size", type=int, help="examples in a minibatch [16]")
-    parser.add_argument("--max-length", type=int, help="longest input in tokens; contexts are cut on the left [2048]")
-    parser.add_argument("--train-examples", type=int, help="training examples, drawn by --seed [1000]")
-    parser.add_argument("--dev-examples", type=int, help="development examples, drawn from the same data [task's own]")
-    parser.add_argument("--test-examples", type=int, help="test examples, the same for every seed [1000]")
-    parser.add_argument("--per-class", type=int, help="so many training and development examples of each class instead")
-    parser.add_argument(
-        "--on-bad-row", choices=ON_BAD_ROW, help="rows that the task cannot use: refuse or skip [refuse]"
-    )
-    parser.add_argument("--seed", type=int, help="seed of directions, minibatches and splits [0]")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
-
-
-def positive(options: argparse.Namespace, *names: str) -> None:
+def positive(options: Namespace, *names: str) -> None:
     """Raise InputError unless those options are positive numbers."""
     for name in names:
         value = getattr(options, name)

@@ -13,26 +13,6 @@ from .session import MODEL_DEFAULTS, Session, fill, open_session
 DEFAULTS: dict[str, Any] = {**MODEL_DEFAULTS, "shots": 0, "objective": "loss"}
 
 
-def add_commands(commands: Any) -> None:
-    """Add ``eval`` and ``probe`` to the command line."""
-    from . import add_model_options
-
-    parser = commands.add_parser("eval", help="measure a model on a task's test examples; prints one JSON object")
-    add_model_options(parser)
-    parser.add_argument("--shots", type=int, help="demonstrations before every prompt: in-context learning [0]")
-    parser.add_argument(
-        "--objective", help="rewards to measure generated text by: module:function, or a sum of several"
-    )
-    parser.add_argument("--calibrate", action="store_true", help="divide by each answer's likelihood without content")
-    parser.add_argument("--output-dir", help="new folder for metrics.json")
-    parser.set_defaults(run=run_eval)
-
-    parser = commands.add_parser("probe", help="linear probing: logistic regression on the frozen model's features")
-    add_model_options(parser)
-    parser.add_argument("--output-dir", help="new folder for metrics.json")
-    parser.set_defaults(run=run_probe)
-
-
 def run_eval(options: argparse.Namespace) -> None:
     """Evaluate and print one JSON object on stdout."""
     fill(options, DEFAULTS)

@@ -61,13 +61,6 @@ class Cost:
     bytes_step: int
 
 
-def add_commands(commands: Any) -> None:
-    """Add ``plan`` to the command line."""
-    parser = commands.add_parser("plan", help="say what train would cost: memory, time, and the steps that fit a time")
-    train.add_options(parser)
-    parser.set_defaults(run=run, output_dir=None, resume=False)
-
-
 def run(options: argparse.Namespace) -> int:
     """Measure three steps and an evaluation, and say what follows."""
     began = time.monotonic()

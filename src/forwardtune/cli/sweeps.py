@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from ..errors import InputError
 from ..paper.report import write_report
@@ -13,23 +12,7 @@ from ..paper.sweep.bases import prepare_bases
 from ..paper.sweep.plan import slug
 from ..paper.sweep.reader import Commands
 from . import positive, say
-
-
-def add_commands(commands: Any) -> None:
-    """Add the commands that work on many runs."""
-    parser = commands.add_parser("sweep", help="run methods x tasks x seeds x a grid of options from one file")
-    parser.add_argument("file", help="the sweep file (.yaml); docs/sweeps.md describes it")
-    parser.add_argument("--output-dir", help="folder of all runs; the same one resumes [runs/NAME]")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once, which share the cores [1]")
-    parser.add_argument("--data-dir", help="folder with the data of tasks that do not bring them")
-    parser.add_argument("--dry-run", action="store_true", help="list the runs and their state; run nothing")
-    parser.set_defaults(run=run)
-
-    parser = commands.add_parser("report", help="tables and plots of a sweep, finished or not")
-    parser.add_argument("folder", help="the sweep's folder")
-    parser.add_argument("--output-dir", help="where results.md, results.json and plots go [the sweep's folder]")
-    parser.add_argument("--no-plots", action="store_true", help="tables alone, without matplotlib")
-    parser.set_defaults(run=run_report)
+from .commands import make_parser
 
 
 def run(options: argparse.Namespace) -> int:
@@ -77,10 +60,8 @@ def run_report(options: argparse.Namespace) -> None:
 
 def command_options() -> Commands:
     """The options of every command, by their names without dashes."""
-    from . import _parser
-
     parsers: dict[str, argparse.ArgumentParser] = {}
-    for action in _parser()._actions:
+    for action in make_parser()._actions:
         if isinstance(action, argparse._SubParsersAction):
             parsers = action.choices
     return {

@@ -10,20 +10,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..durations import duration, seconds_of
-from ..errors import InputError
+from ..durations import duration
+from ..errors import InputError, NonFiniteLossError
 from ..evaluation import sign_test
 from ..files import read_json
-from ..method.estimators import ESTIMATORS, NORMALIZATIONS
-from ..method.rules import RULES, STATES
 from ..models import EMBEDDED_MODEL, save_model
-from ..optimizer import NonFiniteLossError
 from ..processes import require_one_process
-from ..search.auto import AUTO, MEASUREMENTS, number_or_auto
+from ..search.auto import AUTO, MEASUREMENTS
 from ..tasks import get_task, task_names
 from ..tasks.splits import DEFAULT_RULE
 from ..trajectory import Log, read_log
-from . import add_model_options, methods, positive, say
+from . import methods, positive, say
 from .results import (
     COMPLETIONS,
     HISTORY,
@@ -77,7 +74,6 @@ _MEASURED = "dev_measured"
 _POLYNOMIAL_END = 1e-7
 # The rule that drew the splits; logs that do not say were drawn by the default one.
 _RULE = "split_rule"
-_SCHEDULERS = ("constant", "linear", "cosine", "inverse_sqrt", "polynomial")
 # What a resumed run may change; the rest comes from its log.
 _FREE = ("device", "steps", "save_steps", "eval_steps", "patience", "log_completions", "data_dir", "no_before")
 # What may name a file or a folder.
@@ -109,61 +105,6 @@ _ONLY: dict[tuple[str, ...], tuple[str, ...]] = {
 # Test examples of which the completions are kept.
 _SAMPLES = 32
 _SETTINGS = ("model", "task", "lr", "eps", "steps", "time_budget", "no_before", *DEFAULTS)
-
-
-def add_commands(commands: Any) -> None:
-    """Add ``train`` to the command line."""
-    parser = commands.add_parser("train", help="tune a model on a task")
-    parser.add_argument("--output-dir", required=True, help="new folder for the tuned model and its step log")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --output-dir")
-    add_options(parser)
-    parser.set_defaults(run=run)
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """What describes a run."""
-    add_model_options(parser)
-    parser.add_argument("--method", choices=tuple(methods.METHODS), help="mezo, or adam: backpropagation [mezo]")
-    parser.add_argument(
-        "--objective", help="loss, accuracy, f1, exact_match, module:function, file.py:function, or a sum [loss]"
-    )
-    parser.add_argument("--temperature", type=float, help="of sampled text; 0 takes the likeliest tokens [0]")
-    parser.add_argument(
-        "--log-completions",
-        type=int,
-        metavar="STEPS",
-        help="write what the model wrote at every so many steps, and before and after, to completions.jsonl [not]",
-    )
-    parser.add_argument("--tune", help="all, lora, prefix, or a pattern of parameter names [all]")
-    parser.add_argument("--lora-rank", type=int, help="width of the LoRA matrices [8]")
-    parser.add_argument("--lora-alpha", type=float, help="scale of LoRA, times 1/rank [16]")
-    parser.add_argument("--lora-targets", help="names of the layers to adapt, by commas [query and value projections]")
-    parser.add_argument("--prefix-length", type=int, help="positions of the prefix [5]")
-    parser.add_argument("--steps", type=int, help="optimizer steps [1000; adam: 5 epochs]")
-    parser.add_argument("--time-budget", type=_seconds, help="as many steps as fit this time: 90s, 30m, 1h30m")
-    parser.add_argument(
-        "--lr", type=_number_or_auto, help="learning rate, or auto: found on held-out data [auto; adam 1e-5]"
-    )
-    parser.add_argument("--eps", type=_number_or_auto, help="perturbation scale, or auto: measured [auto]")
-    parser.add_argument("--probes", type=int, help="directions a step; each costs two forward passes [1]")
-    parser.add_argument("--estimator", choices=tuple(ESTIMATORS), help="two-sided spsa, or one_sided probes [spsa]")
-    parser.add_argument("--normalize", choices=NORMALIZATIONS, help="units of coefficients over the probes [none]")
-    parser.add_argument("--rule", choices=tuple(RULES), help="how coefficients move the weights [sgd]")
-    parser.add_argument("--momentum", type=float, help="of --rule momentum [0.9]")
-    parser.add_argument("--rule-state", choices=STATES, help="moments of momentum and adam: kept, or rebuilt [auto]")
-    parser.add_argument("--direction", choices=("gaussian", "rademacher"), help="distribution of directions [gaussian]")
-    parser.add_argument("--perturbation", choices=("auto", "scratch", "copy"), help="how to perturb [auto]")
-    parser.add_argument("--weight-decay", type=float, help="decoupled, not on norms and biases [0]")
-    parser.add_argument("--lr-scheduler", choices=_SCHEDULERS, help="course of the learning rate [constant]")
-    parser.add_argument("--clip-coefficient", type=float, help="largest magnitude of a projected gradient [none]")
-    parser.add_argument(
-        "--eval-steps",
-        type=int,
-        help="measure the dev split so often and keep the best step's weights [--lr auto: 20 times in a run]",
-    )
-    parser.add_argument("--patience", type=int, help="stop after so many of these without improvement [never]")
-    parser.add_argument("--save-steps", type=int, help="also save a checkpoint every so many steps [none]")
-    parser.add_argument("--no-before", action="store_true", default=None, help="do not evaluate the untuned model")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -340,20 +281,6 @@ def _check(options: argparse.Namespace) -> None:
             f"training runs on the first device of its kind, not on {options.device}: choose it with "
             "CUDA_VISIBLE_DEVICES, and give --device cuda"
         )
-
-
-def _number_or_auto(text: str) -> float | str:
-    try:
-        return number_or_auto(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _seconds(text: str) -> float:
-    try:
-        return seconds_of(text)
-    except InputError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _refuse_idle(options: argparse.Namespace) -> None:

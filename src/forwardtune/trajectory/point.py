@@ -13,11 +13,10 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, LogError
 from ..method.rules import Elementwise, History, Rule, move_all
 from ..noise import Update
 from ..optimizer import MeZO, StepRecord
-from .format import LogError
 from .reader import Log
 from .replay import require_base
 from .updates import standing, trajectory_of, updates_by_group

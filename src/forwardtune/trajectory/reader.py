@@ -8,10 +8,11 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from ..errors import LogError
 from ..method.rules import RULES, Rule, get_rule
 from ..noise import DIRECTIONS, NOISE_VERSION
 from ..optimizer import StepRecord
-from .format import ABSENT, READABLE, LogError, direction_content, step_record, unseal
+from .format import ABSENT, READABLE, direction_content, step_record, unseal
 
 
 @dataclass(frozen=True)
