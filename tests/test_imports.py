@@ -59,6 +59,9 @@ NEEDS = {
 NEEDS |= {f"search/{file}.py": set() for file in ("auto", "guard", "line_search")}
 NEEDS["search/epsilon.py"] = {"torch"}
 
+# What `pip install forwardtune` does not bring, by the names that are imported.
+EXTRA = {"sklearn", "matplotlib", "pandas", "seaborn"}
+
 MODULES = sorted(path.relative_to(SOURCE) for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")
 
 
@@ -104,6 +107,11 @@ def test_the_core_needs_torch_alone(module):
     allowed = NEEDS[module.as_posix() if module.as_posix() in NEEDS else part_of(module)] | STANDARD
     outside = {name.split(".")[0] for level, name in imports(module) if not level} - allowed
     assert not outside
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if part_of(m) != "paper"], ids=str)
+def test_the_packages_of_the_extra_serve_the_paper_alone(module):
+    assert not {name.split(".")[0] for _, name in imports(module)} & EXTRA
 
 
 def test_the_core_runs_with_torch_alone(tmp_path):

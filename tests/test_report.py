@@ -285,7 +285,9 @@ def test_wrong_input_has_a_remedy(made: Made, tmp_path: Path, monkeypatch: Any, 
     monkeypatch.delitem(sys.modules, "forwardtune.paper.report.plots", raising=False)
     for name in [name for name in sys.modules if name.startswith("matplotlib.")]:
         monkeypatch.delitem(sys.modules, name)
-    with pytest.raises(InputError, match=r"pip install 'forwardtune\[report\]'"):
+    with pytest.raises(InputError, match=r"plots need matplotlib: pip install 'forwardtune\[paper\]'"):
         write_report(made.folder, tmp_path)
+    assert main(["report", str(made.folder)]) == 2
+    assert "pip install 'forwardtune[paper]', or add --no-plots" in capsys.readouterr().err
     assert not (tmp_path / "results.md").exists()
     write_report(made.folder, tmp_path, plots=False)

@@ -7,6 +7,7 @@ from typing import Any
 
 from .. import memory
 from ..errors import InputError
+from ..paper.extra import PROBING, require
 from .results import conclude, new_folder
 from .session import MODEL_DEFAULTS, Session, fill, open_session
 
@@ -36,6 +37,7 @@ def run_probe(options: argparse.Namespace) -> None:
     """Fit a linear probe, evaluate with it and print one JSON object on stdout."""
     from ..paper.baselines import probe
 
+    require("linear probes", PROBING)
     fill(options, MODEL_DEFAULTS)
     _new(options)
     session = open_session(options, "train", "dev", "test")

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..errors import InputError
+from ..paper.extra import PLOTS, PROBING, require
 from ..paper.report import write_report
 from ..paper.sweep import SweepFolder, read_sweep, run_sweep
 from ..paper.sweep.bases import prepare_bases
@@ -19,6 +20,8 @@ def run(options: argparse.Namespace) -> int:
     """Do the runs of a sweep file that are not done yet. 1 if some failed."""
     positive(options, "jobs")
     sweep = read_sweep(Path(options.file), command_options(), options.data_dir)
+    if any(run.command == "probe" for run in sweep.runs):
+        require("linear probes", PROBING)
     folder = SweepFolder(Path(options.output_dir or Path("runs") / slug(sweep.name)))
     if options.dry_run:
         folder.require_same_runs(sweep.runs)
@@ -53,6 +56,8 @@ def run_report(options: argparse.Namespace) -> None:
     folder = Path(options.folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: there is no such folder; give the one that forwardtune sweep wrote to")
+    if not options.no_plots:
+        require("plots", PLOTS, ", or add --no-plots for the tables alone")
     output = Path(options.output_dir) if options.output_dir else folder
     for path in write_report(folder, output, plots=not options.no_plots):
         say(str(path))
