@@ -8,7 +8,7 @@ from ..errors import InputError
 
 #: What fits linear probes, and what draws; by the names that they are imported by.
 PROBING = {"sklearn": "scikit-learn"}
-PLOTS = {"matplotlib": "matplotlib"}
+PLOTS = {"matplotlib": "matplotlib", "pandas": "pandas"}
 
 
 def require(what: str, packages: dict[str, str], otherwise: str = "") -> None:
