@@ -34,7 +34,6 @@ from timing import interleave
 from forwardtune.noise import GAUSSIAN, Noise, Update, cpu
 from forwardtune.objectives import logits_at
 
-assert cpu is not None
 _fill, _gather, _widen, _narrow, _round = cpu._fill, cpu._gather, cpu._widen, cpu._narrow, cpu._round
 TILE, BLOCKS = cpu._TILE, cpu._BLOCKS
 BATCH, LENGTH = 16, 32

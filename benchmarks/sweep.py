@@ -8,12 +8,13 @@ Both use all torch threads, or the GPU. First the sweeps are checked against the
 from __future__ import annotations
 
 import argparse
+from importlib.util import find_spec
 
 import torch
 from machine import write
 from timing import interleave
 
-from forwardtune.noise import DIRECTIONS, Noise, Update, cpu, definition
+from forwardtune.noise import DIRECTIONS, Noise, Update, definition
 
 CHECKED = 100_000
 
@@ -39,7 +40,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--weights", type=int, default=100_000_000)
     options = parser.parse_args()
-    if cpu is not None:  # Numba is there
+    if find_spec("numba"):
+        from forwardtune.noise import cpu
+
         cpu._MIN_PER_THREAD_IN_FORWARD = cpu._MIN_PER_THREAD  # the sweep alone, not one between two modules
     name = "sweep" if torch.device(options.device).type == "cpu" else "sweep-cuda"
     rows = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
@@ -15,6 +16,7 @@ from sklearn.linear_model import LogisticRegression
 from transformers import BertConfig, BertModel
 
 import support
+from forwardtune.cli import main
 from forwardtune.errors import InputError
 from forwardtune.evaluation import evaluate, find_layout, plain_layout, prepare, training_objective
 from forwardtune.models import load_model, model_kind, tune
@@ -511,3 +513,17 @@ def test_task_decides_what_is_lowered(tmp_path: Path) -> None:
     assert before != make(tmp_path, sharp_model(), objective=option_cross_entropy, steps=20).evaluate()["eval_loss"]
     trainer.train()
     assert trainer.evaluate()["eval_loss"] < before
+
+
+def test_without_scikit_learn_it_is_said_before_anything_is_loaded(monkeypatch, tmp_path, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn", None)  # as if it were not installed
+    told = "linear probes need scikit-learn: pip install 'forwardtune[paper]'"
+    assert main(["probe", "--model", str(tmp_path / "none"), "--task", "none"]) == 2
+    assert told in capsys.readouterr().err
+    sweep = tmp_path / "sweep.yaml"
+    sweep.write_text("model: none\ntasks: sst2\nmethods:\n  Probe: {command: probe}\n")
+    assert main(["sweep", str(sweep), "--output-dir", str(tmp_path / "out")]) == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError, match="forwardtune\\[paper\\]"):
+        probe(None, None, None, [])

@@ -18,8 +18,6 @@ from typing import Any
 import pytest
 import torch
 
-from forwardtune import noise
-
 ROOT = Path(__file__).resolve().parents[1]
 MACHINE = {"lacking": ["numba", "peft"], "device": "none", "free_gib": 20.0}
 
@@ -244,19 +242,21 @@ def test_the_tests_need_neither_numba_nor_peft_nor_datasets(gpu, tmp_path):
 
 def test_the_check_without_pytest_tells_right_from_wrong_bits():
     """A last element that is off by one unit in the last place, in each of the sweeps."""
+    from forwardtune.noise import cpu as compiled
+
     kernels, cpu = load("kernels"), torch.device("cpu")
 
     class Wrong:
         def __getattr__(self, name: str) -> Any:
             def sweep(out: torch.Tensor, *arguments: Any) -> Any:
-                result = getattr(noise.cpu, name)(out, *arguments)
+                result = getattr(compiled, name)(out, *arguments)
                 out.view(-1)[-1:].view(torch.int16).bitwise_xor_(1)
                 return result
 
             return sweep
 
     compared = (kernels.GAUSSIAN, torch.bfloat16, cpu)
-    assert list(kernels.differences(noise.cpu, *compared)) == []
+    assert list(kernels.differences(compiled, *compared)) == []
     found = [line.split(",")[0] for line in kernels.differences(Wrong(), *compared)]
     count = len(kernels.SIZES)
     assert Counter(found) == {"perturb": count, "update": count, "store": count, "perturb_rows": 4}

@@ -1,4 +1,4 @@
-"""The core needs torch alone, and dependencies run one way: from the edges to the noise."""
+"""The core needs torch alone, help needs not even that, and dependencies run one way: from the edges to the noise."""
 
 from __future__ import annotations
 
@@ -12,13 +12,21 @@ from pathlib import Path
 import pytest
 
 import forwardtune
+from forwardtune import names
+from forwardtune.cli.methods import METHODS
+from forwardtune.cli.sweeps import command_options
+from forwardtune.method.estimators import ESTIMATORS
+from forwardtune.method.rules import RULES
+from forwardtune.noise import DIRECTIONS
+from forwardtune.points import PERTURBATIONS
 
 SOURCE = Path(forwardtune.__file__).parent
 
 # A module imports from layers before its own, or from its own package. `forwardtune/__init__.py` may import them all.
 LAYERS = (
-    {"errors", "files", "memory", "cores"},
-    {"noise", "durations", "processes"},
+    {"errors", "names"},
+    {"files", "memory", "cores", "durations", "processes"},
+    {"noise"},
     {"parameters"},
     {"config"},
     {"refusals"},
@@ -41,6 +49,11 @@ NEEDS = {
     "noise": {"torch"},
     "noise/cpu.py": {"torch", "numba", "numpy", "llvmlite"},
     "noise/gpu.py": {"torch", "triton"},
+    "errors": set(),
+    "names": set(),
+    "cli/__init__.py": set(),
+    "cli/commands.py": set(),
+    "cli/parser.py": set(),
     "durations": set(),
     "config": set(),
     "refusals": set(),
@@ -48,6 +61,9 @@ NEEDS = {
     "trajectory": {"torch", "safetensors"},
 } | {part: {"torch"} for part in ("parameters", "method", "points", "optimizer", "search", "cores")}
 NEEDS |= {f"search/{file}.py": set() for file in ("auto", "budget", "guard", "line_search", "rates")}
+
+# What `pip install forwardtune` does not bring, by the names that are imported.
+EXTRA = {"sklearn", "matplotlib", "pandas", "seaborn"}
 
 MODULES = sorted(path.relative_to(SOURCE) for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")
 
@@ -87,11 +103,18 @@ def test_lower_layers_do_not_import_upper_ones(module):
     assert not upward, f"{module} imports {upward}"
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if part_of(m) in NEEDS], ids=str)
+@pytest.mark.parametrize(
+    "module", [m for m in MODULES if not NEEDS.keys().isdisjoint({part_of(m), m.as_posix()})], ids=str
+)
 def test_the_core_needs_torch_alone(module):
-    allowed = NEEDS.get(module.as_posix(), NEEDS[part_of(module)]) | STANDARD
+    allowed = NEEDS[module.as_posix() if module.as_posix() in NEEDS else part_of(module)] | STANDARD
     outside = {name.split(".")[0] for level, name in imports(module) if not level} - allowed
     assert not outside
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if part_of(m) != "paper"], ids=str)
+def test_the_packages_of_the_extra_serve_the_paper_alone(module):
+    assert not {name.split(".")[0] for _, name in imports(module)} & EXTRA
 
 
 def test_the_core_runs_with_torch_alone(tmp_path):
@@ -132,5 +155,134 @@ def test_the_core_runs_with_torch_alone(tmp_path):
 
 def test_every_public_name_exists():
     assert all(hasattr(forwardtune, name) for name in forwardtune.__all__)
+    assert set(forwardtune.__all__) <= set(dir(forwardtune))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         forwardtune.nothing  # noqa: B018
+
+
+# --- what start-up imports -------------------------------------------------------------------------------------------
+
+
+def imported_by(script: str) -> set[str]:
+    """The top-level packages that a fresh process has imported after the script."""
+    child = subprocess.run(
+        [sys.executable, "-c", f"{textwrap.dedent(script)}\nimport sys; print(*sys.modules, file=sys.stderr)"],
+        capture_output=True, text=True, env={"PYTHONPATH": str(SOURCE.parent), "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert child.returncode == 0, child.stderr
+    return {name.split(".")[0] for name in child.stderr.splitlines()[-1].split()}
+
+
+def test_help_and_version_import_the_standard_library_alone():
+    lines = [["--help"], ["--version"], *([command, "--help"] for command in command_options())]
+    assert len(lines) > 10
+    script = f"""
+        from forwardtune.cli import main
+        for line in {lines}:
+            try:
+                main(line)
+            except SystemExit as end:
+                assert end.code == 0, line
+            else:
+                raise AssertionError(line)
+    """
+    before = imported_by("pass")  # what the interpreter itself brings along
+    assert imported_by(script) - before - STANDARD == {"forwardtune"}
+
+
+def test_a_wrong_option_is_refused_before_anything_is_imported():
+    script = """
+        from forwardtune.cli import main
+        try:
+            main(["train", "--learning-rate", "1", "--output-dir", "x"])
+        except SystemExit as end:
+            assert end.code == 2
+    """
+    assert not imported_by(script) & {"torch", "transformers", "numpy"}
+
+
+@pytest.mark.parametrize(
+    ("name", "absent"),
+    [
+        (None, {"torch", "numba", "transformers"}),
+        ("NonFiniteLossError", {"torch", "numba", "transformers"}),
+        ("MeZO", {"numba", "transformers", "safetensors", "yaml"}),
+        ("StepLog", {"numba", "transformers", "yaml"}),
+    ],
+)
+def test_the_package_imports_what_a_name_needs_and_no_more(name, absent):
+    script = "import forwardtune" if name is None else f"from forwardtune import {name}"
+    assert not imported_by(script) & absent
+
+
+def test_the_names_without_torch_are_those_of_the_classes():
+    assert tuple(ESTIMATORS) == names.ESTIMATORS
+    assert tuple(RULES) == names.RULES
+    assert tuple(DIRECTIONS) == names.DIRECTIONS
+    assert set(names.PERTURBATIONS) - {"auto"} == set(PERTURBATIONS) - {"in_place"}
+    assert tuple(METHODS) == names.METHODS
+
+
+# --- cycles ----------------------------------------------------------------------------------------------------------
+
+# Modules that import each other, each with the reason why they still do.
+CYCLES = {
+    # train asks plan for the steps that fit a time, plan asks train for the defaults and the evaluations of a run.
+    frozenset({"forwardtune.cli.plan", "forwardtune.cli.train"}),
+}
+
+
+def named(path: Path) -> str:
+    """``trajectory/log.py`` -> ``forwardtune.trajectory.log``."""
+    return ".".join(("forwardtune", *path.with_suffix("").parts)).removesuffix(".__init__")
+
+
+def dependencies(path: Path) -> set[str]:
+    """The modules of forwardtune that a file imports anywhere, but for those that type checkers alone see."""
+    tree = ast.parse((SOURCE / path).read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            node.body = []
+    package = ("forwardtune", *path.parts[:-1])
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            base = ".".join((*above, *filter(None, [node.module])))
+            # `from . import log` imports a module if there is one of that name, else something out of the package.
+            found |= {inner if (inner := f"{base}.{alias.name}") in FILES else base for alias in node.names}
+    return found & FILES.keys()
+
+
+FILES = {named(path): path for path in [Path("__init__.py"), *MODULES]}
+
+
+def cycles(graph: dict[str, set[str]]) -> set[frozenset[str]]:
+    """Groups of modules in which each leads to each other."""
+
+    def reached(start: str) -> set[str]:
+        seen: set[str] = set()
+        ahead = [start]
+        while ahead:
+            new = graph[ahead.pop()] - seen
+            seen |= new
+            ahead += new
+        return seen
+
+    reach = {module: reached(module) for module in graph}
+    return {
+        frozenset(other for other in graph if other in reach[module] and module in reach[other])
+        for module in graph
+        if module in reach[module]
+    }
+
+
+def test_modules_do_not_import_each_other():
+    assert cycles({name: dependencies(path) for name, path in FILES.items()}) == CYCLES
+
+
+def test_a_cycle_is_found():
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set(), "e": {"e"}}
+    assert cycles(graph) == {frozenset("bc"), frozenset("e")}

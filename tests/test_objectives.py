@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import warnings
@@ -932,3 +933,12 @@ def test_sign_test_by_hand() -> None:
     assert sign_test(before, after) == {"better": 5, "worse": 1, "p_value": 14 / 64}
     assert sign_test([1.0], [1.0]) == {"better": 0, "worse": 0, "p_value": 1.0}
     assert sign_test([0.0, 1.0], [1.0, 0.0])["p_value"] == 1.0
+
+
+def test_sign_test_is_the_sum_over_both_tails() -> None:
+    """2 P(at most the smaller number of n fair coins), 1 at most."""
+    for better, worse in itertools.product((0, 1, 2, 7, 30, 31, 400), repeat=2):
+        n = better + worse
+        tail = sum(math.comb(n, k) for k in range(min(better, worse) + 1)) / 2**n
+        p_value = sign_test([0.0] * better + [1.0] * worse, [1.0] * better + [0.0] * worse)["p_value"]
+        assert p_value == pytest.approx(min(1.0, 2 * tail), rel=1e-12), (better, worse)

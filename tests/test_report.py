@@ -13,7 +13,6 @@ import pytest
 from forwardtune.cli import main
 from forwardtune.errors import InputError
 from forwardtune.paper.report import collect, write_report
-from forwardtune.paper.report.results import mean_curve
 from forwardtune.paper.sweep import Run, Sweep, SweepFolder
 
 MIB = 2**20
@@ -177,6 +176,9 @@ def test_each_model_has_its_tables(made: Made, tmp_path: Path) -> None:
 
 
 def test_a_curve_is_the_mean_over_seeds_at_steps_that_all_have() -> None:
+    pytest.importorskip("pandas")
+    from forwardtune.paper.report.plots import mean_curve
+
     one = [{"step": 1, "seconds": 2.0, "loss": 4.0}, {"step": 2, "seconds": 4.0, "loss": 2.0}]
     two = [
         {"step": 1, "seconds": 4.0, "loss": 2.0},
@@ -184,18 +186,26 @@ def test_a_curve_is_the_mean_over_seeds_at_steps_that_all_have() -> None:
         {"step": 2, "seconds": 8.0, "loss": math.nan},
         {"step": 3, "seconds": 12.0, "loss": 1.0},
     ]
-    assert mean_curve([one, two], lambda record: record.get("loss")) == ([1], [3.0], [3.0])
-    assert mean_curve([one], lambda record: record.get("loss")) == ([1, 2], [2.0, 4.0], [4.0, 2.0])
-    assert mean_curve([], lambda record: None) == ([], [], [])
+    curve = mean_curve([one, two], lambda record: record.get("loss"))
+    assert (list(curve.index), list(curve["seconds"]), list(curve["mean"])) == ([1], [3.0], [3.0])
+    assert list(curve["std"]) == pytest.approx([math.sqrt(2)])
+    curve = mean_curve([one], lambda record: record.get("loss"))
+    assert (list(curve.index), list(curve["seconds"]), list(curve["mean"])) == ([1, 2], [2.0, 4.0], [4.0, 2.0])
+    assert curve["std"].isna().all()
+    assert mean_curve([one, []], lambda record: record.get("loss")).empty
+    assert mean_curve([two], lambda record: None).empty
 
 
-def test_smoothing_is_the_mean_of_the_last_values() -> None:
-    pytest.importorskip("matplotlib")
-    from forwardtune.paper.report.plots import smoothed
+def test_smoothing_is_the_mean_of_the_last_values_of_each_seed() -> None:
+    pytest.importorskip("pandas")
+    from forwardtune.paper.report.plots import mean_curve
 
-    assert smoothed([4.0, 2.0, 6.0, 1.0], 2) == [4.0, 3.0, 4.0, 3.5]
-    assert smoothed([4.0, 2.0], 1) == [4.0, 2.0]
-    assert smoothed([], 3) == []
+    def smoothed(values: list[float], share: float) -> list[float]:
+        history = [{"step": i, "loss": value} for i, value in enumerate(values)]
+        return list(mean_curve([history], lambda record: record["loss"], share)["mean"])
+
+    assert smoothed([4.0, 2.0, 6.0, 1.0], 0.5) == [4.0, 3.0, 4.0, 3.5]
+    assert smoothed([4.0, 2.0], 0.01) == [4.0, 2.0]
 
 
 def test_the_plots_show_what_the_runs_recorded(made: Made, tmp_path: Path) -> None:
@@ -221,6 +231,8 @@ def test_the_plots_show_what_the_runs_recorded(made: Made, tmp_path: Path) -> No
     line, level = figure.axes[0].lines
     assert list(line.get_xdata()) == [5, 10]
     assert list(line.get_ydata()) == pytest.approx([55, 70])
+    (band,) = figure.axes[0].collections  # 50 and 60 at step 5: 5 sqrt(2) on each side; no spread at step 10
+    assert sorted({round(y, 3) for _, y in band.get_paths()[0].vertices}) == [47.929, 62.071, 70.0]
     assert set(level.get_ydata()) == {45.0}
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["MeZO", "Zero-shot"]
 
@@ -285,7 +297,9 @@ def test_wrong_input_has_a_remedy(made: Made, tmp_path: Path, monkeypatch: Any, 
     monkeypatch.delitem(sys.modules, "forwardtune.paper.report.plots", raising=False)
     for name in [name for name in sys.modules if name.startswith("matplotlib.")]:
         monkeypatch.delitem(sys.modules, name)
-    with pytest.raises(InputError, match=r"pip install 'forwardtune\[report\]'"):
+    with pytest.raises(InputError, match=r"plots need matplotlib: pip install 'forwardtune\[paper\]'"):
         write_report(made.folder, tmp_path)
+    assert main(["report", str(made.folder)]) == 2
+    assert "pip install 'forwardtune[paper]', or add --no-plots" in capsys.readouterr().err
     assert not (tmp_path / "results.md").exists()
     write_report(made.folder, tmp_path, plots=False)

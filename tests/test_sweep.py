@@ -19,6 +19,7 @@ import pytest
 
 import support
 from forwardtune.cli import main
+from forwardtune.cli.commands import make_parser
 from forwardtune.durations import duration
 from forwardtune.errors import InputError
 from forwardtune.models import load_model
@@ -68,10 +69,8 @@ def test_a_file_is_the_product_of_its_lists(tmp_path: Path) -> None:
 
 
 def test_a_run_is_a_command_line_that_the_commands_understand(tmp_path: Path) -> None:
-    from forwardtune.cli import _parser
-
     for run in read(tmp_path, GRID, data_dir="data").runs:
-        parsed = _parser().parse_args(run.arguments("out", model="base"))
+        parsed = make_parser().parse_args(run.arguments("out", model="base"))
         assert (parsed.model, parsed.task, parsed.seed) == ("base", run.task, run.seed)
         assert (parsed.output_dir, parsed.data_dir) == ("out", "data")
         for name, value in run.options.items():

@@ -5,21 +5,34 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .method.record import StepRecord
-from .optimizer import MeZO, NonFiniteLossError
-
 if TYPE_CHECKING:
+    from .errors import NonFiniteLossError
     from .hf.trainer import MeZOConfig, MeZOTrainer
+    from .method.record import StepRecord
+    from .optimizer import MeZO
     from .trajectory import StepLog, replay
 
 __version__ = "0.1.0"
 __all__ = ["MeZO", "MeZOConfig", "MeZOTrainer", "NonFiniteLossError", "StepLog", "StepRecord", "__version__", "replay"]
 
-# What needs more than torch is imported when it is first asked for.
-_LAZY = {"MeZOConfig": ".hf.trainer", "MeZOTrainer": ".hf.trainer", "StepLog": ".trajectory", "replay": ".trajectory"}
+# Each name is imported when it is first asked for: `forwardtune --help` needs no torch, MeZO no transformers.
+_HOMES = {
+    "MeZO": ".optimizer",
+    "MeZOConfig": ".hf.trainer",
+    "MeZOTrainer": ".hf.trainer",
+    "NonFiniteLossError": ".errors",
+    "StepLog": ".trajectory",
+    "StepRecord": ".method.record",
+    "replay": ".trajectory",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(import_module(_LAZY[name], __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = globals()[name] = getattr(import_module(_HOMES[name], __name__), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -17,6 +17,7 @@ from functools import partial
 from types import NoneType
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
+from . import names
 from .durations import seconds_of
 from .errors import InputError, nearest
 
@@ -183,7 +184,7 @@ class Data:
     per_class: int | None = option(
         None, "so many training and development examples of each class instead", bounds=POSITIVE
     )
-    on_bad_row: str = option("refuse", "rows that the task cannot use: refuse or skip", choices=("refuse", "skip"))
+    on_bad_row: str = option("refuse", "rows that the task cannot use: refuse or skip", choices=names.ON_BAD_ROW)
     seed: int = option(0, "seed of directions, minibatches and splits", bounds=SEED, argument="seed")
 
 
@@ -211,23 +212,23 @@ class MeZOSettings:
     )
     probes: int = _of_mezo(1, "directions a step; each costs two forward passes", bounds=POSITIVE)
     estimator: str = _of_mezo(
-        "spsa", "two-sided spsa, or one_sided (probes + 1 forward passes)", choices=("spsa", "one_sided")
+        "spsa", "two-sided spsa, or one_sided (probes + 1 forward passes)", choices=names.ESTIMATORS
     )
     normalize: str = _of_mezo(
         "none",
         "units of loss differences over the probes: none, sigma (FZOO) or rank",
-        choices=("none", "sigma", "rank"),
+        choices=names.NORMALIZATIONS,
     )
-    rule: str = _of_mezo("sgd", "how coefficients move the weights", choices=("sgd", "sign", "momentum", "adam"))
+    rule: str = _of_mezo("sgd", "how coefficients move the weights", choices=names.RULES)
     momentum: float = option(0.9, "of the rule momentum", bounds=FRACTION, only={**_MEZO, "rule": ("momentum",)})
     rule_state: str = option(
         "auto",
         "moments of the rules momentum and adam: kept (exact), or rebuilt (window)",
-        choices=("auto", "exact", "window"),
+        choices=names.STATES,
         only={**_MEZO, "rule": ("momentum", "adam")},
     )
-    direction: str = _of_mezo("gaussian", "distribution of directions", choices=("gaussian", "rademacher"))
-    perturbation: str = _of_mezo("auto", "how to perturb", choices=("auto", "scratch", "copy"))
+    direction: str = _of_mezo("gaussian", "distribution of directions", choices=names.DIRECTIONS)
+    perturbation: str = _of_mezo("auto", "how to perturb", choices=names.PERTURBATIONS)
     clip_coefficient: float | None = _of_mezo(
         None, "largest magnitude of a projected gradient", shown="none", bounds=POSITIVE
     )
@@ -237,7 +238,7 @@ class MeZOSettings:
 class Train(MeZOSettings, Data):
     """What ``train`` does, and ``plan`` measures."""
 
-    method: str = option("mezo", "mezo, or adam: backpropagation", choices=("mezo", "adam"))
+    method: str = option("mezo", "mezo, or adam: backpropagation", choices=names.METHODS)
     objective: str = _of_mezo("loss", "loss, accuracy, f1, exact_match, module:function, file.py:function, or a sum")
     temperature: float = _of_mezo(0.0, "of sampled text; 0 takes the likeliest tokens", bounds=FINITE)
     log_completions: int | None = _of_mezo(
@@ -270,7 +271,7 @@ class Train(MeZOSettings, Data):
     lr_scheduler: str = option(
         "constant",
         "course of the learning rate",
-        choices=("constant", "linear", "cosine", "inverse_sqrt", "polynomial"),
+        choices=names.LR_SCHEDULERS,
         argument="lr_scheduler_type",
     )
     weight_decay: float = option(0.0, "decoupled, not on norms and biases", bounds=FINITE, argument="weight_decay")

@@ -1,4 +1,4 @@
-"""The error that means: the input is wrong, here is how to mend it."""
+"""The errors that the command line tells apart, in a module that needs no torch."""
 
 from __future__ import annotations
 
@@ -13,6 +13,18 @@ _BETWEEN = {"forwardtune", "torch", "contextlib", "transformers", "accelerate", 
 
 class InputError(ValueError):
     """Something that the user gave cannot be used. The message is one line or a few, and ends with the remedy."""
+
+
+class LogError(ValueError):
+    """A step log that cannot be used; the message says what is wrong with it and what to do."""
+
+
+class LogWriteError(LogError):
+    """The step log could not be written, as on a full disk; everything before it is intact."""
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss was infinite or not a number in too many steps in a row."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

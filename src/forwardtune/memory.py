@@ -1,8 +1,10 @@
-"""Peak memory of a piece of work: allocated bytes on an accelerator, resident bytes of the process on a CPU."""
+"""Peak memory of a piece of work: allocated bytes on an accelerator, resident bytes of the process on a CPU.
+
+psutil is imported where a CPU is asked about: a GPU machine needs none.
+"""
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
@@ -24,13 +26,18 @@ def peak(device: str | torch.device = "cpu") -> int:
     """The peak since :func:`reset_peak`, in bytes."""
     if torch.device(device).type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
+    # The mark that reset_peak sets back. psutil does not read it, and getrusage's own is never set back.
     try:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     except OSError:
         pass
-    import resource  # not on Windows
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
@@ -40,21 +47,15 @@ def now(device: str | torch.device = "cpu") -> int:
     """Bytes in use at this moment."""
     if torch.device(device).type == "cuda":
         return int(torch.cuda.memory_allocated(device))
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:
-        return peak(device)
-    return pages * os.sysconf("SC_PAGE_SIZE")
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
 
 
-def free(device: str | torch.device = "cpu") -> int | None:
-    """Bytes that can still be had; None where the platform does not say."""
+def free(device: str | torch.device = "cpu") -> int:
+    """Bytes that can still be had."""
     if torch.device(device).type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return None
+    import psutil
+
+    return int(psutil.virtual_memory().available)

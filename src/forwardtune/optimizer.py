@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .errors import NonFiniteLossError
 from .method.estimators import Estimator, get_estimator
 from .method.record import StepRecord, updates_of
 from .method.rule import History, Rule, move_all
@@ -20,10 +21,6 @@ from .parameters import TunedParameters
 from .points import PERTURBATIONS, Closure, Perturbation, ReadElsewhereError, Scratch
 from .points.idle import IdleWatch
 from .points.self_check import check, copy_instead, refuse_stale_weights
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss was infinite or not a number in too many steps in a row."""
 
 
 class InterruptedUpdateError(RuntimeError):

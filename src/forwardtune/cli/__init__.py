@@ -6,28 +6,25 @@ wrong, 130 stopped by Ctrl-C.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
-from .. import __version__
-from ..errors import InputError
-from ..optimizer import NonFiniteLossError
-from ..trajectory.format import LogError, LogWriteError
-from .parser import Parser
-
-_DESCRIPTION = "Fine-tune language models with forward passes only (MeZO)."
+from ..errors import InputError, LogError, LogWriteError, NonFiniteLossError
+from .commands import make_parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    options = _parser().parse_args(arguments)
+    options = make_parser().parse_args(arguments)
+    module, function = options.run.split(".")
     _quiet_libraries()
     try:
-        return int(options.run(options) or 0)
+        run = getattr(import_module(f".{module}", __name__), function)
+        return int(run(options) or 0)
     except (NonFiniteLossError, LogWriteError) as error:
         return _fail(error, 1)
     except (InputError, LogError) as error:
@@ -65,14 +62,3 @@ def _quiet_libraries() -> None:
 
     warnings.showwarning = show  # type: ignore[assignment]
     warnings.filterwarnings("ignore", module=r"(torch|transformers|accelerate|datasets|huggingface_hub)\b")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="forwardtune", description=_DESCRIPTION)
-    parser.add_argument("--version", action="version", version=f"forwardtune {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    from . import evaluate, logs, plan, sweeps, train
-
-    for module in (train, plan, evaluate, sweeps, logs):
-        module.add_commands(commands)
-    return parser

@@ -7,19 +7,10 @@ from typing import Any
 
 from .. import memory
 from ..errors import InputError
-from .options import add_options, ask
+from ..paper.extra import PROBING, require
+from .options import ask
 from .results import conclude, new_folder
 from .session import Session, open_session
-
-
-def add_commands(commands: Any) -> None:
-    """Add ``eval`` and ``probe`` to the command line."""
-    evaluated = commands.add_parser("eval", help="measure a model on a task's test examples; prints one JSON object")
-    probed = commands.add_parser("probe", help="linear probing: logistic regression on the frozen model's features")
-    for parser, command, run in ((evaluated, "eval", run_eval), (probed, "probe", run_probe)):
-        add_options(parser, command)
-        parser.add_argument("--output-dir", help="new folder for metrics.json")
-        parser.set_defaults(run=run)
 
 
 def run_eval(parsed: argparse.Namespace) -> None:
@@ -38,6 +29,7 @@ def run_probe(parsed: argparse.Namespace) -> None:
     """Fit a linear probe, evaluate with it and print one JSON object on stdout."""
     from ..paper.baselines import probe
 
+    require("linear probes", PROBING)
     options = ask(parsed, "probe").describe()
     _new(parsed)
     session = open_session(options, "train", "dev", "test")

@@ -18,27 +18,6 @@ from .results import new_folder
 from .session import bar, reach
 
 
-def add_commands(commands: Any) -> None:
-    """Add the commands that work on step logs."""
-    parser = commands.add_parser("replay", help="rebuild tuned weights from base weights and a step log, bit for bit")
-    parser.add_argument("log", help="steps.jsonl or trajectory.safetensors")
-    parser.add_argument("--model", required=True, help="the model that the run began with")
-    parser.add_argument("--output-dir", required=True, help="new folder for the tuned model")
-    parser.add_argument("--steps", type=int, help="replay only this many steps; needed for an unfinished log")
-    parser.add_argument("--device", default="cpu", help="where the weights are rebuilt [cpu]")
-    parser.set_defaults(run=run_replay)
-
-    parser = commands.add_parser("inspect", help="verify a step log and say what it holds")
-    parser.add_argument("log", help="steps.jsonl")
-    parser.add_argument("--json", action="store_true", help="print it as JSON on stdout")
-    parser.set_defaults(run=run_inspect)
-
-    parser = commands.add_parser("export", help="write a run as trajectory.safetensors, four bytes a step and probe")
-    parser.add_argument("log", help="steps.jsonl")
-    parser.add_argument("--output", default="trajectory.safetensors", help="new file [trajectory.safetensors]")
-    parser.set_defaults(run=run_export)
-
-
 def run_replay(options: argparse.Namespace) -> None:
     """Rebuild the tuned weights and save them as an ordinary model folder."""
     is_export = Path(options.log).suffix == ".safetensors"

@@ -16,19 +16,11 @@ from ..config import STEPS
 from ..durations import duration
 from . import methods, say
 from .costs import Cost, measure, seconds_of_run, steps_of_budget, steps_within
-from .options import add_config, add_options, ask, flag
+from .options import ask, flag
 from .results import plain
 from .session import Session, open_session
 
 _SPANS = (600.0, 3600.0, 8 * 3600.0)
-
-
-def add_commands(commands: Any) -> None:
-    """Add ``plan`` to the command line."""
-    parser = commands.add_parser("plan", help="say what train would cost: memory, time, and the steps that fit a time")
-    add_config(parser)
-    add_options(parser, "plan")
-    parser.set_defaults(run=run)
 
 
 def run(parsed: argparse.Namespace) -> int:

@@ -20,6 +20,7 @@ from ..errors import InputError
 from ..evaluation import evaluate, find_layout, prepare
 from ..files import read_json
 from ..models import context_length, load_model, model_kind
+from ..noise import load_kernels
 from ..objectives import Reward, logits_at, option_likelihoods
 from ..objectives.mixture import parse
 from ..tasks import BadRowsError, Split, Task, doubts, get_task, load_splits
@@ -173,6 +174,7 @@ def open_session(
     if model.dtype == torch.float16 and options.device == "cpu":
         say("  float16 is slow on a processor: --dtype float32 or bfloat16 may be several times as fast")
     if prepare_model is not None:
+        load_kernels(model.device)  # before memory is measured
         model = prepare_model(model, tokenizer)
     room = context_length(model)  # a prefix takes some of it
     if room < 1:

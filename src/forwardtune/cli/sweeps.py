@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from ..errors import InputError
+from ..paper.extra import PLOTS, PROBING, require
 from ..paper.report import write_report
 from ..paper.sweep import SweepFolder, read_sweep, run_sweep
 from ..paper.sweep.bases import prepare_bases
@@ -14,28 +14,13 @@ from ..paper.sweep.plan import slug
 from . import say
 
 
-def add_commands(commands: Any) -> None:
-    """Add the commands that work on many runs."""
-    parser = commands.add_parser("sweep", help="run methods x tasks x seeds x a grid of options from one file")
-    parser.add_argument("file", help="the sweep file (.yaml); docs/sweeps.md describes it")
-    parser.add_argument("--output-dir", help="folder of all runs; the same one resumes [runs/NAME]")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once, which share the cores [1]")
-    parser.add_argument("--data-dir", help="folder with the data of tasks that do not bring them")
-    parser.add_argument("--dry-run", action="store_true", help="list the runs and their state; run nothing")
-    parser.set_defaults(run=run)
-
-    parser = commands.add_parser("report", help="tables and plots of a sweep, finished or not")
-    parser.add_argument("folder", help="the sweep's folder")
-    parser.add_argument("--output-dir", help="where results.md, results.json and plots go [the sweep's folder]")
-    parser.add_argument("--no-plots", action="store_true", help="tables alone, without matplotlib")
-    parser.set_defaults(run=run_report)
-
-
 def run(options: argparse.Namespace) -> int:
     """Do the runs of a sweep file that are not done yet. 1 if some failed."""
     if options.jobs < 1:
         raise InputError(f"--jobs must be positive, got {options.jobs}")
     sweep = read_sweep(Path(options.file), options.data_dir)
+    if any(run.command == "probe" for run in sweep.runs):
+        require("linear probes", PROBING)
     folder = SweepFolder(Path(options.output_dir or Path("runs") / slug(sweep.name)))
     if options.dry_run:
         folder.require_same_runs(sweep.runs)
@@ -70,6 +55,8 @@ def run_report(options: argparse.Namespace) -> None:
     folder = Path(options.folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: there is no such folder; give the one that forwardtune sweep wrote to")
+    if not options.no_plots:
+        require("plots", PLOTS, ", or add --no-plots for the tables alone")
     output = Path(options.output_dir) if options.output_dir else folder
     for path in write_report(folder, output, plots=not options.no_plots):
         say(str(path))

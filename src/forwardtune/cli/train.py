@@ -13,18 +13,17 @@ from typing import Any
 from ..config import STEPS, Train, settings
 from ..config import options as options_of
 from ..durations import duration
-from ..errors import InputError
+from ..errors import InputError, NonFiniteLossError
 from ..evaluation import sign_test
 from ..files import read_json
 from ..models import EMBEDDED_MODEL, save_model
-from ..optimizer import NonFiniteLossError
 from ..processes import require_one_process
 from ..tasks import get_task, task_names
 from ..tasks.splits import DEFAULT_RULE
 from ..trajectory import Log, read_log
 from . import methods, say
 from .costs import evaluation_steps, measure, measured_examples, steps_of_budget
-from .options import add_config, add_options, ask, flag
+from .options import ask, flag
 from .results import (
     COMPLETIONS,
     HISTORY,
@@ -47,16 +46,6 @@ _MEASURED = "dev_measured"
 _RULE = "split_rule"
 # Test examples of which the completions are kept.
 _SAMPLES = 32
-
-
-def add_commands(commands: Any) -> None:
-    """Add ``train`` to the command line."""
-    parser = commands.add_parser("train", help="tune a model on a task")
-    parser.add_argument("--output-dir", help="new folder for the tuned model and its step log")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --output-dir")
-    add_config(parser)
-    add_options(parser, "train")
-    parser.set_defaults(run=run)
 
 
 def run(parsed: argparse.Namespace) -> int:

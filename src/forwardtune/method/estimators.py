@@ -24,8 +24,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 from ..errors import InputError, nearest
-
-NORMALIZATIONS = ("none", "sigma", "rank")
+from ..names import NORMALIZATIONS
 
 
 class Query(NamedTuple):

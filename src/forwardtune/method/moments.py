@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, nearest
+from ..names import STATES
 from ..noise import Count, Noise, Update, flattened
 from ..parameters import TunedParameters, TunedTensor
 from .rule import History, Rule, Step, float32, shares
 
-STATES = ("auto", "exact", "window")
 # "auto" keeps exact moments if they take at most this share of the memory of the model's weights: adapters do.
 _SHARE = 0.1
 # A window leaves out steps that together have less than this weight in the average.

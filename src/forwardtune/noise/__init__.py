@@ -45,14 +45,9 @@ __all__ = [
     "compile_kernels",
     "flattened",
     "get_direction",
+    "load_kernels",
     "register_direction",
 ]
-
-cpu: ModuleType | None
-try:
-    from . import cpu
-except ImportError:  # Numba is optional for the core
-    cpu = None
 
 
 @dataclass(frozen=True)
@@ -140,8 +135,19 @@ def compile_kernels(
         announce: told once, if something is compiled and not read from Numba's cache.
     """
     dtypes = {weight.dtype for weight in weights if weight.device.type == "cpu"}
-    if cpu is not None:
-        cpu.compile_kernels([dtype for dtype in cpu.DTYPES if dtype in dtypes], buffered, announce)
+    with_kernels = [dtype for dtype in dtypes if not isinstance(_on_cpu(dtype), str)]
+    if with_kernels:
+        from . import cpu
+
+        cpu.compile_kernels(sorted(with_kernels, key=str), buffered, announce)
+
+
+def load_kernels(device: torch.device) -> None:
+    """Import what computes the noise on this device, which else the first sweep does.
+
+    Where memory is measured it is called before, as libraries are no part of what a step takes.
+    """
+    _fast(device, torch.float32)
 
 
 @contextmanager
@@ -162,6 +168,17 @@ def _give_back(tensor: Tensor, flat: Tensor) -> None:
 
 
 @functools.cache
+def _on_cpu(dtype: torch.dtype) -> ModuleType | str:
+    """The kernels for a processor, or why there are none. Numba is optional, and imported when the first one is needed: it
+    costs about as much time as torch."""
+    try:
+        from . import cpu
+    except ImportError:
+        return "install numba"
+    return cpu if dtype in cpu.DTYPES else f"there is no kernel for {dtype}"
+
+
+@functools.cache
 def _on_cuda(device: torch.device, dtype: torch.dtype) -> ModuleType | str:
     """The kernels for a CUDA device, or why there are none. Triton is imported here, when the first one is needed."""
     try:
@@ -178,7 +195,7 @@ def _fast(device: torch.device, dtype: torch.dtype) -> ModuleType | str:
     if device.type == "cuda":
         return _on_cuda(device, dtype)
     if device.type == "cpu":
-        return cpu if cpu is not None and dtype in cpu.DTYPES else "install numba"
+        return _on_cpu(dtype)
     return f"there is no kernel for {device.type} yet"
 
 

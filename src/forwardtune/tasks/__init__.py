@@ -4,13 +4,12 @@ The tasks that come with the package are the YAML files in ``library/``, in the 
 (``docs/tasks.md``).
 """
 
-from .data import ON_BAD_ROW, BadRowsError, Split, load_split, load_splits
+from .data import BadRowsError, Split, load_split, load_splits
 from .doubts import doubts
 from .reader import get_task, task_names
 from .task import Example, Task
 
 __all__ = [
-    "ON_BAD_ROW",
     "BadRowsError",
     "Example",
     "Split",

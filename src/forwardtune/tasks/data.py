@@ -8,13 +8,13 @@ from functools import cached_property
 from pathlib import Path
 
 from ..errors import InputError
+from ..names import ON_BAD_ROW
 from .rows import SUFFIXES, Row, read_rows
 from .splits import RULES, Wanted, sample
 from .task import Example, Task, same_label
 from .template import RowError
 
 #: What can be done about rows that a task cannot use.
-ON_BAD_ROW = ("refuse", "skip")
 
 
 class BadRowsError(InputError):

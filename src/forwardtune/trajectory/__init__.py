@@ -3,8 +3,8 @@
 ``docs/step-log.md`` specifies the format.
 """
 
+from ..errors import LogError
 from .export import export_trajectory
-from .format import LogError
 from .log import StepLog
 from .point import ReturnPoint
 from .reader import Log, read_log

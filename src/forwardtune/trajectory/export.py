@@ -23,10 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import LogError
 from ..method.moments import Elementwise
 from ..method.rule import Rule, Step
 from ..noise import Update
-from .format import LogError, numbers, ranges
+from .format import numbers, ranges
 from .reader import Log, Rollback, check_header, rule_of
 from .updates import Trajectory, trajectory_of
 

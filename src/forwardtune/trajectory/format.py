@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
+from ..errors import LogError
 from ..method.record import StepRecord
 from ..noise import NOISE_VERSION, SPECIFIED, Direction
 from ..optimizer import MeZO
@@ -19,14 +20,6 @@ FORMAT_VERSION = 3
 READABLE = (2, 3)
 _SEAL_DIGITS = 16
 _SEAL_LENGTH = len(',"check":""}') + _SEAL_DIGITS
-
-
-class LogError(ValueError):
-    """A step log that cannot be used; the message says what is wrong with it and what to do."""
-
-
-class LogWriteError(LogError):
-    """The step log could not be written, as on a full disk; everything before it is intact."""
 
 
 def seal(previous: str, content: dict[str, Any]) -> tuple[str, str]:

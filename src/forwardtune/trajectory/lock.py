@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from .format import LogError
+from ..errors import LogError
 
 try:
     import fcntl

@@ -10,12 +10,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from ..errors import LogError, LogWriteError
 from ..method.record import StepRecord
 from ..method.rules import RULES, get_rule
 from ..noise import DIRECTIONS
 from ..optimizer import MeZO
 from ..points import InPlace
-from .format import ABSENT, DESCRIPTIVE, LogError, LogWriteError, header_content, identity, seal, step_content
+from .format import ABSENT, DESCRIPTIVE, header_content, identity, seal, step_content
 from .lock import LogLock
 from .reader import Log, Rollback, read_log
 from .replay import apply_log

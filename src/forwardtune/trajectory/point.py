@@ -13,13 +13,12 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, LogError
 from ..method.moments import Elementwise
 from ..method.record import StepRecord
 from ..method.rule import History, Rule, move_all
 from ..noise import Update
 from ..optimizer import MeZO
-from .format import LogError
 from .reader import Log
 from .replay import require_base
 from .updates import standing, trajectory_of, updates_by_group

@@ -8,11 +8,12 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from ..errors import LogError
 from ..method.record import StepRecord
 from ..method.rule import Rule
 from ..method.rules import RULES, get_rule
 from ..noise import DIRECTIONS, NOISE_VERSION
-from .format import ABSENT, READABLE, LogError, direction_content, step_record, unseal
+from .format import ABSENT, READABLE, direction_content, step_record, unseal
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..errors import LogError
 from ..method.rule import History, move_all
 from ..noise import Noise, Update, get_direction
 from ..optimizer import MeZO
 from ..parameters import TunedParameters, dtype_name
 from .export import read_trajectory
-from .format import LogError
 from .reader import Log, read_log
 from .updates import Trajectory, trajectory_of
 

@@ -18,6 +18,7 @@ from ...objectives import logits_at
 from ...tasks import Task
 from ...tasks.batching import Layout
 from ...tasks.encoding import Encoded
+from ..extra import PROBING, require
 
 #: Inverse strengths of the penalty that are tried.
 GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -127,7 +128,7 @@ def probe(
 
     Raises:
         InputError: no example, only one class, a grid without positive numbers, a model without vocabulary head, or
-            features that are not finite.
+            features that are not finite; scikit-learn is missing.
 
     Warns:
         UserWarning: the fit did not converge.
@@ -136,6 +137,7 @@ def probe(
     it, the choice of C (there by cross-validation over the training tokens), and tokens that training never saw (they
     keep their pre-trained rows there, whose logits are on another scale).
     """
+    require("linear probes", PROBING)
     if not train or not grid or not all(0 < c < float("inf") for c in grid):
         raise InputError("linear probing needs training examples and positive values of C: give at least one of each")
     features, tokens, groups, vocabulary = _features(model, tokenizer, task, train, batch_size, layout)

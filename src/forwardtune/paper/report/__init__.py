@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ...errors import InputError
 from ...files import write_json
+from ..extra import PLOTS, require
 from ..sweep import SweepFolder
 from ..sweep.plan import label, slug
 from .results import Cell, Chosen, Results, collect
@@ -22,17 +22,12 @@ def write_report(folder: Path, output: Path, *, plots: bool = True) -> list[Path
     """Write ``results.md``, ``results.json`` and, with ``plots``, PNG files. Returns their paths.
 
     Raises:
-        InputError: the folder is not a sweep's, or matplotlib is missing.
+        InputError: the folder is not a sweep's, or what draws the plots is missing.
     """
     if plots:
-        try:
-            from .plots import draw
-        except ModuleNotFoundError as error:
-            if (error.name or "").split(".")[0] != "matplotlib":
-                raise
-            raise InputError(
-                "plots need matplotlib: pip install 'forwardtune[report]', or add --no-plots for the tables alone"
-            ) from None
+        require("plots", PLOTS)
+        from .plots import draw
+
     sweep = SweepFolder(folder).read_plan()
     all_results = [collect(folder, sweep, model) for model in sweep.models]
     output.mkdir(parents=True, exist_ok=True)

@@ -1,19 +1,21 @@
-"""The results as pictures. The one file that knows matplotlib."""
+"""The results as pictures. The one file that knows matplotlib and pandas."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullFormatter
 
 from ..sweep.plan import label
-from .results import Chosen, Results, mean_curve
+from .results import Chosen, Results
 
 # Okabe and Ito's colours, told apart with any colour vision, without the yellow that is lost on white, grey for black.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4D4D4D")
@@ -30,12 +32,12 @@ _STYLE: dict[Any, Any] = {
     "axes.titlesize": 10,
 }
 _DPI = 150
+# How dense the band of one deviation over seeds is.
+_BAND = 0.18
 # The smoothed loss is a mean over so much of the run.
 _WINDOW_SHARE = 0.05
 # Runs that differ by more than this in length share a logarithmic axis, or the short one would be a dot.
 _LONG = 8
-
-Curve = tuple[list[float], list[float]]
 
 
 def draw(results: Results, folder: Path, prefix: str) -> list[Path]:
@@ -60,9 +62,8 @@ def draw(results: Results, folder: Path, prefix: str) -> list[Path]:
 def _loss(results: Results, axis: str) -> Figure | None:
     """Training loss, smoothed, a panel for each task."""
 
-    def curve(chosen: list[Chosen], task: str) -> Curve:
-        xs, ys = _curve(chosen, axis, lambda record: record.get("loss"))
-        return xs, smoothed(ys, max(1, round(_WINDOW_SHARE * len(ys))))
+    def curve(chosen: list[Chosen], task: str) -> pd.DataFrame:
+        return mean_curve((each.history for each in chosen), lambda record: record.get("loss"), _WINDOW_SHARE)
 
     return _panels(results, axis, f"training loss, smoothed over {_WINDOW_SHARE:.0%} of the run", curve, marker=None)
 
@@ -70,49 +71,62 @@ def _loss(results: Results, axis: str) -> Figure | None:
 def _dev(results: Results, axis: str) -> Figure | None:
     """The metric on the development split, a panel for each task; a method without steps is a level line."""
 
-    def curve(chosen: list[Chosen], task: str) -> Curve:
+    def curve(chosen: list[Chosen], task: str) -> pd.DataFrame:
         metric = results.metrics[task]
-        xs, ys = _curve(chosen, axis, lambda record: (record.get("dev") or {}).get(metric))
-        return xs, [100 * y for y in ys]
+        points = mean_curve((each.history for each in chosen), lambda record: (record.get("dev") or {}).get(metric))
+        return points.assign(mean=100 * points["mean"], std=100 * points["std"])
 
     names = sorted({metric.replace("_", " ") for metric in results.metrics.values()})
     return _panels(results, axis, f"{' or '.join(names)} on the development split, %", curve, marker="o", levels=True)
 
 
-def _curve(chosen: list[Chosen], axis: str, value: Callable[[dict[str, Any]], Any]) -> Curve:
-    steps, seconds, values = mean_curve((each.history for each in chosen), value)
-    return (seconds if axis == "seconds" else [float(step) for step in steps]), values
+def mean_curve(
+    histories: Iterable[list[dict[str, Any]]], value: Callable[[dict[str, Any]], Any], smooth: float = 0.0
+) -> pd.DataFrame:
+    """A quantity over training, at the steps that all seeds have.
 
+    Args:
+        histories: the lines of each seed's history; at least one seed.
+        value: the quantity in a line, or None.
+        smooth: each value is first made the mean of the last ones of its seed, this share of the run.
 
-def smoothed(values: Sequence[float], window: int) -> list[float]:
-    """The mean of the last ``window`` values at each point, of fewer at the start. Shape (n,) -> (n,)."""
-    means = []
-    total = 0.0
-    for index, value in enumerate(values):
-        total += value - (values[index - window] if index >= window else 0.0)
-        means.append(total / min(index + 1, window))
-    return means
+    Returns:
+        By ``step``: the ``seconds`` so far and the quantity's ``mean`` over seeds, and its sample deviation ``std``, NaN for
+        one seed.
+    """
+    seeds = []
+    for history in histories:
+        rows = [(record["step"], record.get("seconds", 0.0), value(record)) for record in history]
+        points = pd.DataFrame(rows, columns=["step", "seconds", "value"], dtype=float)
+        points = points[np.isfinite(points["value"])].drop_duplicates("step", keep="last")
+        window = max(1, round(smooth * len(points)))
+        seeds.append(points.assign(value=points["value"].rolling(window, min_periods=1).mean()))
+    by_step = pd.concat(seeds).groupby("step")
+    curve = by_step.agg(seconds=("seconds", "mean"), mean=("value", "mean"), std=("value", "std"))
+    return curve[by_step.size() == len(seeds)]
 
 
 def _panels(
     results: Results,
     axis: str,
     y_label: str,
-    curve: Callable[[list[Chosen], str], Curve],
+    curve: Callable[[list[Chosen], str], pd.DataFrame],
     *,
     marker: str | None,
     levels: bool = False,
 ) -> Figure | None:
     """A figure with a panel for each task and a line for each method; None if no run has a curve."""
     curves = {(method, task): curve(cell.chosen, task) for (method, task), cell in results.cells.items() if cell.chosen}
-    curves = {key: points for key, points in curves.items() if points[0]}
+    curves = {key: points for key, points in curves.items() if len(points)}
     if not curves:
         return None
     tasks = [task for task in results.tasks if any(key[1] == task for key in curves)]
     columns = min(len(tasks), 3 if len(tasks) in (3, 5, 6, 9) else 4)
     rows = math.ceil(len(tasks) / columns)
     figure, panels = _figure(max(5.2, 3.1 * columns), 2.5 * rows + 0.9, rows, columns)
-    ends = [points[0][-1] for points in curves.values()]
+    if axis == "seconds":
+        curves = {key: points.set_index("seconds") for key, points in curves.items()}
+    ends = [points.index[-1] for points in curves.values()]
     logarithmic = max(ends) > _LONG * min(ends)
     shown: dict[str, Any] = {}
     for task, panel in zip(tasks, panels, strict=False):
@@ -120,13 +134,14 @@ def _panels(
         for method in results.methods:
             colour, dashes = _look(results, method)
             if (method, task) in curves:
-                xs, ys = curves[method, task]
+                points = curves[method, task]
                 if logarithmic:
-                    xs, ys = _positive(xs, ys)
-                (line,) = panel.plot(
-                    xs, ys, color=colour, linestyle=dashes, linewidth=1.6, marker=marker, markersize=3.5, label=method
+                    points = points[points.index > 0]
+                xs, mean, std = points.index, points["mean"], points["std"]
+                (shown[method],) = panel.plot(
+                    xs, mean, color=colour, linestyle=dashes, linewidth=1.6, marker=marker, markersize=3.5, label=method
                 )
-                shown[method] = line
+                panel.fill_between(xs, mean - std, mean + std, color=colour, alpha=_BAND, linewidth=0)
             elif levels and (level := _level(results, method, task)) is not None:
                 shown[method] = panel.axhline(level, color=colour, linestyle=_LEVEL, linewidth=1.3, label=method)
         if logarithmic:
@@ -207,9 +222,3 @@ def _look(results: Results, method: str) -> tuple[str, Any]:
 def _level(results: Results, method: str, task: str) -> float | None:
     values = [chosen.dev for chosen in results.cells[method, task].chosen if math.isfinite(chosen.dev)]
     return sum(values) / len(values) if values else None
-
-
-def _positive(xs: list[float], ys: list[float]) -> Curve:
-    """What a logarithmic axis can show."""
-    pairs = [(x, y) for x, y in zip(xs, ys, strict=True) if x > 0]
-    return [x for x, _ in pairs], [y for _, y in pairs]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -195,23 +195,6 @@ def mean_of(values: Iterable[float | None]) -> float | None:
     """The mean of the numbers that are there; None without any."""
     there = [value for value in values if value is not None]
     return statistics.fmean(there) if there else None
-
-
-def mean_curve(
-    histories: Iterable[list[dict[str, Any]]], value: Callable[[dict[str, Any]], Any]
-) -> tuple[list[int], list[float], list[float]]:
-    """A quantity over training, averaged over seeds: steps, mean seconds and mean values at the steps that all seeds have."""
-    curves = []
-    for history in histories:
-        points = {}
-        for record in history:
-            number = _number(value(record))
-            if math.isfinite(number):
-                points[int(record["step"])] = (float(record.get("seconds", 0.0)), number)
-        curves.append(points)
-    steps = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
-    seconds = [statistics.fmean(curve[step][0] for curve in curves) for step in steps]
-    return steps, seconds, [statistics.fmean(curve[step][1] for curve in curves) for step in steps]
 
 
 def _number(value: Any) -> float:

@@ -1,0 +1,20 @@
+"""L0: what is chosen by name. The command line lists these names without importing torch, which their classes need."""
+
+from __future__ import annotations
+
+#: Of :mod:`forwardtune.method.estimators`.
+ESTIMATORS = ("spsa", "one_sided")
+NORMALIZATIONS = ("none", "sigma", "rank")
+#: Of :mod:`forwardtune.method.rules`, and how they keep their moments.
+RULES = ("sgd", "sign", "momentum", "adam")
+STATES = ("auto", "exact", "window")
+#: Of :mod:`forwardtune.noise`.
+DIRECTIONS = ("gaussian", "rademacher")
+#: Of :mod:`forwardtune.points`. ``in_place`` drifts and is not offered: benchmarks compare with it.
+PERTURBATIONS = ("auto", "scratch", "copy")
+#: Of ``forwardtune train``.
+METHODS = ("mezo", "adam")
+#: Of transformers, those that need no further settings.
+LR_SCHEDULERS = ("constant", "linear", "cosine", "inverse_sqrt", "polynomial")
+#: Of :mod:`forwardtune.tasks`: what is done with rows that a task cannot use.
+ON_BAD_ROW = ("refuse", "skip")
