@@ -42,7 +42,7 @@ NEEDS = {
     "processes": set(),
     "trajectory": {"torch", "safetensors"},
 } | {part: {"torch"} for part in ("parameters", "method", "points", "optimizer", "search", "cores")}
-NEEDS |= {f"search/{file}.py": set() for file in ("auto", "budget", "guard", "line_search", "rates")}
+NEEDS |= {f"search/{file}.py": set() for file in ("auto", "budget", "decisions", "guard", "line_search", "rates")}
 
 MODULES = sorted(path.relative_to(SOURCE) for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")
 

@@ -9,13 +9,30 @@ from .optimizer import MeZO, NonFiniteLossError, StepRecord
 
 if TYPE_CHECKING:
     from .hf.trainer import MeZOConfig, MeZOTrainer
+    from .search.auto_lr import AutoLR
     from .trajectory import StepLog, replay
 
 __version__ = "0.1.0"
-__all__ = ["MeZO", "MeZOConfig", "MeZOTrainer", "NonFiniteLossError", "StepLog", "StepRecord", "__version__", "replay"]
+__all__ = [
+    "AutoLR",
+    "MeZO",
+    "MeZOConfig",
+    "MeZOTrainer",
+    "NonFiniteLossError",
+    "StepLog",
+    "StepRecord",
+    "__version__",
+    "replay",
+]
 
 # What needs more than torch is imported when it is first asked for.
-_LAZY = {"MeZOConfig": ".hf.trainer", "MeZOTrainer": ".hf.trainer", "StepLog": ".trajectory", "replay": ".trajectory"}
+_LAZY = {
+    "AutoLR": ".search.auto_lr",
+    "MeZOConfig": ".hf.trainer",
+    "MeZOTrainer": ".hf.trainer",
+    "StepLog": ".trajectory",
+    "replay": ".trajectory",
+}
 
 
 def __getattr__(name: str) -> Any:

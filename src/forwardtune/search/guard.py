@@ -6,6 +6,8 @@ import math
 from collections import deque
 from dataclasses import dataclass, field
 
+from .decisions import GoBack
+
 #: By how much the learning rate rises after a held-out loss that is the best so far, and falls after one that is worse.
 RISE, FALL = 1.5, 1.5
 #: A loss that is worse by less than this share of the best one, and of what was gained so far, says that steps are small or go
@@ -20,19 +22,6 @@ _WINDOW = 8
 _ERRORS = 5.0
 # Nor is it worth going back for less than this share of the untuned loss.
 _SHARE = 0.1
-
-
-@dataclass(frozen=True)
-class GoBack:
-    """Go on from the weights after ``step`` steps, with this learning rate.
-
-    Attributes:
-        why: ``"diverged"`` or ``"worse"``.
-    """
-
-    step: int
-    lr: float
-    why: str
 
 
 @dataclass
