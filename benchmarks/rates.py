@@ -7,25 +7,30 @@ A network of two layers (1,600 to 1,800 weights) is tuned by SPSA with one probe
 others, which choose the weights that are kept, and at the end on 2,000 more (test). The problems differ in how wrong the untuned network is
 and in the noise of the labels. Eleven constant rates, a factor of the square root of ten apart, take all the steps; the best of them, by
 the mean over seeds of the fall of the held-out loss, is 100%, and so is the best by that of the test loss. Runs that find
-their rate take 86% of the steps, begin with the line search of the library, and then follow a rule: after each of so many measurements
-the rate is multiplied by ``rise`` if the loss is the lowest so far, else divided by ``fall`` while the run goes back to the best point,
-at once or after ``patience`` measurements; if the loss is hardly higher, as ``Guard`` has it, it is multiplied by ``nudge`` instead.
+their rate take 86% of the steps. They are those of the library, its ``RateSearch`` acted on in numpy: the line search over held steps,
+then the watch with other numbers. After each of so many measurements the rate is multiplied by ``rise`` if the loss is the lowest so
+far, else divided by ``fall`` while the run goes back to the best point, at once or after ``patience`` measurements; if the loss is hardly
+higher, as ``Guard`` has it, it is multiplied by ``nudge`` instead.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from statistics import mean
 
 import numpy as np
 from machine import write
 
-from forwardtune.search.guard import FALL, RISE, SLIGHT, SLIGHT_OF_GAIN
-from forwardtune.search.line_search import RATIO, line_search
-from forwardtune.search.rates import rate_found
+from forwardtune.search.budget import Plan
+from forwardtune.search.decisions import Decision, GoBack, Hold, SetRate, Take, Try
+from forwardtune.search.guard import FALL, RISE, Guard
+from forwardtune.search.line_search import RATIO
+from forwardtune.search.rates import RateSearch, first_rate
 
 EPS, HELD, SHARE, TRIES, SEARCHED = 1e-3, 8, 0.86, 5, 24
 FEATURES, HIDDEN, DEV, TRAIN, TEST = 48, 32, 48, 1000, 2000
@@ -59,6 +64,12 @@ class Rule:
     measurements: int = 20
     patience: int = 1
     nudge: float | None = None
+
+    def guard(self, lr: float, step: int) -> Guard:
+        """The library's watch with these numbers."""
+        kind = Patient if self.patience > 1 else Guard
+        slight = 1 / self.fall if self.nudge is None else self.nudge
+        return kind(lr, step, rise=self.rise, fall=self.fall, slight=slight)
 
     def __str__(self) -> str:
         extra = f", patience {self.patience}" if self.patience > 1 else ""
@@ -127,14 +138,14 @@ class Problem:
         with np.errstate(all="ignore"):
             return float((self.losses(self.base, self.test) - self.losses(weights, self.test)).mean())
 
-    def gradient(self, weights: np.ndarray, step: int) -> tuple[float, np.ndarray]:
-        """The projected gradient of a step, and its direction."""
+    def gradient(self, weights: np.ndarray, step: int) -> tuple[float, np.ndarray, float]:
+        """The projected gradient of a step, its direction, and the minibatch's mean loss."""
         chosen = self.minibatches[step]
         z = np.random.Generator(np.random.SFC64(self._seed + step)).standard_normal(len(weights))
         examples = (self.train[0][chosen], self.train[1][chosen])
         with np.errstate(all="ignore"):
             plus, minus = (float(self.losses(weights + sign * EPS * z, examples).mean()) for sign in (1, -1))
-        return (plus - minus) / (2 * EPS), z
+        return (plus - minus) / (2 * EPS), z, (plus + minus) / 2
 
 
 def constant(problem: Problem, lr: float) -> tuple[float, float]:
@@ -143,7 +154,7 @@ def constant(problem: Problem, lr: float) -> tuple[float, float]:
     best, best_weights = problem.held_out(weights), weights
     untuned = best
     for step in range(problem.steps):
-        c, z = problem.gradient(weights, step)
+        c, z, _ = problem.gradient(weights, step)
         with np.errstate(all="ignore"):
             weights = weights - lr * c * z
         if (step + 1) % every == 0 and (loss := problem.held_out(weights)) < best:
@@ -151,33 +162,71 @@ def constant(problem: Problem, lr: float) -> tuple[float, float]:
     return untuned - best, problem.tested(best_weights)
 
 
+class Patient(Guard):
+    """Goes back only when two held-out losses in a row are no gain."""
+
+    failures = 0
+
+    def measured(self, step: int, loss: float) -> GoBack | None:
+        self.failures = 0 if loss < self.best_loss else self.failures + 1
+        return None if self.failures % 2 else super().measured(step, loss)
+
+
+class Run:
+    """A run that finds its rate: acts on what the library's search decides."""
+
+    def __init__(self, problem: Problem, rule: Rule) -> None:
+        self._problem, self.weights, self.lr = problem, problem.base, math.nan
+        self.steps = int(SHARE * problem.steps)
+        self._held: list[np.ndarray] | None = None
+        #: Weights by the step after which they were measured.
+        self._points = {0: problem.base}
+        plan = Plan(HELD, 1, TRIES, max(1, problem.steps // rule.measurements))
+        first = partial(first_rate, eps=EPS, probes=1, momentum=0.0, otherwise=GRID[len(GRID) // 2])
+        self._search = RateSearch(plan, self.steps, first, measures=False, guard=rule.guard)
+        self._act([*self._search.begin(), *self._search.measured(0, problem.held_out(problem.base))])
+
+    def step(self, step: int) -> None:
+        """Step number ``step``, from 1."""
+        c, z, loss = self._problem.gradient(self.weights, step - 1)
+        is_finite = math.isfinite(c)
+        if self._held is not None:
+            self._held.append(c * z if is_finite else 0 * z)
+        elif is_finite:
+            with np.errstate(all="ignore"):
+                self.weights = self.weights - self.lr * c * z
+        self._act(self._search.stepped(step, loss, (c,) if is_finite else ()))
+        if self._held is None and (step % self._search.plan.every == 0 or step == self.steps):
+            self._points[step] = self.weights
+            self._act(self._search.measured(step, self._problem.held_out(self.weights)))
+
+    def _act(self, decisions: list[Decision]) -> None:
+        waiting = deque(decisions)
+        while waiting:
+            match waiting.popleft():
+                case Hold():
+                    self._held = []
+                case Try(lr):
+                    loss = self._problem.held_out(self._problem.base - lr * self._jump, SEARCHED)
+                    waiting.extend(self._search.tried(loss))
+                case Take(lr):
+                    self.weights, self._held = self._problem.base - lr * self._jump, None
+                case SetRate(lr):
+                    self.lr = lr
+                case GoBack(step, lr):
+                    self.weights, self.lr = self._points[step], lr
+
+    @property
+    def _jump(self) -> np.ndarray:
+        return np.sum(self._held or [np.zeros_like(self.weights)], axis=0)
+
+
 def found(problem: Problem, rule: Rule) -> tuple[float, float]:
     """The same of a run that finds its rate and follows a rule."""
-    steps, base = int(SHARE * problem.steps), problem.base
-    estimates = [problem.gradient(base, step) for step in range(HELD)]
-    unit = math.sqrt(mean(c * c for c, _ in estimates))
-    jump = sum(c * z for c, z in estimates)
-    lr = rate_found(
-        line_search(lambda size: problem.held_out(base - size * jump, SEARCHED), 0.3 * EPS / unit, most=TRIES)
-    )
-    every = max(1, problem.steps // rule.measurements)
-    weights = base - lr * jump
-    best, best_weights, failures = problem.held_out(base), base, 0
-    untuned = best
-    for step in range(HELD, steps):
-        c, z = problem.gradient(weights, step)
-        with np.errstate(all="ignore"):
-            weights = weights - lr * c * z
-        if (step + 1) % every and step + 1 < steps:
-            continue
-        loss = problem.held_out(weights)
-        if loss < best:
-            best, best_weights, failures, lr = loss, weights, 0, lr * rule.rise
-        elif (failures := failures + 1) >= rule.patience:
-            few = SLIGHT * best if best == untuned else min(SLIGHT * best, SLIGHT_OF_GAIN * (untuned - best))
-            is_slight = rule.nudge is not None and loss - best <= few
-            weights, failures, lr = best_weights, 0, lr * rule.nudge if is_slight else lr / rule.fall
-    return untuned - best, problem.tested(best_weights)
+    run = Run(problem, rule)
+    for step in range(1, run.steps + 1):
+        run.step(step)
+    return problem.held_out(problem.base) - problem.held_out(run.weights), problem.tested(run.weights)
 
 
 def gains(outcomes: Iterable[tuple[float, float]]) -> tuple[float, float]:

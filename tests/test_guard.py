@@ -9,7 +9,8 @@ from itertools import islice
 
 import pytest
 
-from forwardtune.search.guard import FALL, PLUNGE, RISE, GoBack, Guard
+from forwardtune.search.decisions import GoBack
+from forwardtune.search.guard import FALL, PLUNGE, RISE, Guard
 
 LR = 1e-5
 WINDOW = 8

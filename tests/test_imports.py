@@ -61,7 +61,7 @@ NEEDS = {
     "processes": set(),
     "trajectory": {"torch", "safetensors"},
 } | {part: {"torch"} for part in ("parameters", "method", "points", "optimizer", "search", "cores")}
-NEEDS |= {f"search/{file}.py": set() for file in ("auto", "budget", "guard", "line_search", "rates")}
+NEEDS |= {f"search/{file}.py": set() for file in ("auto", "budget", "decisions", "guard", "line_search", "rates")}
 
 # What `pip install forwardtune` does not bring, by the names that are imported.
 EXTRA = {"sklearn", "matplotlib", "pandas", "seaborn"}

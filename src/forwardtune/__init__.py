@@ -10,13 +10,25 @@ if TYPE_CHECKING:
     from .hf.trainer import MeZOConfig, MeZOTrainer
     from .method.record import StepRecord
     from .optimizer import MeZO
+    from .search.auto_lr import AutoLR
     from .trajectory import StepLog, replay
 
 __version__ = "0.1.0"
-__all__ = ["MeZO", "MeZOConfig", "MeZOTrainer", "NonFiniteLossError", "StepLog", "StepRecord", "__version__", "replay"]
+__all__ = [
+    "AutoLR",
+    "MeZO",
+    "MeZOConfig",
+    "MeZOTrainer",
+    "NonFiniteLossError",
+    "StepLog",
+    "StepRecord",
+    "__version__",
+    "replay",
+]
 
 # Each name is imported when it is first asked for: `forwardtune --help` needs no torch, MeZO no transformers.
 _HOMES = {
+    "AutoLR": ".search.auto_lr",
     "MeZO": ".optimizer",
     "MeZOConfig": ".hf.trainer",
     "MeZOTrainer": ".hf.trainer",

@@ -15,10 +15,10 @@ from ..optimizer import MeZO
 from ..parameters import dtype_name
 from ..trajectory import Log, ReturnPoint, StepLog
 from .budget import SCALE_EVALUATIONS, Budget, Plan
+from .decisions import Announce, Decision, GoBack, Hold, Measure, Note, SetRate, Take, Try
 from .epsilon import check_eps, find_eps
-from .guard import GoBack
 from .held import drop, hold, take, trial
-from .rates import Announce, Decision, Hold, Measure, Note, RateSearch, SetRate, Take, Try, first_rate
+from .rates import RateSearch, first_rate
 
 #: Measures the loss on so many minibatches of held-out examples, the same ones every time.
 HeldOut = Callable[[int], Callable[[], float]]

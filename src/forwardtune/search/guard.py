@@ -6,6 +6,8 @@ import math
 from collections import deque
 from dataclasses import dataclass, field
 
+from .decisions import GoBack
+
 #: By how much the learning rate rises after a held-out loss that is the best so far, and falls after one that is worse.
 RISE, FALL = 1.5, 1.5
 #: A loss that is worse by less than this share of the best one, and of what was gained so far, says that steps are small or go
@@ -20,19 +22,6 @@ _WINDOW = 8
 _ERRORS = 5.0
 # Nor is it worth going back for less than this share of the untuned loss.
 _SHARE = 0.1
-
-
-@dataclass(frozen=True)
-class GoBack:
-    """Go on from the weights after ``step`` steps, with this learning rate.
-
-    Attributes:
-        why: ``"diverged"`` or ``"worse"``.
-    """
-
-    step: int
-    lr: float
-    why: str
 
 
 @dataclass
@@ -55,11 +44,16 @@ class Guard:
     Args:
         lr: the learning rate that the run has.
         best_step: where to go back to as long as no held-out loss is known.
+        rise, fall: factors of the rate after a held-out loss that is the best so far, and after one that is worse.
+        slight: factor of the rate, in place of ``1 / fall``, after one that is hardly worse.
     """
 
     lr: float
     best_step: int = 0
     best_loss: float = math.inf
+    rise: float = RISE
+    fall: float = FALL
+    slight: float = 1.0
     _first_known: float = math.inf
     _first: list[float] = field(default_factory=list)
     _recent: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW))
@@ -94,9 +88,10 @@ class Guard:
         """Hear the loss on held-out examples after a step; the learning rate changes."""
         if loss < self.best_loss:
             self.known(step, loss)
-            self.lr *= RISE
+            self.lr *= self.rise
         elif loss != self.best_loss:
-            return self._go_back("worse", self.lr if self._is_slight(loss - self.best_loss) else self.lr / FALL)
+            is_slight = self._is_slight(loss - self.best_loss)
+            return self._go_back("worse", self.lr * self.slight if is_slight else self.lr / self.fall)
         return None
 
     def _is_slight(self, harm: float) -> bool:

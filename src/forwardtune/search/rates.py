@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .budget import Plan
-from .guard import SLIGHT, GoBack, Guard
+from .decisions import Announce, Decision, GoBack, Hold, Measure, Note, SetRate, Take, Try
+from .guard import SLIGHT, Guard
 from .line_search import LineSearch, search
 
 if TYPE_CHECKING:
@@ -29,59 +29,6 @@ if TYPE_CHECKING:
 _MOVE = 0.3
 # A given learning rate is too large when a loss of the first steps, before losses have a history, is so many times the first.
 _EARLY, _EXPLODED = 8, 10.0
-
-
-@dataclass(frozen=True)
-class Hold:
-    """Estimate so many steps at the present weights, without taking them."""
-
-    steps: int
-
-
-@dataclass(frozen=True)
-class Try:
-    """Measure the held-out loss where the held steps would lead with this rate; at rate 0, that of the present weights.
-
-    The loss is wanted back by :meth:`RateSearch.tried`; infinite if a step does not fit float32.
-    """
-
-    lr: float
-
-
-@dataclass(frozen=True)
-class Take:
-    """Take the steps that are held, with this rate."""
-
-    lr: float
-
-
-@dataclass(frozen=True)
-class Measure:
-    """Measure the held-out loss of the present weights. It is wanted back by :meth:`RateSearch.measured`."""
-
-
-@dataclass(frozen=True)
-class SetRate:
-    """Go on with this learning rate; a schedule goes on from it."""
-
-    lr: float
-
-
-@dataclass(frozen=True)
-class Note:
-    """Keep this beside the steps: what was decided, and what it was based on."""
-
-    content: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Announce:
-    """Tell people."""
-
-    text: str
-
-
-Decision = Hold | Try | Take | Measure | SetRate | GoBack | Note | Announce
 
 
 class RateSearch:
