@@ -11,9 +11,8 @@ import pytest
 import yaml
 
 from forwardtune.cli.options import flag, read_config
-from forwardtune.config import SCHEMA, Train, options
+from forwardtune.config import SCHEMA, Refusal, Train, options, refusals
 from forwardtune.errors import InputError
-from forwardtune.refusals import Refusal, refusals
 from forwardtune.trajectory import read_log
 from test_cli import Setting, cli, refused, write_task
 from test_refusals import ABSENT, named

@@ -30,7 +30,6 @@ LAYERS = (
     {"noise"},
     {"parameters"},
     {"config"},
-    {"refusals"},
     {"method"},
     {"points"},
     {"optimizer"},
@@ -57,7 +56,6 @@ NEEDS = {
     "cli/parser.py": set(),
     "durations": set(),
     "config": set(),
-    "refusals": set(),
     "processes": set(),
     "trajectory": {"torch", "safetensors"},
 } | {part: {"torch"} for part in ("parameters", "method", "points", "optimizer", "search", "cores")}
@@ -102,6 +100,30 @@ def test_lower_layers_do_not_import_upper_ones(module):
     # `from .. import __version__`, read by an edge, is no dependency on an upper layer.
     upward = {other for other in inner_imports(module) - {own, "__version__"} if RANK[other] >= RANK[own]}
     assert not upward, f"{module} imports {upward}"
+
+
+def test_no_two_modules_import_each_other():
+    """Not even inside functions, nor by a detour. A package's ``__init__`` may import its parts late: it is what hands them out."""
+    needs = {path: set(own_imports(path)) for path in SOURCE.rglob("*.py")}
+    while free := {path for path, others in needs.items() if not others & needs.keys()}:
+        needs = {path: others for path, others in needs.items() if path not in free}
+    assert not needs, sorted(str(path.relative_to(SOURCE)) for path in needs)
+
+
+def own_imports(path: Path) -> Iterator[Path]:
+    """The files of forwardtune that a file imports."""
+    tree = ast.parse(path.read_text())
+    for node in tree.body if path.name == "__init__.py" else ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            whole = path.parents[node.level - 1].joinpath(*(node.module or "").split("."))
+            for name in (alias.name for alias in node.names):
+                places = (
+                    whole / f"{name}.py",
+                    whole / name / "__init__.py",
+                    whole.with_suffix(".py"),
+                    whole / "__init__.py",
+                )
+                yield from [place for place in places if place.is_file()][:1]
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,12 @@ from typing import Any
 import pytest
 
 from forwardtune.cli.options import flag
-from forwardtune.config import COMMANDS, options, with_defaults
+from forwardtune.config import COMMANDS, Refusal, describe, options, refusal_of, refusals, with_defaults
 from forwardtune.errors import InputError
 from forwardtune.method.estimators import ESTIMATORS, NORMALIZATIONS
 from forwardtune.method.moments import STATES
 from forwardtune.method.rules import RULES
 from forwardtune.noise.directions import SPECIFIED
-from forwardtune.refusals import Refusal, describe, refusal_of, refusals
 from forwardtune.tasks import ON_BAD_ROW
 from test_cli import cli, refused
 

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import COMMANDS, SCHEMA, Option, options
+from ..config import COMMANDS, SCHEMA, Option, describe, options
 from ..errors import InputError
-from ..refusals import describe
 from .parser import hint
 
 # What the file of --config may say beside the settings of a run.

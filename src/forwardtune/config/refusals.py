@@ -1,4 +1,4 @@
-"""L1: combinations of settings without meaning, in one table. They are refused before a model or a data set is opened."""
+"""Combinations of settings without meaning, in one table. They are refused before a model or a data set is opened."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
-from .config import AUTO, COMMANDS, POLYNOMIAL_END, Bounds, Option, number_or_auto, options, with_defaults
-from .durations import seconds_of
-from .errors import InputError
+from ..durations import seconds_of
+from ..errors import InputError
+from .option import AUTO, Bounds, Option, number_or_auto, options
+from .runs import COMMANDS, POLYNOMIAL_END, with_defaults
 
 _TRAINS = ("train", "plan")
 
