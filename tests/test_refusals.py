@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from forwardtune.cli.methods import METHODS
 from forwardtune.cli.options import flag
 from forwardtune.config import COMMANDS, Refusal, describe, options, refusal_of, refusals, with_defaults
 from forwardtune.errors import InputError
@@ -84,6 +85,6 @@ def test_choices_are_those_of_the_method() -> None:
     """They are named without torch in the declaration, and registered with it in the method."""
     rules = [name for name, rule in RULES.items() if rule.__module__.startswith("forwardtune.")]
     registered = {"estimator": ESTIMATORS, "normalize": NORMALIZATIONS, "rule": rules, "rule_state": STATES}
-    registered |= {"direction": SPECIFIED, "on_bad_row": ON_BAD_ROW}
+    registered |= {"direction": SPECIFIED, "on_bad_row": ON_BAD_ROW, "method": METHODS}
     declared = options(COMMANDS["train"])
     assert {name: declared[name].choices for name in registered} == {n: tuple(each) for n, each in registered.items()}
