@@ -123,7 +123,9 @@ def test_steps_that_are_held_when_the_loop_ends_were_not_taken(tmp_path: Path) -
     with loop.begin() as auto:
         for _ in range(3):
             auto.step(lambda: loop.loss(SAME[:4]))
-    assert read_log(loop.path).steps == loop.optimizer.next_step == 0
+    log = read_log(loop.path)
+    assert log.end is not None
+    assert log.end["end"] == log.steps == loop.optimizer.next_step == 0
     support.assert_same_bits(loop.model, support.snapshot(support.tiny_model()))
 
 

@@ -268,7 +268,7 @@ def test_a_given_eps_below_the_noise_is_warned_of(tmp_path: Path, eps: float, st
     else:
         (text,) = told
         assert re.match(expected, text), text
-        assert "a larger --eps" in text
+        assert "a larger eps" in text
 
 
 def test_a_given_eps_that_rounding_hides_is_warned_of(tmp_path: Path) -> None:

@@ -94,6 +94,20 @@ def test_it_is_measured_every_so_many_steps_and_with_the_last() -> None:
     assert [step for step, _ in noted] == [5, 10, 15, 20, 25, 28]
 
 
+def test_what_the_search_has_measured_is_not_measured_again() -> None:
+    run = Number(RateSearch(Plan(held=4, batches=1, tries=7, every=2), 8, guess)).run(8)
+    assert [step for step, _ in run.all(Measure)] == [6, 8]
+
+
+def test_steps_that_were_held_count_for_what_is_normal() -> None:
+    """Eight losses say what is normal, the four held ones among them; eight more say that the run has diverged."""
+    search = RateSearch(Plan(held=4, batches=1, tries=0, every=100), 100, guess, measures=False)
+    losses = [1.0, 1.1] * 4 + [9.0] * 8
+    decided = [search.stepped(step, loss, (1.0,)) for step, loss in enumerate(losses, start=1)]
+    backs = [step for step, decisions in enumerate(decided, start=1) for d in decisions if isinstance(d, GoBack)]
+    assert backs == [16]
+
+
 def test_where_every_loss_is_worse_the_run_ends_at_the_weights_that_it_took() -> None:
     run = Number(RateSearch(PLAN, STEPS, guess), measure=lambda step, weight: 100.0 + step).run()
     assert [(step, back.step, back.why) for step, back in run.all(GoBack)] == [(s, 4, "worse") for s in range(5, 31, 5)]

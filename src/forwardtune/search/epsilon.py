@@ -26,7 +26,7 @@ _RATIO = 10**0.5
 _STEP = 2**30
 # Elements of each tensor by which the rounding of perturbed weights is measured.
 _SAMPLE = 2**16
-_ADVICE = "choose float32, a larger batch, or a larger --eps"
+_ADVICE = "choose float32, a larger batch, or a larger eps"
 
 
 @dataclass(frozen=True)
