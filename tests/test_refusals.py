@@ -18,8 +18,8 @@ from forwardtune.errors import InputError
 from forwardtune.method.estimators import ESTIMATORS, NORMALIZATIONS
 from forwardtune.method.moments import STATES
 from forwardtune.method.rules import RULES
-from forwardtune.noise.directions import SPECIFIED
 from forwardtune.names import ON_BAD_ROW
+from forwardtune.noise.directions import SPECIFIED
 from test_cli import cli, refused
 
 ROWS = [(command, row) for command in COMMANDS for row in refusals(command)]
