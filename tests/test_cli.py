@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import support
+from forwardtune import MeZO, StepLog
 from forwardtune.cli import main
 from forwardtune.trajectory import read_log, replay
 
@@ -474,6 +475,17 @@ def test_resumed_run_may_not_draw_its_splits_by_another_rule(setting: Setting, f
     ran = cli(*setting.resume(tmp_path / "run", steps=4))
     assert (ran.code, ran.out) == (2, "")
     assert re.search("splits drawn by the rule forwardtune.* now says mezo.*'splits: forwardtune'", ran.err)
+
+
+def test_run_of_a_python_program_is_not_resumed_here(tmp_path: Path) -> None:
+    """There is no task to resume it on; and whoever inspects its log is not sent here."""
+    optimizer = MeZO(support.tiny_model())
+    (tmp_path / "run").mkdir()
+    StepLog(tmp_path / "run" / "steps.jsonl", optimizer).close()
+    ran = cli("train", "--output-dir", tmp_path / "run", "--resume")
+    assert (ran.code, ran.out) == (2, "")
+    assert "was not started by forwardtune train: go on with it in Python" in ran.err
+    assert "Resume it with the program that began it" in cli("inspect", tmp_path / "run" / "steps.jsonl").err
 
 
 def test_completed_run_resumed_is_left_as_it_is(setting: Setting, finished: Path) -> None:

@@ -463,6 +463,16 @@ def test_a_copied_optimizer_goes_on_by_itself(
         assert_same_bits(other, snapshot(model))
 
 
+def test_a_copy_that_runs_the_wrong_model_is_told() -> None:
+    """Copied alone, an optimizer has a model of its own, which the closure knows nothing of."""
+    net = Row(nn.Identity())
+    optimizer = MeZO(net)
+    optimizer.step(net)
+    other = copy.deepcopy(optimizer)
+    with pytest.warns(UserWarning, match="no evaluation read one of them"):
+        other.step(net)
+
+
 @pytest.mark.parametrize("name", ["lr", "weight_decay"])
 def test_words_for_numbers_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} must be a number, got 'auto'; MeZOTrainer finds one"):

@@ -333,7 +333,12 @@ def test_task_file_defaults(tmp_path: Path) -> None:
         (task_text(answers="{0: great}"), "at least two"),
         (task_text(answers="{1: great, '1': terrible}"), "at least two|twice|same label"),
         (task_text(answers="[a, b]"), "answers must map"),
-        (task_text(answers="{0: '', 1: great}"), "not text: put it in quotes"),
+        (task_text(answers="{0: '', 1: great}"), "the answer for 0 is empty: give the text"),
+        (task_text(answers="{0: no, 1: great}"), "not text: put it in quotes"),
+        (
+            task_text(answers="{yes: money, no: passwords}"),
+            "the label yes is without quotes, which YAML reads as true: write 'yes' in quotes",
+        ),
         (task_text(answers="{0: great, 1: ' great '}"), "same text"),
         (task_text(metric="f1"), "'f1' does not suit.*accuracy"),
         (task_text(answers=None, target="reply", metric="accuracy"), "does not suit.*f1 or exact_match"),

@@ -986,3 +986,12 @@ def test_schedule_that_depends_on_evaluations_resumes_from_checkpoints_alone(tmp
         resumed(folder, str(folder / "checkpoint-4"), learning_rate=1e-4, **plateau)
     trainer = resumed(folder, str(folder / "checkpoint-4"), **plateau)
     support.assert_same_bits(trainer.model, support.snapshot(whole.model))
+
+
+def test_a_tuned_model_keeps_its_own_cache_setting(tmp_path: Path) -> None:
+    """Trainer switches it off while it trains."""
+    trainer = make(tmp_path, max_steps=1)
+    assert trainer.model.config.use_cache
+    trainer.train()
+    trainer.save_model(str(tmp_path / "tuned"))
+    assert json.loads((tmp_path / "tuned" / "config.json").read_text())["use_cache"]

@@ -1116,3 +1116,20 @@ def test_a_run_survives_kill_9_at_any_moment(tmp_path):
     assert int(tears) > 2
     assert 20 < int(killed_at) < 200  # the kills fell into the run
     assert digest == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("run.safetensors", b"\x10\x00\x00\x00{}", "not a step log but an exported trajectory: name a steps.jsonl"),
+        ("junk", b"hello", "not a step log but something else"),
+        ("steps.jsonl", b"", "No step was logged"),
+        ("steps.jsonl", b'{"form', "No step was logged"),
+        ("steps.jsonl", b'{"format":3,"noise":1', "No step was logged"),
+    ],
+)
+def test_what_is_no_log_is_not_told_to_be_deleted(tmp_path, name, data, message):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(LogError, match=message) as raised:
+        read_log(tmp_path / name)
+    assert ("delete" in str(raised.value)) == (name == "steps.jsonl")

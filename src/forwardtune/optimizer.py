@@ -343,7 +343,7 @@ class MeZO(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """For ``copy.deepcopy`` and pickle: recorders, which write to files, and scratch memory stay behind."""
         fresh = None if self._may_copy or self.perturbation is None else type(self.perturbation)(self.tuned, self.noise)
-        return {**self.__dict__, "recorders": [], "perturbation": fresh, "_checked": False}
+        return {**self.__dict__, "recorders": [], "perturbation": fresh, "_checked": False, "_idle": IdleWatch()}
 
     def fast_forward(self, records: Sequence[StepRecord], history: History | None = None) -> None:
         """Take over the bookkeeping of a run whose weights were rebuilt from its records, all from step 0 on.

@@ -42,8 +42,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def say(text: str = "") -> None:
-    """A line for people."""
-    print(text, file=sys.stderr, flush=True)
+    """A line for people, above a progress bar if there is one."""
+    if "tqdm" in sys.modules:
+        sys.modules["tqdm"].tqdm.write(text, file=sys.stderr)
+        sys.stderr.flush()
+    else:
+        print(text, file=sys.stderr, flush=True)
 
 
 def _fail(error: object, code: int) -> int:

@@ -12,7 +12,7 @@ from ..config import recorded
 from ..models import load_model, save_model
 from ..trajectory import export_trajectory, read_log, replay
 from ..trajectory.export import read_trajectory
-from ..trajectory.updates import trajectory_of
+from ..trajectory.updates import standing, trajectory_of
 from . import methods, say
 from .results import new_folder
 from .session import bar, reach
@@ -56,6 +56,8 @@ def run_inspect(options: argparse.Namespace) -> None:
         "torn_last_line": log.torn,
         "steps": log.steps,
         "skipped_steps": log.steps - len(taken),
+        "ways_back": len(log.rollbacks),
+        "undone_steps": standing(log.rollbacks, log.steps).count(False),
         "zero_coefficient_steps": sum(record.flat for record in log.records),
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,
@@ -87,9 +89,8 @@ def run_inspect(options: argparse.Namespace) -> None:
         if name not in ("intact", "torn_last_line"):
             say(f"  {name.replace('_', ' ')}: {_short(value)}")
     if log.end is None:
-        say(
-            "  the run did not close its log: it was killed, or is still going. Resume it with forwardtune train --resume"
-        )
+        how = "forwardtune train --resume" if "task" in log.header["run"] else "the program that began it"
+        say(f"  the run did not close its log: it was killed, or is still going. Resume it with {how}")
 
 
 def _short(value: Any) -> str:

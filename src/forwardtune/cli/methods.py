@@ -129,7 +129,8 @@ def train_mezo(session: Session, folder: Path, log: Log | None, settings: dict[s
     trainer.add_callback(clock)
     dev = _watch_dev(session, folder, heard=partial(_hear, trainer, session), held=held, is_over=lambda: clock.is_over)
     trainer.automatic.is_measured = dev is not None and options.eval_steps is not None
-    seen: dict[str, Any] = {"raised": options.objective != "loss", "still": last_still, "advise": _advise}
+    advise = partial(_advise, options.objective)
+    seen: dict[str, Any] = {"raised": options.objective != "loss", "still": last_still, "advise": advise}
     with warnings.catch_warnings():
         if options.objective != "loss":  # an accuracy often stands still: _advise says it, with what to do
             warnings.filterwarnings("ignore", message="the tuned weights have not changed the loss")
@@ -151,7 +152,7 @@ def train_mezo(session: Session, folder: Path, log: Log | None, settings: dict[s
     if stopped is not None:
         facts["stopped"] = stopped
     facts["zero_coefficient_steps"] = sum(record.flat for record in records)
-    _advise(facts["zero_coefficient_steps"], len(records))
+    advise(facts["zero_coefficient_steps"], len(records))
     rounded = _rounded_away(step_log)
     if rounded:
         say(rounded)
@@ -375,13 +376,17 @@ def _rounded_away(log: Log) -> str | None:
     )
 
 
-def _advise(still: int, steps: int) -> None:
+def _advise(objective: str, still: int, steps: int) -> None:
     """Say what helps, if many steps moved nothing."""
-    if still > _MANY_STILL * steps:
+    if still <= _MANY_STILL * steps:
+        return
+    what = f"in {still} of {steps} steps ({still / steps:.0%}) both sides of the probe had the same"
+    if objective == "loss":  # which is smooth: the model is broken, or rounding hides the perturbation
+        say(f"{what} loss, so they moved nothing. What helps: a lower --lr, if the loss has risen; else a larger --eps")
+    else:
         say(
-            f"in {still} of {steps} steps ({still / steps:.0%}) both sides of the probe had the same objective, so they moved "
-            "nothing. What helps: more --probes, a larger --batch-size, a larger --eps, or an objective with a smooth part "
-            "such as 'accuracy + 0.1 * loss'"
+            f"{what} objective, so they moved nothing. What helps: more --probes, a larger --batch-size, a larger --eps, or an "
+            "objective with a smooth part such as 'accuracy + 0.1 * loss', where the task has answers"
         )
 
 

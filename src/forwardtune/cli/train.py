@@ -170,6 +170,11 @@ def _resumed(asked: dict[str, Any], folder: Path) -> tuple[Log, dict[str, Any]]:
         raise InputError(f"{folder} holds no run to resume (no steps.jsonl): start one without --resume")
     log = read_log(folder / "steps.jsonl")
     header = log.header["run"]
+    if "task" not in header:
+        raise InputError(
+            f"the run in {folder} was not started by forwardtune train: go on with it in Python, by "
+            "MeZOTrainer.train(resume_from_checkpoint=True), StepLog.resume or AutoLR.resume"
+        )
     objective = str(header.get("objective"))
     if "objective" not in asked and ":" in objective:  # a log may come from anyone
         raise InputError(

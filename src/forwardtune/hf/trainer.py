@@ -157,8 +157,11 @@ class MeZOTrainer(Trainer):
         self._part = 0
         self._trial: Any = None
         self._run = run
-        with _quantised_base(kwargs.get("model", args[0] if args else None)):
+        given = kwargs.get("model", args[0] if args else None)
+        self._use_cache = getattr(getattr(given, "config", None), "use_cache", None)
+        with _quantised_base(given):
             super().__init__(*args, **kwargs)
+        self._set_use_cache(self._use_cache)
         if not isinstance(self.args, MeZOConfig):
             raise ValueError("MeZOTrainer needs args=MeZOConfig(...), whose defaults are MeZO's")
         if objective is not None:
@@ -388,14 +391,21 @@ class MeZOTrainer(Trainer):
                     return resumption.finish()
                 checkpoint = resumption.checkpoint()
                 self._keeper.continues = resumption.log
+            self._set_use_cache(self.args.use_cache)
             return super().train(checkpoint, trial, *args, **kwargs)
         finally:
+            self._set_use_cache(self._use_cache)
             self._keeper.close()
             if own and self.cores is not None:
                 self.cores.follow(None)
                 self.cores = None
             if trial is not None:
                 self.automatic.forget()
+
+    def _set_use_cache(self, value: bool | None) -> None:
+        """Trainer switches the cache of keys and values off, and leaves it so in what is saved: a tuned model keeps its own setting."""
+        if value is not None:
+            self.model.config.use_cache = value
 
     def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
         """As Trainer's, which takes data without a length for one pass that lasts for the whole run, resumed ones too."""

@@ -91,6 +91,10 @@ def read_log(path: str | PathLike[str]) -> Log:
         raise LogError(f"{path} cannot be read: {error.strerror}") from None
     *lines, rest = data.split(b"\n")
     if not lines:
+        begin = b'{"format"'
+        if data[: len(begin)] != begin[: len(data)]:
+            kind = "an exported trajectory" if path.suffix == ".safetensors" else "something else"
+            raise LogError(f"{path} is not a step log but {kind}: name a steps.jsonl")
         raise LogError(
             f"{path}: the first line, which describes the run, is missing or cut off. No step was logged, so nothing "
             "is lost: delete the file and start again"
