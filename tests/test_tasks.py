@@ -335,10 +335,6 @@ def test_task_file_defaults(tmp_path: Path) -> None:
         (task_text(answers="[a, b]"), "answers must map"),
         (task_text(answers="{0: '', 1: great}"), "the answer for 0 is empty: give the text"),
         (task_text(answers="{0: no, 1: great}"), "not text: put it in quotes"),
-        (
-            task_text(answers="{yes: money, no: passwords}"),
-            "the label yes is without quotes, which YAML reads as true: write 'yes' in quotes",
-        ),
         (task_text(answers="{0: great, 1: ' great '}"), "same text"),
         (task_text(metric="f1"), "'f1' does not suit.*accuracy"),
         (task_text(answers=None, target="reply", metric="accuracy"), "does not suit.*f1 or exact_match"),
@@ -840,3 +836,9 @@ def test_squad_metrics_by_hand(prediction: str, truth: str, f1: float, exact: in
     assert metrics.f1(prediction, truth) == pytest.approx(f1, abs=1e-12)
     assert metrics.f1(truth, prediction) == pytest.approx(f1, abs=1e-12)
     assert metrics.exact_match(prediction, truth) == exact
+
+
+def test_labels_that_yaml_took_for_truth_values_are_said(tmp_path: Path) -> None:
+    task = get_task(str(write_task(tmp_path, task_text(answers="{yes: money, no: passwords}"))))
+    with pytest.raises(InputError, match="put the labels of the answers in quotes"):
+        task.example({"text": "a", "label": "yes"}, "row 1")

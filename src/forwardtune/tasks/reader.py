@@ -185,11 +185,6 @@ def _answers(content: dict[str, Any]) -> dict[str, str]:
             "answers must map at least two different label values to texts, such as {0: terrible, 1: great}"
         )
     for value, text in answers.items():
-        if isinstance(value, bool):
-            raise _WrongError(
-                f"the label {'yes' if value else 'no'} is without quotes, which YAML reads as {str(value).lower()}: write "
-                f"'{'yes' if value else 'no'}' in quotes (or 'true' and 'false', if the data say so)"
-            )
         if isinstance(text, str) and not text.strip():
             raise _WrongError(f"the answer for {value!r} is empty: give the text that the model is to say")
         if not isinstance(text, str):

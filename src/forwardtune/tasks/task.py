@@ -192,13 +192,19 @@ class Task:
             assert self.answers is not None
             value = self.label_of(fields.value(self.label))
             if value not in self.answers:
+                remedy = "add it to the answers, or drop the row"
+                if value.lower() in _YAML_BOOLEANS and {"True", "False"} & self.answers.keys():
+                    remedy = "YAML reads yes and no without quotes as true and false: put the labels of the answers in quotes"
                 raise RowError(
-                    f"{where}: label {value!r} is not among the answers of task {self.name} "
-                    f"({', '.join(self.answers)}): add it to the answers, or drop the row"
+                    f"{where}: label {value!r} is not among the answers of task {self.name} ({', '.join(self.answers)}): {remedy}"
                 )
             options = [fields.fill(text) for text in self.answers.values()]
             right = (list(self.answers).index(value),)
         return Example(prompt, tuple(joint + text for text in options), right, (), context, calibration, row)
+
+
+# What YAML takes for a truth value unless it stands in quotes.
+_YAML_BOOLEANS = {"yes", "no", "on", "off"}
 
 
 def same_label(one: str, other: str) -> bool:
