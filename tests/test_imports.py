@@ -281,3 +281,8 @@ def test_no_modules_import_each_other():
 def test_a_cycle_is_found():
     graph = {"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set(), "e": {"e"}}
     assert cycles(graph) == {frozenset("bc"), frozenset("e")}
+
+
+def test_every_folder_is_a_package_that_an_installation_brings():
+    folders = {path.parent for path in SOURCE.rglob("*.py")}
+    assert not [folder for folder in folders if not (folder / "__init__.py").is_file()]
