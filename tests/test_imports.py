@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import itertools
 import subprocess
 import sys
 import textwrap
@@ -286,3 +287,22 @@ def test_a_cycle_is_found():
 def test_every_folder_is_a_package_that_an_installation_brings():
     folders = {path.parent for path in SOURCE.rglob("*.py")}
     assert not [folder for folder in folders if not (folder / "__init__.py").is_file()]
+
+
+def test_the_readme_shows_every_file():
+    """Its tree names what is there, and nothing else."""
+    text = (SOURCE.parents[1] / "README.md").read_text()
+    tree = text[text.index("src/forwardtune/\n") : text.index("\nsweeps/  examples/")]
+    shown: set[str] = set()
+    folder = ""
+    for line in tree.splitlines()[1:]:
+        depth = len(line) - len(line.lstrip())
+        names = list(itertools.takewhile(lambda word: word.endswith((".py", "/")), line.split()))
+        if depth == 2 and names[0].endswith("/"):
+            folder = names[0]
+        shown |= {name if depth == 2 else folder + name for name in names}
+    there = {path.relative_to(SOURCE) for path in SOURCE.rglob("*.py")} - {Path("__init__.py"), Path("__main__.py")}
+    parts = {path for path in there if path.name != "__init__.py"}
+    inner = {path.parts[0] + "/" + path.parts[1] + "/" for path in parts if len(path.parts) > 2}
+    files = {path.as_posix() for path in parts if len(path.parts) < 3}
+    assert shown == files | inner | {path.parts[0] + "/" for path in parts if len(path.parts) > 1}
