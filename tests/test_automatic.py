@@ -14,7 +14,8 @@ import torch
 from transformers import HfArgumentParser, TrainerCallback
 
 import support
-from forwardtune.hf.trainer import MeZOConfig, MeZOTrainer
+from forwardtune.hf.config import MeZOConfig
+from forwardtune.hf.trainer import MeZOTrainer
 from forwardtune.models import tune
 from forwardtune.search.budget import Budget
 from forwardtune.search.driver import RETURN_POINT

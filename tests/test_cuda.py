@@ -104,7 +104,8 @@ def test_a_run_replays_with_the_same_bits_on_both_devices(dtype, rule, tmp_path)
 def test_a_run_of_the_trainer_replays_on_the_cpu(dtype, tmp_path):
     """Trainer moves model and batches to the device by itself."""
     pytest.importorskip("accelerate", reason="needs accelerate")
-    from forwardtune.hf.trainer import MeZOConfig, MeZOTrainer
+    from forwardtune.hf.config import MeZOConfig
+    from forwardtune.hf.trainer import MeZOTrainer
 
     data = [{"input_ids": row, "labels": row} for row in token_batch(12, 6).tolist()]
     config = MeZOConfig(

@@ -18,7 +18,8 @@ from transformers import TrainerCallback
 import support
 from forwardtune.errors import InputError
 from forwardtune.evaluation import evaluate, find_layout, prepare
-from forwardtune.hf.trainer import MeZOConfig, MeZOTrainer
+from forwardtune.hf.config import MeZOConfig
+from forwardtune.hf.trainer import MeZOTrainer
 from forwardtune.objectives import Reward, Sampling, TaskObjective, generate
 from forwardtune.objectives.mixture import parse
 from forwardtune.tasks import Task, metrics

@@ -19,7 +19,8 @@ from forwardtune import config
 from forwardtune.cli import methods
 from forwardtune.cli.session import Session
 from forwardtune.cli.watcher import DevWatcher
-from forwardtune.hf.trainer import MeZOConfig, MeZOTrainer
+from forwardtune.hf.config import MeZOConfig
+from forwardtune.hf.trainer import MeZOTrainer
 from forwardtune.paper.baselines import AdamTrainer
 from forwardtune.trajectory import read_log
 from test_cli import cli

@@ -21,7 +21,8 @@ import support
 from forwardtune import MeZO
 from forwardtune.errors import InputError
 from forwardtune.evaluation import evaluate
-from forwardtune.hf.trainer import MeZOConfig, MeZOTrainer
+from forwardtune.hf.config import MeZOConfig
+from forwardtune.hf.trainer import MeZOTrainer
 from forwardtune.models import tune
 from forwardtune.objectives import Reward, RewardError, Sampling, TaskObjective, generate, load_reward
 from forwardtune.tasks import Example, Task

@@ -26,7 +26,8 @@ from transformers.trainer_utils import HPSearchBackend
 
 import support
 from forwardtune import MeZO
-from forwardtune.hf.trainer import MeZOConfig, MeZOTrainer
+from forwardtune.hf.config import MeZOConfig
+from forwardtune.hf.trainer import MeZOTrainer
 from forwardtune.trajectory import LogError, read_log, replay
 
 STEPS = 7

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .errors import NonFiniteLossError
-    from .hf.trainer import MeZOConfig, MeZOTrainer
+    from .hf.config import MeZOConfig
+    from .hf.trainer import MeZOTrainer
     from .method.record import StepRecord
     from .optimizer import MeZO
     from .search.auto_lr import AutoLR
@@ -30,7 +31,7 @@ __all__ = [
 _HOMES = {
     "AutoLR": ".search.auto_lr",
     "MeZO": ".optimizer",
-    "MeZOConfig": ".hf.trainer",
+    "MeZOConfig": ".hf.config",
     "MeZOTrainer": ".hf.trainer",
     "NonFiniteLossError": ".errors",
     "StepLog": ".trajectory",

@@ -173,7 +173,8 @@ def make_trainer(
     session: Session, folder: Path, objective: TaskObjective, steps: int, run: dict[str, Any] | None = None
 ) -> MeZOTrainer:
     """The trainer of a run of MeZO, with every option of the command line that concerns it."""
-    from ..hf.trainer import MeZOConfig, MeZOTrainer
+    from ..hf.config import MeZOConfig
+    from ..hf.trainer import MeZOTrainer
 
     options = session.options
     try:

@@ -1,0 +1,107 @@
+"""``TrainingArguments`` for MeZO."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
+
+from ..config import AUTO, MeZOSettings, NumberOrAuto, as_declared, number_or_auto
+from ..errors import InputError
+from ..method.estimators import get_estimator
+from ..method.rule import Rule
+from ..method.rules import get_rule
+from ..processes import require_one_process
+
+
+@dataclass
+class MeZOConfig(MeZOSettings, TrainingArguments):
+    """``TrainingArguments`` with MeZO's settings and defaults (:class:`forwardtune.config.MeZOSettings`).
+
+    Learning rate and eps are found (``docs/automatic.md``), the batch size is 16, and there is no gradient to clip. A run
+    that finds its learning rate and evaluates does so before the first step too (``eval_on_start``), and after the last one. What
+    MeZO cannot honour is refused with what to do instead.
+
+    Raises:
+        ValueError: an argument that has no meaning without gradients, or is out of range; or several processes.
+    """
+
+    learning_rate: NumberOrAuto = as_declared("lr")  # noqa: RUF009
+    lr_scheduler_type: str = as_declared("lr_scheduler")
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Must stay 0: see clip_coefficient."})
+    per_device_train_batch_size: int = as_declared("batch_size")
+    max_skipped: int = field(default=10, metadata={"help": "Stop after so many non-finite losses in a row."})
+    adam_beta2: float = field(default=0.95, metadata={"help": "For rule adam; 0.95 keeps its window at 90 steps."})
+    rule_window: int | None = field(
+        default=None, metadata={"help": "Steps in a window; by default as many as hold 99 percent of the weight."}
+    )
+    share_cores: bool = field(
+        default=True,
+        metadata={"help": "Take fewer threads while other processes keep cores busy; OMP_NUM_THREADS overrides it."},
+    )
+
+    def __post_init__(self) -> None:
+        self.validate()
+        super().__post_init__()
+
+    def validate(self) -> None:
+        """Read numbers that came as text, and raise ValueError for what MeZO cannot honour.
+
+        A run does it again when it begins, as fields may be set later: by hand, or by ``Trainer.hyperparameter_search``.
+        """
+        require_one_process()
+        full_eval = "evaluate() casts the model itself, and training goes on with what was rounded. Load the model in"
+        for wrong, remedy in (
+            (
+                self.fp16,
+                "fp16=True scales losses for gradients. Load the model in float16 (dtype=torch.float16) instead",
+            ),
+            (
+                self.bf16_full_eval,
+                f"{full_eval} bfloat16 (dtype=torch.bfloat16), or set bf16=True to compute in it",
+            ),
+            (self.fp16_full_eval, f"{full_eval} float16 (dtype=torch.float16)"),
+            (self.deepspeed, "DeepSpeed shards gradients and optimizer state, which MeZO does not have. Drop it"),
+            (self.fsdp, "FSDP is not supported. Drop it, or spread a large model with device_map='auto'"),
+            (self.max_grad_norm, "there is no gradient to clip. Leave max_grad_norm at 0 and set clip_coefficient"),
+            (
+                self.gradient_checkpointing
+                or getattr(self, "activation_checkpointing", False),  # newer than some versions
+                "checkpointing saves activations for a backward pass that never comes. Drop it",
+            ),
+            (self.neftune_noise_alpha, "NEFTune perturbs embeddings in training mode, MeZO evaluates. Drop it"),
+            (self.torch_compile, "torch_compile is not supported with perturbed weights. Drop it"),
+            (
+                self.perturbation == "in_place",
+                "perturbation='in_place' drifts and cannot be replayed. Use 'auto', or MeZO without Trainer",
+            ),
+            (self.auto_find_batch_size, "auto_find_batch_size restarts training steps. Choose the batch size"),
+        ):
+            if wrong:
+                raise ValueError(f"MeZO cannot honour this: {remedy}.")
+        for name in ("learning_rate", "eps"):
+            try:
+                setattr(self, name, number_or_auto(getattr(self, name)))
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+        optim = OptimizerNames(self.optim)
+        if optim != OptimizerNames(TrainingArguments.__dataclass_fields__["optim"].default):
+            raise ValueError(f"MeZO cannot honour optim={optim.value!r}: it is the optimizer itself. Drop it.")
+        # What the optimizer would refuse once the model is loaded, it refuses now.
+        get_estimator(self.estimator, 1.0 if isinstance(self.eps, str) else self.eps, self.probes, self.normalize)
+        self.make_rule()
+        if self.learning_rate == AUTO and self.eval_strategy != "no":
+            self.eval_on_start = True  # the untuned model is a point to go back to
+
+    def make_rule(self) -> Rule:
+        """The rule that these settings describe. ``adam_*`` and ``momentum`` are read by the rule of that name alone."""
+        kept = {"state": self.rule_state, "window": self.rule_window}
+        own: dict[str, dict[str, Any]] = {
+            "momentum": {"momentum": self.momentum, **kept},
+            "adam": {"beta1": self.adam_beta1, "beta2": self.adam_beta2, "epsilon": self.adam_epsilon, **kept},
+        }
+        if self.rule not in own and (self.rule_state, self.rule_window) != ("auto", None):
+            raise InputError(f"the rule {self.rule!r} remembers nothing: leave rule_state and rule_window out")
+        return get_rule(self.rule, **own.get(self.rule, {}))
