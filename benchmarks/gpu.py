@@ -312,7 +312,8 @@ def main() -> int:
         return 0
     print(", ".join(f"{key} {value}" for key, value in machine.items() if value), flush=True)
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for ending in (signal.SIGTERM, signal.SIGINT):  # in the background SIGINT is ignored unless asked for
+        signal.signal(ending, signal.default_int_handler)
     run = Run(machine, output, 60 * options.minutes - (time.monotonic() - began))
     try:
         good = run.all(stages)
