@@ -16,7 +16,6 @@ PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
 
 def test_every_block_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("forwardtune.method.rules.RULES", dict(RULES))
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     assert len(blocks) == 6
     scope: dict[str, Any] = {"__name__": "extending"}
