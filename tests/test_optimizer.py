@@ -19,8 +19,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 
 from forwardtune import MeZO, NonFiniteLossError, replay
 from forwardtune.method.estimators import SPSA
-from forwardtune.method.rules import sgd
-from forwardtune.noise import Noise, definition, get_direction
+from forwardtune.method.rules import Adam, Momentum, sgd
+from forwardtune.noise import Noise, Update, definition, get_direction
 from forwardtune.optimizer import InterruptedUpdateError
 from forwardtune.trajectory import StepLog
 from support import DTYPES, assert_same_bits, closure_for, same_bits, snapshot, tiny_model, token_batch, trusted
@@ -279,6 +279,66 @@ def test_a_restored_state_goes_on_bitwise(direction, perturbation, dtype):
     run(other, restored, 4)
     assert other.next_step == 8
     assert_same_bits(restored, snapshot(model))
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [Momentum(state="exact"), Momentum(state="window", window=3), Adam(state="exact"), Adam(state="window", window=3)],
+    ids=str,
+)
+def test_a_saved_state_holds_all_that_a_rule_remembers(rule):
+    """Counts, recent steps and what they left alone, moments; loaded, it is the same again, and shares no memory."""
+    net = network()
+    optimizer = MeZO(net, lr=1e-2, rule=rule, probes=2)
+    run(optimizer, loss_of(net), 4)
+    optimizer.history.missed, optimizer.history.recent = (
+        {1: 2},
+        [
+            Update(update.step, update.sizes, unused=frozenset({3, 1} if update.step == 3 else ()))
+            for update in optimizer.history.recent
+        ],
+    )
+    saved = optimizer.state_dict()["mezo"]["rule"]
+    recent = [(update.step, update.sizes, sorted(update.unused)) for update in optimizer.history.recent]
+    assert (saved["name"], saved["settings"], saved["taken"]) == (rule.name, rule.settings(), 4)
+    assert (saved["missed"], saved["recent"]) == ({1: 2}, recent)
+    assert len(recent) == (3 if rule.state == "window" else 0)
+
+    other = MeZO(network(), lr=1e-2, rule=rule, probes=2)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    ours, theirs = optimizer.history, other.history
+    assert (theirs.taken, theirs.missed) == (4, {1: 2})
+    assert [(u.step, u.sizes, u.unused) for u in theirs.recent] == [(u.step, u.sizes, u.unused) for u in ours.recent]
+    assert (
+        theirs.moments.keys()
+        == ours.moments.keys()
+        == (set(dict(net.named_parameters())) if rule.state == "exact" else set())
+    )
+    state = other.state_dict()
+    third = MeZO(network(), lr=1e-2, rule=rule, probes=2)
+    third.load_state_dict(state)
+    for name, moments in ours.moments.items():
+        assert len(theirs.moments[name]) == len(moments) == rule.averages
+        for mine, loaded, shared in zip(moments, theirs.moments[name], third.history.moments[name], strict=True):
+            assert same_bits(mine, loaded)
+            assert shared.data_ptr() != loaded.data_ptr()
+
+
+@pytest.mark.parametrize("change", ["names", "sizes"])
+def test_a_state_of_other_tensors_is_refused(change):
+    rule = Momentum(state="exact")
+    net = network()
+    optimizer = MeZO(net, lr=1e-2, rule=rule)
+    run(optimizer, loss_of(net), 1)
+    saved = copy.deepcopy(optimizer.state_dict())
+    moments = saved["mezo"]["rule"]["moments"]
+    name = next(iter(moments))
+    if change == "names":
+        moments["elsewhere"] = moments.pop(name)
+    else:
+        moments[name] = [moment[:-1] for moment in moments[name]]
+    with pytest.raises(ValueError, match="for other tuned tensors: tune the same ones"):
+        MeZO(network(), lr=1e-2, rule=rule).load_state_dict(saved)
 
 
 # --- how it is called ------------------------------------------------------------------------------------------------
