@@ -152,6 +152,49 @@ def test_mamba_is_exact_with_any_perturbation(perturbation: str) -> None:
         assert {optimizer.tuned[i].name.split(".")[-2] for i in optimizer.perturbation._whole} == {"conv1d", "dt_proj"}
 
 
+class Rescales(ReadsWhenLong):
+    """Writes to the weights of a part of it in its first evaluation, as RWKV does."""
+
+    def __init__(self, write: Callable[[Any], None]) -> None:
+        super().__init__(from_list=False)
+        self.write, self.done = write, False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.done:
+            with torch.no_grad():
+                self.write(self.inner)
+            self.done = True
+        return super().forward(x)
+
+
+def _multiply(inner: Any) -> None:
+    inner.weight *= 2
+
+
+def _assign(inner: Any) -> None:
+    inner.weight[0] = 0
+
+
+def _replace(inner: Any) -> None:
+    inner.weight.data = inner.weight.detach() * 2
+
+
+@pytest.mark.parametrize(
+    "write", [lambda inner: inner.weight.div_(2), _multiply, _assign, _replace], ids=["div_", "*=", "[0] =", ".data ="]
+)
+def test_a_model_that_writes_to_its_weights_is_not_evaluated_without(write: Callable[[Any], None]) -> None:
+    """What it writes would be lost with the perturbed copy, and it would not write again."""
+    net = Rescales(write)
+    before = snapshot(net)
+    with pytest.raises(RuntimeError, match="run it once in evaluation mode before tuning it"):
+        MeZO(net).step(lambda: net(SHORT))
+    assert_same_bits(net, before)
+    net.done = False
+    with torch.no_grad():
+        net(SHORT)
+    MeZO(net).step(lambda: net(SHORT))
+
+
 def test_a_compiled_model_is_evaluated_at_perturbed_weights() -> None:
     model, ids = tiny_model("llama"), token_batch()
     compiled = torch.compile(model, backend="eager")

@@ -75,6 +75,12 @@ class LazyWeight(Tensor):
                         table._note_use()
                         return projected
 
+        if args and isinstance(args[0], cls) and _writes(func):
+            raise RuntimeError(
+                "the model writes to a tuned weight while it is evaluated, and what it would write is lost with the perturbed copy: "
+                "if it does so once, as RWKV rescales its layers, run it once in evaluation mode before tuning it"
+            )
+
         def dense(value: Any) -> Any:
             if isinstance(value, cls):
                 value._note_use()
@@ -83,6 +89,18 @@ class LazyWeight(Tensor):
 
         return func(*map(dense, args), **{key: dense(value) for key, value in kwargs.items()})
 
+
+def _writes(func: Any) -> bool:
+    """Whether it changes its first argument: ``div_``, ``__imul__``, ``__setitem__``, ``weight.data = ...``."""
+    name = getattr(func, "__name__", "")
+    if name.startswith("__"):
+        return func == Tensor.data.__set__ or name == "__setitem__" or (name.startswith("__i") and name in _IN_PLACE)  # type: ignore[attr-defined]
+    return name.endswith("_") and name != "requires_grad_"
+
+
+_IN_PLACE = {
+    f"__i{name}__" for name in ("add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
+}
 
 _METADATA = {
     getattr(Tensor, name).__get__
