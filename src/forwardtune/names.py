@@ -5,6 +5,7 @@ from __future__ import annotations
 #: Of :mod:`forwardtune.method.estimators`.
 ESTIMATORS = ("spsa", "one_sided")
 NORMALIZATIONS = ("none", "sigma", "rank")
+ASSIGNMENTS = ("shared", "example")
 #: Of :mod:`forwardtune.method.rules`, and how they keep their moments.
 RULES = ("sgd", "sign", "momentum", "adam")
 STATES = ("auto", "exact", "window")

@@ -6,21 +6,22 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from .errors import NonFiniteLossError
-from .method.estimators import Estimator, get_estimator
-from .method.record import StepRecord, updates_of
+from .errors import InputError, NonFiniteLossError
+from .method.estimators import Estimator, Losses, get_estimator
+from .method.record import StepRecord, as_float32, coefficients_of, mean_loss, updates_of
 from .method.rule import History, Rule, move_all
 from .method.rules import get_rule
-from .noise import Direction, Noise, Update, get_direction
+from .noise import Direction, LowRank, Noise, get_direction
 from .parameters import TunedParameters
-from .points import PERTURBATIONS, Closure, Perturbation, ReadElsewhereError, Scratch
+from .points import Closure, Evaluator, Perturbation
 from .points.idle import IdleWatch
-from .points.self_check import check, copy_instead, refuse_stale_weights
+from .workers import Alone
 
 
 class InterruptedUpdateError(RuntimeError):
@@ -47,7 +48,10 @@ class MeZO(torch.optim.Optimizer):
 
     The closure is called under ``torch.no_grad()``, 2 n times a step (n + 1 with one-sided probes), and must return the loss of the *same* minibatch
     each time: a scalar tensor or any Python number, lower is better. Put the model in evaluation mode, as dropout would
-    differ between the two sides. The first step calls it two or three times more (:mod:`forwardtune.points.self_check`).
+    differ between the two sides. The first step calls it a few times more, to see that evaluations can be trusted.
+
+    With ``assignment="example"`` every example has directions of its own, at the same number of evaluations; the closure then returns
+    their losses, shape (examples,), each the mean over the example's own terms.
 
     A step moves what its evaluations went through: a tuned tensor that none of them read (a vision tower in a step on text) stays as it
     is, without weight decay. With ``perturbation="copy"`` that cannot be seen, and every tuned tensor is moved.
@@ -60,8 +64,8 @@ class MeZO(torch.optim.Optimizer):
         eps: perturbation scale.
         probes: n, the directions a step (n-SPSA).
         direction: ``"gaussian"`` or ``"rademacher"``.
-        perturbation: ``"scratch"``, ``"copy"`` or ``"in_place"`` (see :mod:`forwardtune.points.scratch`), or ``"auto"``:
-            scratch, or copy without a module or where a weight is read on a way that scratch cannot see.
+        perturbation: ``"scratch"``, ``"copy"`` or ``"side_path"`` (see :mod:`forwardtune.points`), or ``"auto"``: the side path with
+            ``assignment="example"``; else scratch, or copy without a module or where a weight is read on a way that scratch cannot see.
         weight_decay: decoupled weight decay.
         seed: 64-bit seed of all directions and of stochastic rounding.
         clip_coefficient: largest magnitude of a coefficient; larger ones are clipped. ``None``: no clipping.
@@ -70,6 +74,11 @@ class MeZO(torch.optim.Optimizer):
         estimator: ``"spsa"``, ``"one_sided"``, or an estimator, which brings its own eps, probes and normalisation.
         normalize: ``"none"``, ``"sigma"`` (FZOO's) or ``"rank"``: what differences of losses are measured in.
         rule: ``"sgd"``, ``"sign"``, ``"momentum"``, ``"adam"``, or a rule with settings, such as ``Momentum(0.9)``.
+        assignment: ``"shared"``, directions of the minibatch, or ``"example"``, directions of every example.
+        rank: r of low-rank directions ``Z = U V^T / sqrt(r)`` of matrices; 0: full ones. By default 1 with
+            ``assignment="example"``, else 0.
+        refresh: V stays the same for so many steps (LOZO's nu).
+        workers: who evaluates which query.
 
     Raises:
         ValueError: an argument out of range, nothing to tune, or a tensor that cannot be perturbed.
@@ -100,51 +109,53 @@ class MeZO(torch.optim.Optimizer):
         estimator: str | Estimator = "spsa",
         normalize: str = "none",
         rule: str | Rule = "sgd",
+        assignment: str = "shared",
+        rank: int | None = None,
+        refresh: int = 1,
+        workers: Alone | None = None,
     ) -> None:
         if isinstance(params, nn.Module):
             module = params if module is None else module
             params = [parameter for parameter in params.parameters() if parameter.requires_grad]
             if not params:
                 raise ValueError("there is nothing to tune: no parameter of the module has requires_grad=True")
-        if perturbation not in {"auto", *PERTURBATIONS}:
-            raise ValueError(f"unknown perturbation {perturbation!r}: choose auto, {', '.join(PERTURBATIONS)}")
         if clip_coefficient is not None and not clip_coefficient > 0:
             raise ValueError(f"clip_coefficient must be positive or None, got {clip_coefficient!r}")
         if not (isinstance(max_skipped, int) and max_skipped >= 1):
             raise ValueError(f"max_skipped must be an integer of at least 1, got {max_skipped!r}")
-        self.estimator = get_estimator(estimator, eps, probes, normalize)
-        self.noise = Noise(seed, get_direction(direction))
+        self.estimator = get_estimator(estimator, eps, probes, normalize, assignment)
+        rank = int(self.estimator.per_example) if rank is None else rank
+        if not rank and refresh != 1:
+            raise InputError(
+                "refresh is of low-rank directions, V of which stays for a while: set rank, or leave refresh out"
+            )
+        self.noise = Noise(seed, get_direction(direction), LowRank(rank, refresh) if rank else None)
         self._rule = get_rule(rule)
         self.history = History()
         self.clip_coefficient = clip_coefficient
         self.max_skipped = max_skipped
         self.module = module
+        self.workers = workers or Alone()
         #: Called with a :class:`StepRecord` after every step; the step log is one of them.
         self.recorders: list[Callable[[StepRecord], None]] = []
         self.last: StepRecord | None = None
         #: While a list: steps are estimated and put there, and not taken (:mod:`forwardtune.search.held`).
         self.held: list[StepRecord] | None = None
         self.next_step = 0
-        #: True while the first step's self-check calls the closure.
-        self.checking = False
-        self._checked = False
         self._skipped = 0
         self._idle = IdleWatch()
-        # What estimate() gathers for the coming step.
-        self._pending: list[float] | None = None
-        self._used: set[int] = set()
-        self._seconds = 0.0
+        self._forget_estimate()
         #: True while the weights belong to no step; then none can be taken.
         self.interrupted = False
-        self._may_copy = perturbation == "auto"
-        self.perturbation: Perturbation | None = None
+        self._perturbation = perturbation
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
-        self.tuned = TunedParameters.from_groups(self.param_groups, module)
+        self._tune()
+
+    def _tune(self) -> None:
+        """Take up the tuned tensors, from the parameter groups."""
+        self.tuned = TunedParameters.from_groups(self.param_groups, self.module)
         self.rule = self._rule.resolved(self.tuned)
-        if perturbation == "auto" and module is None:
-            perturbation = "copy"
-        if perturbation != "auto":
-            self.perturbation = PERTURBATIONS[perturbation](self.tuned, self.noise)
+        self.evaluator = Evaluator(self.tuned, self.noise, self._perturbation, per_example=self.estimator.per_example)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters. Only before the first step: afterwards ids, and so directions, would change."""
@@ -163,13 +174,10 @@ class MeZO(torch.optim.Optimizer):
         super().add_param_group(param_group)
         if hasattr(self, "tuned"):
             try:
-                self.tuned = TunedParameters.from_groups(self.param_groups, self.module)
+                self._tune()
             except ValueError:
                 self.param_groups.pop()
                 raise
-            self.rule = self._rule.resolved(self.tuned)
-            if self.perturbation is not None:
-                self.perturbation = type(self.perturbation)(self.tuned, self.noise)
 
     def train(self) -> None:
         """Raise RuntimeError: a Trainer that calls this before every step would go on to pay a backward pass for nothing.
@@ -186,7 +194,7 @@ class MeZO(torch.optim.Optimizer):
         """Take one step and return the mean of the losses that it saw.
 
         Args:
-            closure: evaluates the loss of the minibatch. ``None`` applies what :meth:`estimate` has gathered.
+            closure: evaluates the loss of the minibatch, or the losses of its examples. ``None`` applies what :meth:`estimate` has gathered.
         """
         if closure is not None:
             self.estimate(closure)
@@ -196,31 +204,26 @@ class MeZO(torch.optim.Optimizer):
     def estimate(self, closure: Closure) -> float:
         """Query the losses of the coming step; they are added to what earlier calls of the same step gathered.
 
-        Calling it for several microbatches whose losses add up to the minibatch loss is gradient accumulation.
+        Calling it for several microbatches whose losses add up to the minibatch loss is gradient accumulation; losses that come one
+        per example are appended.
 
         Returns:
             The mean of this call's losses.
         """
         self.require_whole_weights()
-        refuse_stale_weights()
         began = time.perf_counter()
-        queries = self.estimator.queries()
+        before = len(self._pending[0]) if self._pending else 0
+        queries = [query.after(before) for query in self.estimator.queries()]
         try:
-            perturbation = self.prepare(closure)
-            try:
-                losses = perturbation.losses(self.next_step, queries, closure)
-            except ReadElsewhereError as error:
-                if not self._may_copy:
-                    raise ReadElsewhereError(f"{error}: use perturbation='auto' or 'copy'") from None
-                perturbation = self.perturbation = copy_instead(perturbation, error)
-                losses = perturbation.losses(self.next_step, queries, closure)
+            losses, used = self.workers.losses(queries, partial(self.evaluator.losses, self.next_step, closure=closure))
         except BaseException:
             self._forget_estimate()  # the step would be made of a part of its microbatches
             raise
         self._pending = self.estimator.merge(self._pending, losses)
-        self._used |= set(range(len(self.tuned))) if perturbation.used is None else perturbation.used
+        self._used |= used
         self._seconds += time.perf_counter() - began
-        return math.fsum(losses) / len(losses) if all(map(math.isfinite, losses)) else math.nan
+        values = [loss for own in losses for loss in own]
+        return math.fsum(values) / len(values) if all(map(math.isfinite, values)) else math.nan
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As for any optimizer; what :meth:`estimate` has gathered is dropped, as gradients would be."""
@@ -228,7 +231,9 @@ class MeZO(torch.optim.Optimizer):
         super().zero_grad(set_to_none)
 
     def _forget_estimate(self) -> None:
-        self._pending, self._used, self._seconds = None, set(), 0.0
+        self._pending: list[Losses] | None = None
+        self._used: set[int] = set()
+        self._seconds = 0.0
 
     @torch.no_grad()
     def apply(self) -> float:
@@ -241,22 +246,23 @@ class MeZO(torch.optim.Optimizer):
         began = time.perf_counter()
         losses, used, seconds = self._pending, self._used, self._seconds
         self._forget_estimate()
-        limit = self.clip_coefficient or math.inf
-        coefficients = [c if math.isnan(c) else min(max(c, -limit), limit) for c in self.estimator.coefficients(losses)]
-        if all(map(math.isnan, coefficients)):
-            coefficients = []
-        known = [loss for loss in losses if math.isfinite(loss)] if coefficients else losses
+        per_example = self.estimator.per_example
+        if per_example:
+            losses = [as_float32(own) for own in losses]
+        coefficients = coefficients_of(self.estimator, losses, self.clip_coefficient)
+        values = tuple(loss for own in losses for loss in own)
         record = StepRecord(
             step=self.next_step,
             lr=tuple(float(group["lr"]) for group in self.param_groups),
             weight_decay=tuple(float(group["weight_decay"]) for group in self.param_groups),
-            coefficients=tuple(coefficients),
-            losses=tuple(losses),
-            loss=sum(known) / len(known),
+            coefficients=coefficients,
+            losses=values,
+            loss=mean_loss(values, skipped=not coefficients),
             unchanged=self.tuned.numel,
             seconds=seconds,
             # Where nothing was seen to be read, the closure evaluates the weights on some other way.
             unused=tuple(t.id for t in self.tuned if t.id not in used) if used else (),
+            examples=len(losses[0]) if per_example else 0,
         )
         if record.step == 0:
             self._idle.first_step(self.tuned, record.unused)
@@ -280,11 +286,15 @@ class MeZO(torch.optim.Optimizer):
             began: where ``time.perf_counter()`` stood when this part of the step began; by default it begins now.
         """
         began = time.perf_counter() if began is None else began
+        unchanged = self.tuned.numel
         try:
-            updates = self._updates(record)
+            updates = [] if record.skipped else updates_of(self.rule, record)
         except OverflowError:  # a learning rate or a loss so large that the step does not fit float32
             record, updates = replace(record, coefficients=()), []
-        unchanged = self._move(updates)
+        if updates:
+            self.interrupted = True
+            unchanged = move_all(self.rule, self.noise, self.tuned, [[update] for update in updates], self.history)
+            self.interrupted = False
         record = replace(record, unchanged=unchanged, seconds=record.seconds + time.perf_counter() - began)
         self.last = record
         for recorder in self.recorders:
@@ -297,23 +307,20 @@ class MeZO(torch.optim.Optimizer):
                 "bfloat16 or float32"
             )
 
-    def _updates(self, record: StepRecord) -> list[Update]:
-        """What the rule makes of a step, for each parameter group; nothing for a skipped one."""
-        return [] if record.skipped else updates_of(self.rule, record)
-
-    def _move(self, updates: Sequence[Update]) -> int:
-        """Apply its group's update to every tuned tensor; returns how many weights kept their value."""
-        if not updates:
-            return self.tuned.numel
-        self.interrupted = True
-        unchanged = move_all(self.rule, self.noise, self.tuned, [[update] for update in updates], self.history)
-        self.interrupted = False
-        return unchanged
-
     @property
     def gathering(self) -> bool:
         """Whether :meth:`estimate` has gathered losses that :meth:`apply` has not used yet."""
         return self._pending is not None
+
+    @property
+    def perturbation(self) -> Perturbation | None:
+        """How the weights are perturbed; None until the first step has found out."""
+        return self.evaluator.perturbation
+
+    @property
+    def checking(self) -> bool:
+        """Whether the closure is being called by the first step's self-check."""
+        return self.evaluator.checking
 
     def require_whole_weights(self) -> None:
         """Raise InterruptedUpdateError if an update stopped half-way."""
@@ -323,27 +330,9 @@ class MeZO(torch.optim.Optimizer):
                 "load the base weights again and replay the step log"
             )
 
-    @torch.no_grad()
-    def prepare(self, closure: Closure) -> Perturbation:
-        """How the weights will be perturbed; at the first call the self-check evaluates the closure two or three times."""
-        perturbation = self.perturbation or Scratch(self.tuned, self.noise)
-        if self._checked:
-            return perturbation
-        query = next(query for query in self.estimator.queries() if query.scale)
-        self.checking = True
-        try:
-            found = check(perturbation, self.next_step, query, closure, may_copy=self._may_copy)
-        finally:
-            self.checking = False
-        if found is None:
-            return perturbation  # the loss is not finite, there is nothing to compare: ask again at the next step
-        self.perturbation, self._checked = found, True
-        return found
-
     def __getstate__(self) -> dict[str, Any]:
         """For ``copy.deepcopy`` and pickle: recorders, which write to files, and scratch memory stay behind."""
-        fresh = None if self._may_copy or self.perturbation is None else type(self.perturbation)(self.tuned, self.noise)
-        return {**self.__dict__, "recorders": [], "perturbation": fresh, "_checked": False, "_idle": IdleWatch()}
+        return {**self.__dict__, "recorders": [], "evaluator": self.evaluator.forgotten(), "_idle": IdleWatch()}
 
     def fast_forward(self, records: Sequence[StepRecord], history: History | None = None) -> None:
         """Take over the bookkeeping of a run whose weights were rebuilt from its records, all from step 0 on.
@@ -359,18 +348,10 @@ class MeZO(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As for any optimizer, with the step number and what the rule remembers: the whole state of MeZO."""
-        state = super().state_dict()
-        state["mezo"] = {"next_step": self.next_step, "seed": self.noise.seed, "skipped": self._skipped}
+        own = {"next_step": self.next_step, "seed": self.noise.seed, "skipped": self._skipped}
         if self.rule.remembers:
-            state["mezo"]["rule"] = {
-                "name": self.rule.name,
-                "settings": self.rule.settings(),
-                "taken": self.history.taken,
-                "missed": dict(self.history.missed),
-                "recent": [(update.step, update.sizes, sorted(update.unused)) for update in self.history.recent],
-                "moments": {name: list(moments) for name, moments in self.history.moments.items()},
-            }
-        return state
+            own["rule"] = {"name": self.rule.name, "settings": self.rule.settings(), **self.history.state()}
+        return {**super().state_dict(), "mezo": own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` gave.
@@ -385,36 +366,19 @@ class MeZO(torch.optim.Optimizer):
             raise ValueError(
                 f"the state was saved with seed {own['seed']}, this optimizer has {self.noise.seed}: use the same seed"
             )
-        history = self._history_of(own.get("rule"))
-        super().load_state_dict(state_dict)
-        self.history = history
-        self._forget_estimate()
-        self.next_step = own["next_step"]
-        self._skipped = own["skipped"]
-
-    def _history_of(self, saved: dict[str, Any] | None) -> History:
-        """What a saved state says of the rule's memory, on the devices of the tuned tensors."""
+        saved = own.get("rule")
         ours = {"name": self.rule.name, "settings": self.rule.settings()} if self.rule.remembers else None
         theirs = {key: saved[key] for key in ("name", "settings")} if saved else None
         if ours != theirs:
             raise ValueError(
                 f"the state was saved with {_described(theirs)}, this optimizer has {_described(ours)}: use the same rule"
             )
-        if saved is None:
-            return History()
-        parameters = {tensor.name: tensor.parameter for tensor in self.tuned}
-        moments = {name: [moment.numel() for moment in tensors] for name, tensors in saved["moments"].items()}
-        if any(name not in parameters or set(n) != {parameters[name].numel()} for name, n in moments.items()):
-            raise ValueError("the state was saved for other tuned tensors: tune the same ones")
-        return History(
-            taken=saved["taken"],
-            missed=dict(saved.get("missed", {})),
-            recent=[Update(step, tuple(sizes), unused=frozenset(*unused)) for step, sizes, *unused in saved["recent"]],
-            moments={
-                name: tuple(moment.to(parameters[name].device, copy=True) for moment in tensors)
-                for name, tensors in saved["moments"].items()
-            },
-        )
+        history = History.of_state(saved, self.tuned) if saved else History()
+        super().load_state_dict(state_dict)
+        self.history = history
+        self._forget_estimate()
+        self.next_step = own["next_step"]
+        self._skipped = own["skipped"]
 
 
 def _described(rule: dict[str, Any] | None) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import InputError
+from .storage import RESIDENT, Resident
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _MAX_ELEMENTS = 2**35  # a 32-bit block counter times eight elements a block
@@ -32,6 +34,7 @@ class TunedTensor:
         parameter: the parameter itself.
         aliases: its other names, if it is tied.
         group: index of its parameter group, which holds its learning rate and weight decay.
+        storage: where its values live.
     """
 
     name: str
@@ -39,6 +42,15 @@ class TunedTensor:
     parameter: nn.Parameter
     group: int
     aliases: tuple[str, ...] = ()
+    storage: Resident = RESIDENT
+
+    def read(self) -> Tensor:
+        """Its values, where the model computes; not to be changed."""
+        return self.storage.read(self.parameter)
+
+    def change(self) -> AbstractContextManager[Tensor]:
+        """Inside, what is written to the tensor is its value afterwards."""
+        return self.storage.change(self.parameter)
 
 
 class TunedParameters(Sequence[TunedTensor]):
@@ -125,7 +137,7 @@ class TunedParameters(Sequence[TunedTensor]):
         """SHA-256 over names, dtypes, shapes and row-major little-endian bytes of all tuned tensors, as hex."""
         state = hashlib.sha256()
         for tensor in self:
-            parameter = tensor.parameter.detach()
+            parameter = tensor.read()
             state.update(f"{tensor.name}\0{dtype_name(parameter.dtype)}\0{tuple(parameter.shape)}\0".encode())
             flat = parameter.reshape(-1)
             for lo in range(0, flat.numel(), _DIGEST_CHUNK):

@@ -1,7 +1,13 @@
 """L2: where the loss is queried, and how the losses become coefficients.
 
 An estimator is a declaration: :meth:`Estimator.queries` lists points ``theta + scale * z_probe``, and
-:meth:`Estimator.coefficients` turns the losses there into one projected gradient per probe. It knows nothing of models.
+:meth:`Estimator.coefficients` turns the losses there into one projected gradient per direction. It knows nothing of models.
+
+Directions are assigned in one of two ways. ``shared``: the whole minibatch is evaluated along each direction, and the loss of a
+query is one number. ``example``: every example has directions of its own, the losses of a query come one per example, and the
+estimate is the mean of the examples' estimates. At the same number of forward passes its variance is smaller by
+``(B + rho) / (1 + rho)``, with B examples and ``rho = tr Sigma / |g|^2``, the variance of an example's gradient in units of
+the gradient.
 
 A normalisation puts another number ``u`` in the place of each loss l, in units that do not depend on the loss:
 
@@ -21,17 +27,44 @@ from abc import ABC, abstractmethod
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 from ..errors import InputError, nearest
-from ..names import NORMALIZATIONS
+from ..names import ASSIGNMENTS, NORMALIZATIONS
+
+#: The losses of one query: that of the minibatch, or one for each example.
+Losses: TypeAlias = "tuple[float, ...]"
 
 
 class Query(NamedTuple):
-    """One evaluation of the loss, at ``theta + scale * z_probe``; at scale 0, theta itself."""
+    """One evaluation of the minibatch, at ``theta + scale * z``; at scale 0, theta itself.
+
+    Attributes:
+        probe: number of the direction; of the first one where every example has its own.
+        scale: in units of the weights.
+        stride: example b is evaluated along direction ``probe + b * stride``; 0: all along the same one.
+    """
 
     probe: int
     scale: float
+    stride: int = 0
+
+    @property
+    def per_example(self) -> bool:
+        """Whether every example has a direction, and a loss, of its own."""
+        return self.stride > 0
+
+    def after(self, examples: int) -> Query:
+        """The same for a microbatch before which so many examples of the step were evaluated."""
+        return self._replace(probe=self.probe + examples * self.stride)
+
+    def directions(self, examples: int) -> range:
+        """Numbers of the directions of so many examples; the one direction of a shared query."""
+        return (
+            range(self.probe, self.probe + examples * self.stride, self.stride)
+            if self.stride
+            else range(self.probe, self.probe + 1)
+        )
 
 
 @dataclass(frozen=True)
@@ -40,8 +73,9 @@ class Estimator(ABC):
 
     Attributes:
         eps: perturbation scale, in units of the weights.
-        probes: n, the number of directions.
+        probes: n, the number of directions, of the step or of each of its examples.
         normalize: what the differences of losses are measured in: ``"none"``, ``"sigma"`` or ``"rank"``.
+        assignment: ``"shared"`` or ``"example"``. Probe k of example b is direction number ``b n + k`` of the step.
 
     Raises:
         ValueError: an argument out of range, or a normalisation over fewer than two probes.
@@ -50,6 +84,7 @@ class Estimator(ABC):
     eps: float = 1e-3
     probes: int = 1
     normalize: str = "none"
+    assignment: str = "shared"
     name: ClassVar[str]
 
     def __post_init__(self) -> None:
@@ -57,35 +92,53 @@ class Estimator(ABC):
             raise InputError(f"eps must be a positive number, got {self.eps!r}: MeZO's default is 1e-3")
         if not (isinstance(self.probes, int) and self.probes >= 1):
             raise InputError(f"probes must be an integer of at least 1, got {self.probes!r}")
-        if self.normalize not in NORMALIZATIONS:
-            raise InputError(
-                f"unknown normalize {self.normalize!r}{nearest(str(self.normalize), NORMALIZATIONS)}: "
-                f"choose one of {', '.join(NORMALIZATIONS)}"
-            )
+        for setting, known in (("normalize", NORMALIZATIONS), ("assignment", ASSIGNMENTS)):
+            value = getattr(self, setting)
+            if value not in known:
+                raise InputError(
+                    f"unknown {setting} {value!r}{nearest(str(value), known)}: choose one of {', '.join(known)}"
+                )
         if self.normalize != "none" and self.probes < 2:
             raise InputError(
                 f"normalize={self.normalize!r} compares the probes of a step, and there is one: set probes to 2 or more"
             )
 
+    @property
+    def per_example(self) -> bool:
+        """Whether every example has directions of its own."""
+        return self.assignment == "example"
+
     @abstractmethod
     def queries(self) -> list[Query]:
         """The points of one step, in the order in which they are evaluated."""
+
+    def query(self, probe: int, scale: float) -> Query:
+        """A point along that probe, of the minibatch or of each of its examples."""
+        return Query(probe, scale, self.probes if self.per_example else 0)
+
+    def merge(self, gathered: Sequence[Losses] | None, losses: Sequence[Losses]) -> list[Losses]:
+        """Losses at :meth:`queries` of a further microbatch: added to those of the ones before, or appended, one per example."""
+        if gathered is None:
+            return list(losses)
+        if self.per_example:
+            return [a + b for a, b in zip(gathered, losses, strict=True)]
+        return [(a + b,) for (a,), (b,) in zip(gathered, losses, strict=True)]
 
     @property
     def shared(self) -> int:
         """How many queries, at the beginning, serve all probes; the others are as many for each, probe by probe."""
         return 0
 
-    def merge(self, gathered: Sequence[float] | None, losses: Sequence[float]) -> list[float]:
-        """Losses at :meth:`queries` of a further microbatch, added to those of the ones before."""
-        return [a + b for a, b in zip(gathered or [0.0] * len(losses), losses, strict=True)]
-
-    def coefficients(self, losses: Sequence[float]) -> list[float]:
-        """One coefficient ``c_k`` for each probe from the losses at :meth:`queries`.
+    def coefficients(self, losses: Sequence[Losses]) -> list[float]:
+        """One coefficient ``c_k`` for each direction, in the order of their numbers, from the losses at :meth:`queries`.
 
         NaN for a probe of which a loss is not finite, or whose coefficient would not be: the estimate is the mean over the others.
         A normalisation compares what is there, two probes at least.
         """
+        return [c for own in zip(*losses, strict=True) for c in self._of_one(own)]
+
+    def _of_one(self, losses: Sequence[float]) -> list[float]:
+        """The coefficients of the probes of one example, or of the minibatch as a whole."""
         shared = self.shared
         size = (len(losses) - shared) // self.probes
         own = [losses[i : i + size] for i in range(shared, len(losses), size)]
@@ -106,7 +159,8 @@ class Estimator(ABC):
     def settings(self) -> dict[str, Any]:
         """What the step log's header says of the estimator."""
         settings = {"estimator": self.name, "eps": self.eps, "probes": self.probes}
-        return settings if self.normalize == "none" else {**settings, "normalize": self.normalize}
+        defaults = {"normalize": "none", "assignment": "shared"}
+        return settings | {key: getattr(self, key) for key, usual in defaults.items() if getattr(self, key) != usual}
 
 
 @dataclass(frozen=True)
@@ -124,7 +178,7 @@ class SPSA(Estimator):
     name: ClassVar[str] = "spsa"
 
     def queries(self) -> list[Query]:
-        return [Query(probe, sign * self.eps) for probe in range(self.probes) for sign in (+1.0, -1.0)]
+        return [self.query(probe, sign * self.eps) for probe in range(self.probes) for sign in (+1.0, -1.0)]
 
     def of_finite(self, losses: Sequence[float]) -> list[float]:
         pairs = list(zip(losses[0::2], losses[1::2], strict=True))
@@ -157,8 +211,8 @@ class OneSided(Estimator):
         return 0 if self.normalize == "rank" else 1
 
     def queries(self) -> list[Query]:
-        clean = [] if self.normalize == "rank" else [Query(0, 0.0)]
-        return clean + [Query(probe, self.eps) for probe in range(self.probes)]
+        clean = [] if self.normalize == "rank" else [self.query(0, 0.0)]
+        return clean + [self.query(probe, self.eps) for probe in range(self.probes)]
 
     def of_finite(self, losses: Sequence[float]) -> list[float]:
         if self.normalize == "rank":
@@ -188,7 +242,9 @@ def _divided(differences: list[float], losses: Sequence[float]) -> list[float]:
 ESTIMATORS: dict[str, type[Estimator]] = {cls.name: cls for cls in (SPSA, OneSided)}
 
 
-def get_estimator(name: str | Estimator, eps: float, probes: int, normalize: str) -> Estimator:
+def get_estimator(
+    name: str | Estimator, eps: float, probes: int, normalize: str, assignment: str = "shared"
+) -> Estimator:
     """The estimator of that name with these settings; an estimator stays as it is.
 
     Raises:
@@ -200,4 +256,4 @@ def get_estimator(name: str | Estimator, eps: float, probes: int, normalize: str
         raise InputError(
             f"unknown estimator {name!r}{nearest(str(name), ESTIMATORS)}: choose one of {', '.join(ESTIMATORS)}"
         )
-    return ESTIMATORS[name](eps, probes, normalize)
+    return ESTIMATORS[name](eps, probes, normalize, assignment)

@@ -65,7 +65,7 @@ class Elementwise(Rule):
         self, noise: Noise, tensor: TunedTensor, updates: Sequence[Update], history: History, *, keep: bool
     ) -> Count:
         unchanged: Count = 0
-        with flattened(tensor.parameter) as flat:
+        with tensor.change() as weight, flattened(weight) as flat:
             moments = history.moments.get(tensor.name)
             if moments is None and keep and self.state == "exact":
                 with torch.inference_mode(False):  # they outlive the step, whatever mode it is taken in
@@ -74,7 +74,7 @@ class Elementwise(Rule):
             for lo in range(0, flat.numel(), size):
                 piece = flat[lo : lo + size]
                 parts = _zeros(self.averages, piece) if moments is None else [m[lo : lo + size] for m in moments]
-                unchanged += self._move_piece(noise, piece, parts, updates, history, {"tensor": tensor.id, "start": lo})
+                unchanged += self._move_piece(noise, piece, parts, updates, history, tensor, lo)
         return unchanged
 
     def _move_piece(
@@ -84,10 +84,11 @@ class Elementwise(Rule):
         averages: Sequence[Tensor],
         updates: Sequence[Update],
         history: History,
-        where: dict[str, int],
+        tensor: TunedTensor,
+        start: int,
     ) -> Count:
         def add(x: Tensor, steps: list[Update]) -> None:
-            noise.update(x, steps, **where)
+            noise.update(x, steps, tensor=tensor.id, start=start, shape=tensor.parameter.shape)
 
         unchanged: Count = 0
         x = torch.empty(piece.numel(), dtype=_arithmetic(piece), device=piece.device)
@@ -110,7 +111,7 @@ class Elementwise(Rule):
             if update.decay != 1.0:
                 x.mul_(update.decay)
             x.sub_(self.direction(averages, update, count))
-            unchanged += noise.store(piece, x, step=update.step, **where)
+            unchanged += noise.store(piece, x, step=update.step, tensor=tensor.id, start=start)
         return unchanged
 
 

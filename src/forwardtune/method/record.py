@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ..noise import Update
+from .estimators import Estimator, Losses
 from .rule import Rule
 
 
@@ -17,12 +20,14 @@ class StepRecord:
         step: number of the step, from 0; a word of the noise counter.
         lr: learning rate of every parameter group.
         weight_decay: weight decay of every parameter group.
-        coefficients: projected gradient of every probe, NaN for one of which a loss was not finite; empty when the step was skipped.
-        losses: the closure's values in the order of the estimator's queries.
+        coefficients: projected gradient of every direction, NaN for one of which a loss was not finite; empty when the step was skipped.
+        losses: the closure's values in the order of the estimator's queries; with a direction per example, those of the examples, query
+            by query.
         loss: the mean of those that are finite; of all when the step was skipped.
         unchanged: how many weights the update left at the same stored value.
         seconds: from the start of the first evaluation to the end of the update.
         unused: ids of the tuned tensors that no evaluation of the step went through; the update left them alone.
+        examples: how many examples had directions of their own; 0: the directions were the minibatch's.
     """
 
     step: int
@@ -34,6 +39,7 @@ class StepRecord:
     unchanged: int
     seconds: float
     unused: tuple[int, ...] = ()
+    examples: int = 0
 
     @property
     def skipped(self) -> bool:
@@ -49,6 +55,29 @@ class StepRecord:
     def flat(self) -> bool:
         """True when every coefficient is 0: all probes gave the same loss, as accuracies often do."""
         return not self.skipped and not any(self.present)
+
+
+def coefficients_of(estimator: Estimator, losses: Sequence[Losses], clip: float | None) -> tuple[float, ...]:
+    """The coefficients of a step, clipped to ``-clip .. clip``; none if no direction has one."""
+    limit = clip or math.inf
+    found = [c if math.isnan(c) else min(max(c, -limit), limit) for c in estimator.coefficients(losses)]
+    return () if all(map(math.isnan, found)) else tuple(found)
+
+
+def mean_loss(losses: Sequence[float], skipped: bool) -> float:
+    """The mean of a step's losses that are finite; of all when the step was skipped."""
+    known = losses if skipped else [loss for loss in losses if math.isfinite(loss)]
+    return sum(known) / len(known)
+
+
+def as_float32(losses: Losses) -> Losses:
+    """The nearest float32 numbers, as the step log keeps losses that come one per example."""
+    count = len(losses)
+    return struct.unpack(f"<{count}f", struct.pack(f"<{count}f", *map(_within_float32, losses)))
+
+
+def _within_float32(x: float) -> float:
+    return x if abs(x) <= 3.4028234663852886e38 or math.isnan(x) else math.copysign(math.inf, x)
 
 
 def updates_of(rule: Rule, record: StepRecord) -> list[Update]:

@@ -55,6 +55,32 @@ class History:
         """A copy of the rest."""
         return History(self.taken, list(self.recent), missed=dict(self.missed))
 
+    def state(self) -> dict[str, Any]:
+        """What ``state_dict`` keeps of it."""
+        return {
+            "taken": self.taken,
+            "missed": dict(self.missed),
+            "recent": [(update.step, update.sizes, sorted(update.unused)) for update in self.recent],
+            "moments": {name: list(moments) for name, moments in self.moments.items()},
+        }
+
+    @classmethod
+    def of_state(cls, saved: dict[str, Any], tuned: TunedParameters) -> History:
+        """What :meth:`state` gave, on the devices of the tuned tensors. Raises ValueError if it is of other ones."""
+        parameters = {tensor.name: tensor.parameter for tensor in tuned}
+        moments = {name: [moment.numel() for moment in tensors] for name, tensors in saved["moments"].items()}
+        if any(name not in parameters or set(n) != {parameters[name].numel()} for name, n in moments.items()):
+            raise ValueError("the state was saved for other tuned tensors: tune the same ones")
+        return cls(
+            taken=saved["taken"],
+            missed=dict(saved.get("missed", {})),
+            recent=[Update(step, tuple(sizes), unused=frozenset(*unused)) for step, sizes, *unused in saved["recent"]],
+            moments={
+                name: tuple(moment.to(parameters[name].device, copy=True) for moment in tensors)
+                for name, tensors in saved["moments"].items()
+            },
+        )
+
     def of(self, tensor: int) -> History:
         """The history of one tensor, without the steps that left it alone."""
         if not self.missed.get(tensor):

@@ -55,10 +55,11 @@ class SGD(Rule):
     def move(
         self, noise: Noise, tensor: TunedTensor, updates: Sequence[Update], history: History, *, keep: bool
     ) -> Count:
-        return sum(
-            noise.update(tensor.parameter, updates[lo : lo + _STEPS_PER_SWEEP], tensor=tensor.id)
-            for lo in range(0, len(updates), _STEPS_PER_SWEEP)
-        )
+        with tensor.change() as weight:
+            return sum(
+                noise.update(weight, updates[lo : lo + _STEPS_PER_SWEEP], tensor=tensor.id)
+                for lo in range(0, len(updates), _STEPS_PER_SWEEP)
+            )
 
 
 def sgd(step: int, coefficients: Sequence[float], lr: float, weight_decay: float = 0.0) -> Update:

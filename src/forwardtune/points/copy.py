@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..method.estimators import Query
 from ..noise import Noise
 from ..parameters import TunedParameters
 from .perturbation import Perturbation
@@ -21,20 +22,20 @@ class Copy(Perturbation):
         self._originals: list[Tensor] = []
 
     def __enter__(self) -> Copy:
-        self._originals = [tensor.parameter.data for tensor in self.tuned]
+        self._originals = [tensor.read() for tensor in self.tuned]
         if [(s.shape, s.device, s.dtype) for s in self._shadows] != [
             (o.shape, o.device, o.dtype) for o in self._originals
         ]:
             self._shadows = [torch.empty_like(original) for original in self._originals]
         return self
 
-    def shift(self, step: int, probe: int, scale: float) -> None:
+    def shift(self, step: int, query: Query) -> None:
         torch.clear_autocast_cache()  # it holds casts by parameter, and knows nothing of what the parameter points to
         for tensor, original, shadow in zip(self.tuned, self._originals, self._shadows, strict=True):
-            if scale == 0:
+            if query.scale == 0:
                 tensor.parameter.data = original
                 continue
-            self.noise.perturb(shadow, original, tensor=tensor.id, step=step, probe=probe, scale=scale)
+            self.noise.perturb(shadow, original, tensor=tensor.id, step=step, probe=query.probe, scale=query.scale)
             tensor.parameter.data = shadow
 
     def __exit__(self, *exception: object) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..method.estimators import Query
 from ..noise import Noise
 from ..parameters import TunedParameters
 from .perturbation import Perturbation
@@ -21,7 +22,8 @@ class InPlace(Perturbation):
     def __enter__(self) -> InPlace:
         return self
 
-    def shift(self, step: int, probe: int, scale: float) -> None:
+    def shift(self, step: int, query: Query) -> None:
+        probe, scale = query.probe, query.scale
         if scale == 0:
             self._return()
             return

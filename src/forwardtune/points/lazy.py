@@ -57,7 +57,7 @@ class LazyWeight(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _METADATA:
+        if func in METADATA:
             return func(args[0]._original, *args[1:], **kwargs)
 
         with torch._C.DisableTorchFunctionSubclass():
@@ -75,11 +75,7 @@ class LazyWeight(Tensor):
                         table._note_use()
                         return projected
 
-        if args and isinstance(args[0], cls) and _writes(func):
-            raise RuntimeError(
-                "the model writes to a tuned weight while it is evaluated, and what it would write is lost with the perturbed copy: "
-                "if it does so once, as RWKV rescales its layers, run it once in evaluation mode before tuning it"
-            )
+        refuse_writing(func, args, cls)
 
         def dense(value: Any) -> Any:
             if isinstance(value, cls):
@@ -88,6 +84,15 @@ class LazyWeight(Tensor):
             return type(value)(map(dense, value)) if isinstance(value, (list, tuple)) else value
 
         return func(*map(dense, args), **{key: dense(value) for key, value in kwargs.items()})
+
+
+def refuse_writing(func: Any, args: Any, kind: type[Tensor]) -> None:
+    """Raise RuntimeError if the function changes its first argument, a stand-in of that kind."""
+    if args and isinstance(args[0], kind) and _writes(func):
+        raise RuntimeError(
+            "the model writes to a tuned weight while it is evaluated, and what it would write is lost with the perturbed copy: "
+            "if it does so once, as RWKV rescales its layers, run it once in evaluation mode before tuning it"
+        )
 
 
 def _writes(func: Any) -> bool:
@@ -102,7 +107,7 @@ _IN_PLACE = {
     f"__i{name}__" for name in ("add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
 }
 
-_METADATA = {
+METADATA = {
     getattr(Tensor, name).__get__
     for name in (
         *("shape", "dtype", "device", "layout", "ndim", "requires_grad", "grad", "grad_fn", "is_leaf"),

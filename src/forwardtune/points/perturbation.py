@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ..method.estimators import Query
+from ..method.estimators import Losses, Query
 from ..noise import Noise
 from ..parameters import TunedParameters
 
@@ -20,14 +23,14 @@ class ReadElsewhereError(RuntimeError):
 
 
 class Perturbation(ABC):
-    """Moves a model to ``theta + scale * z(step, probe)`` and back.
+    """Moves a model to the point of a query and back.
 
     Use::
 
         with perturbation:
-            perturbation.shift(step, probe, +eps)
+            perturbation.shift(step, Query(probe, +eps))
             plus = loss()
-            perturbation.shift(step, probe, -eps)
+            perturbation.shift(step, Query(probe, -eps))
             minus = loss()
 
     Attributes:
@@ -41,25 +44,37 @@ class Perturbation(ABC):
         self.noise = noise
         self.used: set[int] | None = None
 
-    def losses(self, step: int, queries: Sequence[Query], closure: Closure) -> list[float]:
-        """The closure's values at the points ``theta + scale * z(step, probe)`` of the queries, in their order.
+    def losses(self, step: int, queries: Sequence[Query], closure: Closure) -> list[Losses]:
+        """The closure's values at the queried points, in their order: of the minibatch, or of its examples.
 
         Raises:
-            TypeError: the closure returned no number.
+            TypeError: the closure returned something else.
         """
         with self:
             return self._losses(step, queries, closure)
 
-    def _losses(self, step: int, queries: Sequence[Query], closure: Closure) -> list[float]:
+    def _losses(self, step: int, queries: Sequence[Query], closure: Closure) -> list[Losses]:
         values = []
-        for probe, scale in queries:
-            self.shift(step, probe, scale)
-            values.append(as_loss(closure()))
-        return [float(value) for value in values]  # read now: a GPU went from point to point without waiting
+        for query in queries:
+            self.shift(step, query)
+            values.append(as_losses(closure()) if query.per_example else as_loss(closure()))
+        return [read(value) for value in values]  # now: a GPU went from point to point without waiting
+
+    def check(self, step: int, query: Query, closure: Closure) -> tuple[Losses, Losses | None]:
+        """Evaluate one point twice, in the ways that are said to be the same.
+
+        Returns:
+            The losses of both. The second are None when the first are not finite: then there is nothing to compare.
+
+        Raises:
+            ReadElsewhereError: the weights are read on a way that this perturbation cannot see.
+        """
+        losses, again = self.losses(step, [query, query], closure)
+        return losses, again
 
     @abstractmethod
-    def shift(self, step: int, probe: int, scale: float) -> None:
-        """Evaluate at ``theta + scale * z(step, probe)`` from now on; theta is always the unperturbed point.
+    def shift(self, step: int, query: Query) -> None:
+        """Evaluate at the query's point from now on; theta is always the unperturbed point.
 
         Scale 0 is theta itself, and costs no noise.
         """
@@ -88,3 +103,37 @@ def as_loss(value: Any) -> Tensor | float:
         return float(value)
     except (TypeError, ValueError):
         raise TypeError(f"the closure returned {value!r}, which is not a number: return the loss") from None
+
+
+def as_losses(value: Any) -> Tensor:
+    """What a closure returned, once it is known to be a loss for each example: a tensor of shape (examples,), not read yet.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    try:
+        losses = value.detach().clone() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+        if losses.ndim != 1 or not losses.numel():
+            raise TypeError
+    except (TypeError, ValueError, RuntimeError):
+        what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise TypeError(
+            f"the closure returned {what}, and every example has a direction of its own: return their losses, shape (examples,)"
+        ) from None
+    return losses
+
+
+def read(value: Tensor | float) -> Losses:
+    """The numbers of a loss, or of several."""
+    return tuple(value.double().reshape(-1).tolist()) if isinstance(value, Tensor) else (value,)
+
+
+def without_compilation() -> AbstractContextManager[Any]:
+    """Compiled modules run eagerly inside: compiled code would not see that its weights are others for a while.
+
+    torch._dynamo is costly to import, and where nothing imported it nothing is compiled.
+    """
+    if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "set_stance"):
+        return nullcontext()
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -12,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..method.estimators import Query
+from ..method.estimators import Losses, Query
 from ..noise import Noise
 from ..parameters import TunedParameters, TunedTensor
 from .arena import Arena
 from .head import Slices, as_parameter, is_table, nbytes, project_in_slices
 from .lazy import LazyWeight
-from .perturbation import Closure, Perturbation, ReadElsewhereError, as_loss
+from .perturbation import Closure, Perturbation, ReadElsewhereError, as_loss, without_compilation
 
 
 class Scratch(Perturbation):
@@ -54,10 +53,11 @@ class Scratch(Perturbation):
                 default=0,
             )
         )
+        self._by_id = {tensor.id: tensor for tensor in tuned}
         self._arena = Arena()
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._lent: list[tuple[nn.Module, dict[str, Any], Any]] = []
-        self._point: tuple[int, int, float] | None = None
+        self._point: dict[str, Any] | None = None  # step, probe and scale; None: theta itself
         self._originals: dict[int, Tensor] = {}
         self._outside: dict[int, LazyWeight] = {}
         # Tensors that are read outside their owners: those seen in this block, and those perturbed as a whole since an earlier one.
@@ -67,7 +67,7 @@ class Scratch(Perturbation):
         self._eager: AbstractContextManager[Any] = nullcontext()
 
     def __enter__(self) -> Scratch:
-        self._originals = {tensor.id: tensor.parameter.data for tensor in self.tuned}
+        self._originals = {tensor.id: tensor.read() for tensor in self.tuned}
         self._whole = {i: w for i, w in self._whole.items() if _alike(w, self._originals[i])}
         self._whole |= self._strays
         self._strays = {}
@@ -83,22 +83,22 @@ class Scratch(Perturbation):
                 self._hooks.append(module.register_forward_pre_hook(self._lender(owned)))
                 self._hooks.append(module.register_forward_hook(self._take_back, always_call=True))
             self._poison(True)
-            self._eager = _without_compilation()
+            self._eager = without_compilation()
             self._eager.__enter__()
         except BaseException:
             self.__exit__()
             raise
         return self
 
-    def shift(self, step: int, probe: int, scale: float) -> None:
-        self._point = (step, probe, scale) if scale else None
+    def shift(self, step: int, query: Query) -> None:
+        self._point = {"step": step, "probe": query.probe, "scale": query.scale} if query.scale else None
         self._strays.clear()
         torch.clear_autocast_cache()
         for number, shadow in self._whole.items():
-            original, parameter = self._originals[number], self.tuned[number].parameter
-            if scale:
-                self.noise.perturb(shadow, original, tensor=number, step=step, probe=probe, scale=scale)
-            parameter.data = shadow if scale else original
+            original, parameter = self._originals[number], self._by_id[number].parameter
+            if self._point is not None:
+                self.noise.perturb(shadow, original, tensor=number, **self._point)
+            parameter.data = original if self._point is None else shadow
 
     def __exit__(self, *exception: object) -> None:
         self._eager.__exit__(None, None, None)
@@ -117,32 +117,29 @@ class Scratch(Perturbation):
         self._outside, self._originals, self._point = {}, {}, None
         torch.clear_autocast_cache()
 
-    def losses(self, step: int, queries: Sequence[Query], closure: Closure) -> list[float]:
+    def losses(self, step: int, queries: Sequence[Query], closure: Closure) -> list[Losses]:
         with self:
             losses = self._losses(step, queries, closure)
-            bad = next((q for q, loss in zip(queries, losses, strict=True) if not math.isfinite(loss)), None)
+            bad = next((q for q, (loss,) in zip(queries, losses, strict=True) if not math.isfinite(loss)), None)
             if bad is not None:
-                self.shift(step, *bad)
+                self.shift(step, bad)
                 with self._clean():
                     clean = float(as_loss(closure()))
                 if math.isfinite(clean) and not math.isfinite(float(as_loss(closure()))):
                     raise ReadElsewhereError(_ELSEWHERE)
         return losses
 
-    def check(self, step: int, query: Query, closure: Closure) -> tuple[float, float | None]:
+    def check(self, step: int, query: Query, closure: Closure) -> tuple[Losses, Losses | None]:
         """Evaluate one point twice, with the weights there to be read on any way, and with NaN in their place.
 
         In the second evaluation scratch memory becomes NaN, too, when it is given back.
-
-        Returns:
-            The two losses. The second is None when the first is not finite: then there is nothing to compare.
 
         Raises:
             ReadElsewhereError: the second evaluation has a NaN that the first had not, in the loss or in the output of a
                 module that owns tuned weights.
         """
         with self:
-            self.shift(step, *query)
+            self.shift(step, query)
             clean_seen: list[tuple[nn.Module, bool]] = []
             seen: list[tuple[nn.Module, bool]] = []
             self._seen = clean_seen
@@ -150,7 +147,7 @@ class Scratch(Perturbation):
                 with self._clean():
                     clean = float(as_loss(closure()))
                 if not math.isfinite(clean):
-                    return clean, None
+                    return (clean,), None
                 self._seen = seen
                 raised: Exception | None = None
                 poisoned = math.nan
@@ -163,7 +160,7 @@ class Scratch(Perturbation):
                     raise ReadElsewhereError(_ELSEWHERE + self._named(first)) from raised
                 if raised is not None:
                     raise raised
-                return clean, poisoned
+                return (clean,), (poisoned,)
             finally:
                 self._seen = None
 
@@ -186,7 +183,7 @@ class Scratch(Perturbation):
         for number, outside in self._outside.items():
             original = self._originals[number]
             data = original.new_full((), math.nan).expand(original.shape) if on else original
-            self.tuned[number].parameter.data = data
+            self._by_id[number].parameter.data = data
             outside.point_to(data)
 
     def _lender(self, owned: list[tuple[str, TunedTensor]]) -> Callable[[nn.Module, Any], None]:
@@ -226,10 +223,9 @@ class Scratch(Perturbation):
 
     def _perturbed(self, tensor: TunedTensor) -> Tensor:
         assert self._point is not None
-        step, probe, scale = self._point
         source = self._originals[tensor.id]
         out = self._arena.take(source)
-        self.noise.perturb(out, source, tensor=tensor.id, step=step, probe=probe, scale=scale)
+        self.noise.perturb(out, source, tensor=tensor.id, **self._point)
         return as_parameter(out, tensor)
 
     def _seen_from_outside(self, tensor: TunedTensor) -> LazyWeight:
@@ -241,9 +237,7 @@ class Scratch(Perturbation):
                 with torch.inference_mode(False):  # it outlives the evaluation
                     self._strays[tensor.id] = torch.empty_like(original)
                 if self._point is not None:
-                    step, probe, scale = self._point
-                    address = {"tensor": tensor.id, "step": step, "probe": probe}
-                    self.noise.perturb(self._strays[tensor.id], original, **address, scale=scale)
+                    self.noise.perturb(self._strays[tensor.id], original, tensor=tensor.id, **self._point)
             return as_parameter(original if self._point is None else self._strays[tensor.id], tensor)
 
         if tensor.id in self._tables:
@@ -261,8 +255,7 @@ class Scratch(Perturbation):
         def rows(numbers: Tensor) -> Tensor | None:
             if self._point is None:
                 return None
-            step, probe, scale = self._point
-            return self.noise.perturb_rows(source, numbers, tensor=tensor.id, step=step, probe=probe, scale=scale)
+            return self.noise.perturb_rows(source, numbers, tensor=tensor.id, **self._point)
 
         def project(x: Tensor, bias: Tensor | None) -> Tensor | None:
             if self._point is None or not self.slices.may_slice(tensor, source, x, bias):
@@ -279,10 +272,9 @@ class Scratch(Perturbation):
 
         def perturbed_slice(lo: int, hi: int) -> Tensor:
             assert self._point is not None
-            step, probe, scale = self._point
             out = self._arena.take(source[lo:hi])
-            address = {"tensor": tensor.id, "step": step, "probe": probe, "start": lo * source.shape[1]}
-            self.noise.perturb(out, source[lo:hi], **address, scale=scale)
+            place = {"start": lo * source.shape[1], "shape": source.shape}
+            self.noise.perturb(out, source[lo:hi], tensor=tensor.id, **place, **self._point)
             return as_parameter(out, tensor)
 
         return LazyWeight.wrap(source, whole, lambda: self._note_use(tensor), rows, project)
@@ -301,14 +293,3 @@ def _has_nan(output: Any) -> bool:
     if isinstance(output, dict):
         output = list(output.values())
     return any(map(_has_nan, output)) if isinstance(output, (list, tuple)) else False
-
-
-def _without_compilation() -> AbstractContextManager[Any]:
-    """Compiled modules run eagerly inside: compiled code would not see that its weights are others for a while.
-
-    torch._dynamo is costly to import, and where nothing imported it nothing is compiled.
-    """
-    if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "set_stance"):
-        return nullcontext()
-    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-    return stance

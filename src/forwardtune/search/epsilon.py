@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from ..method.estimators import Query
 from ..optimizer import MeZO
-from ..points import Perturbation
+from ..points import Closure, Perturbation
 from .budget import SCALE_DIRECTIONS
 
 # Signal over noise that is enough: below it, more than a tenth of a coefficient's variance is rounding.
@@ -72,23 +73,25 @@ class Scale:
         return {"eps": self.eps, "signal": signal, "noise": noise, "kept": self.kept}
 
 
-def measure(optimizer: MeZO, closure: Callable[[], float], eps: float, directions: int = SCALE_DIRECTIONS) -> Scale:
+def measure(optimizer: MeZO, closure: Closure, eps: float, directions: int = SCALE_DIRECTIONS) -> Scale:
     """Evaluate one minibatch in the middle, at both sides of some directions, and a nudge further on one side.
 
-    The weights stay, but for ``perturbation="in_place"``, which returns to them only up to rounding. With
-    ``perturbation="auto"`` the first call's self-check takes two or three evaluations more.
+    The weights stay. The first call's self-check takes a few evaluations more.
 
     Raises:
         ValueError: ``eps`` is not positive.
     """
     if not 0 < eps < math.inf:
         raise ValueError(f"eps must be positive, got {eps!r}")
-    perturbation = optimizer.prepare(closure)
+    estimator = optimizer.estimator
+    perturbation = optimizer.evaluator.prepare(optimizer.next_step, estimator.queries(), closure)
     differences, nudges = [], []
     with torch.no_grad(), perturbation:
-        middle = _at(perturbation, 0, 0.0, closure)
+        middle = _at(perturbation, estimator.query(0, 0.0), closure)
         for direction in range(directions):
-            plus, nudged, minus = (_at(perturbation, direction, scale, closure) for scale in (eps, _NUDGE * eps, -eps))
+            plus, nudged, minus = (
+                _at(perturbation, estimator.query(direction, scale), closure) for scale in (eps, _NUDGE * eps, -eps)
+            )
             differences.append(plus - minus)
             # What the nudge does to a quadratic loss: the odd part grows in proportion to it, the even part to its square.
             odd, even = (plus - minus) / 2, (plus + minus) / 2 - middle
@@ -99,7 +102,7 @@ def measure(optimizer: MeZO, closure: Callable[[], float], eps: float, direction
     return Scale(eps, signal, noise, _kept(optimizer, eps), coefficients, 3 * directions + 1)
 
 
-def choose_eps(optimizer: MeZO, closure: Callable[[], float], start: float, *, most: int = 4) -> list[Scale]:
+def choose_eps(optimizer: MeZO, closure: Closure, start: float, *, most: int = 4) -> list[Scale]:
     """Scales that were measured, the chosen one last.
 
     From ``start`` the scale grows by the square root of ten while rounding hides the signal, and falls by as much while
@@ -133,7 +136,7 @@ def choose_eps(optimizer: MeZO, closure: Callable[[], float], start: float, *, m
 
 
 def find_eps(
-    optimizer: MeZO, closure: Callable[[], float], dtypes: str, announce: Callable[[str], object], *, most: int
+    optimizer: MeZO, closure: Closure, dtypes: str, announce: Callable[[str], object], *, most: int
 ) -> list[Scale]:
     """:func:`choose_eps` from the optimizer's own scale, with a word to people on what was found.
 
@@ -154,7 +157,7 @@ def find_eps(
     return scales
 
 
-def check_eps(optimizer: MeZO, closure: Callable[[], float], dtypes: str, announce: Callable[[str], object]) -> None:
+def check_eps(optimizer: MeZO, closure: Closure, dtypes: str, announce: Callable[[str], object]) -> None:
     """Warn of a given eps with which a run of some length would learn from rounding."""
     scale = measure(optimizer, closure, optimizer.estimator.eps)
     if not scale.survives:
@@ -176,7 +179,8 @@ def _kept(optimizer: MeZO, eps: float) -> float:
         weight = tensor.parameter.detach().reshape(-1)[:_SAMPLE]
         moved, move = torch.empty_like(weight), torch.zeros_like(weight, dtype=torch.float32)
         for out, source in ((moved, weight), (move, move)):
-            optimizer.noise.perturb(out, source, tensor=tensor.id, step=_STEP, probe=0, scale=eps)
+            shape = tensor.parameter.shape
+            optimizer.noise.perturb(out, source, tensor=tensor.id, step=_STEP, probe=0, scale=eps, shape=shape)
         move = move.double()
         lost += float((moved.double() - weight.double() - move).square().sum())
         whole += float(move.square().sum())
@@ -189,6 +193,14 @@ def _disagreement(a: Scale, b: Scale) -> float:
     return math.dist(a.coefficients, b.coefficients) / size if size else math.inf
 
 
-def _at(perturbation: Perturbation, direction: int, scale: float, closure: Callable[[], float]) -> float:
-    perturbation.shift(_STEP, direction, scale)
-    return float(closure())
+def _at(perturbation: Perturbation, query: Query, closure: Closure) -> float:
+    """The loss of the minibatch at one point; with a direction for each example, the mean of theirs."""
+    perturbation.shift(_STEP, query)
+    value = closure()
+    return (
+        float(value.double().mean())
+        if isinstance(value, torch.Tensor)
+        else math.fsum(value) / len(value)
+        if isinstance(value, (list, tuple))
+        else float(value)
+    )

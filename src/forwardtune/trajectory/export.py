@@ -46,9 +46,10 @@ def export_trajectory(log: Log, path: str | PathLike[str]) -> int:
         raise LogError(f"{log.path} has no end line: resume the run and let it finish, then export it")
     if path.exists():
         raise LogError(f"{path} exists: choose another name (nothing was overwritten)")
-    probes, groups, steps = log.header["probes"], len(trajectory.updates), trajectory.steps
-    sizes = torch.tensor(
-        [[update.sizes or (math.nan,) * probes for update in group] for group in trajectory.updates],
+    groups, steps = len(trajectory.updates), trajectory.steps
+    probes = max((len(update.sizes) for update in trajectory.updates[0]), default=0) or log.header["probes"]
+    sizes = torch.tensor(  # what a short minibatch lacks is 0: no direction
+        [[_padded(update.sizes, probes) for update in group] for group in trajectory.updates],
         dtype=torch.float32,
         device="cpu",
     ).reshape(groups, steps, probes)
@@ -73,6 +74,10 @@ def export_trajectory(log: Log, path: str | PathLike[str]) -> int:
     metadata = {"forwardtune": "trajectory", "header": packed, "digest": trajectory.digest}
     save_file(tensors, path, metadata={**metadata, "check": _checksum(metadata, tensors)})
     return path.stat().st_size
+
+
+def _padded(sizes: tuple[float, ...], count: int) -> tuple[float, ...]:
+    return (*sizes, *(0.0,) * (count - len(sizes))) if sizes else (math.nan,) * count
 
 
 def _runs(updates: list[Update]) -> list[list[Any]]:
@@ -146,7 +151,10 @@ def read_trajectory(path: str | PathLike[str]) -> Trajectory:
             for first, last, text in header.pop("unused", [])
             for step in range(first, last + 1)
         }
-        sizes = tensors["sizes"].expand(groups, -1, header["probes"])
+        sizes = tensors["sizes"]
+        if sizes.shape[2] != header["probes"] and header.get("assignment", "shared") == "shared":
+            raise ValueError("it has another number of directions than its header")
+        sizes = sizes.expand(groups, -1, sizes.shape[2])
         one = torch.ones(1, dtype=torch.float32, device="cpu")  # whatever torch makes by default
         decay = tensors.get("decay", one).expand(groups, sizes.shape[1])
         rated = "lr" in tensors

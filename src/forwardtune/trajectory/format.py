@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import math
 import platform
+import struct
 from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
 from ..errors import LogError
-from ..method.record import StepRecord
-from ..noise import NOISE_VERSION, SPECIFIED, Direction
+from ..method.estimators import Estimator, get_estimator
+from ..method.record import StepRecord, coefficients_of, mean_loss
+from ..noise import NOISE_VERSION, SPECIFIED, Direction, LowRank, Noise, get_direction
 from ..optimizer import MeZO
 
 FORMAT_VERSION = 3
@@ -56,7 +59,9 @@ def _check(previous: str, body: str) -> str:
 #: Fields of the header that describe a run, or its file, and decide nothing.
 DESCRIPTIVE = ("format", "base", "versions", "run")
 #: What a field means that the header leaves out.
-ABSENT: dict[str, Any] = {"normalize": "none", "rule_settings": {}}
+ABSENT: dict[str, Any] = {
+    "normalize": "none", "rule_settings": {}, "assignment": "shared", "rank": 0, "refresh": 1, "clip_coefficient": None,
+}  # fmt: skip
 
 
 def header_content(optimizer: MeZO, run: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -72,7 +77,10 @@ def identity(optimizer: MeZO) -> dict[str, Any]:
         "noise": NOISE_VERSION,
         "seed": optimizer.noise.seed,
         **direction_content(optimizer.noise.direction),
+        **structure_content(optimizer.noise.structure),
         **optimizer.estimator.settings(),
+        # Coefficients are logged as clipped, but for those that are derived from the losses of examples.
+        **({"clip_coefficient": optimizer.clip_coefficient} if _clips_derived(optimizer) else {}),
         "rule": optimizer.rule.name,
         **({"rule_settings": rule} if rule else {}),
         "groups": [{"weight_decay": float(group["weight_decay"])} for group in optimizer.param_groups],
@@ -86,34 +94,84 @@ def direction_content(direction: Direction) -> dict[str, str]:
     return {"direction": direction.name, **own}
 
 
+def _clips_derived(optimizer: MeZO) -> bool:
+    return optimizer.estimator.per_example and optimizer.clip_coefficient is not None
+
+
+def structure_content(structure: LowRank | None) -> dict[str, int]:
+    """What the header says of the structure of directions; nothing of full ones."""
+    if structure is None:
+        return {}
+    return {"rank": structure.rank} | ({"refresh": structure.refresh} if structure.refresh != 1 else {})
+
+
+def noise_of(header: dict[str, Any]) -> Noise:
+    """The noise of a run."""
+    structure = LowRank(header["rank"], header.get("refresh", 1)) if header.get("rank") else None
+    return Noise(header["seed"], get_direction(header["direction"]), structure)
+
+
+def estimator_of(header: dict[str, Any]) -> Estimator | None:
+    """The estimator of a run whose coefficients are derived from the losses of its examples; None if they are in the log."""
+    if header.get("assignment", ABSENT["assignment"]) == "shared":
+        return None
+    settings = {key: header.get(key, ABSENT.get(key)) for key in ("eps", "probes", "normalize", "assignment")}
+    return get_estimator(header["estimator"], **settings)
+
+
 def step_content(record: StepRecord) -> dict[str, Any]:
-    """One step's line. Learning rates that are equal in all groups are written once."""
+    """One step's line. Learning rates that are equal in all groups are written once.
+
+    Losses of examples stand as float32, in base 64, and give the coefficients.
+    """
+    if record.examples:
+        packed = struct.pack(f"<{len(record.losses)}f", *record.losses)
+        numbers: dict[str, Any] = {"examples": record.examples, "losses": base64.b64encode(packed).decode()}
+        if record.skipped:
+            numbers["skipped"] = True
+    else:
+        numbers = {
+            "coefficients": [_plain(c) for c in record.coefficients],
+            "losses": [_plain(loss) for loss in record.losses],
+            "loss": _plain(record.loss),
+        }
     return {
         "step": record.step,
         "lr": record.lr[0] if len(set(record.lr)) == 1 else list(record.lr),
-        "coefficients": [_plain(c) for c in record.coefficients],
-        "losses": [_plain(loss) for loss in record.losses],
-        "loss": _plain(record.loss),
+        **numbers,
         "unchanged": record.unchanged,
         "seconds": round(record.seconds, 6),
         **({"unused": ranges(record.unused)} if record.unused else {}),
     }
 
 
-def step_record(content: dict[str, Any], header: dict[str, Any]) -> StepRecord:
-    """The inverse of :func:`step_content`."""
+def step_record(content: dict[str, Any], header: dict[str, Any], estimator: Estimator | None) -> StepRecord:
+    """The inverse of :func:`step_content`, with what :func:`estimator_of` gives for the header."""
     groups = header["groups"]
     lr = content["lr"]
+    examples = 0
+    if estimator is None:
+        losses = tuple(map(float, content["losses"]))
+        coefficients, loss = tuple(map(float, content["coefficients"])), float(content["loss"])
+    else:
+        examples = content["examples"]
+        count = len(estimator.queries()) * examples
+        losses = struct.unpack(f"<{count}f", base64.b64decode(content["losses"], validate=True))
+        by_query = [losses[i : i + examples] for i in range(0, count, examples)]
+        found = coefficients_of(estimator, by_query, header.get("clip_coefficient"))
+        coefficients = () if content.get("skipped") else found
+        loss = mean_loss(losses, skipped=not coefficients)
     return StepRecord(
         step=content["step"],
         lr=tuple(lr) if isinstance(lr, list) else (lr,) * len(groups),
         weight_decay=tuple(group["weight_decay"] for group in groups),
-        coefficients=tuple(map(float, content["coefficients"])),
-        losses=tuple(map(float, content["losses"])),
-        loss=float(content["loss"]),
+        coefficients=coefficients,
+        losses=losses,
+        loss=loss,
         unchanged=content["unchanged"],
         seconds=content["seconds"],
         unused=numbers(content.get("unused", ""), len(header["tensors"])),
+        examples=examples,
     )
 
 

@@ -11,11 +11,11 @@ from types import TracebackType
 from typing import IO, Any
 
 from ..errors import LogError, LogWriteError
+from ..method.estimators import ESTIMATORS
 from ..method.record import StepRecord
 from ..method.rules import RULES, get_rule
 from ..noise import DIRECTIONS
 from ..optimizer import MeZO
-from ..points import InPlace
 from .format import ABSENT, DESCRIPTIVE, header_content, identity, seal, step_content
 from .lock import LogLock
 from .reader import Log, Rollback, read_log
@@ -51,7 +51,6 @@ class StepLog:
         *,
         lock: LogLock | None = None,
     ) -> None:
-        _require_exact(optimizer)
         _require_known(optimizer)
         content = header_content(optimizer, run)
         #: Digest of the weights that the run began with.
@@ -76,7 +75,6 @@ class StepLog:
         Raises:
             LogError: the log is damaged, in use, or belongs to other weights or settings.
         """
-        _require_exact(optimizer)
         self = cls.__new__(cls)
         self._open(Path(path), optimizer, lock, new=False)
         try:
@@ -202,16 +200,15 @@ def _holds_a_run(path: Path) -> LogError:
     return LogError(f"{path} already holds a run: resume that run, or choose another folder (nothing was overwritten)")
 
 
-def _require_exact(optimizer: MeZO) -> None:
-    if isinstance(optimizer.perturbation, InPlace):
-        raise LogError(
-            "perturbation='in_place' moves the weights by rounding errors that no log holds: use 'auto', 'scratch' or 'copy'"
-        )
-
-
 def _require_known(optimizer: MeZO) -> None:
-    """Raise LogError unless direction and rule can be made again from what the header will say of them."""
-    direction, rule = optimizer.noise.direction, optimizer.rule
+    """Raise LogError unless direction, estimator and rule can be made again from what the header will say of them."""
+    direction, rule, estimator = optimizer.noise.direction, optimizer.rule, optimizer.estimator
+    if estimator.per_example and ESTIMATORS.get(estimator.name) is not type(estimator):
+        raise LogError(
+            f"the estimator {estimator.name!r} is not registered, and coefficients of examples are derived from their losses when the log is "
+            f"read: put {type(estimator).__qualname__} into forwardtune.method.estimators.ESTIMATORS under its name, in a module that is "
+            "imported wherever the log is read"
+        )
     known = DIRECTIONS.get(direction.name)
     if known is None or known.digest() != direction.digest():
         raise LogError(

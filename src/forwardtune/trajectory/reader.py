@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import struct
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from ..errors import LogError
+from ..method.estimators import ESTIMATORS
 from ..method.record import StepRecord
 from ..method.rule import Rule
 from ..method.rules import RULES, get_rule
 from ..noise import DIRECTIONS, NOISE_VERSION
-from .format import ABSENT, READABLE, direction_content, step_record, unseal
+from .format import ABSENT, READABLE, direction_content, estimator_of, step_record, unseal
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,7 @@ def read_log(path: str | PathLike[str]) -> Log:
         )
     header, check = _open(path, 1, "", lines[0])
     check_header(path, header)
+    estimator = estimator_of(header)
     records: list[StepRecord] = []
     step_checks: list[str] = []
     rollbacks: list[Rollback] = []
@@ -127,8 +130,8 @@ def read_log(path: str | PathLike[str]) -> Log:
         if content.get("step") != len(records):
             raise _refused(path, number, f"it holds step {content.get('step')}, but step {len(records)} comes next")
         try:
-            records.append(step_record(content, header))
-        except (KeyError, TypeError, ValueError):
+            records.append(step_record(content, header, estimator))
+        except (KeyError, TypeError, ValueError, struct.error):
             raise _refused(path, number, "a field of the step is missing or of another kind") from None
         step_checks.append(check)
         end = None
@@ -162,7 +165,9 @@ def check_header(path: Path, header: dict[str, Any]) -> None:
                 f"{path} has version {theirs} of the {what}, this forwardtune reads version {ours[-1]}: "
                 f"use the forwardtune that wrote it ({header.get('versions', {}).get('forwardtune', 'unknown')}), or a newer one"
             )
-    for key, known in (("direction", DIRECTIONS), ("rule", RULES)):
+    derived = header.get("assignment", ABSENT["assignment"]) != "shared"
+    known_names = [("direction", DIRECTIONS), ("rule", RULES), *([("estimator", ESTIMATORS)] if derived else [])]
+    for key, known in known_names:
         if header[key] not in known:
             raise LogError(
                 f"{path} uses the {key} {header[key]!r}, which is not known here: upgrade forwardtune, or, if it is your own, "

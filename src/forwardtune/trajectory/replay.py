@@ -11,10 +11,11 @@ from torch import nn
 
 from ..errors import LogError
 from ..method.rule import History, move_all
-from ..noise import Noise, Update, get_direction
+from ..noise import Update
 from ..optimizer import MeZO
 from ..parameters import TunedParameters, dtype_name
 from .export import read_trajectory
+from .format import noise_of
 from .reader import Log, read_log
 from .updates import Trajectory, trajectory_of
 
@@ -89,9 +90,8 @@ def apply_updates(
     keep: bool,
 ) -> History:
     """The sweeps: each tensor takes all its steps while it is in the cache. Returns what the rule remembers of them."""
-    noise = Noise(trajectory.header["seed"], get_direction(trajectory.header["direction"]))
     history = History()
-    move_all(trajectory.rule, noise, tuned, updates, history, keep=keep, progress=progress)
+    move_all(trajectory.rule, noise_of(trajectory.header), tuned, updates, history, keep=keep, progress=progress)
     return history
 
 

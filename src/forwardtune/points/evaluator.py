@@ -1,0 +1,145 @@
+"""L2: the losses at the points of a step: the model is moved there in a way that was found to be exact at the first step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from ..errors import InputError, warn
+from ..method.estimators import Losses, Query
+from ..noise import Noise
+from ..parameters import TunedParameters
+from .copy import Copy
+from .perturbation import Closure, Perturbation, ReadElsewhereError
+from .scratch import Scratch
+from .side_path import SidePath
+
+PERTURBATIONS: dict[str, type[Perturbation]] = {cls.name: cls for cls in (Scratch, Copy, SidePath)}
+
+
+class Evaluator:
+    """Evaluates a closure at the points of queries.
+
+    Args:
+        tuned, noise: the weights and their directions.
+        perturbation: the name of one, or ``"auto"``: the side path where every example has a direction of its own, else scratch, or
+            copy without a module or where a weight is read on a way that scratch cannot see.
+        per_example: whether every example has a direction of its own.
+
+    Attributes:
+        perturbation: how the model is moved; None until that is known.
+        checking: True while the self-check calls the closure.
+
+    Raises:
+        ValueError: an unknown perturbation, or one that cannot do what is wanted.
+    """
+
+    def __init__(self, tuned: TunedParameters, noise: Noise, perturbation: str, *, per_example: bool) -> None:
+        if perturbation not in {"auto", *PERTURBATIONS}:
+            raise InputError(f"unknown perturbation {perturbation!r}: choose auto, {', '.join(PERTURBATIONS)}")
+        if per_example and perturbation not in ("auto", SidePath.name):
+            raise InputError(
+                f"perturbation={perturbation!r} moves the weights for the whole minibatch, and with assignment='example' every example has "
+                "a direction of its own: use perturbation='auto' or 'side_path'"
+            )
+        self._tuned, self._noise = tuned, noise
+        self._may_copy = perturbation == "auto" and not per_example
+        if per_example:
+            perturbation = SidePath.name
+        elif perturbation == "auto" and tuned.module is None:
+            perturbation = Copy.name
+        self._name = Scratch.name if perturbation == "auto" else perturbation
+        self.perturbation: Perturbation | None = None if perturbation == "auto" else self._made()
+        self.checking = False
+        self._checked = False
+
+    def _made(self) -> Perturbation:
+        return PERTURBATIONS[self._name](self._tuned, self._noise)
+
+    def losses(self, step: int, queries: Sequence[Query], closure: Closure) -> tuple[list[Losses], set[int]]:
+        """The closure's values at the queried points, and the ids of the tuned tensors that it read.
+
+        The first call evaluates the closure two or three times more, to see that evaluations can be trusted.
+
+        Raises:
+            TypeError: the closure returned no number, or not one for each example.
+            ReadElsewhereError: ``scratch`` was asked for, and would not be exact.
+        """
+        if getattr(torch.nn.utils.parametrize, "_cache_enabled", 0):
+            raise RuntimeError(
+                "torch.nn.utils.parametrize.cached() keeps weights that were computed before they are perturbed: "
+                "leave it out around step(), and inside the closure if you need it"
+            )
+        perturbation = self.prepare(step, queries, closure)
+        try:
+            losses = perturbation.losses(step, queries, closure)
+        except ReadElsewhereError as error:
+            perturbation = self._otherwise(error)
+            losses = perturbation.losses(step, queries, closure)
+        used = perturbation.used
+        return losses, set(range(len(self._tuned))) if used is None else used
+
+    def prepare(self, step: int, queries: Sequence[Query], closure: Closure) -> Perturbation:
+        """How the weights will be perturbed; the first call makes sure of it at one of the points, and warns of what makes
+        evaluations of a step incomparable."""
+        perturbation = self.perturbation or self._made()
+        if self._checked:
+            return perturbation
+        query = next(query for query in queries if query.scale)
+        warn_of_training_mode(self._tuned.module)
+        self.checking = True
+        try:
+            losses, again = perturbation.check(step, query, closure)
+        except ReadElsewhereError as error:
+            self._checked = True
+            return self._otherwise(error)
+        finally:
+            self.checking = False
+        if again is None or not all(map(math.isfinite, losses)):
+            return perturbation  # the loss is not finite, there is nothing to compare: ask again at the next step
+        self.perturbation, self._checked = perturbation, True
+        if again != losses:
+            shown = (losses, again) if query.per_example else (losses[0], again[0])
+            warn(
+                f"the closure is not deterministic: it returned {shown[0]!r} and {shown[1]!r} at the same point. It must "
+                "return the loss of the same minibatch at every call, without dropout",
+            )
+        return perturbation
+
+    def _otherwise(self, error: ReadElsewhereError) -> Perturbation:
+        """``copy`` where that is allowed, with a word about why, and what it takes."""
+        if not self._may_copy:
+            raise ReadElsewhereError(f"{error}: use perturbation='auto' or 'copy'") from error.__cause__
+        gib = sum(t.parameter.numel() * t.parameter.element_size() for t in self._tuned) / 2**30
+        warn(
+            f"{error}, so every step evaluates a perturbed copy of all tuned weights instead (perturbation='copy', {gib:.2f} GiB "
+            "more memory)",
+        )
+        self._name = Copy.name
+        self.perturbation = self._made()
+        return self.perturbation
+
+    def forgotten(self) -> Evaluator:
+        """One like it at its beginning, without scratch memory."""
+        fresh = Evaluator.__new__(Evaluator)
+        fresh.__dict__.update(self.__dict__, _checked=False)
+        fresh.perturbation = None if self._may_copy or self.perturbation is None else fresh._made()
+        return fresh
+
+
+def warn_of_training_mode(module: nn.Module | None) -> None:
+    """Dropout differs between the evaluations of a step; normalisation by batch keeps statistics of perturbed activations."""
+    modules = list(module.modules()) if module is not None else []
+    if any(isinstance(m, nn.modules.dropout._DropoutNd) and m.training and m.p > 0 for m in modules):
+        warn(
+            "the model is in training mode with dropout, which differs between the evaluations of a step: "
+            "call model.eval() before step()",
+        )
+    if any(isinstance(m, nn.modules.batchnorm._NormBase) and m.training and m.track_running_stats for m in modules):
+        warn(
+            "the model is in training mode with batch normalisation, whose running statistics every evaluation at perturbed "
+            "weights would move: call model.eval() before step()",
+        )

@@ -1,0 +1,239 @@
+"""A side path: the weights stay as they are, and what a direction would add to a layer's output is added there.
+
+For a linear layer ``y = x W^T`` and a direction ``Z_b = U_b V_b^T / sqrt(r)`` of example b, at scale s the rows of that example get
+
+    y_b += (x_b V_b) (s U_b / sqrt(r))^T
+
+So two forward passes of a minibatch test as many directions as it has examples, and no weight is perturbed. Source: low-rank directions of
+LOZO (Chen et al., 2024) and EGGROLL (Sarkar et al., 2025); one for each example as in the low-rank perturbations of the latter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..method.estimators import Losses, Query
+from ..noise import Noise
+from ..parameters import TunedParameters, TunedTensor
+from .owners import Groups, Owners, declared
+from .perturbation import Closure, Perturbation, ReadElsewhereError, as_loss, as_losses, read, without_compilation
+from .scratch import Scratch
+from .side_weight import SideWeight
+
+# The first step compares with perturbed weights at so many times eps, where rounding in half precision matters less.
+_FURTHER = 8.0
+# So much may the two differ, as a share of what the perturbation does to the loss and of the loss.
+_TOLERANCE = {torch.float64: (1e-6, 1e-9), torch.float32: (5e-2, 1e-5)}
+_ROUGH = (0.5, 3e-2)
+
+
+class SidePath(Perturbation):
+    """The layers compute with the weights that they have, and each adds what the direction would add to its output.
+
+    In the place of every tuned tensor its owner has a stand-in (:class:`~forwardtune.points.side_weight.SideWeight`) that knows the
+    operations which are linear in it: projections, look-ups, and the scales and shifts of normalisations. A tensor that the model uses in any
+    other way has no side path; it is left out of the estimate, and so of the step, and named.
+
+    Which rows of an activation belong to which example is told by :mod:`forwardtune.points.owners`; by default the first dimension of the
+    model's input counts the examples.
+
+    Attributes:
+        left_out: ids of the tensors that have no side path.
+    """
+
+    name = "side_path"
+
+    def __init__(self, tuned: TunedParameters, noise: Noise) -> None:
+        super().__init__(tuned, noise)
+        if tuned.module is None:
+            raise InputError("perturbation='side_path' needs the module: pass MeZO(module, ...) or module=...")
+        self.left_out: set[int] = set()
+        self.used = set()
+        by_parameter = {id(tensor.parameter): tensor for tensor in tuned}
+        self._places = [
+            (module, name, by_parameter[id(parameter)])
+            for module in tuned.module.modules()
+            for name, parameter in module._parameters.items()
+            if id(parameter) in by_parameter
+        ]
+        self._step, self._query = 0, Query(0, 0.0)
+        self._owners: Owners | None = None
+        self._eager: AbstractContextManager[Any] = nullcontext()
+
+    def __enter__(self) -> SidePath:
+        self.used = set()
+        self._eager = without_compilation()
+        self._eager.__enter__()
+        for module, name, tensor in self._places:
+            if tensor.id not in self.left_out:
+                module._parameters[name] = SideWeight.wrap(self, tensor)  # type: ignore[assignment]
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for module, name, tensor in self._places:
+            module._parameters[name] = tensor.parameter
+        self._eager.__exit__(None, None, None)
+        self._owners = None
+
+    def shift(self, step: int, query: Query) -> None:
+        self._step, self._query, self._owners = step, query, None
+        torch.clear_autocast_cache()
+
+    def losses(self, step: int, queries: Sequence[Query], closure: Closure) -> list[Losses]:
+        while True:
+            before = len(self.left_out)
+            losses = super().losses(step, queries, closure)
+            if len(self.left_out) == before:
+                break
+            if len(self.left_out) == len(self.tuned):
+                raise InputError(
+                    "no tuned tensor has a side path in this model: use assignment='shared' with perturbation='auto'"
+                )
+        assert self.used is not None
+        self.used -= self.left_out
+        return losses
+
+    def _losses(self, step: int, queries: Sequence[Query], closure: Closure) -> list[Losses]:
+        losses = []
+        for query in queries:  # one by one: the number of examples is known from each
+            (found,) = super()._losses(step, [query], closure)
+            count = self._owners.count if query.per_example and self._owners is not None else len(found)
+            if len(found) != count:
+                raise TypeError(
+                    f"the closure returned the losses of {len(found)} examples, and the model's input has {count} rows, which count as "
+                    "examples: return a loss for each, or say which row belongs to which with forwardtune.points.owners.examples_at"
+                )
+            losses.append(found)
+        return losses
+
+    def check(self, step: int, query: Query, closure: Closure) -> tuple[Losses, Losses | None]:
+        losses, again = self.losses(step, [query, query], closure)
+        if all(map(math.isfinite, losses)):
+            self._compare(step, query, closure)
+        return losses, again
+
+    def _compare(self, step: int, query: Query, closure: Closure) -> None:
+        """See that the first example's loss is the one that its perturbed weights give.
+
+        Raises:
+            ReadElsewhereError: it is not.
+        """
+        assert self.used is not None
+        used = TunedParameters([tensor for tensor in self.tuned if tensor.id in self.used], self.tuned.module)
+        further = query._replace(scale=_FURTHER * query.scale)
+        (side,), (clean,) = (
+            self.losses(step, [further], closure),
+            self.losses(step, [further._replace(scale=0.0)], closure),
+        )
+        weights = Scratch(used, self.noise)
+        with weights:
+            weights.shift(step, further._replace(stride=0))
+            scratch = read(as_losses(closure()) if query.per_example else as_loss(closure()))
+        moved, expected = side[0] - clean[0], scratch[0] - clean[0]
+        dtypes = [_TOLERANCE.get(tensor.parameter.dtype, _ROUGH) for tensor in used]
+        share, of_loss = max(dtypes, default=_ROUGH)
+        if not abs(moved - expected) <= share * max(abs(moved), abs(expected)) + of_loss * abs(clean[0]):
+            raise ReadElsewhereError(
+                f"the side path moves the loss of the first example by {moved:.3g} where its perturbed weights move it by {expected:.3g}: this "
+                "model mixes its examples, or uses a weight in a way that has no side path. Use assignment='shared'"
+            )
+
+    # --- what the stand-ins ask ---------------------------------------------------------------------------------------------------
+
+    @property
+    def moved(self) -> bool:
+        """Whether the present point is another than theta."""
+        return self._query.scale != 0
+
+    def leave_out(self, tensor: TunedTensor) -> None:
+        """From the next evaluation on the tensor is an ordinary one."""
+        self.left_out.add(tensor.id)
+
+    def note_use(self, tensor: TunedTensor) -> None:
+        """The tensor was read."""
+        assert self.used is not None
+        self.used.add(tensor.id)
+
+    def _present(self, lead: Sequence[int]) -> Owners:
+        if (said := declared()) is not None:
+            self._owners = self._owners or said
+            return said
+        if self._owners is None:
+            height, length = (*lead, 1)[:2]
+            self._owners = Owners(torch.arange(height)[:, None].expand(height, length), height)
+        return self._owners
+
+    def count(self) -> int | None:
+        """The number of directions at the present point; None before the model's input was seen."""
+        if not self._query.per_example:
+            return 1
+        owners = declared() or self._owners
+        return None if owners is None else owners.count
+
+    def height(self) -> int | None:
+        """The number of rows of the model's input; None before it was seen."""
+        owners = declared() or self._owners
+        return None if owners is None else owners.tokens.shape[0]
+
+    def groups(self, lead: Sequence[int]) -> Groups | None:
+        """The places of an activation with these leading dimensions by direction; None if they cannot be told."""
+        if not self._query.per_example:
+            return Groups(1, None)
+        return self._present(lead).groups(lead)
+
+    def owner(self, lead: Sequence[int]) -> Tensor | None:
+        """The direction of every place of such an activation, in a shape that broadcasts; None if it cannot be told."""
+        if not self._query.per_example:
+            return torch.zeros((1,) * len(lead), dtype=torch.int64)
+        return self._present(lead).of(lead)
+
+    def _address(self, tensor: TunedTensor) -> dict[str, Any]:
+        return {"tensor": tensor.id, "step": self._step, "scale": self._query.scale}
+
+    def is_low_rank(self, tensor: TunedTensor) -> bool:
+        return self.noise.is_low_rank(tensor.parameter.shape)
+
+    def factors(self, tensor: TunedTensor, count: int) -> tuple[Tensor, Tensor]:
+        """Scaled U (count, m, r) and V (count, n, r) of so many directions."""
+        parameter = tensor.parameter
+        return self.noise.factors(
+            parameter.shape,
+            probes=self._query.directions(count),
+            device=parameter.device,
+            **self._address(tensor),
+        )
+
+    def directions(self, tensor: TunedTensor, count: int) -> Tensor:
+        """Scaled directions, shape (count, *shape)."""
+        parameter = tensor.parameter
+        return self.noise.directions(
+            parameter.shape,
+            probes=self._query.directions(count),
+            device=parameter.device,
+            **self._address(tensor),
+        )
+
+    def rows(self, tensor: TunedTensor, numbers: Tensor, owner: Tensor) -> Tensor:
+        """Rows of the scaled directions: those of the numbers, each along the direction of its owner; shape (*numbers.shape, n)."""
+        owner = owner.to(numbers.device).expand(numbers.shape).reshape(-1)
+        flat = numbers.reshape(-1)
+        probes = self._query.probe + owner * self._query.stride
+        shape = tensor.parameter.shape
+        if not self.is_low_rank(tensor):
+            found = self.noise.direction_rows(shape, flat, probes, **self._address(tensor))
+        else:
+            u = self.noise.factor_rows(shape, flat, probes, **self._address(tensor))
+            v = self.factors_of_columns(tensor, int(owner.max()) + 1)[owner]  # (N, n, r)
+            found = torch.einsum("pr,pnr->pn", u, v)
+        return found.view(*numbers.shape, shape[-1])
+
+    def factors_of_columns(self, tensor: TunedTensor, count: int) -> Tensor:
+        """V alone, (count, n, r)."""
+        return self.factors(tensor, count)[1]

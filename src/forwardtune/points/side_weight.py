@@ -1,0 +1,283 @@
+"""L1: a weight on a side path: what the model computes with it is computed with the weight as it is, and the direction's part added."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..parameters import TunedTensor
+from .head import as_parameter
+from .lazy import METADATA, refuse_writing
+
+if TYPE_CHECKING:
+    from .owners import Groups
+    from .side_path import SidePath
+
+
+class SideWeight(Tensor):
+    """Stands in a module for a tuned tensor.
+
+    Operations that are linear in it (:data:`LINEAR`) are done with the tensor itself, and the part of the direction is added to what they
+    give. A vector that is used element by element becomes a :class:`PerExample`. Any other use has no side path: the tensor is left out.
+    """
+
+    _path: SidePath
+    _tensor: TunedTensor
+    _original: Tensor
+    _is_param = True  # for isinstance(weight, nn.Parameter)
+
+    @staticmethod
+    def wrap(path: SidePath, tensor: TunedTensor) -> SideWeight:
+        parameter = tensor.parameter
+        weight = Tensor._make_subclass(SideWeight, parameter.detach(), parameter.requires_grad)
+        weight._path, weight._tensor = path, tensor
+        weight._original = as_parameter(tensor.read(), tensor)
+        return weight
+
+    @property
+    def moved(self) -> bool:
+        """Whether it is another than the tensor itself at the present point, and has a side path."""
+        return self._path.moved and self._tensor.id not in self._path.left_out
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in METADATA:
+            return func(args[0]._original, *args[1:], **kwargs)
+        found = [a for a in _leaves((args, kwargs)) if isinstance(a, cls)]
+        for weight in found:
+            weight._path.note_use(weight._tensor)
+        refuse_writing(func, args, cls)
+        moved = [weight for weight in found if weight.moved]
+        if moved:
+            handler = LINEAR.get(func)
+            with torch._C.DisableTorchFunctionSubclass():
+                result = handler(*args, **kwargs) if handler is not None else None
+            if result is not None:
+                return result
+            if all(weight.ndim == 1 for weight in moved) and _name(func) in ELEMENTWISE:
+                for other in _leaves((args, kwargs)):
+                    if isinstance(other, Tensor) and not isinstance(other, (cls, PerExample)) and other.ndim > 1:
+                        moved[0]._path.owner(
+                            other.shape[:-1]
+                        )  # where this is the model's input, it counts the examples
+                return func(*_mapped(args, _spread), **_mapped(kwargs, _spread))
+            for weight in moved:
+                weight._path.leave_out(weight._tensor)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*_mapped(args, plain), **_mapped(kwargs, plain))
+
+
+class PerExample(Tensor):
+    """A vector of which every example has its own, shape (directions, n): meets an activation example by example."""
+
+    _path: SidePath
+    _tensor: TunedTensor
+    _value: Tensor
+
+    @staticmethod
+    def wrap(path: SidePath, tensor: TunedTensor, value: Tensor) -> PerExample:
+        vector = Tensor._make_subclass(PerExample, value)
+        vector._path, vector._tensor, vector._value = path, tensor, value
+        return vector
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        vectors = [a for a in _leaves((args, kwargs)) if isinstance(a, cls)]
+        first = vectors[0]
+        if func in METADATA:
+            return func(args[0]._value[0], *args[1:], **kwargs)
+        others = [a for a in _leaves((args, kwargs)) if isinstance(a, Tensor) and not isinstance(a, cls) and a.ndim > 0]
+        with torch._C.DisableTorchFunctionSubclass():
+            if _name(func) in ELEMENTWISE and not others and len(vectors) == 1:
+                value = func(*_mapped(args, _values), **_mapped(kwargs, _values))
+                if isinstance(value, Tensor) and value.shape == first._value.shape:
+                    return PerExample.wrap(first._path, first._tensor, value)
+            if _name(func) in ELEMENTWISE and len(others) == 1:
+                lead = others[0].shape[:-1]
+                rows = {id(v): v._rows(lead) for v in vectors}
+                if all(row is not None for row in rows.values()) and others[0].shape[-1:] == first._value.shape[1:]:
+                    aligned = lambda a: rows[id(a)] if isinstance(a, cls) else a  # noqa: E731
+                    return func(*_mapped(args, aligned), **_mapped(kwargs, aligned))
+            for vector in vectors:
+                vector._path.leave_out(vector._tensor)
+            one = lambda a: a._value[0] if isinstance(a, cls) else a  # noqa: E731
+            return func(*_mapped(args, one), **_mapped(kwargs, one))
+
+    def _rows(self, lead: Any) -> Tensor | None:
+        """The vector of every place of an activation with these leading dimensions, in a shape that broadcasts."""
+        owner = self._path.owner(lead)
+        return None if owner is None else self._value[owner.to(self._value.device)]
+
+
+ELEMENTWISE = {
+    *("add", "sub", "mul", "div", "rsub", "true_divide", "__add__", "__radd__", "__mul__", "__rmul__", "__sub__", "__rsub__"),
+    *("__truediv__", "__neg__", "neg", "float", "double", "half", "bfloat16", "to", "type", "type_as", "contiguous", "clone", "detach"),
+}  # fmt: skip
+
+
+def plain(value: Any) -> Any:
+    """The tensor behind a stand-in; anything else as it is."""
+    return value._original if isinstance(value, SideWeight) else value
+
+
+def _spread(value: Any) -> Any:
+    """A stand-in of a vector as the vectors of all examples."""
+    if not isinstance(value, SideWeight):
+        return value
+    path, tensor = value._path, value._tensor
+    if not value.moved:
+        return value._original
+    count = path.count()
+    if count is None:
+        path.leave_out(tensor)
+        return value._original
+    with torch._C.DisableTorchFunctionSubclass():
+        return PerExample.wrap(path, tensor, _vectors(value, count))
+
+
+def _vectors(weight: SideWeight, count: int) -> Tensor:
+    """The perturbed vectors of so many directions, (count, n), rounded as perturbed weights are."""
+    shift = weight._path.directions(weight._tensor, count)
+    return (weight._original.to(shift.dtype) + shift).to(weight._original.dtype)
+
+
+def _values(value: Any) -> Any:
+    return value._value if isinstance(value, PerExample) else value
+
+
+def _name(func: Any) -> str:
+    return str(getattr(func, "__name__", ""))
+
+
+def _leaves(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _leaves(item)
+    elif isinstance(value, dict):
+        yield from _leaves(list(value.values()))
+    else:
+        yield value
+
+
+def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    if isinstance(value, (list, tuple)):
+        return type(value)(_mapped(item, change) for item in value)
+    if isinstance(value, dict):
+        return {key: _mapped(item, change) for key, item in value.items()}
+    return change(value)
+
+
+# --- operations that are linear in a weight --------------------------------------------------------------------------------------
+# Each does it with the weight itself and adds the direction's part. None: it has no side path here.
+
+
+def _linear(x: Tensor, weight: Any, bias: Any = None) -> Tensor | None:
+    if isinstance(x, SideWeight):
+        return None
+    y = F.linear(x, plain(weight), plain(bias))
+    if isinstance(weight, SideWeight) and weight.moved and not _add_product(y, x, weight, transposed=False):
+        return None
+    return y if _add_shift(y, bias) else None
+
+
+def _addmm(bias: Any, x: Tensor, weight: Any, **scales: Any) -> Tensor | None:
+    if scales or isinstance(x, SideWeight):
+        return None
+    y = torch.addmm(plain(bias), x, plain(weight))
+    if isinstance(weight, SideWeight) and weight.moved and not _add_product(y, x, weight, transposed=True):
+        return None
+    return y if _add_shift(y, bias) else None
+
+
+def _add_product(y: Tensor, x: Tensor, weight: SideWeight, *, transposed: bool) -> bool:
+    """Add ``x_b Z_b^T`` to the output of a projection with W (out, in), or ``x_b Z_b`` where W is (in, out)."""
+    path, tensor = weight._path, weight._tensor
+    groups = path.groups(x.shape[:-1])
+    if groups is None or weight.ndim != 2 or not y.is_contiguous():
+        return False
+    rows = groups.gathered(x.reshape(-1, x.shape[-1]))
+    if path.is_low_rank(tensor):
+        u, v = (factor.to(x.dtype) for factor in path.factors(tensor, groups.count))
+        inner, outer = (u, v) if transposed else (v, u)
+        _add_low_rank(groups, y.view(-1, y.shape[-1]), rows, inner, outer)
+    else:
+        z = path.directions(tensor, groups.count).to(x.dtype)
+        groups.add_to(y.view(-1, y.shape[-1]), torch.bmm(rows, z if transposed else z.mT))
+    return True
+
+
+def _add_low_rank(groups: Groups, y: Tensor, rows: Tensor, inner: Tensor, outer: Tensor) -> None:
+    """``y_b += (x_b inner_b) outer_b^T``; inner is (count, n, r), outer (count, m, r)."""
+    narrow = torch.bmm(rows, inner)
+    if groups.places is None:
+        y.view(groups.count, -1, y.shape[-1]).baddbmm_(narrow, outer.mT)
+    else:
+        groups.add_to(y, torch.bmm(narrow, outer.mT))
+
+
+def _add_shift(y: Tensor, bias: Any) -> bool:
+    """Add the directions of a bias to an output."""
+    if not isinstance(bias, SideWeight) or not bias.moved:
+        return True
+    path = bias._path
+    owner, count = path.owner(y.shape[:-1]), path.count()
+    if owner is None or count is None:
+        return False
+    y += path.directions(bias._tensor, count).to(y.dtype)[owner.to(y.device)]
+    return True
+
+
+def _embedding(
+    numbers: Tensor, weight: Any, padding_idx: Any = None, max_norm: Any = None, *rest: Any, **how: Any
+) -> Tensor | None:
+    if max_norm is not None or not isinstance(weight, SideWeight) or isinstance(numbers, SideWeight):
+        return None
+    path = weight._path
+    owner = path.owner(numbers.shape)
+    height = path.height()
+    if owner is None and height is not None and numbers.shape[:1] == (1,):  # positions, the same for all rows
+        numbers = numbers.expand(height, *numbers.shape[1:])
+        owner = path.owner(numbers.shape)
+    if owner is None:
+        return None
+    y = F.embedding(numbers, plain(weight))
+    return y + path.rows(weight._tensor, numbers, owner).to(y.dtype)
+
+
+def _layer_norm(x: Tensor, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Tensor | None:
+    if len(shape) != 1:
+        return None
+    return _scaled_and_shifted(F.layer_norm(x, shape, None, None, eps), weight, bias)
+
+
+def _rms_norm(x: Tensor, shape: Any, weight: Any = None, eps: float | None = None) -> Tensor | None:
+    if len(shape) != 1:
+        return None
+    return _scaled_and_shifted(F.rms_norm(x, shape, None, eps), weight, None)
+
+
+def _scaled_and_shifted(y: Tensor, weight: Any, bias: Any) -> Tensor | None:
+    for part, how in ((weight, torch.mul), (bias, torch.add)):
+        if isinstance(part, SideWeight) and part.moved:
+            owner, count = part._path.owner(y.shape[:-1]), part._path.count()
+            if owner is None or count is None:
+                return None
+            y = how(y, _vectors(part, count)[owner.to(y.device)])
+        elif part is not None:
+            y = how(y, plain(part))
+    return y
+
+
+LINEAR: dict[Any, Callable[..., Tensor | None]] = {
+    F.linear: _linear,
+    torch.addmm: _addmm,
+    F.embedding: _embedding,
+    F.layer_norm: _layer_norm,
+    F.rms_norm: _rms_norm,
+}
