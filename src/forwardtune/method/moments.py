@@ -84,7 +84,7 @@ class Elementwise(Rule):
         averages: Sequence[Tensor],
         updates: Sequence[Update],
         history: History,
-        where: dict[str, int],
+        where: dict[str, Any],
     ) -> Count:
         def add(x: Tensor, steps: list[Update]) -> None:
             noise.update(x, steps, **where)

@@ -242,7 +242,7 @@ class Scratch(Perturbation):
                     self._strays[tensor.id] = torch.empty_like(original)
                 if self._point is not None:
                     step, probe, scale = self._point
-                    address = {"tensor": tensor.id, "step": step, "probe": probe}
+                    address: dict[str, Any] = {"tensor": tensor.id, "step": step, "probe": probe}
                     self.noise.perturb(self._strays[tensor.id], original, **address, scale=scale)
             return as_parameter(original if self._point is None else self._strays[tensor.id], tensor)
 
@@ -281,7 +281,7 @@ class Scratch(Perturbation):
             assert self._point is not None
             step, probe, scale = self._point
             out = self._arena.take(source[lo:hi])
-            address = {"tensor": tensor.id, "step": step, "probe": probe, "start": lo * source.shape[1]}
+            address: dict[str, Any] = {"tensor": tensor.id, "step": step, "probe": probe, "start": lo * source.shape[1]}
             self.noise.perturb(out, source[lo:hi], **address, scale=scale)
             return as_parameter(out, tensor)
 
