@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 import support
-from forwardtune.errors import InputError
-from forwardtune.noise import DIRECTIONS, GAUSSIAN, LowRank, Noise, Update, backends, definition
+from forwardtune.noise import DIRECTIONS, LowRank, Noise, Update, definition
 from forwardtune.noise.philox import half_words
 from test_noise import assert_equal_bits, hostile
 
