@@ -47,7 +47,7 @@ def optimizer_of(model: Any, **settings: Any) -> MeZO:
 
 @every_dtype
 def test_the_compiled_kernels_serve(dtype):
-    assert isinstance(noise._fast(CUDA, dtype), ModuleType), noise._fast(CUDA, dtype)
+    assert isinstance(noise.backends.fast(CUDA, dtype), ModuleType), noise.backends.fast(CUDA, dtype)
 
 
 @every_dtype
@@ -150,7 +150,7 @@ def test_a_run_of_the_command_line_replays_on_the_cpu(options, tiny_folder, tmp_
 @every_dtype
 def test_no_sweep_waits_for_the_device(dtype):
     """New scales and steps included, whose tables have to reach the device."""
-    gpu = noise._fast(CUDA, dtype)
+    gpu = noise.backends.fast(CUDA, dtype)
     assert isinstance(gpu, ModuleType), gpu
     weight, rows = torch.ones(64, 48, dtype=dtype, device=CUDA), torch.tensor([3, 60], device=CUDA)
     out = torch.empty_like(weight)

@@ -467,8 +467,8 @@ def test_rows_of_a_table_of_float64_are_those_of_the_whole():
 def test_a_slow_path_is_told_once_with_the_remedy(monkeypatch):
     """And not for float64, which has no other."""
     sweep = {"tensor": 0, "step": 0, "probe": 0, "scale": 1.0}
-    monkeypatch.setattr(noise, "_on_cpu", lambda dtype: "install numba")
-    monkeypatch.setattr(noise, "_told", False)
+    monkeypatch.setattr(noise.backends, "_on_cpu", lambda dtype: "install numba")
+    monkeypatch.setattr(noise.backends, "_told", False)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         for dtype in (torch.float64, torch.float32, torch.bfloat16):
@@ -477,7 +477,7 @@ def test_a_slow_path_is_told_once_with_the_remedy(monkeypatch):
     assert [str(warning.message) for warning in told] == [
         "forwardtune computes its noise with plain torch here: the same bits, but slowly (install numba)"
     ]
-    assert "no kernel for meta" in str(noise._fast(torch.device("meta"), torch.float32))
+    assert "no kernel for meta" in str(noise.backends.fast(torch.device("meta"), torch.float32))
 
 
 @pytest.mark.parametrize("dtype", [*support.DTYPES, torch.float64], ids=str)

@@ -89,7 +89,7 @@ def through_noise(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> torch.de
     """Noise on this device, with these kernels."""
     if kernels.device.type == "cpu":
         fast = dict.fromkeys(kernels.module.DTYPES, kernels.module)
-        monkeypatch.setattr(noise, "_fast", lambda device, dtype: fast.get(dtype, "no kernel"))
+        monkeypatch.setattr(noise.backends, "fast", lambda device, dtype: fast.get(dtype, "no kernel"))
     return kernels.device
 
 
@@ -296,7 +296,11 @@ def test_a_step_reads_its_losses_after_its_last_evaluation_and_one_count(through
 
         with pytest.MonkeyPatch.context() as patch:
             if device is not through_noise:
-                patch.setattr(noise, "_fast", lambda device, dtype, fast=noise._fast: fast(torch.device("cpu"), dtype))
+                patch.setattr(
+                    noise.backends,
+                    "fast",
+                    lambda device, dtype, fast=noise.backends.fast: fast(torch.device("cpu"), dtype),
+                )
             optimizer = support.trusted(MeZO(net, lr=1e-4, perturbation="copy", rule=rule))
             for _ in range(2):
                 events.clear()
@@ -367,8 +371,8 @@ def test_the_check_lets_a_lack_of_memory_through(kernels, monkeypatch):
 
 def test_kernels_that_cannot_run_are_replaced_by_the_definition_with_one_warning(monkeypatch):
     """Compiled kernels take no CPU tensors, whether there is a GPU or not: Triton fails for real."""
-    monkeypatch.setattr(noise, "_fast", noise._on_cuda)
-    monkeypatch.setattr(noise, "_told", False)
+    monkeypatch.setattr(noise.backends, "fast", noise.backends._on_cuda)
+    monkeypatch.setattr(noise.backends, "_told", False)
     source = hostile(torch.bfloat16, 100)
     expected, out = nans_like(source), nans_like(source)
     definition.perturb(expected, source, GAUSSIAN, SEED, 7, 11, 1, 1e-3)
@@ -384,8 +388,8 @@ def test_kernels_that_cannot_run_are_replaced_by_the_definition_with_one_warning
 
 def test_float64_and_dtypes_without_a_kernel_take_the_definition():
     device = torch.device("cpu")
-    assert noise._on_cuda(device, torch.float64) == "there is no kernel for torch.float64"
-    assert noise._on_cuda(device, torch.float8_e4m3fn) == "there is no kernel for torch.float8_e4m3fn"
+    assert noise.backends._on_cuda(device, torch.float64) == "there is no kernel for torch.float64"
+    assert noise.backends._on_cuda(device, torch.float8_e4m3fn) == "there is no kernel for torch.float8_e4m3fn"
 
 
 IMPORTS = """
@@ -395,7 +399,7 @@ from forwardtune import noise
 noise.Noise(0).perturb(torch.zeros(9), torch.zeros(9), tensor=0, step=0, probe=0, scale=1.0)
 assert not any(name.split(".")[0] == "triton" for name in sys.modules), "triton was imported"
 sys.modules["triton"] = None  # to import it raises ModuleNotFoundError
-print(noise._on_cuda(torch.device("cpu"), torch.float32))
+print(noise.backends._on_cuda(torch.device("cpu"), torch.float32))
 """
 
 

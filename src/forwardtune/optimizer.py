@@ -144,7 +144,10 @@ class MeZO(torch.optim.Optimizer):
         self.next_step = 0
         self._skipped = 0
         self._idle = IdleWatch()
-        self._forget_estimate()
+        # What estimate() gathers for the coming step.
+        self._pending: list[Losses] | None = None
+        self._used: set[int] = set()
+        self._seconds = 0.0
         #: True while the weights belong to no step; then none can be taken.
         self.interrupted = False
         self._perturbation = perturbation
@@ -231,9 +234,7 @@ class MeZO(torch.optim.Optimizer):
         super().zero_grad(set_to_none)
 
     def _forget_estimate(self) -> None:
-        self._pending: list[Losses] | None = None
-        self._used: set[int] = set()
-        self._seconds = 0.0
+        self._pending, self._used, self._seconds = None, set(), 0.0
 
     @torch.no_grad()
     def apply(self) -> float:
@@ -348,7 +349,7 @@ class MeZO(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As for any optimizer, with the step number and what the rule remembers: the whole state of MeZO."""
-        own = {"next_step": self.next_step, "seed": self.noise.seed, "skipped": self._skipped}
+        own: dict[str, Any] = {"next_step": self.next_step, "seed": self.noise.seed, "skipped": self._skipped}
         if self.rule.remembers:
             own["rule"] = {"name": self.rule.name, "settings": self.rule.settings(), **self.history.state()}
         return {**super().state_dict(), "mezo": own}

@@ -7,18 +7,17 @@ the same on every device, dtype, shard layout and parameter order. :mod:`.defini
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from ..errors import warn
-from . import definition
-from .definition import ROUNDING_PROBE, Count, Update
+from . import backends, definition
+from .backends import compile_kernels, load_kernels
+from .definition import ROUNDING_PROBE, Count, Places, Update
 from .directions import (
     DIRECTIONS,
     GAUSSIAN,
@@ -30,6 +29,7 @@ from .directions import (
     register_direction,
 )
 from .philox import split_seed
+from .structure import LowRank, rows_and_columns
 
 __all__ = [
     "DIRECTIONS",
@@ -40,6 +40,7 @@ __all__ = [
     "SPECIFIED",
     "Count",
     "Direction",
+    "LowRank",
     "Noise",
     "Update",
     "compile_kernels",
@@ -49,63 +50,104 @@ __all__ = [
     "register_direction",
 ]
 
+# Factors of so many numbers are made for steps that are applied together: a megabyte, in the second-level cache.
+_FACTORS = 1 << 18
+
 
 @dataclass(frozen=True)
 class Noise:
-    """The directions of one run: a seed and a distribution.
+    """The directions of one run: a seed, a distribution and, for matrices, a structure.
 
     Tensors may have any layout; elements are numbered in row-major order. dtypes: float32, bfloat16, float16, float64.
+
+    A piece of a tensor is passed with ``start``, the index of its first element in the full tensor, and ``shape``, the full
+    tensor's. Without a structure the shape does not matter.
     """
 
     seed: int
     direction: Direction = GAUSSIAN
+    structure: LowRank | None = None
 
     def __post_init__(self) -> None:
         split_seed(self.seed)
 
-    def z(self, like: Tensor, *, tensor: int, step: int, probe: int) -> Tensor:
+    def is_low_rank(self, shape: Sequence[int]) -> bool:
+        """Whether a tensor of this shape has directions of low rank."""
+        return self.structure is not None and self.structure.applies(shape)
+
+    # --- sweeps over weights ---------------------------------------------------------------------------------------
+
+    def z(
+        self, like: Tensor, *, tensor: int, step: int, probe: int, start: int = 0, shape: Sequence[int] | None = None
+    ) -> Tensor:
         """The direction of one tensor: float32, in the shape and on the device of ``like``."""
-        gpu = _on_cuda(like.device, torch.float32) if like.device.type == "cuda" else ""
-        kernels = definition if isinstance(gpu, str) else gpu
-        flat = kernels.directions(self.direction, self.seed, tensor, step, probe, 0, like.numel(), device=like.device)
-        return flat.reshape(like.shape)
+        shape = self._full_shape(like, start, shape)
+        if self.is_low_rank(shape):
+            z = torch.zeros(like.numel(), dtype=torch.float32, device=like.device)
+            self.perturb(z, z, tensor=tensor, step=step, probe=probe, scale=1.0, start=start, shape=shape)
+        else:
+            z = self._strips(tensor, [step], [probe], [start], [1.0], like.numel(), like.device)
+        return z.view(like.shape)
 
     def perturb(
-        self, out: Tensor, source: Tensor, *, tensor: int, step: int, probe: int, scale: float, start: int = 0
-    ) -> None:
-        """``out <- source + scale * z``, added in float32, rounded to nearest. ``out`` may be ``source``.
-
-        ``start`` is the index, in the full tensor, of the first element passed: nonzero for a shard.
-        """
+        self, out: Tensor, source: Tensor, *, tensor: int, step: int, probe: int, scale: float, start: int = 0,
+        shape: Sequence[int] | None = None,
+    ) -> None:  # fmt: skip
+        """``out <- source + scale * z``, added in float32, rounded to nearest. ``out`` may be ``source``."""
+        shape = self._full_shape(source, start, shape)
         flat_out, flat_source = _flat(out), _flat(source)
-        _backend(source).perturb(flat_out, flat_source, self.direction, self.seed, tensor, step, probe, scale, start)
+        backend = backends.backend(source)
+        if self.is_low_rank(shape):
+            piece = slice(start, start + source.numel())
+            u, v = self._factors(shape, piece, tensor, [step], [probe], [scale], source.device)
+            backend.perturb_factored(flat_out, flat_source, u[0], v[0], start)
+        else:
+            backend.perturb(flat_out, flat_source, self.direction, self.seed, tensor, step, probe, scale, start)
         _give_back(out, flat_out)
 
     def perturb_rows(self, source: Tensor, rows: Tensor, *, tensor: int, step: int, probe: int, scale: float) -> Tensor:
         """Rows ``source[rows] + scale * z[rows]`` of a table, shape ``(*rows.shape, width)``: what an embedding reads."""
         numbers = rows.reshape(-1).to(torch.int64)
         flat = source.index_select(0, numbers)  # copies, and refuses numbers outside the table
-        backend = _backend(source)
-        if backend is not definition and source.is_contiguous():
+        backend, width = backends.backend(source), source.shape[-1]
+        if self.is_low_rank(source.shape):
+            probes = torch.full_like(numbers, probe)
+            u = self.factor_rows(source.shape, numbers, probes, tensor=tensor, step=step, scale=scale)
+            v = self._v(source.shape, tensor, [step], [probe], source.device)
+            backend.perturb_factored(flat.view(-1), flat.view(-1), u, v[0])
+        elif backend is not definition and source.is_contiguous():
             backend.perturb_rows(
                 flat, source, numbers.contiguous(), self.direction, self.seed, tensor, step, probe, scale
             )
         else:
-            width = source.shape[-1]
             for row, number in zip(flat, numbers.tolist(), strict=True):
                 definition.perturb(
                     row, row.clone(), self.direction, self.seed, tensor, step, probe, scale, number * width
                 )
-        return flat.view(*rows.shape, source.shape[-1])
+        return flat.view(*rows.shape, width)
 
-    def update(self, weight: Tensor, updates: Sequence[Update], *, tensor: int, start: int = 0) -> Count:
+    def update(
+        self, weight: Tensor, updates: Sequence[Update], *, tensor: int, start: int = 0,
+        shape: Sequence[int] | None = None,
+    ) -> Count:  # fmt: skip
         """Apply optimizer steps to ``weight`` in place; half precision is rounded stochastically.
 
         Returns:
             How many stored values did not change, summed over the steps. It may be a tensor that was not read yet.
         """
+        shape = self._full_shape(weight, start, shape)
         flat = _flat(weight)
-        unchanged: Count = _backend(weight).update(flat, updates, self.direction, self.seed, tensor, start)
+        backend = backends.backend(weight)
+        if self.is_low_rank(shape):
+            unchanged: Count = 0
+            piece = slice(start, start + flat.numel())
+            for fused in self._sweeps(updates, shape, piece):
+                terms = [(item.step, probe, size) for item in fused for probe, size in item.terms]
+                steps, probes, sizes = zip(*terms, strict=True) if terms else ((), (), ())
+                u, v = self._factors(shape, piece, tensor, steps, probes, sizes, flat.device)
+                unchanged += backend.update_factored(flat, fused, u, v, self.seed, tensor, start)
+        else:
+            unchanged = backend.update(flat, updates, self.direction, self.seed, tensor, start)
         _give_back(weight, flat)
         return unchanged
 
@@ -120,34 +162,95 @@ class Noise:
             How many stored values did not change. It may be a tensor that was not read yet.
         """
         half = weight.dtype in (torch.bfloat16, torch.float16)
-        backend = _backend(weight) if half else definition
+        backend = backends.backend(weight) if half else definition
         unchanged: Count = backend.store(weight.detach(), x.contiguous(), self.seed, tensor, step, start)
         return unchanged
 
+    # --- directions themselves, float32, for who multiplies with them ----------------------------------------------
 
-def compile_kernels(
-    weights: Iterable[Tensor], *, buffered: bool = False, announce: Callable[[str], object] = lambda text: None
-) -> None:
-    """Have the compiled code for these weights ready before the first step, which else compiles it. CPU tensors alone.
+    def factors(
+        self, shape: Sequence[int], *, tensor: int, step: int, probes: Sequence[int], scale: float, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """U and V with ``scale * Z_k = U_k V_k^T`` for a tensor of low rank, shapes ``(K, m, rank)`` and ``(K, n, rank)``."""
+        many = len(probes)
+        return self._factors(shape, slice(0, math.prod(shape)), tensor, [step] * many, probes, [scale] * many, device)
 
-    Args:
-        buffered: for a rule that needs averages too, and not ``sgd``.
-        announce: told once, if something is compiled and not read from Numba's cache.
-    """
-    dtypes = {weight.dtype for weight in weights if weight.device.type == "cpu"}
-    with_kernels = [dtype for dtype in dtypes if not isinstance(_on_cpu(dtype), str)]
-    if with_kernels:
-        from . import cpu
+    def factor_rows(
+        self, shape: Sequence[int], rows: Tensor, probes: Tensor, *, tensor: int, step: int, scale: float
+    ) -> Tensor:
+        """Row ``rows[i]`` of probe ``probes[i]``'s U, as in :meth:`factors`: shape ``(len(rows), rank)``."""
+        low = self._structure
+        return self._strips(tensor, [step], probes, rows * low.rank, [low.scale(scale)], low.rank, rows.device)
 
-        cpu.compile_kernels(sorted(with_kernels, key=str), buffered, announce)
+    def directions(
+        self, shape: Sequence[int], *, tensor: int, step: int, probes: Sequence[int], scale: float, device: torch.device
+    ) -> Tensor:
+        """``scale * z_k`` of a tensor with full directions, shape ``(K, *shape)``."""
+        flat = self._strips(tensor, [step], probes, [0], [scale], math.prod(shape), device)
+        return flat.view(len(probes), *shape)
 
+    def direction_rows(
+        self, shape: Sequence[int], rows: Tensor, probes: Tensor, *, tensor: int, step: int, scale: float
+    ) -> Tensor:
+        """Row ``rows[i]`` of probe ``probes[i]``'s direction, as in :meth:`directions`: shape ``(len(rows), n)``."""
+        return self._strips(tensor, [step], probes, rows * shape[-1], [scale], shape[-1], rows.device)
 
-def load_kernels(device: torch.device) -> None:
-    """Import what computes the noise on this device, which else the first sweep does.
+    # --- addresses -------------------------------------------------------------------------------------------------
 
-    Where memory is measured it is called before, as libraries are no part of what a step takes.
-    """
-    _fast(device, torch.float32)
+    @property
+    def _structure(self) -> LowRank:
+        assert self.structure is not None, "these directions are full"
+        return self.structure
+
+    def _full_shape(self, passed: Tensor, start: int, shape: Sequence[int] | None) -> Sequence[int]:
+        if shape is None and start and self.structure is not None:
+            raise ValueError("a piece of a tensor has no direction of low rank without the tensor's shape: pass it")
+        return passed.shape if shape is None else shape
+
+    def _factors(
+        self, shape: Sequence[int], piece: slice, tensor: int, steps: Sequence[int], probes: Sequence[int],
+        scales: Sequence[float], device: torch.device,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """The rows of each U that these elements lie in, and V whole."""
+        low, width = self._structure, rows_and_columns(shape)[1]
+        first, end = piece.start // width, -(-piece.stop // width)
+        rows, rank = end - first, low.rank
+        u_scales = [low.scale(scale) for scale in scales]
+        u = self._strips(tensor, steps, probes, [first * rank], u_scales, rows * rank, device)
+        return u.view(len(probes), rows, rank), self._v(shape, tensor, steps, probes, device)
+
+    def _v(
+        self, shape: Sequence[int], tensor: int, steps: Sequence[int], probes: Sequence[int], device: torch.device
+    ) -> Tensor:
+        low, (height, width) = self._structure, rows_and_columns(shape)
+        drawn_at = [low.step_of_v(step) for step in steps]
+        v = self._strips(tensor, drawn_at, probes, [height * low.rank], [1.0], width * low.rank, device)
+        return v.view(len(probes), width, low.rank)
+
+    def _sweeps(self, updates: Sequence[Update], shape: Sequence[int], piece: slice) -> Iterator[list[Update]]:
+        """Consecutive steps whose factors together stay small; a step is never cut."""
+        width = rows_and_columns(shape)[1]
+        size = self._structure.rank * (width + (piece.stop - piece.start) // width)  # of the factors of a term
+        sweep: list[Update] = []
+        held = 0
+        for item in updates:
+            more = size * len(item.terms)
+            if sweep and held + more > _FACTORS:
+                yield sweep
+                sweep, held = [], 0
+            sweep.append(item)
+            held += more
+        if sweep:
+            yield sweep
+
+    def _strips(
+        self, tensor: int, steps: Sequence[int], probes: Places, starts: Places, scales: Sequence[float], count: int,
+        device: torch.device,
+    ) -> Tensor:  # fmt: skip
+        """See :func:`.definition.strips`."""
+        return backends.for_directions(device).strips(
+            self.direction, self.seed, tensor, steps, probes, starts, scales, count, device
+        )
 
 
 @contextmanager
@@ -165,50 +268,3 @@ def _flat(tensor: Tensor) -> Tensor:
 def _give_back(tensor: Tensor, flat: Tensor) -> None:
     if not tensor.is_contiguous():
         tensor.detach().copy_(flat.view(tensor.shape))
-
-
-@functools.cache
-def _on_cpu(dtype: torch.dtype) -> ModuleType | str:
-    """The kernels for a processor, or why there are none. Numba is optional, and imported when the first one is needed: it
-    costs about as much time as torch."""
-    try:
-        from . import cpu
-    except ImportError:
-        return "install numba"
-    return cpu if dtype in cpu.DTYPES else f"there is no kernel for {dtype}"
-
-
-@functools.cache
-def _on_cuda(device: torch.device, dtype: torch.dtype) -> ModuleType | str:
-    """The kernels for a CUDA device, or why there are none. Triton is imported here, when the first one is needed."""
-    try:
-        from . import gpu
-    except ImportError:
-        return "install triton"
-    if dtype not in gpu.DTYPES:
-        return f"there is no kernel for {dtype}"
-    return gpu.trouble(device, dtype) or gpu
-
-
-def _fast(device: torch.device, dtype: torch.dtype) -> ModuleType | str:
-    """The compiled code for this device and dtype, or how to get it."""
-    if device.type == "cuda":
-        return _on_cuda(device, dtype)
-    if device.type == "cpu":
-        return _on_cpu(dtype)
-    return f"there is no kernel for {device.type} yet"
-
-
-_told = False
-
-
-def _backend(tensor: Tensor) -> ModuleType:
-    """The fastest code for this tensor; the plain definition serves whatever has none."""
-    fast = _fast(tensor.device, tensor.dtype)
-    if not isinstance(fast, str):
-        return fast
-    global _told
-    if not _told and tensor.dtype != torch.float64:
-        _told = True
-        warn(f"forwardtune computes its noise with plain torch here: the same bits, but slowly ({fast})")
-    return definition

@@ -26,7 +26,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from ..errors import warn
-from .definition import ROUNDING_PROBE, Update
+from .definition import ROUNDING_PROBE, Update, perturb_factored, strips, update_factored  # noqa: F401
 from .directions import RADEMACHER, Direction
 from .philox import split_seed
 

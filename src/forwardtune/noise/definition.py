@@ -6,9 +6,10 @@ element that is passed, so a shard gives the same bits as the whole.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from itertools import accumulate
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -25,6 +26,9 @@ _CHUNK = 1 << 20
 #: How many stored values a sweep left as they were: a number, or an int64 scalar on the weight's device that was not read yet,
 #: because reading it waits for the sweep.
 Count: TypeAlias = "int | Tensor"
+
+#: Numbers that the host knows, or an int64 tensor of them on the device at hand.
+Places: TypeAlias = "Sequence[int] | Tensor"
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,11 @@ class Update:
         """True when the step leaves every weight as it is."""
         return self.decay == 1.0 and not any(self.sizes)
 
+    @property
+    def terms(self) -> list[tuple[int, float]]:
+        """Probe and size of what is added, in order."""
+        return [(probe, size) for probe, size in enumerate(self.sizes) if size != 0.0]
+
 
 def directions(
     direction: Direction,
@@ -67,6 +76,20 @@ def directions(
     return direction.table(scale).to(device)[index]
 
 
+def strips(
+    direction: Direction, seed: int, tensor: int, steps: Sequence[int], probes: Places, starts: Places,
+    scales: Sequence[float], count: int, device: torch.device,
+) -> Tensor:  # fmt: skip
+    """Entry t: ``scales[t] * z`` at ``(steps[t], probes[t])`` for ``count`` elements from ``starts[t]`` on; float32, shape
+    ``(number of strips, count)``. Steps and scales may be one for all."""
+    number = len(probes)
+    places = zip(_each(steps, number), _each(probes, number), _each(starts, number), _each(scales, number), strict=True)
+    out = torch.empty(number, count, dtype=torch.float32, device=device)
+    for row, (step, probe, start, scale) in zip(out, places, strict=True):
+        row.copy_(directions(direction, seed, tensor, step, probe, start, count, scale=scale, device=device))
+    return out
+
+
 def perturb(
     out: Tensor, source: Tensor, direction: Direction, seed: int, tensor: int, step: int, probe: int, scale: float,
     start: int = 0,
@@ -80,6 +103,20 @@ def perturb(
         out[lo : lo + _CHUNK] = (_widen(piece) + z).to(out.dtype)
 
 
+def perturb_factored(out: Tensor, source: Tensor, u: Tensor, v: Tensor, start: int = 0) -> None:
+    """``out <- source + u v^T``: one rounded product and one rounded addition per element and column, columns in order.
+
+    Args:
+        u: the rows that are touched, from number ``start // width`` on: float32, shape ``(rows, rank)``.
+        v: float32, shape ``(width, rank)``.
+    """
+    for lo in range(0, source.numel(), _CHUNK):
+        x = _widen(source[lo : lo + _CHUNK])
+        for product in _products(u, v, start, lo, x):
+            x = x + product
+        out[lo : lo + _CHUNK] = x.to(out.dtype)
+
+
 def update(
     weight: Tensor, updates: Sequence[Update], direction: Direction, seed: int, tensor: int, start: int = 0
 ) -> Count:
@@ -88,22 +125,64 @@ def update(
     Returns:
         The number of (element, step) pairs whose stored value did not change.
     """
+
+    def added(number: int, lo: int, x: Tensor) -> Iterator[Tensor]:
+        item = updates[number]
+        for probe, size in item.terms:
+            where = (probe, start + lo, x.numel())
+            yield directions(direction, seed, tensor, item.step, *where, scale=size, device=x.device)
+
+    return _apply(weight, updates, added, seed, tensor, start)
+
+
+def update_factored(
+    weight: Tensor, updates: Sequence[Update], u: Tensor, v: Tensor, seed: int, tensor: int, start: int = 0
+) -> Count:
+    """As :func:`update`, with the products of these factors for its terms.
+
+    Args:
+        u: one entry for every term of every step, scaled with its size, in order; each as in :func:`perturb_factored`.
+        v: as many.
+    """
+    ends = list(accumulate((len(item.terms) for item in updates), initial=0))
+
+    def added(number: int, lo: int, x: Tensor) -> Iterator[Tensor]:
+        for term in range(ends[number], ends[number + 1]):
+            yield from _products(u[term], v[term], start, lo, x)
+
+    return _apply(weight, updates, added, seed, tensor, start)
+
+
+def _products(u: Tensor, v: Tensor, start: int, lo: int, x: Tensor) -> Iterator[Tensor]:
+    """What the columns of u and v add to x, which begins so many elements behind the first one."""
+    width = len(v)
+    element = torch.arange(start % width + lo, start % width + lo + x.numel(), device=x.device)
+    rows, columns = element // width, element % width
+    for left, right in zip(u.T.to(x.dtype), v.T.to(x.dtype), strict=True):
+        yield left[rows] * right[columns]
+
+
+def _apply(
+    weight: Tensor,
+    updates: Sequence[Update],
+    added: Callable[[int, int, Tensor], Iterator[Tensor]],
+    seed: int,
+    tensor: int,
+    start: int,
+) -> Count:
+    """``added(i, lo, x)``: what step i adds to the piece x that begins at element ``lo`` of the weight."""
     unchanged: Count = 0
     for lo in range(0, weight.numel(), _CHUNK):
         piece = weight[lo : lo + _CHUNK]
-        where = (start + lo, piece.numel())
-        for item in updates:
+        for number, item in enumerate(updates):
             if item.is_empty:
                 unchanged += piece.numel()
                 continue
             x = _widen(piece)
             if item.decay != 1.0:
                 x = x * torch.tensor(item.decay, dtype=torch.float32, device=x.device)
-            for probe, size in enumerate(item.sizes):
-                if size != 0.0:
-                    x = x + directions(
-                        direction, seed, tensor, item.step, probe, *where, scale=size, device=weight.device
-                    )
+            for term in added(number, lo, x):
+                x = x + term
             unchanged += _store(piece, x, seed, tensor, item.step, start + lo)
     return unchanged
 
@@ -166,3 +245,8 @@ def round_stochastically(x: Tensor, random: Tensor, dtype: torch.dtype) -> Tenso
 
 def _widen(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
+
+
+def _each(numbers: Sequence[Any] | Tensor, count: int) -> list[Any]:
+    values = numbers.tolist() if isinstance(numbers, Tensor) else list(numbers)
+    return values * count if len(values) == 1 else values

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import definition
-from .definition import ROUNDING_PROBE, Update
+from .definition import ROUNDING_PROBE, Update, perturb_factored, strips, update_factored  # noqa: F401
 from .directions import DIRECTIONS, Direction
 from .philox import ROUNDS, split_seed
 

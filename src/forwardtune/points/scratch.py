@@ -273,8 +273,9 @@ class Scratch(Perturbation):
         def perturbed_slice(lo: int, hi: int) -> Tensor:
             assert self._point is not None
             out = self._arena.take(source[lo:hi])
-            place = {"start": lo * source.shape[1], "shape": source.shape}
-            self.noise.perturb(out, source[lo:hi], tensor=tensor.id, **place, **self._point)
+            self.noise.perturb(
+                out, source[lo:hi], tensor=tensor.id, start=lo * source.shape[1], shape=source.shape, **self._point
+            )
             return as_parameter(out, tensor)
 
         return LazyWeight.wrap(source, whole, lambda: self._note_use(tensor), rows, project)

@@ -115,7 +115,9 @@ def estimator_of(header: dict[str, Any]) -> Estimator | None:
     """The estimator of a run whose coefficients are derived from the losses of its examples; None if they are in the log."""
     if header.get("assignment", ABSENT["assignment"]) == "shared":
         return None
-    settings = {key: header.get(key, ABSENT.get(key)) for key in ("eps", "probes", "normalize", "assignment")}
+    settings: dict[str, Any] = {
+        key: header.get(key, ABSENT.get(key)) for key in ("eps", "probes", "normalize", "assignment")
+    }
     return get_estimator(header["estimator"], **settings)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -166,7 +167,11 @@ def check_header(path: Path, header: dict[str, Any]) -> None:
                 f"use the forwardtune that wrote it ({header.get('versions', {}).get('forwardtune', 'unknown')}), or a newer one"
             )
     derived = header.get("assignment", ABSENT["assignment"]) != "shared"
-    known_names = [("direction", DIRECTIONS), ("rule", RULES), *([("estimator", ESTIMATORS)] if derived else [])]
+    known_names: list[tuple[str, Mapping[str, Any]]] = [
+        ("direction", DIRECTIONS),
+        ("rule", RULES),
+        *([("estimator", ESTIMATORS)] if derived else []),
+    ]
     for key, known in known_names:
         if header[key] not in known:
             raise LogError(
