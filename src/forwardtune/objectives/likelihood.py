@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models import forward
+from ..points.owners import examples_at, positions_of
 from ..tasks import Task
 
 
@@ -97,7 +98,8 @@ def logits_at(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     inputs: dict[str, Any] = {name: batch[name] for name in names if name in batch}
     if hasattr(getattr(model, "config", None), "use_cache"):
         inputs["use_cache"] = False
-    with _head_sees_only(model, batch["positions"]) as selected:
+    whose = examples_at(batch["examples_at"]) if "examples_at" in batch else nullcontext()
+    with whose, _head_sees_only(model, batch["positions"]) as selected:
         logits = forward(model, **inputs).logits
     if selected:
         return logits.squeeze(0).float()
@@ -115,10 +117,10 @@ def _head_sees_only(model: nn.Module, positions: Tensor) -> Iterator[bool]:
 
     def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden, *rest = args
+        inside.enter_context(positions_of(positions))
         return (hidden.flatten(0, 1)[positions.to(hidden.device)].unsqueeze(0), *rest)
 
-    hook = head.register_forward_pre_hook(select)
-    try:
+    with ExitStack() as hooks, ExitStack() as inside:
+        hooks.callback(head.register_forward_pre_hook(select).remove)
+        hooks.callback(head.register_forward_hook(lambda *_: inside.close(), always_call=True).remove)
         yield True
-    finally:
-        hook.remove()

@@ -14,13 +14,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 _declared: ContextVar[Owners | None] = ContextVar("examples", default=None)
+_positions: ContextVar[Tensor | None] = ContextVar("positions", default=None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +35,7 @@ class Owners:
 
     tokens: Tensor
     count: int
+    _selection: tuple[Tensor, Owners] | None = field(default=None, init=False, repr=False)
 
     @cached_property
     def rows(self) -> Tensor | None:
@@ -65,6 +67,14 @@ class Owners:
         if lead[0] == height * length:
             return self.flat.view(-1, *ones)
         return None
+
+    def at(self, positions: Tensor) -> Owners:
+        """The owners of some positions of the flattened input, which stand in one row."""
+        if self._selection is None or self._selection[0] is not positions:
+            tokens = self.tokens.reshape(-1)[positions.to(self.tokens.device)][None]
+            object.__setattr__(self, "_selection", (positions, Owners(tokens, self.count)))
+        assert self._selection is not None
+        return self._selection[1]
 
     @cached_property
     def _groups(self) -> dict[tuple[int, ...], Groups | None]:
@@ -117,8 +127,13 @@ class Groups:
 
 
 def declared() -> Owners | None:
-    """What was said of the input that the model works on now."""
+    """What was said of the model's input."""
     return _declared.get()
+
+
+def selected() -> Tensor | None:
+    """The positions of the flattened input that the model works on now; None: all."""
+    return _positions.get()
 
 
 @contextmanager
@@ -140,12 +155,8 @@ def examples_at(numbers: Tensor, count: int | None = None) -> Iterator[None]:
 @contextmanager
 def positions_of(positions: Tensor) -> Iterator[None]:
     """Inside, the model works on these positions of the flattened input alone, in one row."""
-    whole = _declared.get()
-    token = None
-    if whole is not None:
-        token = _declared.set(Owners(whole.tokens.reshape(-1)[positions.to(whole.tokens.device)][None], whole.count))
+    token = _positions.set(positions)
     try:
         yield
     finally:
-        if token is not None:
-            _declared.reset(token)
+        _positions.reset(token)

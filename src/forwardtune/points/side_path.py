@@ -22,7 +22,7 @@ from ..errors import InputError
 from ..method.estimators import Losses, Query
 from ..noise import Noise
 from ..parameters import TunedParameters, TunedTensor
-from .owners import Groups, Owners, declared
+from .owners import Groups, Owners, declared, selected
 from .perturbation import Closure, Perturbation, ReadElsewhereError, as_loss, as_losses, read, without_compilation
 from .scratch import Scratch
 from .side_weight import SideWeight
@@ -161,25 +161,26 @@ class SidePath(Perturbation):
         assert self.used is not None
         self.used.add(tensor.id)
 
+    def _input(self) -> Owners | None:
+        """The owners of the model's input; None before it was seen."""
+        return declared() or self._owners
+
     def _present(self, lead: Sequence[int]) -> Owners:
-        if (said := declared()) is not None:
-            self._owners = self._owners or said
-            return said
-        if self._owners is None:
-            height, length = (*lead, 1)[:2]
-            self._owners = Owners(torch.arange(height)[:, None].expand(height, length), height)
-        return self._owners
+        """The owners of what the model works on now; of these leading dimensions if it is the input."""
+        owners = self._owners = self._input() or _rows_are_examples(lead)
+        positions = selected()
+        return owners if positions is None else owners.at(positions)
 
     def count(self) -> int | None:
         """The number of directions at the present point; None before the model's input was seen."""
         if not self._query.per_example:
             return 1
-        owners = declared() or self._owners
+        owners = self._input()
         return None if owners is None else owners.count
 
     def height(self) -> int | None:
         """The number of rows of the model's input; None before it was seen."""
-        owners = declared() or self._owners
+        owners = self._input()
         return None if owners is None else owners.tokens.shape[0]
 
     def groups(self, lead: Sequence[int]) -> Groups | None:
@@ -237,3 +238,8 @@ class SidePath(Perturbation):
     def factors_of_columns(self, tensor: TunedTensor, count: int) -> Tensor:
         """V alone, (count, n, r)."""
         return self.factors(tensor, count)[1]
+
+
+def _rows_are_examples(lead: Sequence[int]) -> Owners:
+    height, length = (*lead, 1)[:2]
+    return Owners(torch.arange(height)[:, None].expand(height, length), height)
