@@ -34,7 +34,11 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "opt": ("OPTConfig", "OPTForCausalLM", {**_ENCODER, **_POSITIONS, "word_embed_proj_dim": 32, "ffn_dim": 48}),
     "gpt2": ("GPT2Config", "GPT2LMHeadModel", {**_ENCODER, **_POSITIONS, "bos_token_id": 0, "eos_token_id": 0}),
     "gpt_neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", {**_ENCODER, **_POSITIONS}),
-    "t5": ("T5Config", "T5ForConditionalGeneration", {**_SMALLEST, "num_heads": 4, "d_ff": 48, "d_kv": 8}),
+    "t5": (
+        "T5Config",
+        "T5ForConditionalGeneration",
+        {**_SMALLEST, "num_layers": 2, "num_heads": 4, "d_ff": 48, "d_kv": 8},
+    ),
     "bert": ("BertConfig", "BertForMaskedLM", _ENCODER),
     "roberta": ("RobertaConfig", "RobertaForMaskedLM", _ENCODER),
     "mamba": ("MambaConfig", "MambaForCausalLM", {**_SMALLEST, "state_size": 4}),
