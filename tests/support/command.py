@@ -57,10 +57,11 @@ def process(*arguments: object) -> subprocess.Popen[str]:
 
 
 def python(script: str, *arguments: object, without: tuple[str, ...] = (), **environment: str) -> str:
-    """What a script of a process of its own prints; ``without`` names variables that it does not inherit."""
+    """What a script prints that a process of its own runs; ``without`` names variables that it does not inherit."""
+    inherited = {name: value for name, value in os.environ.items() if name not in without}
     result = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)],
-        env={name: value for name, value in os.environ.items() if name not in without} | environment,
+        env=inherited | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))} | environment,
         capture_output=True,
         text=True,
         timeout=300,
