@@ -24,13 +24,12 @@ from torch import Tensor, nn
 
 import forwardtune
 from forwardtune import MeZO, StepLog, StepRecord, replay
-from forwardtune.parameters import TunedParameters
 from forwardtune.trajectory import LogError, export_trajectory, read_log
 from forwardtune.trajectory import format as log_format
 from forwardtune.trajectory.export import read_trajectory
 from forwardtune.trajectory.format import seal, step_content
 from forwardtune.trajectory.log import cut_log
-from support import DTYPES, assert_same_bits, other_defaults, snapshot, train, trusted
+from support import assert_same_bits, other_defaults, snapshot, train, trusted
 from support.command import python
 from support.logs import file_size_limit, json_lines, reseal
 
@@ -245,26 +244,6 @@ def test_a_replay_takes_every_step_however_many_go_into_a_sweep(rule, path, monk
         net = small_model()
         replay(path, net, steps=steps)
         assert_same_bits(net, weights[steps])
-
-
-@pytest.mark.parametrize("chunk", [1, 5, 6, 1 << 24])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_digest_covers_every_byte_however_they_are_cut(chunk, dtype, monkeypatch):
-    """As the specification says it; pieces are larger than any tensor here."""
-    value = torch.linspace(-1, 1, 12).to(dtype).view(3, 4)
-    name = str(dtype).removeprefix("torch.")
-    expected = hashlib.sha256(f"w\0{name}\0(3, 4)\0".encode() + value.view(torch.uint8).numpy().tobytes())
-    tuned = TunedParameters.from_groups([{"params": [nn.Parameter(value)], "param_names": ["w"]}])
-    monkeypatch.setattr("forwardtune.parameters._DIGEST_CHUNK", chunk)
-    assert tuned.digest() == expected.hexdigest()
-
-
-def test_a_tensor_with_more_elements_than_blocks_can_number_is_refused():
-    """Noise would come a second time."""
-    most = torch.zeros(1).expand(2**35)
-    assert TunedParameters.from_groups([{"params": [nn.Parameter(most)]}]).numel == 2**35
-    with pytest.raises(ValueError, match=r"34359738369 elements; at most 2\*\*35"):
-        TunedParameters.from_groups([{"params": [nn.Parameter(torch.zeros(1).expand(2**35 + 1))]}])
 
 
 @pytest.mark.parametrize("rule", ["sgd", "adam", "sign"])
