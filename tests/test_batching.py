@@ -439,7 +439,7 @@ def test_masked_model_that_takes_plain_masks_alone_is_not_packed() -> None:
 @pytest.mark.parametrize("window", [4, 8, 16])
 def test_sliding_window_of_attention_is_honoured(window: int) -> None:
     """A block mask stands in place of the model's own, which ends at the window."""
-    settings = {**support._SIZES, "sliding_window": window}
+    settings = {**support.SIZES, "sliding_window": window}
     model = sharp(transformers.MistralForCausalLM(transformers.MistralConfig(**settings)).eval())
     batch = [causal(n, 1, 1) for n in (1, 2, 3, 5, 13, 14, 30, 31)] + [causal(4, 2, 2), causal(12, 2, 3)]
     plain = option_scores(model, prepare(model, TOKENIZER, batch))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 import support
 from forwardtune import MeZO
-from forwardtune.errors import InputError
 from forwardtune.noise import Noise
 from forwardtune.parameters import TunedParameters
 from forwardtune.points import PERTURBATIONS, Copy, InPlace, Perturbation, Scratch, head
@@ -60,6 +59,14 @@ def by_hand(module: nn.Module, run: Callable[[nn.Module], Tensor]) -> list[Tenso
                 tensor.parameter.copy_(tensor.parameter.to(at_least_float32) + table.float())
             outputs.append(run(moved))
     return outputs
+
+
+def assert_exact(perturbation: Perturbation, net: nn.Module, run: Callable[[nn.Module], Tensor]) -> None:
+    """What the module computes there has the bits of a copy that was moved by hand, and the module keeps its own."""
+    before = support.snapshot(net)
+    for ours, expected in zip(evaluate(perturbation, lambda: run(net)), by_hand(net, run), strict=True):
+        assert support.same_bits(ours, expected)
+    support.assert_same_bits(net, before)
 
 
 def assert_equal(actual: list[Tensor], expected: list[Tensor]) -> None:
@@ -476,32 +483,26 @@ class Nested(nn.Module):
 @pytest.mark.parametrize("perturbation", ["auto", "scratch", "copy"])
 @pytest.mark.parametrize("exception", [KeyboardInterrupt, SystemExit, RuntimeError])
 def test_the_model_is_intact_after_an_exception_inside_a_nested_module(exception, perturbation, call):
-    """The first two calls are the self-check, the second of them on poisoned weights: what it raises is the closure's own."""
-    torch.manual_seed(0)
-    net = Net(Nested(Nested(Interrupts(exception, call))))
-    optimizer = MeZO(net, perturbation=perturbation)
+    """The first two calls are the self-check, the second of them on poisoned weights: what it raises is the closure's own.
 
-    def estimate() -> None:
-        """At least four calls, and no update: the weights must not move at all."""
+    And the optimizer goes on as if nothing had been.
+    """
+
+    def make(call: int) -> tuple[Net, MeZO]:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            net = Net(Nested(Nested(Interrupts(exception, call))))
+        return net, MeZO(net, lr=1e-2, perturbation=perturbation)
+
+    (net, optimizer), (whole, other) = make(call), make(0)
+    with Untouched(net), pytest.raises(exception, match="in the middle"):
+        optimizer.step(loss_of(net))
+    assert optimizer.next_step == 0
+    with Untouched(net):
         optimizer.estimate(loss_of(net))
-        optimizer.estimate(loss_of(net))
-
-    with Untouched(net):
-        with pytest.raises(exception, match="in the middle"):
-            estimate()
-        clean = net()
-    with Untouched(net):
-        estimate()
-        assert torch.equal(net(), clean)
-
-
-@without_trace
-def test_the_model_is_intact_after_an_exception_in_the_closure(kind):
-    net = build("embedding")
-    with Untouched(net):
-        with pytest.raises(ZeroDivisionError):
-            evaluate(kind(tune(net), NOISE), lambda: net() / (1 // 0))
-        assert torch.equal(net(), build("embedding")())
+    support.train(optimizer, None, loss_of(net))
+    support.train(other, *[loss_of(whole)] * 2)
+    support.assert_same_bits(net, support.snapshot(whole))
 
 
 def test_a_model_is_perturbed_only_inside_the_block():
@@ -555,29 +556,31 @@ class Head(nn.Module):
         with torch.random.fork_rng():
             torch.manual_seed(0)
             self.head = nn.Linear(64, 1001, dtype=dtype)
-            self.x = torch.randn(2, 4, 64).to(dtype)
+            self.x = torch.randn(2, 12, 64).to(dtype)
 
     def forward(self, positions: int) -> Tensor:
         return self.head(self.x[:, :positions])
 
 
-@every_dtype
-@pytest.mark.parametrize("positions", [1, 4])
-@pytest.mark.parametrize("exact", [True, False], ids=["slices are exact", "slices round otherwise"])
-def test_a_vocabulary_head_in_slices_gives_the_bits_of_the_whole(dtype, positions, exact, monkeypatch):
+@pytest.fixture
+def small_vocabulary(monkeypatch):
     monkeypatch.setattr(head, "VOCABULARY", 1000)
+
+
+@every_dtype
+@pytest.mark.parametrize("positions", [1, 4, 12])
+@pytest.mark.parametrize("exact", [True, False], ids=["slices are exact", "slices round otherwise"])
+def test_a_vocabulary_head_in_slices_gives_the_bits_of_the_whole(
+    dtype, positions, exact, monkeypatch, small_vocabulary
+):
     if not exact:
         monkeypatch.setattr(head.Slices, "may_slice", lambda *_: False)
     net = Head(dtype)
-    before = support.snapshot(net)
     scratch = Scratch(tune(net), NOISE)
-    got = evaluate(scratch, lambda: net(positions))
-    for ours, expected in zip(got, by_hand(net, lambda moved: moved(positions)), strict=True):
-        assert support.same_bits(ours, expected)
-    support.assert_same_bits(net, before)
+    assert_exact(scratch, net, lambda net: net(positions))
     whole = net.head.weight.numel() * net.head.weight.element_size()
     # So few rows may go through a kernel whose rounding depends on the width: then the head is computed whole.
-    sliced = exact and (positions == 4 or all(scratch.slices.is_exact.values()))
+    sliced = exact and (positions == 4 or (positions == 1 and all(scratch.slices.is_exact.values())))
     assert (arena_bytes(scratch) < whole / 4) == sliced
 
 
@@ -596,86 +599,58 @@ def test_slices_of_a_head_are_of_one_height_where_it_can_be_cut_so(height, expec
     assert rows * 64 <= 64 * 2792 + 2792
 
 
-def test_a_head_whose_slices_differ_in_a_bit_is_computed_whole(monkeypatch):
-    monkeypatch.setattr(head, "VOCABULARY", 1000)
+def test_a_head_whose_slices_differ_in_a_bit_is_computed_whole(monkeypatch, small_vocabulary):
     in_slices = head.project_in_slices
     monkeypatch.setattr(head, "project_in_slices", lambda *args: torch.nextafter(in_slices(*args), INFINITY))
     net = Head(torch.float32)
-    got = evaluate(Scratch(tune(net), NOISE), lambda: net(1))
-    for ours, expected in zip(got, by_hand(net, lambda moved: moved(1)), strict=True):
-        assert support.same_bits(ours, expected)
+    assert_exact(Scratch(tune(net), NOISE), net, lambda net: net(1))
 
 
-def test_a_trial_on_one_layout_says_nothing_of_another(monkeypatch):
-    monkeypatch.setattr(head, "VOCABULARY", 1000)
-    net = Head(torch.float32)
-    strided, contiguous = net.x[:, :1], net.x[:, :1].contiguous()
-    scratch = Scratch(tune(net), NOISE)
-    for x in (contiguous, strided):
-        got = evaluate(scratch, lambda x=x: net.head(x))
-        for ours, expected in zip(got, by_hand(net, lambda moved, x=x: moved.head(x)), strict=True):
-            assert support.same_bits(ours, expected)
-    assert len(scratch.slices.is_exact) == 2  # torch chooses kernels by layout too, so each was tried
+def drawn(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+LAYOUTS: dict[str, tuple[list[Tensor], int]] = {  # inputs of a head, and how many trials of slices they take
+    # torch chooses kernels by layout too, so each is tried.
+    "contiguous and strided": ([drawn(2, 4, 64)[:, :1].contiguous(), drawn(2, 4, 64)[:, :1]], 2),
+    # One trial serves all with as many rows: 8 rows and 6.
+    "rows": ([drawn(*shape, 64) for shape in ((1, 8), (8, 1), (2, 4), (4, 2), (1, 6), (3, 2))], 2),
+    # A batch's last positions are as far apart as its texts are long: any number of layouts.
+    "strided": ([drawn(2, length, 64)[:, -1:] for length in range(2, 10)], 3),
+}
 
 
 @every_dtype
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
-def test_one_trial_serves_all_contiguous_inputs_with_as_many_rows(dtype, bias, monkeypatch):
-    monkeypatch.setattr(head, "VOCABULARY", 1000)
+@pytest.mark.parametrize(("inputs", "trials"), LAYOUTS.values(), ids=LAYOUTS)
+def test_slices_are_tried_once_for_a_layout_and_trials_come_to_an_end(
+    inputs, trials, bias, dtype, monkeypatch, small_vocabulary
+):
+    monkeypatch.setattr(head, "_STRIDED_TRIALS", 3)
     net = Head(dtype)
     if not bias:
         net.head.bias = None
     scratch = Scratch(tune(net), NOISE)
-    for shape in ((1, 8, 64), (8, 1, 64), (2, 4, 64), (4, 2, 64), (1, 6, 64), (3, 2, 64)):
-        x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-        got = evaluate(scratch, lambda x=x: net.head(x))
-        for ours, expected in zip(got, by_hand(net, lambda moved, x=x: moved.head(x)), strict=True):
-            assert support.same_bits(ours, expected)
-    assert len(scratch.slices.is_exact) == 2  # 8 rows and 6
+    for x in inputs:
+        x = torch.empty_strided(x.shape, x.stride(), dtype=dtype).copy_(x)
+        assert_exact(scratch, net, lambda net, x=x: net.head(x))
+    assert len(scratch.slices.is_exact) == trials
 
 
-def test_trials_of_strided_inputs_come_to_an_end(monkeypatch):
-    """A batch's last positions are as far apart as its texts are long: any number of layouts."""
-    monkeypatch.setattr(head, "VOCABULARY", 1000)
-    monkeypatch.setattr(head, "_STRIDED_TRIALS", 3)
-    net = Head(torch.float32)
-    scratch = Scratch(tune(net), NOISE)
-    for length in range(2, 10):
-        x = torch.randn(2, length, 64, generator=torch.Generator().manual_seed(length))[:, -1:]
-        got = evaluate(scratch, lambda x=x: net.head(x))
-        for ours, expected in zip(got, by_hand(net, lambda moved, x=x: moved.head(x)), strict=True):
-            assert support.same_bits(ours, expected)
-    assert len(scratch.slices.is_exact) == 3
-
-
-def test_many_positions_take_the_head_whole(monkeypatch):
-    monkeypatch.setattr(head, "VOCABULARY", 1000)
-    net = Head(torch.float32)
-    net.x = net.x.repeat(1, 3, 1)
-    scratch = Scratch(tune(net), NOISE)
-    evaluate(scratch, lambda: net(12))
-    assert arena_bytes(scratch) >= net.head.weight.numel() * 4
-
-
-def test_scratch_memory_of_nested_modules_adds_up_and_no_more():
-    net = Net(Nested(Nested(nn.Linear(6, 6))))
+@pytest.mark.parametrize(
+    ("make", "modules"),
+    [
+        (lambda: Net(Nested(Nested(nn.Linear(6, 6)))), lambda net: net.middle.modules()),  # of nested ones it adds up
+        (lambda: build("caught_exception"), lambda net: [net.middle, net.middle.works]),  # a failed one gives it back
+        (lambda: build("embedding_and_matrix"), lambda net: [net.middle]),  # computed whole, once
+    ],
+    ids=["nested", "failed", "embedding and matrix"],
+)
+def test_scratch_memory_is_that_of_the_modules_at_work(make, modules):
+    net = make()
     scratch = Scratch(tune(net), NOISE)
     evaluate(scratch, net)
-    assert 0 < arena_bytes(scratch) <= sum(map(own_bytes, net.middle.modules()))
-
-
-def test_a_module_that_failed_gives_its_scratch_memory_back_at_once():
-    net = build("caught_exception")
-    scratch = Scratch(tune(net), NOISE)
-    evaluate(scratch, net)
-    assert 0 < arena_bytes(scratch) <= own_bytes(net.middle) + own_bytes(net.middle.works)
-
-
-def test_an_embedding_that_is_also_a_matrix_is_computed_whole_once():
-    net = build("embedding_and_matrix")
-    scratch = Scratch(tune(net), NOISE)
-    evaluate(scratch, net)
-    assert 0 < arena_bytes(scratch) <= own_bytes(net.middle)
+    assert 0 < arena_bytes(scratch) <= sum(map(own_bytes, modules(net)))
 
 
 def test_an_embedding_takes_no_scratch_memory_for_rows_that_nobody_looks_up():
@@ -704,195 +679,3 @@ def test_in_place_drifts_by_rounding_and_the_others_do_not(dtype):
     # One rounding of a weight below 0.5 errs by up to a quarter of the dtype's machine precision; 60 of them add up.
     precision = torch.finfo(dtype).eps
     assert precision / 4 < drift[InPlace] < 60 * precision / 4
-
-
-# --- parameters ------------------------------------------------------------------------------------------------------
-
-
-class Pair(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.second, self.first = nn.Linear(3, 2), nn.Linear(2, 3, bias=False)
-
-
-def names(tuned: TunedParameters) -> dict[str, int]:
-    return {tensor.name: tensor.id for tensor in tuned}
-
-
-def test_ids_are_places_among_the_sorted_names_whatever_the_order():
-    pair = Pair()
-    expected = {"first.weight": 0, "second.bias": 1, "second.weight": 2}
-    parameters = list(pair.parameters())
-    for groups in (
-        [parameters],
-        [parameters[::-1]],
-        [parameters[:1], parameters[1:]],
-        [parameters[2:], parameters[:1], parameters[1:2]],
-    ):
-        tuned = TunedParameters.from_groups([{"params": group} for group in groups], pair)
-        assert names(tuned) == expected
-        for tensor in tuned:
-            assert tensor.parameter is pair.get_parameter(tensor.name)
-            assert any(tensor.parameter is parameter for parameter in groups[tensor.group])
-    assert tuned.numel == 14
-    assert tuned[0].name == "first.weight"
-    assert len(tuned) == 3
-    named = [{"params": [p], "param_names": [name]} for name, p in reversed(list(pair.named_parameters()))]
-    assert names(TunedParameters.from_groups(named)) == expected
-
-
-def test_tied_tensors_count_once_under_the_first_of_their_names():
-    tied = TiedWeights()
-    assert names(tune(tied)) == {"a.bias": 0, "a.weight": 1, "b.bias": 2}
-    tied.a_shorter_path = tied.b
-    assert names(tune(tied)) == {"a.bias": 0, "a.weight": 1, "a_shorter_path.bias": 2}
-
-
-def test_unnamed_parameters_are_named_by_their_position():
-    tensors = [nn.Parameter(torch.zeros(2)) for _ in range(3)]
-    tuned = TunedParameters.from_groups([{"params": tensors[:1]}, {"params": tensors[1:]}])
-    assert names(tuned) == {f"parameter.{i:06d}": i for i in range(3)}
-    assert [tensor.group for tensor in tuned] == [0, 1, 1]
-
-
-def test_two_parameters_of_one_name_are_refused():
-    """Two modules without a common one: their names would collide, and one of the two would not be tuned."""
-    groups = [{"params": [nn.Parameter(torch.zeros(2))], "param_names": ["weight"]} for _ in range(2)]
-    with pytest.raises(ValueError, match="weight"):
-        TunedParameters.from_groups(groups)
-
-
-def test_tensors_are_described_for_the_step_log():
-    pair = Pair().half()
-    assert tune(pair).describe()[1:] == [
-        {"name": "second.bias", "shape": [2], "dtype": "float16", "group": 0},
-        {"name": "second.weight", "shape": [2, 3], "dtype": "float16", "group": 0},
-    ]
-
-
-@pytest.mark.parametrize("dtype", [*support.DTYPES, torch.float64], ids=str)
-def test_the_digest_changes_with_any_single_bit(dtype):
-    net = build("linear", dtype)
-    with torch.no_grad():
-        net.last.bias[0] = 0.0
-    tuned = tune(net, [net.last.weight, net.last.bias])
-    seen = {tuned.digest()}
-    flips = 0
-    for tensor in tuned:
-        raw = tensor.parameter.detach().view(-1).view(torch.uint8)
-        for byte in range(len(raw)):
-            for bit in range(8):
-                raw[byte] ^= 1 << bit
-                seen.add(tuned.digest())
-                raw[byte] ^= 1 << bit
-                flips += 1
-    assert flips == 8 * 14 * dtype.itemsize
-    assert len(seen) == 1 + flips
-    assert tuned.digest() in seen
-
-
-def test_the_digest_depends_on_names_shapes_and_dtypes_and_not_on_layout():
-    def digest(name: str, value: Tensor) -> str:
-        return TunedParameters.from_groups([{"params": [nn.Parameter(value)], "param_names": [name]}]).digest()
-
-    value = torch.arange(6.0).view(2, 3)
-    reference = digest("w", value)
-    assert digest("w", value.t().contiguous().t()) == reference
-    assert digest("w", torch.stack([value, value], dim=-1)[..., 0]) == reference
-    others = [
-        digest("v", value),
-        digest("w", value.view(3, 2)),
-        digest("w", value.view(6)),
-        digest("w", torch.zeros(2, 3).half()),
-        digest("w", torch.zeros(2, 3).bfloat16()),
-        digest("w", torch.tensor(0.0)),
-        digest("w", torch.empty(0)),
-    ]
-    assert len({reference, *others}) == 1 + len(others)
-
-
-@pytest.mark.parametrize(
-    ("groups", "module", "message"),
-    [
-        ([], None, "nothing to tune"),
-        ([{"params": []}], nn.Linear(2, 2), "nothing to tune"),
-        (
-            [{"params": [nn.Parameter(torch.zeros(2, dtype=torch.int8), False)]}],
-            None,
-            "int8, which cannot be perturbed",
-        ),
-        ([{"params": [nn.Parameter(torch.zeros(2, dtype=torch.complex64))]}], None, "complex64"),
-        ([{"params": [nn.Parameter(torch.empty(2, device="meta"))]}], None, "no storage \\(meta device\\)"),
-        ([{"params": [nn.Parameter(torch.zeros(2, 5))]}], nn.Linear(2, 2), "group 0 \\(shape \\(2, 5\\)\\) is not in"),
-    ],
-    ids=["no group", "empty group", "int8", "complex", "meta", "not in the module"],
-)
-def test_what_cannot_be_tuned_is_refused_with_the_reason(groups, module, message):
-    with pytest.raises(ValueError, match=message):
-        TunedParameters.from_groups(groups, module)
-
-
-def test_a_module_without_trainable_parameters_is_refused():
-    with pytest.raises(ValueError, match="nothing to tune"):
-        MeZO(nn.Linear(2, 2).requires_grad_(False))
-
-
-class Quantised(Tensor):
-    """Integers and a scale that pass for a float tensor, as torchao's do."""
-
-    @staticmethod
-    def __new__(cls, values: Tensor, scale: float) -> Quantised:
-        return Tensor._make_wrapper_subclass(cls, values.shape, dtype=torch.float32)
-
-    def __init__(self, values: Tensor, scale: float) -> None:
-        self.values, self.scale = values, scale
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.detach.default:
-            return cls(args[0].values, args[0].scale)
-        plain = [arg.values * arg.scale if isinstance(arg, cls) else arg for arg in args]
-        return func(*plain, **(kwargs or {}))
-
-
-def distributed() -> Tensor:
-    """A DTensor over the one process that there is."""
-    from torch.distributed import device_mesh, tensor
-
-    return tensor.distribute_tensor(torch.ones(2, 3), device_mesh.init_device_mesh("cpu", (1,)), [tensor.Replicate()])
-
-
-@pytest.mark.parametrize(
-    ("make", "kind"),
-    [
-        (lambda: Quantised(torch.ones(2, 3, dtype=torch.int8), 0.5), "Quantised"),
-        (distributed, "DTensor"),
-        (lambda: torch.eye(3).to_sparse(), "layout torch.sparse_coo"),
-    ],
-    ids=["quantised", "distributed", "sparse"],
-)
-@pytest.mark.parametrize("by_module", [True, False])
-def test_tensors_that_do_not_hold_their_values_are_refused_with_the_remedy(make, kind, by_module, one_process):
-    net = nn.ModuleDict({"layer": nn.Linear(3, 2)})
-    net.layer.weight = nn.Parameter(make())
-    with pytest.raises(InputError, match=f"layer.weight is a .*{kind}.*requires_grad=False.*adapter"):
-        MeZO(net if by_module else net.named_parameters())
-    net.layer.weight.requires_grad_(False)
-    MeZO(net, lr=1e-3, perturbation="copy").step(lambda: net.layer.bias.sum())  # the rest can be tuned beside it
-
-
-@pytest.fixture
-def one_process() -> Iterator[None]:
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
-def test_a_subclass_with_an_ordinary_memory_is_tuned():
-    class Named(Tensor):
-        """What a library may hang names on."""
-
-    net = nn.Linear(3, 2)
-    net.weight = nn.Parameter(torch.ones(2, 3).as_subclass(Named))
-    MeZO(net, lr=1e-3).step(lambda: net(torch.ones(3)).sum())
-    assert not torch.equal(net.weight, torch.ones(2, 3))

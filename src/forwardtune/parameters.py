@@ -151,7 +151,8 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def _raw_bytes(flat: Tensor) -> memoryview | bytes:
-    raw = flat.cpu().contiguous().view(torch.uint8)
+    # By a last dimension, as one element alone may keep a stride that is not 1.
+    raw = flat.cpu().contiguous().unsqueeze(-1).view(torch.uint8).view(-1)
     try:
         return memoryview(raw.numpy())  # type: ignore[arg-type]  # NumPy's stubs lag behind Buffer
     except RuntimeError:  # torch without NumPy

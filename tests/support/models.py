@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,79 +14,34 @@ if TYPE_CHECKING:
     import transformers
 
 VOCABULARY = 320
-HALF = (torch.bfloat16, torch.float16)
-DTYPES = (torch.float32, *HALF)
 
-_SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-}
-_ENCODER = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
+_SMALLEST = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2}
+_ENCODER = {**_SMALLEST, "intermediate_size": 48, "num_attention_heads": 4}
+_POSITIONS = {"max_position_embeddings": 256}
+SIZES = {**_ENCODER, **_POSITIONS, "num_key_value_heads": 2}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 
 # family -> (configuration class, model class, configuration)
 FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "llama": ("LlamaConfig", "LlamaForCausalLM", {**_SIZES, "tie_word_embeddings": True}),
-    "llama_untied": ("LlamaConfig", "LlamaForCausalLM", {**_SIZES, "tie_word_embeddings": False}),
-    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", _SIZES),
-    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {**_SIZES, "head_dim": 8}),
-    "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", {**_SIZES, "head_dim": 8}),
-    "mistral": ("MistralConfig", "MistralForCausalLM", _SIZES),
-    "mixtral": ("MixtralConfig", "MixtralForCausalLM", {**_SIZES, "num_local_experts": 4}),
-    "qwen3_moe": (
-        "Qwen3MoeConfig",
-        "Qwen3MoeForCausalLM",
-        {**_SIZES, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8},
-    ),
-    "opt": (
-        "OPTConfig",
-        "OPTForCausalLM",
-        {
-            "vocab_size": VOCABULARY,
-            "hidden_size": 32,
-            "word_embed_proj_dim": 32,
-            "ffn_dim": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "max_position_embeddings": 256,
-        },
-    ),
-    "gpt2": (
-        "GPT2Config",
-        "GPT2LMHeadModel",
-        {
-            "vocab_size": VOCABULARY,
-            "n_embd": 32,
-            "n_layer": 2,
-            "n_head": 4,
-            "n_positions": 256,
-            "bos_token_id": 0,
-            "eos_token_id": 0,
-        },
-    ),
-    "gpt_neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", {**_ENCODER, "max_position_embeddings": 256}),
+    "llama": ("LlamaConfig", "LlamaForCausalLM", {**SIZES, "tie_word_embeddings": True}),
+    "llama_untied": ("LlamaConfig", "LlamaForCausalLM", {**SIZES, "tie_word_embeddings": False}),
+    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", SIZES),
+    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {**SIZES, "head_dim": 8}),
+    "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", {**SIZES, "head_dim": 8}),
+    "mistral": ("MistralConfig", "MistralForCausalLM", SIZES),
+    "mixtral": ("MixtralConfig", "MixtralForCausalLM", {**SIZES, "num_local_experts": 4}),
+    "qwen3_moe": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM", {**SIZES, **_EXPERTS, "head_dim": 8}),
+    "opt": ("OPTConfig", "OPTForCausalLM", {**_ENCODER, **_POSITIONS, "word_embed_proj_dim": 32, "ffn_dim": 48}),
+    "gpt2": ("GPT2Config", "GPT2LMHeadModel", {**_ENCODER, **_POSITIONS, "bos_token_id": 0, "eos_token_id": 0}),
+    "gpt_neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", {**_ENCODER, **_POSITIONS}),
     "t5": (
         "T5Config",
         "T5ForConditionalGeneration",
-        {"vocab_size": VOCABULARY, "d_model": 32, "d_ff": 48, "num_layers": 2, "num_heads": 4, "d_kv": 8},
+        {**_SMALLEST, "num_layers": 2, "num_heads": 4, "d_ff": 48, "d_kv": 8},
     ),
     "bert": ("BertConfig", "BertForMaskedLM", _ENCODER),
     "roberta": ("RobertaConfig", "RobertaForMaskedLM", _ENCODER),
-    "mamba": (
-        "MambaConfig",
-        "MambaForCausalLM",
-        {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
-    ),
+    "mamba": ("MambaConfig", "MambaForCausalLM", {**_SMALLEST, "state_size": 4}),
 }
 
 
@@ -110,55 +64,6 @@ def closure_for(model: Any, input_ids: torch.Tensor) -> Callable[[], torch.Tenso
     """A loss of the model that depends on all of its logits."""
     extra = {"decoder_input_ids": input_ids} if model.config.is_encoder_decoder else {}
     return lambda: model(input_ids=input_ids, **extra).logits.float().pow(2).mean()
-
-
-def trusted(optimizer: Any) -> Any:
-    """The optimizer without its first step's self-check, for closures that count their calls or follow a script."""
-    optimizer._checked = True
-    return optimizer
-
-
-def snapshot(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of all parameters and buffers."""
-    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
-
-
-def assert_same_bits(module: torch.nn.Module, before: dict[str, torch.Tensor]) -> None:
-    """Every parameter and buffer has the bits that it had."""
-    after = module.state_dict()
-    assert after.keys() == before.keys()
-    for name, tensor in before.items():
-        assert same_bits(after[name], tensor), name
-
-
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equality of storage, which tells -0 from 0 and NaN payloads apart."""
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """torch with that many threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def other_defaults() -> Iterator[None]:
-    """torch makes float64 tensors, on a device without storage, where nothing else is said."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        with torch.device("meta"):
-            yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 TEXT = [

@@ -1,0 +1,133 @@
+"""The command line, in this process and in one of its own, with a model and a task for it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import textwrap
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from forwardtune.cli import main
+
+from .models import TEXT
+
+STEPS = 6
+REVIEWS = [(text, number % 2) for number, text in enumerate(TEXT * 2)]
+
+
+@dataclass
+class Ran:
+    """What one command did."""
+
+    code: int
+    out: str
+    err: str
+
+
+def cli(*arguments: object) -> Ran:
+    """Run a command in this process. Whatever happens, people see no traceback."""
+    out, err = io.StringIO(), io.StringIO()
+    with warnings.catch_warnings(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as exit:  # argparse
+            code = int(exit.code or 0)
+    assert "Traceback" not in err.getvalue()
+    return Ran(code, out.getvalue(), err.getvalue())
+
+
+def process(*arguments: object) -> subprocess.Popen[str]:
+    """Start a command as a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "forwardtune", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def python(script: str, *arguments: object, without: tuple[str, ...] = (), **environment: str) -> str:
+    """What a script prints that a process of its own runs; ``without`` names variables that it does not inherit."""
+    inherited = {name: value for name, value in os.environ.items() if name not in without}
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)],
+        env=inherited | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))} | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@contextlib.contextmanager
+def refused(folder: Path, words: str, code: int = 2) -> Iterator[Any]:
+    """Inside, one command runs: it ends with the code and one clear message, and touches nothing under the folder."""
+    before = files(folder)
+    ran: list[Ran] = []
+    yield ran.append
+    assert (ran[0].code, ran[0].out) == (code, ""), ran[0].err
+    message = ran[0].err.rpartition("error: ")[2]
+    assert re.search(words, message, re.DOTALL), ran[0].err
+    assert len(message.splitlines()) <= 3
+    assert files(folder) == before
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Every file under a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+def write_task(folder: Path, **changes: str | None) -> Path:
+    """A task file with a JSON Lines file to train on and a CSV file to test on."""
+    folder.mkdir(exist_ok=True)
+    rows = [json.dumps({"text": text, "label": label, "reply": text.split()[-1]}) for text, label in REVIEWS]
+    (folder / "train.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    cells = [f"{text},{label},{text.split()[-1]}" for text, label in REVIEWS[:6]]
+    (folder / "test.csv").write_text("\n".join(["text,label,reply", *cells]), encoding="utf-8")
+    keys: dict[str, str | None] = {"prompt": "'{text} It was'", "answers": "{0: terrible, 1: great}"}
+    keys |= {"train": "train.jsonl", "test": "test.csv", **changes}
+    path = folder / "task.yaml"
+    path.write_text("".join(f"{key}: {value}\n" for key, value in keys.items() if value is not None), encoding="utf-8")
+    return path
+
+
+def flags(options: dict[str, object]) -> list[object]:
+    """Settings as options of a command: None leaves one out, True makes it a flag."""
+    found: list[object] = []
+    for name, value in options.items():
+        if value is not None:
+            found += [f"--{name.replace('_', '-')}"] if value is True else [f"--{name.replace('_', '-')}", value]
+    return found
+
+
+@dataclass
+class Setting:
+    """A model, a task, and a command line that tunes the one on the other."""
+
+    model: Path
+    task: Path
+
+    def train(self, folder: Path, **changes: object) -> list[object]:
+        """Arguments of ``train``, as ``flags`` takes them."""
+        options: dict[str, object] = {"model": self.model, "task": self.task, "output_dir": folder}
+        options |= {"steps": STEPS, "batch_size": 4, "lr": 1e-3, "device": "cpu"}
+        options |= {"eps": None if changes.get("method") == "adam" else 1e-3, **changes}
+        return ["train", *flags(options)]
+
+    def resume(self, folder: Path, **changes: object) -> list[object]:
+        return ["train", *flags({"output_dir": folder, "resume": True, **changes})]
