@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from forwardtune.cli.session import Session
 from forwardtune.trajectory import read_log, replay
-from test_cli import REVIEWS, cli, process
+from test_cli import REVIEWS, process
 
 STEPS, DEV = 60, 90
 
@@ -49,7 +49,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def whole(tiny_folder: Path, task: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "run"
-    assert cli(*command(tiny_folder, task, folder)).code == 0
+    done(*command(tiny_folder, task, folder))
     return folder
 
 
@@ -58,7 +58,7 @@ def test_twenty_measurements_of_some_examples_and_the_best_weights_stay(whole: P
     # Until step 8 the weights are untuned.
     assert [line["step"] for line in dev] == [0, *range(9, STEPS + 1, STEPS // 20)]
     assert {line["dev"]["examples"] for line in dev} == {64}
-    metrics = json.loads((whole / "metrics.json").read_text())
+    metrics = read(whole)
     best = min(dev, key=lambda line: line["dev"]["loss"])
     assert (metrics["best_step"], metrics["dev"]) == (best["step"], best["dev"])
     assert metrics["splits"]["dev"] == 64
@@ -85,7 +85,7 @@ def test_what_the_watch_hears_falls_where_the_run_gains(
 ) -> None:
     """The loss, or minus what should rise."""
     folder = tmp_path / "run"
-    assert cli(*command(tiny_folder, task, folder), "--objective", objective).code == 0
+    done(*command(tiny_folder, task, folder), "--objective", objective)
     dev = lines(folder / "dev.jsonl")
     expected = [(m["step"], m["dev"]["loss"] if objective == "loss" else -m["dev"]["accuracy"]) for m in dev]
     notes = read_log(folder / "steps.jsonl").notes
@@ -104,7 +104,7 @@ def test_a_killed_run_ends_with_the_same_bits(
         time.sleep(0.002)
     running.kill()
     running.communicate()
-    assert cli("train", "--output-dir", folder, "--resume").code == 0
+    done("train", "--output-dir", folder, "--resume")
     for name in ("steps.jsonl", "dev.jsonl"):
         assert lines(folder / name) == lines(whole / name)
     assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
@@ -121,10 +121,9 @@ def test_where_nothing_is_better_the_weights_stay_untuned(
         return {**result, "loss": float(next(measured))} if split == "dev" else result
 
     monkeypatch.setattr(Session, "evaluate", worse)
-    ran = cli(*command(tiny_folder, task, tmp_path / "run"))
-    assert ran.code == 0
+    ran = done(*command(tiny_folder, task, tmp_path / "run"))
     assert "the weights are untuned: no step was better" in ran.err
-    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["best_step"] == 0
+    assert read(tmp_path / "run")["best_step"] == 0
     tuned, untuned = (
         AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (tmp_path / "run", tiny_folder)
     )

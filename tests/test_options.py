@@ -203,7 +203,7 @@ def build(name: str, folder: Path, patch: pytest.MonkeyPatch) -> Built:
         ]
         ran = cli("train", *[part for flag in flags for part in flag])
     assert ran.code == (130 if name == "timed" else 0), ran.err
-    metrics = json.loads((folder / name / "metrics.json").read_text())
+    metrics = read(folder / name)
     log = read_log(folder / name / "steps.jsonl").header["run"] if (folder / name / "steps.jsonl").exists() else {}
     return Built(seen["session"], seen.get("trainer"), metrics, log)
 

@@ -53,8 +53,7 @@ def test_whole_hours_are_short() -> None:
 
 
 def test_plan_measures_and_says_how_to_go_on(setting: Setting) -> None:
-    ran = cli("plan", "--model", setting.model, "--task", setting.task, "--batch-size", 4, "--device", "cpu", "--json")
-    assert ran.code == 0, ran.err
+    ran = done("plan", "--model", setting.model, "--task", setting.task, "--batch-size", 4, "--device", "cpu", "--json")
     facts = json.loads(ran.out)
     assert facts["steps"] == 1000
     assert facts["seconds_per_step"] > 0
@@ -131,8 +130,7 @@ def test_a_run_of_a_given_time_ends_and_is_complete(setting: Setting, tmp_path: 
     """Of twice the least time that it advises, as this machine may become busier."""
     run, asked = tmp_path / "run", {"steps": None, "lr": None, "eps": None}
     (advised,) = re.findall(r"--time-budget (\d+)s or more", cli(*setting.train(run, time_budget="0.1s", **asked)).err)
-    ran = cli(*setting.train(run, time_budget=f"{2 * int(advised)}s", **asked))
-    assert ran.code == 0, ran.err
+    done(*setting.train(run, time_budget=f"{2 * int(advised)}s", **asked))
     assert any("search" in note.content for note in read_log(run / "steps.jsonl").notes)
     log = read_log(run / "steps.jsonl")
     assert log.end is not None
@@ -146,7 +144,7 @@ def test_measuring_moves_no_weight(setting: Setting, tmp_path: Path) -> None:
     """The base digest of a run that was measured first is that of one that was not."""
     digests = []
     for name, changes in (("timed", {"steps": None, "time_budget": "5s"}), ("told", {"steps": 2})):
-        assert cli(*setting.train(tmp_path / name, **changes)).code == 0
+        done(*setting.train(tmp_path / name, **changes))
         digests.append(read_log(tmp_path / name / "steps.jsonl").header["base"])
     assert digests[0] == digests[1]
 
@@ -205,8 +203,7 @@ def test_plan_times_the_update_of_a_long_run(
     monkeypatch.setattr(Noise, "update", update)
     monkeypatch.setattr(MeZO, "apply", apply)
     asked = _flags({"model": setting.model, "task": setting.task, "batch_size": 4, "device": "cpu", **changes})
-    ran = cli("plan", *asked)
-    assert ran.code == 0, ran.err
+    done("plan", *asked)
     assert len(by_step) == 4
     assert set(by_step[1:]) == {directions}
 
@@ -220,8 +217,7 @@ def test_a_plan_comes_true(tmp_path: Path) -> None:
     transformers.GPT2LMHeadModel(settings).save_pretrained(tmp_path / "model")
     support.tokenizer().save_pretrained(tmp_path / "model")
     setting = Setting(tmp_path / "model", write_task(tmp_path / "task"))
-    ran = cli(*setting.train(tmp_path / "run", steps=6))
-    assert ran.code == 0, ran.err
+    done(*setting.train(tmp_path / "run", steps=6))
     true = statistics.median(record.seconds for record in read_log(tmp_path / "run" / "steps.jsonl").records[1:])
     asked = _flags({"model": setting.model, "task": setting.task, "batch_size": 4, "device": "cpu"})
     said = json.loads(cli("plan", *asked, "--json").out)["seconds_per_step"]
@@ -230,8 +226,7 @@ def test_a_plan_comes_true(tmp_path: Path) -> None:
 
 def test_patience_ends_a_run(setting: Setting, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    ran = cli(*setting.train(run, steps=400, eval_steps=2, patience=3, lr=1e-12))
-    assert ran.code == 0, ran.err
+    done(*setting.train(run, steps=400, eval_steps=2, patience=3, lr=1e-12))
     metrics = read(run / "metrics.json")
     assert metrics["stopped"] == "patience"
     assert metrics["steps"] < 400
