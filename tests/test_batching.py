@@ -14,7 +14,7 @@ import transformers
 
 import support
 from forwardtune.evaluation import evaluate, find_layout, plain_layout, prepare
-from forwardtune.objectives import option_cross_entropy, option_scores, target_likelihood
+from forwardtune.objectives import option_scores
 from forwardtune.tasks.batching import Layout, collate
 from forwardtune.tasks.encoding import Encoded
 from support_runs import (
@@ -29,9 +29,6 @@ from support_runs import (
     sharpened,
     tokens,
 )
-
-# Gradients are sums over all places of the batch; relative to the largest of a tensor.
-CLOSE_GRADIENT = 1e-4
 
 
 def masked(prompt: int, mask: int, words: int = 2, label: int = 0) -> Encoded:
@@ -228,7 +225,7 @@ def test_padding_sees_something() -> None:
         assert (collate(batch, layout)["attention_mask"] == 0).any(dim=-1).all()
 
 
-# --- scores and gradients ----------------------------------------------------------------------------------------
+# --- scores ------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -247,30 +244,6 @@ def test_filled_masks_score_as_in_the_plain_layout(family: str, seed: int) -> No
     assert len(inputs["input_ids"]) < len(batch)
     torch.testing.assert_close(option_scores(model, inputs), alone, **CLOSE)
     torch.testing.assert_close(option_scores(model, prepare(model, tokenizer, batch)), alone, **CLOSE)
-
-
-def gradients(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
-    model.zero_grad()
-    loss.backward()
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
-
-
-@pytest.mark.parametrize("objective", [option_cross_entropy, target_likelihood])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "qwen3", "gemma3", "bert", "roberta"])
-def test_gradients_equal_those_of_the_plain_layout(family: str, objective: Any) -> None:
-    """Not that anyone needs them: they tell whether every weight has the same part in the loss."""
-    model = sharp_model(family)
-    tokenizer = tokenizer_padding_with("<bos>" if family == "roberta" else "<pad>")
-    batch = drawn_masks(1) if family in ("bert", "roberta") else drawn_examples(1)
-    layout = find_layout(model, tokenizer, batch)
-    assert layout.packed
-    weights = torch.arange(1.0, len(batch) + 1)  # an example must not be taken for another
-    found = gradients(model, objective(model, prepare(model, tokenizer, batch, layout)) @ weights)
-    plain = gradients(model, objective(model, prepare(model, tokenizer, batch)) @ weights)
-    assert found.keys() == plain.keys()
-    for name, expected in plain.items():
-        error = (found[name] - expected).abs().max()
-        assert error <= CLOSE_GRADIENT * max(1.0, expected.abs().max()), name
 
 
 @torch.no_grad()

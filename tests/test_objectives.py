@@ -78,6 +78,7 @@ def test_objectives_by_hand(llama: Any) -> None:
     for objective, task, expected in (
         (option_cross_entropy, CHOICE, cross_entropy),
         (target_likelihood, FREE, likelihood),
+        (target_likelihood, replace(CHOICE, loss="likelihood"), likelihood),
     ):
         found = objective(llama, inputs)
         torch.testing.assert_close(found, expected, **CLOSE)
