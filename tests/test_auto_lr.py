@@ -16,7 +16,8 @@ from forwardtune.errors import InputError
 from forwardtune.hf.trainer import MeZOTrainer
 from forwardtune.method.rules import Momentum
 from forwardtune.trajectory import LogError, read_log
-from test_automatic import DATA, OPPOSED, SAME, KilledError, lines, make, opposed, wanted
+from support_runs import KilledError, log_lines
+from test_automatic import DATA, OPPOSED, SAME, make, opposed, wanted
 
 pytestmark = pytest.mark.usefixtures("short_collections")
 
@@ -94,7 +95,7 @@ def test_the_course_is_that_of_trainer(tmp_path: Path, course: str) -> None:
     minibatches = trained(tmp_path / "trainer", COURSES[course])
     loop = Loop(tmp_path / "loop" / "steps.jsonl", **COURSES[course])
     loop.play(minibatches, loop.begin())
-    assert lines(tmp_path / "loop") == lines(tmp_path / "trainer")
+    assert log_lines(tmp_path / "loop") == log_lines(tmp_path / "trainer")
     assert [path.name for path in (tmp_path / "loop").iterdir()] == ["steps.jsonl"]
     again = support.tiny_model()
     assert replay(loop.path, again) == loop.steps
@@ -114,7 +115,7 @@ def test_a_killed_run_resumes_to_the_same_lines(tmp_path: Path) -> None:
             loop.play(minibatches, loop.begin(), kill=after)
         loop = Loop(folder / "steps.jsonl", **settings)
         loop.play(minibatches, loop.begin(resume=True))
-        assert lines(folder) == lines(tmp_path / "whole")
+        assert log_lines(folder) == log_lines(tmp_path / "whole")
         assert [path.name for path in folder.iterdir()] == ["steps.jsonl"]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import re
 from pathlib import Path
@@ -22,6 +21,7 @@ from forwardtune.search.driver import RETURN_POINT
 from forwardtune.search.guard import FALL, RISE, SLIGHT
 from forwardtune.search.notes import found
 from forwardtune.trajectory import LogError, read_log, replay
+from support_runs import QUIET, Kill, KilledError, log_lines
 
 STEPS = 48
 DATA = [{"input_ids": row, "labels": row} for row in support.token_batch(24, 6).tolist()]
@@ -31,19 +31,6 @@ SAME = DATA[:1] * 24
 OPPOSED = SAME[:16] + [{**SAME[0], "labels": [0] * 6}] * 8
 
 pytestmark = pytest.mark.usefixtures("short_collections")
-
-
-class KilledError(Exception):
-    """Stands for anything that ends a run between two steps."""
-
-
-class Kill(TrainerCallback):
-    def __init__(self, after: int) -> None:
-        self.after = after
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.after:
-            raise KilledError
 
 
 def wanted(model: Any, inputs: Any) -> torch.Tensor:
@@ -59,9 +46,8 @@ def opposed(model: Any, inputs: Any) -> torch.Tensor:
 def make(
     folder: Path, *, callbacks: Any = (), data: Any = SAME, objective: Any = wanted, **changes: Any
 ) -> MeZOTrainer:
-    quiet = {"report_to": [], "disable_tqdm": True, "logging_strategy": "no", "save_strategy": "no", "use_cpu": True}
     small = {"max_steps": STEPS, "per_device_train_batch_size": 4, "seed": 3}
-    args = MeZOConfig(**{"output_dir": str(folder), **quiet, **small, **changes})
+    args = MeZOConfig(**{"output_dir": str(folder), **QUIET, **small, **changes})
     trainer = MeZOTrainer(
         model=support.tiny_model(),
         args=args,
@@ -80,12 +66,6 @@ def run(folder: Path, resume: bool | None = None, **changes: Any) -> MeZOTrainer
     return trainer
 
 
-def lines(folder: Path) -> list[dict[str, Any]]:
-    """The log without times and checksums."""
-    found = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("check", "seconds")} for line in found]
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
@@ -100,11 +80,13 @@ def test_the_loss_falls_with_no_setting_at_all(whole: Path) -> None:
     assert search.at == 8
     assert min(tried.values()) < tried[0.0]
     assert {record.lr[0] for record in log.records[:8]} == {min(tried, key=lambda size: tried[size])}
-    model = make(whole / "unused").model
+    facts = found(log)
+    assert 0 < facts["search_forwards"] <= 0.15 * 2 * STEPS
+    assert facts["learning_rate"]["first"] > 0
+    assert not (whole / RETURN_POINT).exists()
     trainer = make(whole / "unused")
     before = trainer.held_out(2)()
-    trainer.model = model
-    replay(whole / "steps.jsonl", model)
+    assert replay(log, trainer.model) == STEPS
     assert trainer.held_out(2)() < 0.8 * before
 
 
@@ -115,18 +97,6 @@ def test_the_first_steps_are_estimated_at_the_base_weights(whole: Path) -> None:
     records = read_log(still.step_log).records
     assert [r.losses for r in log.records[:8]] == [r.losses for r in records[:8]]
     assert log.records[8].losses != records[8].losses
-
-
-def test_the_log_replays_to_the_digest_and_the_base_weights_are_gone(whole: Path) -> None:
-    model = support.tiny_model()
-    assert replay(whole / "steps.jsonl", model) == STEPS
-    assert not (whole / RETURN_POINT).exists()
-
-
-def test_the_search_takes_its_share_at_most(whole: Path) -> None:
-    facts = found(read_log(whole / "steps.jsonl"))
-    assert 0 < facts["search_forwards"] <= 0.15 * 2 * STEPS
-    assert facts["learning_rate"]["first"] > 0
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 7, 20, 50, 100, 1000, 20000])
@@ -142,9 +112,9 @@ def test_budgets(steps: int, evaluations: int, find_eps: bool) -> None:
 @pytest.mark.parametrize("after", [0, 3, 8, 9, 17, 30, 47])
 def test_a_killed_run_resumes_to_the_same_lines(whole: Path, tmp_path: Path, after: int) -> None:
     with pytest.raises(KilledError):
-        run(tmp_path, callbacks=[Kill(after)])
+        run(tmp_path, callbacks=[Kill(after, at_begin=True)])
     run(tmp_path, resume=True)
-    assert lines(tmp_path) == lines(whole)
+    assert log_lines(tmp_path) == log_lines(whole)
 
 
 def test_the_rate_rises_and_falls_with_held_out_losses(tmp_path: Path) -> None:
@@ -176,9 +146,9 @@ def test_the_rate_rises_and_falls_with_held_out_losses(tmp_path: Path) -> None:
     for after in (log.rollbacks[0].at, log.rollbacks[0].at + 1, log.rollbacks[1].at + 2):
         folder = tmp_path / str(after)
         with pytest.raises(KilledError):
-            run(folder, data=DATA, max_steps=90, callbacks=[Kill(after)])
+            run(folder, data=DATA, max_steps=90, callbacks=[Kill(after, at_begin=True)])
         run(folder, resume=True, data=DATA, max_steps=90)
-        assert lines(folder) == lines(whole)
+        assert log_lines(folder) == log_lines(whole)
 
 
 def test_a_diverging_run_goes_back(tmp_path: Path) -> None:
@@ -230,67 +200,57 @@ def test_a_number_means_that_number(tmp_path: Path) -> None:
     assert (log.header["eps"], log.notes, log.rollbacks) == (2e-3, [], [])
 
 
-def test_a_given_rate_that_diverges_is_warned_of_once_and_kept(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("rate", "steps", "warned"), [(1e-6, STEPS, False), (2e-3, STEPS, True), (1.0, 6, True)])
+def test_a_given_rate_that_diverges_is_warned_of_once_and_kept(
+    tmp_path: Path, rate: float, steps: int, warned: bool
+) -> None:
     told: list[str] = []
-    for name, rate in (("good", 1e-6), ("bad", 2e-3)):
-        trainer = make(tmp_path / name, learning_rate=rate, eps=1e-3)
-        trainer.automatic.announce = told.append
-        trainer.train()
-        assert {record.lr[0] for record in read_log(trainer.step_log).records} == {rate}
-        assert len(told) == (name == "bad"), told
-    assert "lower the learning rate" in told[0]
-
-
-def test_a_given_rate_that_explodes_at_once_is_warned_of(tmp_path: Path) -> None:
-    told: list[str] = []
-    trainer = make(tmp_path, learning_rate=1.0, eps=1e-3, max_steps=6)
+    trainer = make(tmp_path, learning_rate=rate, eps=1e-3, max_steps=steps)
     trainer.automatic.announce = told.append
     trainer.train()
-    (text,) = told
-    assert "lower the learning rate" in text
+    assert {record.lr[0] for record in read_log(trainer.step_log).records} == {rate}
+    assert ["lower the learning rate" in text for text in told] == [True] * warned
 
 
 @pytest.mark.filterwarnings("ignore:the tuned weights have not changed the loss")
 @pytest.mark.parametrize(
-    ("eps", "steps", "expected"),
+    ("eps", "steps", "lora", "expected"),
     [
-        (1e-3, 100, None),
-        (1e-12, 100, r"eps 1.0e-12 is below the spacing of weights in float32, which keeps \d+% of a perturbation"),
-        (1e-12, 20, None),  # too short to be worth ten passes
+        (1e-3, 100, False, None),
+        (1e-12, 20, False, None),  # too short to be worth ten passes
+        (
+            1e-12,
+            100,
+            False,
+            r"is below the spacing of weights in float32, which keeps \d+% of a perturbation.*a larger",
+        ),
+        # An adapter holds every perturbation, but what it adds is rounded in the model's dtype.
+        (
+            1e-6,
+            100,
+            True,
+            r"moves the loss by \de-\d\d, of which rounding in bfloat16 and float32 is up to \de-\d\d: choose",
+        ),
     ],
 )
-def test_a_given_eps_below_the_noise_is_warned_of(tmp_path: Path, eps: float, steps: int, expected: str | None) -> None:
+def test_a_given_eps_below_the_noise_is_warned_of(
+    tmp_path: Path, eps: float, steps: int, lora: bool, expected: str | None
+) -> None:
     told: list[str] = []
     trainer = make(tmp_path / "told", learning_rate=1e-9, eps=eps, max_steps=steps)
+    if lora:
+        trainer.model = tune(trainer.model.to(torch.bfloat16), None, "lora")
     trainer.automatic.announce = told.append
     trainer.train()
-    if expected is None:
-        assert told == []
-    else:
-        (text,) = told
-        assert re.match(expected, text), text
-        assert "a larger eps" in text
-
-
-def test_a_given_eps_that_rounding_hides_is_warned_of(tmp_path: Path) -> None:
-    """An adapter holds every perturbation, but what it adds is rounded in the model's dtype."""
-    told: list[str] = []
-    trainer = make(tmp_path, learning_rate=1e-9, eps=1e-6, max_steps=100)
-    trainer.model = tune(trainer.model.to(torch.bfloat16), None, "lora")
-    trainer.automatic.announce = told.append
-    trainer.train()
-    (text,) = told
-    assert re.match(
-        r"eps 1.0e-06 moves the loss by \de-\d\d, of which rounding in bfloat16 and float32 is up to \de-\d\d: choose",
-        text,
-    )
+    assert len(told) == (expected is not None)
+    assert expected is None or re.match(f"eps {eps:.1e} {expected}", told[0]), told
 
 
 def test_the_check_of_a_given_eps_changes_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(tmp_path / "checked", learning_rate=1e-4, eps=1e-3, max_steps=100)
     monkeypatch.setattr(MeZOTrainer, "can_hold_out", False)
     run(tmp_path / "not", learning_rate=1e-4, eps=1e-3, max_steps=100)
-    assert lines(tmp_path / "checked") == lines(tmp_path / "not")
+    assert log_lines(tmp_path / "checked") == log_lines(tmp_path / "not")
 
 
 def test_evaluations_of_trainer_are_heard(tmp_path: Path) -> None:
@@ -360,11 +320,11 @@ def test_a_kill_at_the_end_changes_nothing(tmp_path: Path, lost: int, evaluated:
     asked = {"data": OPPOSED, "objective": opposed, **evaluated}
     run(tmp_path / "whole", **asked)
     with pytest.raises(KilledError):  # leaves what a run in progress has beside its log
-        run(tmp_path / "killed", callbacks=[Kill(STEPS - 1)], **asked)
+        run(tmp_path / "killed", callbacks=[Kill(STEPS - 1, at_begin=True)], **asked)
     written = (tmp_path / "whole" / "steps.jsonl").read_bytes().splitlines(keepends=True)
     (tmp_path / "killed" / "steps.jsonl").write_bytes(b"".join(written[:-lost]))
     trainer = run(tmp_path / "killed", resume=True, **asked)
-    assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
+    assert log_lines(tmp_path / "killed") == log_lines(tmp_path / "whole")
     assert not (tmp_path / "killed" / RETURN_POINT).exists()
     support.assert_same_bits(trainer.model, support.snapshot(support.tiny_model()))
 
@@ -402,9 +362,9 @@ def test_the_untuned_model_is_a_point_to_go_back_to(tmp_path: Path, after: int) 
     assert [(back.at, back.to) for back in log.rollbacks] == [(at, 0) for at in range(12, STEPS + 1, 6)]
     support.assert_same_bits(trainer.model, support.snapshot(support.tiny_model()))
     with pytest.raises(KilledError):
-        runs(tmp_path / "killed", Kill(after))
+        runs(tmp_path / "killed", Kill(after, at_begin=True))
     runs(tmp_path / "killed", resume=True)
-    assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
+    assert log_lines(tmp_path / "killed") == log_lines(tmp_path / "whole")
 
 
 def test_auto_and_numbers_come_from_a_command_line(tmp_path: Path) -> None:
@@ -426,6 +386,6 @@ def test_anything_else_is_refused(tmp_path: Path, value: Any) -> None:
 
 def test_a_run_with_a_rate_of_its_own_is_not_resumed_with_auto(tmp_path: Path) -> None:
     with pytest.raises(KilledError):
-        run(tmp_path, learning_rate=1e-4, callbacks=[Kill(20)])
+        run(tmp_path, learning_rate=1e-4, callbacks=[Kill(20, at_begin=True)])
     with pytest.raises(LogError, match="a learning rate of its own: pass it"):
         run(tmp_path, resume=True)

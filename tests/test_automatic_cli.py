@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from forwardtune.cli.session import Session
 from forwardtune.trajectory import read_log, replay
-from test_cli import REVIEWS, cli, process
+from support_runs import REVIEWS, cli, done, log_lines, process, read, write_jsonl
 
 STEPS, DEV = 60, 90
 
@@ -24,10 +24,8 @@ STEPS, DEV = 60, 90
 def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("task")
     for name, count in (("train", 60), ("dev", DEV), ("test", 8)):
-        rows = [
-            {"text": f"{REVIEWS[i % len(REVIEWS)][0]} {i}", "label": REVIEWS[i % len(REVIEWS)][1]} for i in range(count)
-        ]
-        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+        reviews = [(i, *REVIEWS[i % len(REVIEWS)]) for i in range(count)]
+        write_jsonl(folder / f"{name}.jsonl", [{"text": f"{text} {i}", "label": label} for i, text, label in reviews])
     lines = ["prompt: '{text} It was'", "answers: {0: terrible, 1: great}"]
     lines += [f"{name}: {name}.jsonl" for name in ("train", "dev", "test")]
     (folder / "task.yaml").write_text("\n".join(lines), encoding="utf-8")
@@ -41,24 +39,19 @@ def command(model: Path, task: Path, folder: Path) -> list[object]:
     ]  # fmt: skip
 
 
-def lines(path: Path) -> list[dict[str, Any]]:
-    found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("check", "seconds")} for line in found]
-
-
 @pytest.fixture(scope="module")
 def whole(tiny_folder: Path, task: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "run"
-    assert cli(*command(tiny_folder, task, folder)).code == 0
+    done(*command(tiny_folder, task, folder))
     return folder
 
 
 def test_twenty_measurements_of_some_examples_and_the_best_weights_stay(whole: Path) -> None:
-    dev = lines(whole / "dev.jsonl")
+    dev = log_lines(whole / "dev.jsonl")
     # Until step 8 the weights are untuned.
     assert [line["step"] for line in dev] == [0, *range(9, STEPS + 1, STEPS // 20)]
     assert {line["dev"]["examples"] for line in dev} == {64}
-    metrics = json.loads((whole / "metrics.json").read_text())
+    metrics = read(whole)
     best = min(dev, key=lambda line: line["dev"]["loss"])
     assert (metrics["best_step"], metrics["dev"]) == (best["step"], best["dev"])
     assert metrics["splits"]["dev"] == 64
@@ -85,8 +78,8 @@ def test_what_the_watch_hears_falls_where_the_run_gains(
 ) -> None:
     """The loss, or minus what should rise."""
     folder = tmp_path / "run"
-    assert cli(*command(tiny_folder, task, folder), "--objective", objective).code == 0
-    dev = lines(folder / "dev.jsonl")
+    done(*command(tiny_folder, task, folder), "--objective", objective)
+    dev = log_lines(folder / "dev.jsonl")
     expected = [(m["step"], m["dev"]["loss"] if objective == "loss" else -m["dev"]["accuracy"]) for m in dev]
     notes = read_log(folder / "steps.jsonl").notes
     assert [(note.at, note.content["held_out"]) for note in notes if "held_out" in note.content] == expected
@@ -104,9 +97,9 @@ def test_a_killed_run_ends_with_the_same_bits(
         time.sleep(0.002)
     running.kill()
     running.communicate()
-    assert cli("train", "--output-dir", folder, "--resume").code == 0
+    done("train", "--output-dir", folder, "--resume")
     for name in ("steps.jsonl", "dev.jsonl"):
-        assert lines(folder / name) == lines(whole / name)
+        assert log_lines(folder / name) == log_lines(whole / name)
     assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
@@ -121,10 +114,9 @@ def test_where_nothing_is_better_the_weights_stay_untuned(
         return {**result, "loss": float(next(measured))} if split == "dev" else result
 
     monkeypatch.setattr(Session, "evaluate", worse)
-    ran = cli(*command(tiny_folder, task, tmp_path / "run"))
-    assert ran.code == 0
+    ran = done(*command(tiny_folder, task, tmp_path / "run"))
     assert "the weights are untuned: no step was better" in ran.err
-    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["best_step"] == 0
+    assert read(tmp_path / "run")["best_step"] == 0
     tuned, untuned = (
         AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (tmp_path / "run", tiny_folder)
     )

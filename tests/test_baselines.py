@@ -13,40 +13,24 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
-from transformers import BertConfig, BertModel
 
 import support
 from forwardtune.cli import main
 from forwardtune.errors import InputError
-from forwardtune.evaluation import evaluate, find_layout, plain_layout, prepare, training_objective
+from forwardtune.evaluation import evaluate, find_layout, plain_layout, prepare
 from forwardtune.models import load_model, model_kind, tune
 from forwardtune.objectives import option_cross_entropy, target_likelihood
 from forwardtune.paper.baselines import AdamTrainer, adam_arguments, probe
 from forwardtune.tasks import Task, get_task, load_split
 from forwardtune.tasks.batching import collate
 from forwardtune.tasks.encoding import Encoded, Encoder
+from support_runs import CHOICE, TOKENIZER, sharp_model, tokens
 
 pytestmark = pytest.mark.usefixtures("short_collections")
 
-TOKENIZER = support.tokenizer()
-CHOICE = Task("choice", "{text}", "label", {"0": "a", "1": "b"}, "accuracy")
 MASKED = Task("masked", "{text} [MASK]", "label", {"0": "a", "1": "b"}, "accuracy")
 FREE = Task("free", "{text}", "answer", None, "exact_match", max_new_tokens=6)
 WEAK = (1e4,)  # hardly a penalty: what can be separated is separated
-
-
-def sharp_model(family: str = "llama", dtype: torch.dtype = torch.float32) -> Any:
-    """A model whose attention matters: a freshly initialised one looks at nothing in particular."""
-    model = support.tiny_model(family)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(5)
-    return model.to(dtype)
-
-
-def tokens(count: int, seed: int) -> list[int]:
-    return support.token_batch(1, count, seed)[0].tolist()
 
 
 def choices(count: int = 24, options: Sequence[Sequence[int]] = ((50,), (60,)), seed: int = 0) -> list[Encoded]:
@@ -152,22 +136,20 @@ def test_answer_with_fewer_unknown_tokens_is_preferred(llama: Any) -> None:
 def test_probe_is_deterministic_and_leaves_model_and_random_state_alone(
     llama: Any, random_state_untouched: None
 ) -> None:
-    before, train = support.snapshot(llama), choices()
+    before, train = support.snapshot(llama), choices(options=((50, 51, 52), (50, 61)))
     hooks = len(llama.lm_head._forward_hooks), len(llama.lm_head._forward_pre_hooks)
-    a, b, c = (probe(llama, TOKENIZER, CHOICE, train, batch_size=size) for size in (5, 5, 24))
-    assert support.same_bits(a.head.weight, b.head.weight)
-    assert support.same_bits(a.head.bias, b.head.bias)
-    torch.testing.assert_close(a.head.weight, c.head.weight, rtol=1e-3, atol=1e-3)  # features round otherwise
+    packed = find_layout(llama, TOKENIZER, train)
+    assert packed.packed
+    hows = {"a": (5, None), "b": (5, None), "c": (24, None), "d": (24, packed)}
+    found = {
+        name: probe(llama, TOKENIZER, CHOICE, train, batch_size=n, layout=how).head for name, (n, how) in hows.items()
+    }
+    assert support.same_bits(found["a"].weight, found["b"].weight)
+    assert support.same_bits(found["a"].bias, found["b"].bias)
+    for name in "cd":  # features round otherwise
+        torch.testing.assert_close(found[name].weight, found["a"].weight, rtol=1e-3, atol=1e-3)
     support.assert_same_bits(llama, before)
     assert (len(llama.lm_head._forward_hooks), len(llama.lm_head._forward_pre_hooks)) == hooks
-
-
-def test_layout_of_the_batches_does_not_matter(llama: Any) -> None:
-    train = choices(options=((50, 51, 52), (50, 61)))
-    layout = find_layout(llama, TOKENIZER, train)
-    assert layout.packed
-    plain, packed = (probe(llama, TOKENIZER, CHOICE, train, layout=how).head for how in (None, layout))
-    torch.testing.assert_close(plain.weight, packed.weight, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", support.HALF, ids=str)
@@ -185,10 +167,8 @@ def test_half_precision_model_keeps_a_float32_probe(dtype: torch.dtype) -> None:
 def test_penalty_is_the_best_on_the_development_examples(llama: Any) -> None:
     grid, train = (1e-3, 1e-1, 1e1), choices(20)
     seen = Counter()
-    for dev in (
-        choices(40, seed=900),
-        train,
-    ):  # what cannot be foreseen wants the strongest penalty, the known the weakest
+    # What cannot be foreseen wants the strongest penalty, the known the weakest.
+    for dev in (choices(40, seed=900), train):
         losses = {}
         for c in grid:
             with probe(llama, TOKENIZER, CHOICE, train, grid=(c,)):
@@ -292,15 +272,8 @@ def test_what_cannot_be_fitted_is_refused(llama: Any, train: Any, options: dict[
 
 
 def test_model_that_cannot_be_probed_is_refused() -> None:
-    sizes = {
-        "vocab_size": 320,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-    }
     with pytest.raises(InputError, match=r"BertModel has no vocabulary head.*choose a causal or masked"):
-        probe(BertModel(BertConfig(**sizes)), TOKENIZER, CHOICE, choices())
+        probe(support.tiny_model("bert").bert, TOKENIZER, CHOICE, choices())
     broken = support.tiny_model()
     with torch.no_grad():
         broken.model.norm.weight[0] = float("nan")
@@ -373,13 +346,14 @@ def test_trainer_is_the_hand_written_loop_of_adamw(tmp_path: Path, mode: str, sc
             optimizer.step()
             step += 1
     support.assert_same_bits(trainer.model, support.snapshot(model))
+    assert not list(tmp_path.rglob("*"))  # no file is left
     moved = {name for name, tensor in trainer.model.state_dict().items() if not support.same_bits(tensor, before[name])}
     expected = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad}
     assert moved == expected
 
 
 @pytest.mark.parametrize("objective", [option_cross_entropy, target_likelihood])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "qwen3", "gemma3"])
 def test_gradient_through_selected_positions_is_the_gradient_of_the_definition(family: str, objective: Any) -> None:
     """In the plain layout and with packed rows; the definition takes one option at a time and all its logits."""
     batch = choices(5, ((50, 51), (60, 61, 62), (70,)))
@@ -458,11 +432,6 @@ def test_arguments_are_the_papers_and_can_be_changed(tmp_path: Path) -> None:
     assert adam_arguments(str(tmp_path), steps=5, save_strategy="steps", save_steps=2).save_strategy == "steps"
 
 
-def test_training_leaves_no_files(tmp_path: Path) -> None:
-    make(tmp_path, support.tiny_model(), steps=2).train()
-    assert not list(tmp_path.rglob("*"))
-
-
 def test_bfloat16_weights_stay_bfloat16(tmp_path: Path) -> None:
     model = sharp_model(dtype=torch.bfloat16)
     before = support.snapshot(model)
@@ -499,20 +468,8 @@ def test_model_with_nothing_to_tune_is_refused(tmp_path: Path) -> None:
 def test_float16_weights_are_refused_unless_frozen(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"float16.*float32 or bfloat16"):
         make(tmp_path, support.tiny_model(dtype=torch.float16))
-    trainer = make(
-        tmp_path, tune(support.tiny_model(dtype=torch.float16), TOKENIZER, "lora"), steps=1
-    )  # float32 adapters
-    trainer.train()
-
-
-def test_task_decides_what_is_lowered(tmp_path: Path) -> None:
-    likelihood = Task("likely", "{text}", "label", {"0": "a", "1": "b"}, "accuracy", loss="likelihood")
-    trainer = make(tmp_path, sharp_model(), objective=training_objective(likelihood), steps=20)
-    before = trainer.evaluate()["eval_loss"]
-    assert before == make(tmp_path, sharp_model(), objective=target_likelihood, steps=20).evaluate()["eval_loss"]
-    assert before != make(tmp_path, sharp_model(), objective=option_cross_entropy, steps=20).evaluate()["eval_loss"]
-    trainer.train()
-    assert trainer.evaluate()["eval_loss"] < before
+    adapted = tune(support.tiny_model(dtype=torch.float16), TOKENIZER, "lora")  # float32 adapters
+    make(tmp_path, adapted, steps=1).train()
 
 
 def test_without_scikit_learn_it_is_said_before_anything_is_loaded(monkeypatch, tmp_path, capsys) -> None:

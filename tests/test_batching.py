@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import random
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,30 +14,21 @@ import transformers
 
 import support
 from forwardtune.evaluation import evaluate, find_layout, plain_layout, prepare
-from forwardtune.objectives import option_cross_entropy, option_scores, target_likelihood
-from forwardtune.tasks import Task
+from forwardtune.objectives import option_scores
 from forwardtune.tasks.batching import Layout, collate
 from forwardtune.tasks.encoding import Encoded
-
-CHOICE = Task("choice", "{text}", "label", {"0": "a", "1": "b"}, "accuracy")
-TOKENIZER = support.tokenizer()
-LAYOUTS = [Layout(0, shared=shared, packed=packed) for shared in (True, False) for packed in (True, False)]
-
-# As in test_objectives.py: the same float32 sums of up to a few hundred terms, in another order.
-CLOSE: dict[str, float] = {"rtol": 0.0, "atol": 1e-5}
-# Gradients are sums over all places of the batch; relative to the largest of a tensor.
-CLOSE_GRADIENT = 1e-4
-
-
-def tokens(count: int, seed: int) -> list[int]:
-    return support.token_batch(1, count, seed)[0].tolist()
-
-
-def causal(prompt: int, *options: int, label: int = 0, scored: int = 0) -> Encoded:
-    """An example with so many tokens in its prompt and options."""
-    return Encoded(
-        tokens(prompt, prompt), [tokens(n, 100 * i + n) for i, n in enumerate(options)], (label,), scored=scored
-    )
+from support_runs import (
+    CHOICE,
+    CLOSE,
+    LAYOUTS,
+    TOKENIZER,
+    encoded,
+    every_layout,
+    naive_scores,
+    sharp_model,
+    sharpened,
+    tokens,
+)
 
 
 def masked(prompt: int, mask: int, words: int = 2, label: int = 0) -> Encoded:
@@ -70,15 +60,6 @@ def drawn_masks(seed: int, count: int = 12) -> list[Encoded]:
     return [masked(n, draw.randrange(n), 3, draw.randrange(3)) for n in lengths]
 
 
-def sharp(model: Any) -> Any:
-    """A model whose attention matters: a freshly initialised one looks at nothing in particular."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(5)
-    return model
-
-
 def tokenizer_padding_with(token: str) -> Any:
     tokenizer = support.tokenizer()
     tokenizer.pad_token = token
@@ -92,10 +73,15 @@ def row_fills(inputs: dict[str, torch.Tensor], pad: int) -> list[int]:
 # --- where tokens stand --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"shared={layout.shared},packed={layout.packed}")
+@pytest.mark.parametrize("layout", LAYOUTS[1:], ids=str)
 @pytest.mark.parametrize("seed", range(8))
-def test_every_token_of_every_example_appears_exactly_once(layout: Layout, seed: int) -> None:
-    """Numbered apart, the tokens of all prompts and options, without each option's last, are those of the input."""
+def test_every_token_of_every_example_appears_exactly_once(
+    layout: Layout, seed: int, random_state_untouched: None
+) -> None:
+    """Numbered apart, the tokens of all prompts and options, without each option's last, are those of the input.
+
+    No row is longer than the longest example, and the layout is a function of the batch.
+    """
     number = itertools.count(1)
     batch = [
         Encoded([next(number) for _ in e.prompt], [[next(number) for _ in option] for option in e.options], e.right)
@@ -107,6 +93,10 @@ def test_every_token_of_every_example_appears_exactly_once(layout: Layout, seed:
             expected.update(option[:-1])
         expected.update(example.prompt * (1 if layout.shared else len(example.options)))
     inputs = collate(batch, layout)
+    texts = [e.length for e in batch] if layout.shared else [len(e.prompt + o) - 1 for e in batch for o in e.options]
+    assert inputs["input_ids"].shape[1] == max(texts)
+    again = collate(batch, layout)
+    assert all(support.same_bits(tensor, again[name]) for name, tensor in inputs.items())
     found = Counter(inputs["input_ids"].flatten().tolist())
     del found[layout.pad]
     assert found == expected
@@ -132,18 +122,6 @@ def test_every_masked_example_appears_exactly_once(seed: int) -> None:
         assert example.mask is not None
         assert places[row] == example.prompt[example.mask]
         assert [token] == example.options[slot % 3]
-
-
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"shared={layout.shared},packed={layout.packed}")
-@pytest.mark.parametrize("seed", range(8))
-def test_no_row_is_longer_than_the_longest_example(layout: Layout, seed: int) -> None:
-    batch = drawn_examples(seed)
-    longest = (
-        max(e.length for e in batch)
-        if layout.shared
-        else max(len(e.prompt) + len(option) - 1 for e in batch for option in e.options)
-    )
-    assert collate(batch, layout)["input_ids"].shape[1] == longest
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -178,30 +156,37 @@ def test_rows_are_at_most_eleven_ninths_of_the_fewest_possible(seed: int) -> Non
                 ways.append(fewest(tuple(rest), (*room[:i], free - length, *room[i + 1 :])))
         return min(ways)
 
-    inputs = collate([causal(n, 1, 1) for n in lengths], Layout(0))
+    inputs = collate([encoded(n, 1, 1) for n in lengths], Layout(0))
     assert len(inputs["input_ids"]) <= 11 / 9 * fewest(tuple(lengths), ()) + 6 / 9
 
 
 def test_long_examples_are_placed_first_so_that_short_ones_fill_them_up() -> None:
     """In their own order the six short ones would fill a row, and each long one would need padding."""
-    inputs = collate([causal(n, 1, 1) for n in [2] * 6 + [10] * 6 + [12]], Layout(0))
+    inputs = collate([encoded(n, 1, 1) for n in [2] * 6 + [10] * 6 + [12]], Layout(0))
     assert inputs["input_ids"].shape == (7, 12)
     assert row_fills(inputs, 0) == [12] * 7
 
 
-def test_examples_of_equal_length_stand_in_rows_of_their_own_without_a_mask() -> None:
-    inputs = collate([causal(9, 1, 1), causal(9, 1), causal(9, 1, 1)], Layout(0))
-    assert inputs["input_ids"].shape == (3, 9)
-    assert "attention_mask" not in inputs
+def test_inputs_need_no_mask_where_rows_hold_one_text_each() -> None:
+    for batch, layout, masked in (
+        ([encoded(5, 1, 1), encoded(9, 1, 1)], Layout(0), False),
+        ([encoded(4, 5)], Layout(0), False),
+        ([encoded(9, 1, 1), encoded(9, 1), encoded(9, 1, 1)], Layout(0), False),
+        ([encoded(7, 3, 3)] * 2, Layout(0), True),
+        ([encoded(7, 3, 3)] * 2, Layout(0, shared=False), False),
+    ):
+        inputs = collate(batch, layout)
+        assert ("attention_mask" in inputs) == masked
+        assert ("position_ids" in inputs) == masked
+        assert masked or len(inputs["input_ids"]) == len(batch) * (1 if layout.shared else 2)
+
+
+def test_masked_inputs_in_rows_apart_mask_their_padding_alone() -> None:
+    batch = [Encoded(tokens(n, n), [[7], [8]], mask=1) for n in (2, 4)]
+    inputs = collate(batch, Layout(0, shared=False, packed=False, causal=False))
+    assert inputs["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
     assert "position_ids" not in inputs
-
-
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"shared={layout.shared},packed={layout.packed}")
-def test_layout_is_a_function_of_the_batch(layout: Layout, random_state_untouched: None) -> None:
-    first, second = (collate(drawn_examples(5), layout) for _ in range(2))
-    assert first.keys() == second.keys()
-    for name, tensor in first.items():
-        assert support.same_bits(tensor, second[name]), name
+    assert inputs["positions"].tolist() == [1, 5]
 
 
 @pytest.mark.parametrize("offset", [0, 2])
@@ -210,7 +195,7 @@ def test_positions_and_mask_by_hand(offset: int, context: int) -> None:
     """A prompt of 2 with options of 3 and 2 tokens, and a prompt of 1, in a row of 5."""
     batch = [Encoded([11, 12], [[21, 22, 23], [31, 32]], (1,)), Encoded([41, 42], [[51], [61]])]
     layout = Layout(9, first_position=offset, context=context)
-    inputs = collate([*batch, causal(7, 1, 1)], layout)
+    inputs = collate([*batch, encoded(7, 1, 1)], layout)
     row = inputs["input_ids"].tolist().index([11, 12, 21, 22, 31, 41, 42])
     positions = [0, 1, 2, 3, 2, 0, 1]
     assert inputs["position_ids"][row].tolist() == [p + offset + context for p in positions]
@@ -240,25 +225,14 @@ def test_padding_sees_something() -> None:
         assert (collate(batch, layout)["attention_mask"] == 0).any(dim=-1).all()
 
 
-# --- scores and gradients ----------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "qwen3", "gemma3"])
-@pytest.mark.parametrize("seed", range(3))
-def test_scores_equal_those_of_the_plain_layout(family: str, seed: int) -> None:
-    model = sharp(support.tiny_model(family))
-    batch = drawn_examples(seed)
-    plain = option_scores(model, prepare(model, TOKENIZER, batch))
-    for layout in LAYOUTS:
-        torch.testing.assert_close(option_scores(model, prepare(model, TOKENIZER, batch, layout)), plain, **CLOSE)
+# --- scores ------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["bert", "roberta"])
 @pytest.mark.parametrize("seed", range(3))
 def test_filled_masks_score_as_in_the_plain_layout(family: str, seed: int) -> None:
-    model = sharp(support.tiny_model(family))
+    model = sharp_model(family)
     tokenizer = tokenizer_padding_with("<pad>" if family == "bert" else "<bos>")
     batch = drawn_masks(seed)
     alone = torch.cat([option_scores(model, prepare(model, tokenizer, [example])) for example in batch])
@@ -272,35 +246,11 @@ def test_filled_masks_score_as_in_the_plain_layout(family: str, seed: int) -> No
     torch.testing.assert_close(option_scores(model, prepare(model, tokenizer, batch)), alone, **CLOSE)
 
 
-def gradients(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
-    model.zero_grad()
-    loss.backward()
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
-
-
-@pytest.mark.parametrize("objective", [option_cross_entropy, target_likelihood])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "qwen3", "gemma3", "bert", "roberta"])
-def test_gradients_equal_those_of_the_plain_layout(family: str, objective: Any) -> None:
-    """Not that anyone needs them: they tell whether every weight has the same part in the loss."""
-    model = sharp(support.tiny_model(family))
-    tokenizer = tokenizer_padding_with("<bos>" if family == "roberta" else "<pad>")
-    batch = drawn_masks(1) if family in ("bert", "roberta") else drawn_examples(1)
-    layout = find_layout(model, tokenizer, batch)
-    assert layout.packed
-    weights = torch.arange(1.0, len(batch) + 1)  # an example must not be taken for another
-    found = gradients(model, objective(model, prepare(model, tokenizer, batch, layout)) @ weights)
-    plain = gradients(model, objective(model, prepare(model, tokenizer, batch)) @ weights)
-    assert found.keys() == plain.keys()
-    for name, expected in plain.items():
-        error = (found[name] - expected).abs().max()
-        assert error <= CLOSE_GRADIENT * max(1.0, expected.abs().max()), name
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", support.HALF, ids=str)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "qwen3", "bert"])
 def test_scores_in_half_precision_are_equal_within_rounding(family: str, dtype: torch.dtype) -> None:
-    model = sharp(support.tiny_model(family, dtype))
+    model = sharp_model(family, dtype)
     batch = drawn_masks(2) if family == "bert" else drawn_examples(2)
     layout = find_layout(model, TOKENIZER, batch)
     assert layout.packed
@@ -314,15 +264,15 @@ def test_scores_in_half_precision_are_equal_within_rounding(family: str, dtype: 
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
 def test_options_that_begin_alike_share_their_beginning(family: str) -> None:
-    model = sharp(support.tiny_model(family))
+    model = sharp_model(family)
     prompt, alike, ends = tokens(6, 1), tokens(9, 2), [tokens(n, 3 + n) for n in (1, 2, 4)]
     apart = Encoded(prompt, [alike + end for end in ends], (1,))
     together = Encoded(prompt + alike, ends, (1,), scored=len(alike))
     assert together.length == 6 + 9 + 0 + 1 + 3 < apart.length
-    neighbours = [causal(4, 2, 2), causal(30, 1, 1)]
+    neighbours = [encoded(4, 2, 2), encoded(30, 1, 1)]
     expected = option_scores(model, prepare(model, TOKENIZER, [apart, *neighbours]))
     assert (expected[0].diff().abs() > 1e-3).all()
-    for layout in LAYOUTS:
+    for layout in LAYOUTS[1:]:
         inputs = prepare(model, TOKENIZER, [together, *neighbours], layout)
         torch.testing.assert_close(option_scores(model, inputs), expected, **CLOSE)
     # A place predicts its token for all options that share it.
@@ -331,44 +281,44 @@ def test_options_that_begin_alike_share_their_beginning(family: str) -> None:
     assert len(inputs["tokens"]) == 3 * 9 + 1 + 2 + 4
 
 
-@torch.no_grad()
-def test_fewer_tokens_are_processed(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = sharp(support.tiny_model("llama"))
-    batch = drawn_examples(6, 16)
-    seen: list[int] = []
-    hook = model.get_input_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0].numel()))
-    try:
-        option_scores(model, prepare(model, TOKENIZER, batch))
-        option_scores(model, prepare(model, TOKENIZER, batch, Layout(0)))
-    finally:
-        hook.remove()
-    plain, packed = seen
-    assert packed < 2 * sum(e.length for e in batch)
-    assert packed < plain / 3
-
-
 # --- which layout a model can take -------------------------------------------------------------------------------
 
-MIXED = [causal(3, 1, 5, label=1), causal(11, 4, 2), causal(1, 1, 1), causal(20, 3, 3), causal(5, 1)]
+MIXED = [encoded(3, 1, 5, label=1), encoded(11, 4, 2), encoded(1, 1, 1), encoded(20, 3, 3), encoded(5, 1)]
+
+
+@pytest.mark.parametrize("pad", [0, 7, support.VOCABULARY - 1])
+@every_layout
+@torch.no_grad()
+def test_neighbours_and_padding_do_not_matter(layout: Layout | None, pad: int) -> None:
+    model, example, batch = sharp_model(), encoded(6, 2, 3), drawn_examples(0)
+    expected = naive_scores(model, [*batch, example])
+    for first in (0, 7, len(batch)):
+        some = [*batch[first:], example]
+        inputs = collate(some, replace(layout, pad=pad)) if layout else prepare(model, TOKENIZER, some)
+        scores = option_scores(model, inputs)
+        torch.testing.assert_close(scores, expected[first:, : scores.shape[1]], **CLOSE)
 
 
 @pytest.mark.parametrize(
     "family", ["llama", "qwen2", "qwen3", "gemma3", "mistral", "mixtral", "qwen3_moe", "opt", "gpt2", "gpt_neox"]
 )
-def test_causal_models_take_packed_rows(family: str) -> None:
-    model = sharp(support.tiny_model(family))
-    assert find_layout(model, TOKENIZER, MIXED) == Layout(TOKENIZER.pad_token_id)
+def test_causal_models_take_packed_rows(family: str, random_state_untouched: None) -> None:
+    model = sharp_model(family)
+    for batch in (MIXED, MIXED[:2], [encoded(5, 2, 2)], [encoded(5, 1, 1)]):
+        assert find_layout(model, TOKENIZER, batch) == Layout(TOKENIZER.pad_token_id)
 
 
 def test_recurrent_model_gets_the_plain_layout() -> None:
-    model = sharp(support.tiny_model("mamba"))
+    model = sharp_model("mamba")
     assert find_layout(model, TOKENIZER, MIXED) == plain_layout(model, TOKENIZER)
+    assert not plain_layout(model, TOKENIZER).shared
+    assert find_layout(model, TOKENIZER, [encoded(5, 1, 1), encoded(9, 1, 1)]).shared  # nothing to keep apart
 
 
 @torch.no_grad()
 def test_roberta_without_its_offset_is_found_out() -> None:
     """With a padding token that the model does not take for one, the offset is unknown, and texts stay in rows apart."""
-    model = sharp(support.tiny_model("roberta"))
+    model = sharp_model("roberta")
     assert model.config.pad_token_id != TOKENIZER.pad_token_id
     batch = drawn_masks(4)
     wrong = option_scores(model, prepare(model, TOKENIZER, batch, Layout(0, causal=False)))
@@ -420,7 +370,7 @@ class MasklessForMaskedLM(Wrapped):
 @pytest.mark.parametrize("wrap", [MasklessForCausalLM, PositionlessForCausalLM, BareForCausalLM])
 def test_models_that_cannot_keep_texts_apart_get_the_plain_layout(wrap: type[Wrapped]) -> None:
     # GPT-2's positions are absolute. Those of rotary models matter as differences alone, inside one text.
-    model = wrap(sharp(support.tiny_model("gpt2"))).eval()
+    model = wrap(sharp_model("gpt2")).eval()
     assert find_layout(model, TOKENIZER, MIXED) == plain_layout(model, TOKENIZER)
     outcomes: list[float] = []
     found = evaluate(model, TOKENIZER, CHOICE, [e for e in MIXED if len(e.options) == 2], outcomes=outcomes)
@@ -431,7 +381,7 @@ def test_models_that_cannot_keep_texts_apart_get_the_plain_layout(wrap: type[Wra
 
 
 def test_masked_model_that_takes_plain_masks_alone_is_not_packed() -> None:
-    model = MasklessForMaskedLM(sharp(support.tiny_model("bert"))).eval()
+    model = MasklessForMaskedLM(sharp_model("bert")).eval()
     assert not find_layout(model, TOKENIZER, drawn_masks(5)).packed
 
 
@@ -440,39 +390,10 @@ def test_masked_model_that_takes_plain_masks_alone_is_not_packed() -> None:
 def test_sliding_window_of_attention_is_honoured(window: int) -> None:
     """A block mask stands in place of the model's own, which ends at the window."""
     settings = {**support.SIZES, "sliding_window": window}
-    model = sharp(transformers.MistralForCausalLM(transformers.MistralConfig(**settings)).eval())
-    batch = [causal(n, 1, 1) for n in (1, 2, 3, 5, 13, 14, 30, 31)] + [causal(4, 2, 2), causal(12, 2, 3)]
+    model = sharpened(transformers.MistralForCausalLM(transformers.MistralConfig(**settings)).eval())
+    batch = [encoded(n, 1, 1) for n in (1, 2, 3, 5, 13, 14, 30, 31)] + [encoded(4, 2, 2), encoded(12, 2, 3)]
     plain = option_scores(model, prepare(model, TOKENIZER, batch))
     blind = option_scores(model, prepare(model, TOKENIZER, batch, Layout(0)))
     assert (blind - plain).abs().max() > 0.1
     layout = find_layout(model, TOKENIZER, batch)
     torch.testing.assert_close(option_scores(model, prepare(model, TOKENIZER, batch, layout)), plain, **CLOSE)
-
-
-def test_layout_of_a_few_examples(random_state_untouched: None) -> None:
-    model = sharp(support.tiny_model("llama"))
-    for batch in ([causal(5, 1, 1)], [causal(5, 2, 2)], MIXED[:2], MIXED[:3]):
-        assert find_layout(model, TOKENIZER, batch) == Layout(0)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"shared={layout.shared},packed={layout.packed}")
-def test_scores_of_absent_options_are_minus_infinity(layout: Layout) -> None:
-    model = sharp(support.tiny_model("llama"))
-    scores = option_scores(model, prepare(model, TOKENIZER, MIXED, layout))
-    assert scores.shape == (5, 2)
-    assert scores.isinf().nonzero().tolist() == [[4, 1]]
-
-
-def neighbours_of(example: Encoded) -> Sequence[list[Encoded]]:
-    return [], [causal(2, 1, 1)], [causal(40, 1)], [causal(2, 6, 6), causal(40, 1, 1), causal(9, 2)]
-
-
-@torch.no_grad()
-def test_neighbours_do_not_matter() -> None:
-    model = sharp(support.tiny_model("llama"))
-    example = causal(6, 2, 3)
-    alone = option_scores(model, prepare(model, TOKENIZER, [example]))[0]
-    for neighbours in neighbours_of(example):
-        for pad in (0, 7, support.VOCABULARY - 1):
-            inputs = collate([*neighbours, example], Layout(pad))
-            torch.testing.assert_close(option_scores(model, inputs)[-1, :2], alone, **CLOSE)

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
-import os
 import re
 import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
-import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -26,96 +20,13 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import support
 from forwardtune import MeZO, StepLog
-from forwardtune.cli import main
 from forwardtune.trajectory import read_log, replay
+from support_runs import STEPS, Setting, cli, done, files, process, read, refused, weights, write_task
 
-STEPS = 6
-REVIEWS = [(text, number % 2) for number, text in enumerate(support.TEXT * 2)]
 ABSENT_DEVICE = "mps" if torch.cuda.is_available() else "cuda"
 
 
 pytestmark = pytest.mark.usefixtures("short_collections")
-
-
-@dataclass
-class Ran:
-    """What one command did."""
-
-    code: int
-    out: str
-    err: str
-
-
-def cli(*arguments: object) -> Ran:
-    """Run a command in this process. Whatever happens, people see no traceback."""
-    out, err = io.StringIO(), io.StringIO()
-    with warnings.catch_warnings(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            code = main([str(argument) for argument in arguments])
-        except SystemExit as exit:  # argparse
-            code = int(exit.code or 0)
-    assert "Traceback" not in err.getvalue()
-    return Ran(code, out.getvalue(), err.getvalue())
-
-
-def process(*arguments: object) -> subprocess.Popen[str]:
-    """Start a command as a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "forwardtune", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    """Every file under a folder."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def weights(folder: Path) -> bytes:
-    return (folder / "model.safetensors").read_bytes()
-
-
-def write_task(folder: Path, **changes: str | None) -> Path:
-    """A task file with a JSON Lines file to train on and a CSV file to test on."""
-    folder.mkdir(exist_ok=True)
-    rows = [json.dumps({"text": text, "label": label, "reply": text.split()[-1]}) for text, label in REVIEWS]
-    (folder / "train.jsonl").write_text("\n".join(rows), encoding="utf-8")
-    cells = [f"{text},{label},{text.split()[-1]}" for text, label in REVIEWS[:6]]
-    (folder / "test.csv").write_text("\n".join(["text,label,reply", *cells]), encoding="utf-8")
-    keys: dict[str, str | None] = {"prompt": "'{text} It was'", "answers": "{0: terrible, 1: great}"}
-    keys |= {"train": "train.jsonl", "test": "test.csv", **changes}
-    path = folder / "task.yaml"
-    path.write_text("".join(f"{key}: {value}\n" for key, value in keys.items() if value is not None), encoding="utf-8")
-    return path
-
-
-@dataclass
-class Setting:
-    """A model, a task, and a command line that tunes the one on the other."""
-
-    model: Path
-    task: Path
-
-    def train(self, folder: Path, **changes: object) -> list[object]:
-        """Arguments of ``train``; None leaves an option out, True makes it a flag."""
-        options: dict[str, object] = {"model": self.model, "task": self.task, "output_dir": folder}
-        options |= {"steps": STEPS, "batch_size": 4, "lr": 1e-3, "device": "cpu"}
-        options |= {"eps": None if changes.get("method") == "adam" else 1e-3, **changes}
-        return ["train", *_flags(options)]
-
-    def resume(self, folder: Path, **changes: object) -> list[object]:
-        return ["train", *_flags({"output_dir": folder, "resume": True, **changes})]
-
-
-def _flags(options: dict[str, object]) -> list[object]:
-    flags: list[object] = []
-    for name, value in options.items():
-        if value is not None:
-            flags += [f"--{name.replace('_', '-')}"] if value is True else [f"--{name.replace('_', '-')}", value]
-    return flags
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +38,7 @@ def setting(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Sett
 def finished(setting: Setting, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that nothing happened to. Tests leave it as it is."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    assert cli(*setting.train(folder)).code == 0
+    assert done(*setting.train(folder)).out == ""  # without --json
     return folder
 
 
@@ -155,15 +66,14 @@ def test_train_writes_an_ordinary_model_folder(setting: Setting, finished: Path)
 
 
 def test_metrics_say_what_the_run_did(setting: Setting, finished: Path) -> None:
-    metrics = json.loads((finished / "metrics.json").read_text(encoding="utf-8"))
+    metrics = read(finished)
     assert {"seconds", "seconds_per_step", "peak_memory_bytes", "inference_peak_memory_bytes"} <= metrics.keys()
     log = read_log(finished / "steps.jsonl")
     assert metrics["seconds"] == pytest.approx(sum(record.seconds for record in log.records))
     assert metrics["seconds_per_step"] == pytest.approx(metrics["seconds"] / STEPS)
     assert metrics["peak_memory_bytes"] > 2**20 < metrics["inference_peak_memory_bytes"]
     for when, model in (("before", setting.model), ("test", finished)):
-        ran = cli("eval", "--model", model, "--task", setting.task, "--batch-size", 4, "--device", "cpu")
-        assert json.loads(ran.out)["test"] == metrics[when]
+        assert json.loads(cli(*setting.eval(model=model, batch_size=4)).out)["test"] == metrics[when]
     assert metrics["before"]["loss"] != metrics["test"]["loss"]
     for key, value in (("command", "train"), ("method", "mezo"), ("model", str(setting.model)), ("task", "task")):
         assert metrics[key] == value
@@ -182,7 +92,7 @@ def test_stdout_carries_json_alone(setting: Setting, tmp_path: Path) -> None:
         out, err = train.communicate()
     assert train.returncode == 0, err
     assert out.count("\n") == 1
-    assert json.loads(out) == json.loads((tmp_path / "run" / "metrics.json").read_text(encoding="utf-8"))
+    assert json.loads(out) == read(tmp_path / "run")
     for words in ("before", "after", "peak memory", "s a step", str(tmp_path / "run")):
         assert words in err
     assert "Traceback" not in err
@@ -191,8 +101,7 @@ def test_stdout_carries_json_alone(setting: Setting, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("flag", [[], ["--json"]], ids=["plain", "json"])
 def test_eval_prints_one_json_object(setting: Setting, flag: list[str]) -> None:
-    ran = cli("eval", "--model", setting.model, "--task", setting.task, "--device", "cpu", *flag)
-    assert ran.code == 0
+    ran = done(*setting.eval(), *flag)
     assert ran.out.count("\n") == 1
     result = json.loads(ran.out)
     found = [result[key] for key in ("command", "method", "model", "task", "metric")]
@@ -200,10 +109,6 @@ def test_eval_prints_one_json_object(setting: Setting, flag: list[str]) -> None:
     assert result["test"].keys() == {"accuracy", "loss", "examples"}
     assert result["test"]["examples"] == result["splits"]["test"] == 6
     assert 0 <= result["test"]["accuracy"] <= 1 < 10 * result["test"]["loss"]
-
-
-def test_train_without_json_prints_nothing_on_stdout(setting: Setting, tmp_path: Path) -> None:
-    assert cli(*setting.train(tmp_path / "run", steps=1)).out == ""
 
 
 @pytest.mark.parametrize(
@@ -221,12 +126,11 @@ def test_replay_rebuilds_the_saved_file_bit_for_bit(
     setting: Setting, tmp_path: Path, changes: dict[str, object], header: dict[str, object]
 ) -> None:
     run, rebuilt = tmp_path / "run", tmp_path / "rebuilt"
-    assert cli(*setting.train(run, **changes)).code == 0
+    done(*setting.train(run, **changes))
     log = read_log(run / "steps.jsonl")
     assert {key: log.header[key] for key in header} == header
     assert {t["dtype"] for t in log.header["tensors"]} == {changes.get("dtype", "float32")}
-    ran = cli("replay", run / "steps.jsonl", "--model", setting.model, "--output-dir", rebuilt)
-    assert ran.code == 0, ran.err
+    ran = done("replay", run / "steps.jsonl", "--model", setting.model, "--output-dir", rebuilt)
     assert "verified" in ran.err
     assert weights(rebuilt) == weights(run)
     assert (rebuilt / "tokenizer.json").read_bytes() == (run / "tokenizer.json").read_bytes()
@@ -234,26 +138,22 @@ def test_replay_rebuilds_the_saved_file_bit_for_bit(
 
 def test_export_is_small_and_replays_to_the_same_file(setting: Setting, finished: Path, tmp_path: Path) -> None:
     exported = tmp_path / "trajectory.safetensors"
-    ran = cli("export", finished / "steps.jsonl", "--output", exported)
-    assert (ran.code, ran.out) == (0, "")
+    assert done("export", finished / "steps.jsonl", "--output", exported).out == ""
     assert exported.stat().st_size < (finished / "steps.jsonl").stat().st_size
-    ran = cli("replay", exported, "--model", setting.model, "--output-dir", tmp_path / "rebuilt")
-    assert ran.code == 0
+    ran = done("replay", exported, "--model", setting.model, "--output-dir", tmp_path / "rebuilt")
     assert "verified" in ran.err
     assert weights(tmp_path / "rebuilt") == weights(finished)
 
 
 def test_replay_of_fewer_steps_is_the_shorter_run(setting: Setting, finished: Path, tmp_path: Path) -> None:
-    assert cli(*setting.train(tmp_path / "short", steps=2)).code == 0
+    done(*setting.train(tmp_path / "short", steps=2))
     log = finished / "steps.jsonl"
-    ran = cli("replay", log, "--model", setting.model, "--output-dir", tmp_path / "rebuilt", "--steps", 2)
-    assert ran.code == 0
+    done("replay", log, "--model", setting.model, "--output-dir", tmp_path / "rebuilt", "--steps", 2)
     assert weights(tmp_path / "rebuilt") == weights(tmp_path / "short")
 
 
 def test_inspect_describes_the_log(finished: Path) -> None:
-    ran = cli("inspect", finished / "steps.jsonl", "--json")
-    assert ran.code == 0
+    ran = done("inspect", finished / "steps.jsonl", "--json")
     facts = json.loads(ran.out)
     log = read_log(finished / "steps.jsonl")
     assert (facts["intact"], facts["finished"], facts["torn_last_line"]) == (True, True, False)
@@ -278,32 +178,14 @@ def test_inspect_tells_a_torn_and_unfinished_log(copy: Path) -> None:
     assert "--resume" in human
 
 
-def test_free_text_task_from_end_to_end(setting: Setting, tmp_path: Path) -> None:
-    task = write_task(tmp_path / "task", answers=None, target="reply", metric="f1", max_new_tokens="4")
-    ran = cli(*setting.train(tmp_path / "run", task=task, json=True))
-    assert ran.code == 0, ran.err
-    metrics = json.loads(ran.out)
-    assert metrics["test"].keys() == metrics["dev"].keys() == {"f1", "exact_match", "loss", "examples"}
-    assert metrics["test"]["loss"] != metrics["before"]["loss"]
-    assert metrics["metric"] == "f1"
-
-
 def test_save_steps_leaves_checkpoints_that_load(setting: Setting, finished: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert cli(*setting.train(run, save_steps=2)).code == 0
+    done(*setting.train(run, save_steps=2))
     assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
     assert weights(run) == weights(run / "checkpoint-6") == weights(finished)
     model = AutoModelForCausalLM.from_pretrained(setting.model)
     replay(run / "steps.jsonl", model, steps=2)
     support.assert_same_bits(AutoModelForCausalLM.from_pretrained(run / "checkpoint-2"), support.snapshot(model))
-
-
-def test_sample_of_the_data_is_drawn_by_the_seed(setting: Setting, tmp_path: Path) -> None:
-    def tuned(name: str, **changes: object) -> bytes:
-        assert cli(*setting.train(tmp_path / name, steps=1, train_examples=4, **changes)).code == 0
-        return weights(tmp_path / name)
-
-    assert tuned("a") == tuned("b") != tuned("c", seed=1)
 
 
 # --- interrupted and resumed -------------------------------------------------------------------------------------
@@ -318,16 +200,15 @@ def wait_for_steps(log: Path, steps: int, running: subprocess.Popen[str]) -> Non
 
 def assert_ends_like_an_uninterrupted_run(setting: Setting, run: Path) -> None:
     """Resume for a few more steps, and take as many steps at once in another folder."""
-    done = read_log(run / "steps.jsonl").steps
-    ran = cli(*setting.resume(run, steps=done + 2))
-    assert ran.code == 0, ran.err
+    taken = read_log(run / "steps.jsonl").steps
+    done(*setting.resume(run, steps=taken + 2))
     whole = run.parent / "whole"
-    assert cli(*setting.train(whole, steps=done + 2)).code == 0
+    done(*setting.train(whole, steps=taken + 2))
     assert weights(run) == weights(whole)
     logs = [read_log(folder / "steps.jsonl") for folder in (run, whole)]
     assert [r.losses for r in logs[0].records] == [r.losses for r in logs[1].records]
     assert logs[0].end == logs[1].end
-    metrics = [json.loads((folder / "metrics.json").read_text(encoding="utf-8")) for folder in (run, whole)]
+    metrics = [read(folder) for folder in (run, whole)]
     for key in ("before", "test", "dev", "best_step", "sign_test", "splits"):
         assert metrics[0][key] == metrics[1][key], key
     for name in ("outcomes.json", "dev.jsonl"):
@@ -343,8 +224,8 @@ def test_ctrl_c_stops_after_the_step_and_says_how_to_go_on(setting: Setting, tmp
     assert (running.returncode, out) == (130, "")
     assert "Traceback" not in err
     assert re.search(f"forwardtune train --output-dir {run} --resume", err)
-    done = read_log(run / "steps.jsonl").steps
-    assert re.search(f"after step {done}\\b", err)
+    taken = read_log(run / "steps.jsonl").steps
+    assert re.search(f"after step {taken}\\b", err)
     assert_ends_like_an_uninterrupted_run(setting, run)
 
 
@@ -370,10 +251,9 @@ def test_log_cut_after_any_step_resumes_to_the_same_bits(
     run.mkdir()
     lines = (finished / "steps.jsonl").read_bytes().splitlines(keepends=True)
     (run / "steps.jsonl").write_bytes(b"".join(lines[: 1 + steps]))
-    before = json.loads((finished / "metrics.json").read_text(encoding="utf-8"))["before"]
+    before = read(finished)["before"]
     (run / "metrics.json").write_text(json.dumps({"before": before}))
-    ran = cli(*setting.resume(run, **saving))
-    assert ran.code == 0, ran.err
+    done(*setting.resume(run, **saving))
     assert weights(run) == weights(finished)
     assert read_log(run / "steps.jsonl").end == read_log(finished / "steps.jsonl").end
 
@@ -411,44 +291,31 @@ def test_run_resumes_from_another_folder_as_it_was_told(
     """Relative paths are those of the folder in which it began, and --no-before is kept."""
     (tmp_path / "elsewhere").mkdir()
     write_task(tmp_path / "task")
+    shutil.copytree(tmp_path / "task", tmp_path / "data")
     shutil.copytree(setting.model, tmp_path / "model")
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "data").mkdir()
-    shutil.copy(tmp_path / "task" / "test.csv", tmp_path / "data" / "test.csv")
-    shutil.copy(tmp_path / "task" / "train.jsonl", tmp_path / "data" / "train.jsonl")
     there = Setting(Path("model"), Path("task/task.yaml"))
-    ran = cli(*there.train(Path("run"), no_before=True, steps=2, data_dir="data"))
-    assert ran.code == 0, ran.err
-    assert (
-        read_log("run/steps.jsonl").header["run"].items()
-        >= {
-            "model": str(tmp_path / "model"),
-            "task": str(tmp_path / "task" / "task.yaml"),
-            "data_dir": str(tmp_path / "data"),
-            "no_before": True,
-        }.items()
-    )
+    done(*there.train(Path("run"), no_before=True, steps=2, data_dir="data"))
+    paths = {"model": "model", "task": "task/task.yaml", "data_dir": "data"}
+    recorded = {name: str(tmp_path / path) for name, path in paths.items()} | {"no_before": True}
+    assert read_log("run/steps.jsonl").header["run"].items() >= recorded.items()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    ran = cli(*setting.resume(Path("../run"), steps=3))
-    assert ran.code == 0, ran.err
-    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    done(*setting.resume(Path("../run"), steps=3))
+    metrics = read(tmp_path / "run")
     assert metrics["steps"] == 3
     assert "before" not in metrics
-    ran = cli(
-        *Setting(Path("../model"), Path("../task/task.yaml")).resume(Path("../run"), steps=4, task="../task/task.yaml")
-    )
-    assert ran.code == 0, ran.err  # named again, from here
+    done(*setting.resume(Path("../run"), steps=4, task="../task/task.yaml"))  # named again, from here
 
 
 def test_task_that_was_moved_is_asked_for(setting: Setting, tmp_path: Path) -> None:
     path = write_task(tmp_path / "task")
-    assert cli(*setting.train(tmp_path / "run", task=path, steps=1)).code == 0
+    done(*setting.train(tmp_path / "run", task=path, steps=1))
     shutil.move(tmp_path / "task", tmp_path / "moved")
     with refused(tmp_path, f"has --task {path}, which is not there: say where it is now") as ran:
         ran(cli(*setting.resume(tmp_path / "run", steps=2)))
     with refused(tmp_path, f"has --task {path}, not reviews") as ran:
         ran(cli(*setting.resume(tmp_path / "run", steps=2, task="reviews")))
-    assert cli(*setting.resume(tmp_path / "run", steps=2, task=tmp_path / "moved" / "task.yaml")).code == 0
+    done(*setting.resume(tmp_path / "run", steps=2, task=tmp_path / "moved" / "task.yaml"))
 
 
 @pytest.mark.parametrize("free", [False, True])
@@ -464,8 +331,7 @@ def test_tokenizer_without_padding_and_end_serves_as_well(setting: Setting, tmp_
     assert found[0] == pytest.approx(found[1])
     assert free or cli("plan", "--model", bare, *common, "--steps", 2).code == 0
     for method in ["mezo"] if free else ["mezo", "adam"]:
-        ran = cli(*Setting(bare, task).train(tmp_path / method, steps=1, method=method, no_before=True))
-        assert ran.code == 0, ran.err
+        done(*Setting(bare, task).train(tmp_path / method, steps=1, method=method, no_before=True))
 
 
 def test_resumed_run_may_not_draw_its_splits_by_another_rule(setting: Setting, finished: Path, tmp_path: Path) -> None:
@@ -490,8 +356,7 @@ def test_run_of_a_python_program_is_not_resumed_here(tmp_path: Path) -> None:
 
 def test_completed_run_resumed_is_left_as_it_is(setting: Setting, finished: Path) -> None:
     before = files(finished)
-    ran = cli(*setting.resume(finished, json=True))
-    assert ran.code == 0
+    ran = done(*setting.resume(finished, json=True))
     assert "complete" in ran.err
     assert json.loads(ran.out) == json.loads(before["metrics.json"])
     assert files(finished) == before
@@ -500,44 +365,20 @@ def test_completed_run_resumed_is_left_as_it_is(setting: Setting, finished: Path
 # --- wrong input -------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def refused(folder: Path, words: str, code: int = 2) -> Iterator[Any]:
-    """Inside, one command runs: it ends with the code and one clear message, and touches nothing under the folder."""
-    before = files(folder)
-    ran: list[Ran] = []
-    yield ran.append
-    assert (ran[0].code, ran[0].out) == (code, ""), ran[0].err
-    message = ran[0].err.rpartition("error: ")[2]
-    assert re.search(words, message, re.DOTALL), ran[0].err
-    assert len(message.splitlines()) <= 3
-    assert files(folder) == before
-
-
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"lr": 0}, "argument --lr: .* is neither a positive number nor 'auto'"),
-        ({"lr": -1e-3}, "argument --lr: .* is neither a positive number nor 'auto'"),
-        ({"lr": "nan"}, "argument --lr: .* is neither a positive number nor 'auto'"),
-        ({"lr": "inf"}, "argument --lr: .* is neither a positive number nor 'auto'"),
         ({"lr": "fast"}, "'fast' is neither"),
-        ({"eps": 0}, "argument --eps: .* is neither"),
         ({"eps": "nan"}, "argument --eps: .* is neither"),
-        ({"steps": 0}, "--steps must be positive"),
-        ({"weight_decay": -1}, "weight.decay must .*not.* negative"),
-        ({"weight_decay": "nan"}, "weight.decay must"),
-        ({"seed": -1}, "--seed must be"),
         ({"dtype": "int4"}, "unknown dtype 'int4'.*bfloat16"),
         ({"device": "tpu9"}, "unknown device 'tpu9'.*cpu"),
         ({"device": ABSENT_DEVICE}, f"no {ABSENT_DEVICE} device.*--device cpu"),
-        ({"device": "cuda:1"}, "CUDA_VISIBLE_DEVICES"),
         ({"direction": "cauchy"}, "invalid choice.*gaussian"),
         ({"lr_scheduler": "sawtooth"}, "sawtooth"),
         ({"lr_scheduler": "cosine_with_min_lr"}, "cosine_with_min_lr|min_lr"),
         ({"lr_scheduler": "reduce_lr_on_plateau"}, "reduce_lr_on_plateau|plateau"),
         ({"max_length": 2}, "answers of . tokens.*--max-length"),
-        ({"model": None}, "--model is missing"),
-        ({"task": None}, "--task is missing"),
         ({"task": "reviws"}, "unknown task 'reviws'.*did you mean reviews"),
         ({"task": "none.yaml"}, "no such task file"),
         ({"task": "sst2"}, "hub.*--data-dir"),
@@ -596,13 +437,8 @@ def test_learning_rate_beyond_float32_ends_with_a_message(setting: Setting, tmp_
     [
         ({"train": "none.jsonl"}, "", "no such data file"),
         ({"prompt": "'{review} It was'"}, None, "no column 'review'.*it has text, label, reply"),
-        ({}, "", "holds no example"),
         ({}, '{"text": "a", "label": 7}\n', "label '7' is not among the answers"),
-        ({}, '{"text": "", "label": 1}\n', "'text' is empty"),
-        ({}, '{"text": "a", "label": 1}\n{"text"', "line 2 is not JSON"),
         ({"promt": "x"}, None, "unknown key 'promt'.*did you mean prompt"),
-        ({"answers": "!!python/object/apply:os.getcwd []"}, None, "not valid YAML"),
-        ({"metric": "f1"}, None, "'f1' does not suit"),
     ],
 )
 def test_wrong_task_or_data(
@@ -623,20 +459,18 @@ def test_bad_rows_are_counted_and_the_option_that_skips_them_is_named(setting: S
     with refused(tmp_path, r"'text' is empty.*\(1 of 1\d examples cannot be used\): --on-bad-row skip leaves") as ran:
         ran(cli(*setting.train(tmp_path / "run", task=path, dev_examples=0)))
     run = tmp_path / "run"
-    ran = cli(*setting.train(run, task=path, steps=1, on_bad_row="skip"))
-    assert ran.code == 0, ran.err
+    ran = done(*setting.train(run, task=path, steps=1, on_bad_row="skip"))
     assert (
         ran.err.count(f"1 rows of {file} are left out, the first because of: {file}, example 4: column 'text' is") == 1
     )
-    assert json.loads((run / "metrics.json").read_text())["skipped_rows"] == {"train": 1, "dev": 1}
+    assert read(run)["skipped_rows"] == {"train": 1, "dev": 1}
     assert read_log(run / "steps.jsonl").header["run"]["on_bad_row"] == "skip"
     assert cli(*setting.resume(run, steps=2)).code == 0  # the log knows it
 
 
 def test_data_that_cannot_teach_are_one_warning(setting: Setting, tmp_path: Path) -> None:
     path = write_task(tmp_path / "task", test="train.jsonl")
-    ran = cli(*setting.train(tmp_path / "run", task=path, steps=1, no_before=True))
-    assert ran.code == 0, ran.err
+    ran = done(*setting.train(tmp_path / "run", task=path, steps=1, no_before=True))
     told = [line for line in ran.err.splitlines() if line.startswith("forwardtune: warning: ")]
     assert len(told) == 1, ran.err
     assert f"training and test examples both come from {path.parent / 'train.jsonl'}" in told[0]
@@ -726,7 +560,7 @@ def test_unfinished_log_is_replayed_only_as_far_as_one_says(setting: Setting, co
         ran(cli(*replay_it, "--steps", 4))
     with refused(tmp_path, "no end line.*resume") as ran:
         ran(cli("export", log, "--output", tmp_path / "new.safetensors"))
-    assert cli(*replay_it, "--steps", 3).code == 0
+    done(*replay_it, "--steps", 3)
 
 
 # --- failing runs ------------------------------------------------------------------------------------------------
@@ -753,8 +587,7 @@ def test_full_disk_loses_nothing(setting: Setting, finished: Path, tmp_path: Pat
     assert (ran.code, ran.out) == (1, ""), ran.err
     assert re.search({"log": "could not be written.*File too large.*resume", "model": "File too large"}[where], ran.err)
     assert read_log(run / "steps.jsonl").steps == {"log": 3, "model": STEPS}[where]
-    ran = cli(*setting.resume(run))
-    assert ran.code == 0, ran.err
+    done(*setting.resume(run))
     assert weights(run) == weights(finished)
 
 

@@ -14,7 +14,7 @@ from forwardtune.cli.options import flag, read_config
 from forwardtune.config import SCHEMA, Refusal, Train, options, refusals
 from forwardtune.errors import InputError
 from forwardtune.trajectory import read_log
-from test_cli import Setting, cli, refused, write_task
+from support_runs import Setting, cli, done, refused, write_task
 from test_refusals import ABSENT, named
 
 pytestmark = pytest.mark.usefixtures("short_collections")
@@ -37,17 +37,14 @@ def test_a_file_alone_describes_a_run_which_the_command_line_may_change(setting:
         f"version: 1\nmodel: {setting.model}\ntask: {setting.task}\noutput-dir: {run}\nsteps: 2\nlr: 1e-3\neps: 1e-3\n"
         "batch-size: 2\ndevice: cpu\nno-before: true\nsave-steps: 1\n"
     )
-    ran = cli("train", "--config", file)
-    assert ran.code == 0, ran.err
+    done("train", "--config", file)
     header = read_log(run / "steps.jsonl").header["run"]
     assert (header["lr"], header["batch_size"], header["steps"], header["no_before"]) == (1e-3, 2, 2, True)
     # A flag wins before the file and behind it, and a run is resumed with its file.
     for arguments in (["--steps", 3, "--config", file], ["--config", file, "--steps", 4]):
-        ran = cli("train", *arguments, "--resume")
-        assert ran.code == 0, ran.err
+        done("train", *arguments, "--resume")
     assert read_log(run / "steps.jsonl").steps == 4
-    ran = cli("train", "--batch-size", 4, "--config", file, "--output-dir", tmp_path / "other")
-    assert ran.code == 0, ran.err
+    done("train", "--batch-size", 4, "--config", file, "--output-dir", tmp_path / "other")
     assert read_log(tmp_path / "other" / "steps.jsonl").header["run"] == {**header, "batch_size": 4}
     with refused(run, f"the run in {run} has --batch-size 2, not 4") as told:
         told(cli("train", "--config", file, "--resume", "--batch-size", 4))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +15,7 @@ import support
 from forwardtune.models import forward, tune
 from forwardtune.objectives import Context, Sampling, generate, write
 from forwardtune.tasks import Task
-from test_objectives import TOKENIZER, talking_model, tokens
+from support_runs import TOKENIZER, inputs_of, talking_model, tokens
 
 LENGTH = 8
 TASK = Task("free", "{text}", "", None, "reward", loss="none", stop="", max_new_tokens=LENGTH)
@@ -50,18 +49,6 @@ def text_of(written: Sequence[int]) -> str:
     return TOKENIZER.decode(written).strip()
 
 
-@contextmanager
-def counted(model: Any) -> Iterator[list[tuple[int, ...]]]:
-    """Shapes of the token ids of every forward pass."""
-    shapes: list[tuple[int, ...]] = []
-    embeddings = model.get_input_embeddings()
-    hook = embeddings.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
-    try:
-        yield shapes
-    finally:
-        hook.remove()
-
-
 @pytest.fixture(scope="module")
 def llama() -> Any:
     return speaker()
@@ -93,7 +80,7 @@ def test_context_that_was_processed_before_changes_nothing(family: str) -> None:
         cache = model(input_ids=torch.tensor([shared]), use_cache=True).past_key_values
     context = Context(shared, cache)
     expected = [text_of(likeliest(model, prompt)) for prompt in prompts]
-    with counted(model) as shapes:
+    with inputs_of(model) as shapes:
         assert generate(model, TOKENIZER, TASK, prompts, context) == expected
     assert sum(width for _, width in shapes) == max(map(len, PROMPTS)) + LENGTH - 1
     assert generate(model, TOKENIZER, TASK, prompts[::-1], context) == expected[::-1]  # it was not written to
@@ -101,21 +88,36 @@ def test_context_that_was_processed_before_changes_nothing(family: str) -> None:
 
 
 def test_model_reads_every_token_once(llama: Any) -> None:
-    with counted(llama) as shapes:
+    with inputs_of(llama) as shapes:
         generate(llama, TOKENIZER, TASK, PROMPTS)
     assert shapes == [(3, 9)] + [(3, 1)] * (LENGTH - 1)
 
 
-def test_text_ends_at_the_stop_string(llama: Any) -> None:
-    """Which may lie across tokens, come in one row before the others, and not at all."""
-    whole = [text_of(likeliest(llama, prompt)) for prompt in PROMPTS]
+@pytest.mark.parametrize("bare", [False, True], ids=["with-padding-and-end", "with-neither"])
+def test_text_ends_at_the_stop_string(bare: bool) -> None:
+    """Which may lie across tokens, come in one row before the others, and not at all.
+
+    Rows that are done go on beside the others, or are filled up; nothing of that is theirs.
+    """
+    model, tokenizer = speaker(), TOKENIZER
+    if bare:
+        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=support.tokenizer().backend_tokenizer)
+        assert tokenizer.pad_token_id is tokenizer.eos_token_id is None
+        model.generation_config.eos_token_id = model.config.eos_token_id = None
+    rows = [likeliest(model, prompt) for prompt in PROMPTS]
+    whole = [text_of(row) for row in rows]
+    assert write(model, tokenizer, TASK, PROMPTS).tokens == rows
     stop = whole[0][2:5]
     assert stop not in whole[1] + whole[2]
     assert not any(TOKENIZER.decode([i]) == stop for i in range(support.VOCABULARY))
-    found = generate(llama, TOKENIZER, replace(TASK, stop=stop), PROMPTS)
-    assert found == [whole[0][: whole[0].index(stop)].strip(), *whole[1:]]
-    with counted(llama) as shapes:
-        assert generate(llama, TOKENIZER, replace(TASK, stop=stop), PROMPTS[:1]) == found[:1]
+    task = replace(TASK, stop=stop)
+    found = write(model, tokenizer, task, PROMPTS)
+    assert found.texts == [whole[0][: whole[0].index(stop)].strip(), *whole[1:]]
+    assert found.tokens == [rows[0][: len(found.tokens[0])], *rows[1:]]
+    assert stop in TOKENIZER.decode(found.tokens[0])
+    assert stop not in TOKENIZER.decode(found.tokens[0][:-1])
+    with inputs_of(model) as shapes:
+        assert generate(model, tokenizer, task, PROMPTS[:1]) == found.texts[:1]
     assert len(shapes) < LENGTH
 
 
@@ -129,27 +131,9 @@ def test_text_ends_where_the_model_ends_it() -> None:
     written = likeliest(model, PROMPTS[0])
     end = written.index(TOKENIZER.eos_token_id)
     assert 0 < end < LENGTH
-    (found, *_) = generate(model, TOKENIZER, TASK, PROMPTS)
-    assert found == text_of(written[:end])
-    assert "<" not in found
-
-
-def test_tokens_are_those_of_the_text_with_its_stop_string(llama: Any) -> None:
-    """Without what fills the rows of a batch that ended before others."""
-    rows = [likeliest(llama, prompt) for prompt in PROMPTS]
-    assert write(llama, TOKENIZER, TASK, PROMPTS).tokens == rows
-    stop = text_of(rows[0])[2:5]
-    found = write(llama, TOKENIZER, replace(TASK, stop=stop), PROMPTS)
-    assert found.tokens == [rows[0][: len(found.tokens[0])], *rows[1:]]
-    assert stop in TOKENIZER.decode(found.tokens[0])
-    assert stop not in TOKENIZER.decode(found.tokens[0][:-1])
-    ends = speaker()
-    with torch.no_grad():  # its likeliest token is the end
-        head = ends.get_output_embeddings().weight
-        head[TOKENIZER.eos_token_id] = head[rows[1][3]] * 1.01
-    written = likeliest(ends, PROMPTS[1])
-    end = written.index(TOKENIZER.eos_token_id)
-    assert write(ends, TOKENIZER, TASK, PROMPTS).tokens[1] == written[:end]
+    found = write(model, TOKENIZER, TASK, PROMPTS)
+    assert (found.texts[0], found.tokens[0]) == (text_of(written[:end]), written[:end])
+    assert "<" not in found.texts[0]
 
 
 HAN = "你好世界的是不了在人有我他这个上们来到时大地为子中说生国年着就那和要她出也得里后自以会家可下"
@@ -182,25 +166,6 @@ def test_stop_string_ends_texts_whose_tokens_read_otherwise_together() -> None:
         assert found.tokens == [written[: place + 1]]
         assert found.texts == [whole[: whole.index(stop)].strip()]
     assert write(model, tokenizer, replace(TASK, stop="。"), [prompt]).texts == [whole]
-
-
-def test_tokenizer_with_neither_padding_nor_end() -> None:
-    """Rows that are done go on beside the others; nothing of that is theirs."""
-    model, bare = (
-        talking_model("llama"),
-        transformers.PreTrainedTokenizerFast(tokenizer_object=support.tokenizer().backend_tokenizer),
-    )
-    assert bare.pad_token_id is bare.eos_token_id is None
-    model.generation_config.eos_token_id = model.config.eos_token_id = None
-    rows = [likeliest(model, prompt) for prompt in PROMPTS]
-    assert write(model, bare, TASK, PROMPTS).tokens == rows
-    stop = bare.decode(rows[0])[2:5]
-    found = write(model, bare, replace(TASK, stop=stop), PROMPTS)
-    assert len(found.tokens[0]) < LENGTH
-    assert found.tokens == [rows[0][: len(found.tokens[0])], *rows[1:]]
-    assert found.texts[0] == bare.decode(rows[0]).split(stop)[0].strip()
-    assert stop in bare.decode(found.tokens[0])
-    assert stop not in bare.decode(found.tokens[0][:-1])
 
 
 def test_control_token_can_be_the_stop_string(llama: Any) -> None:

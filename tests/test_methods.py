@@ -25,7 +25,7 @@ import support
 from forwardtune.evaluation import sign_test
 from forwardtune.models import load_model, tune
 from forwardtune.trajectory import read_log
-from test_cli import REVIEWS, STEPS, Ran, Setting, cli, files, refused, write_task
+from support_runs import REVIEWS, STEPS, Ran, Setting, cli, files, refused, write_task
 
 pytestmark = pytest.mark.usefixtures("short_collections")
 

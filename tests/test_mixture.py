@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +18,29 @@ from forwardtune.errors import InputError
 from forwardtune.evaluation import evaluate, find_layout, prepare
 from forwardtune.hf.config import MeZOConfig
 from forwardtune.hf.trainer import MeZOTrainer
-from forwardtune.objectives import Reward, Sampling, TaskObjective, generate
+from forwardtune.objectives import Reward, TaskObjective, generate
 from forwardtune.objectives.mixture import parse
 from forwardtune.tasks import Task, metrics
 from forwardtune.tasks.encoding import Encoded
 from forwardtune.trajectory import read_log
-from test_cli import Setting, cli, weights, write_task
-from test_objectives import CHOICE, TOKENIZER, encoded, naive_scores, sharp_model, talking_model, tokens
+from support_runs import (
+    CHOICE,
+    FREE_TEXT,
+    QUIET,
+    TOKENIZER,
+    Setting,
+    cli,
+    done,
+    encoded,
+    inputs_of,
+    naive_scores,
+    read,
+    sharp_model,
+    talking_model,
+    tokens,
+    weights,
+    write_task,
+)
 
 pytestmark = pytest.mark.usefixtures("short_collections")
 
@@ -52,17 +66,6 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "mixed_rewards", raising=False)
 
 
-@contextmanager
-def forwards(model: Any) -> Iterator[list[int]]:
-    """Rows of every forward pass."""
-    rows: list[int] = []
-    hook = model.get_input_embeddings().register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
-    try:
-        yield rows
-    finally:
-        hook.remove()
-
-
 # --- reading -----------------------------------------------------------------------------------------------------
 
 
@@ -76,6 +79,7 @@ def forwards(model: Any) -> Iterator[list[int]]:
         ("1e-1*loss+accuracy", CHOICE, [(0.1, "loss"), (1, "accuracy")]),
         ("1e+1*loss+2E+2 *accuracy", CHOICE, [(10, "loss"), (200, "accuracy")]),
         (".5*  loss\n+  3. * accuracy", CHOICE, [(0.5, "loss"), (3, "accuracy")]),
+        ("loss", FREE, [(1, "loss")]),
         ("f1 + exact_match", FREE, [(1, "f1"), (1, "exact_match")]),
         ("drop_exact_match", DROP, [(1, "drop_exact_match")]),
         ("accuracy", PAIRS, [(1, "accuracy")]),
@@ -92,6 +96,8 @@ def test_specifications_are_read(specification: str, task: Task, terms: list[tup
     assert [(term.weight, term.name) for term in found] == terms
     assert [term.reward is not None for term in found] == [":" in name for _, name in terms]
     assert all(term.reward is None or term.reward.weight == term.weight for term in found)
+    text = task in (FREE, DROP, BARE) and terms != [(1, "loss")]
+    assert TaskObjective(specification, task, TOKENIZER).generates == text
 
 
 @pytest.mark.parametrize(
@@ -133,19 +139,6 @@ def test_what_is_wrong_in_a_specification_is_said(specification: str, task: Task
         parse(specification, task)
 
 
-def test_it_is_known_whether_text_is_generated() -> None:
-    for specification, task, generates in (
-        ("loss", CHOICE, False),
-        ("accuracy", CHOICE, False),
-        ("accuracy + loss", CHOICE, False),
-        ("f1", FREE, True),
-        ("f1 + loss", FREE, True),
-        ("mixed_rewards:es", BARE, True),
-    ):
-        objective = TaskObjective(specification, task, TOKENIZER)
-        assert objective.generates == generates
-
-
 # --- values ------------------------------------------------------------------------------------------------------
 
 
@@ -170,9 +163,9 @@ def test_accuracy_and_loss_by_hand_in_one_forward(specification: str) -> None:
         "3 * loss + 2*accuracy": 3 * loss - 2 * accuracy,
     }[specification]
     objective = TaskObjective(specification, CHOICE, TOKENIZER)
-    with forwards(model) as rows:
+    with inputs_of(model) as shapes:
         found = objective(model, inputs)
-    assert len(rows) == 1
+    assert len(shapes) == 1
     torch.testing.assert_close(found, expected, rtol=0, atol=3e-5)
     assert (found.dtype, found.shape) == (torch.float32, (5,))
     statistics = objective.take_statistics()
@@ -215,9 +208,11 @@ def test_metrics_of_text_by_hand() -> None:
     objective = TaskObjective(
         "2*f1+exact_match + 0.1*loss+ 1e-2*mixed_rewards:short + mixed_rewards:es", FREE, TOKENIZER
     )
-    with forwards(model) as rows:
+    with inputs_of(model) as shapes:
         found = objective(model, inputs)
-    assert rows == [3] * (FREE.max_new_tokens + 1)  # every token once, and the likelihood of the target
+    assert [rows for rows, _ in shapes] == [3] * (
+        FREE.max_new_tokens + 1
+    )  # every token once, and the likelihood of the target
     expected = [-2 * f - m + 0.1 * x - 0.01 * s - e for f, m, x, s, e in zip(f1, match, loss, short, es, strict=True)]
     torch.testing.assert_close(found, torch.tensor(expected), rtol=0, atol=3e-5)
     statistics = objective.take_statistics()
@@ -233,9 +228,9 @@ def test_evaluation_writes_once_for_several_rewards() -> None:
     examples = [Encoded(tokens(n, n), []) for n in (4, 7, 5)]
     rewards = [Reward(lambda completions: [len(c) for c in completions], name) for name in ("a", "b")]
     outcomes: list[float] = []
-    with forwards(model) as rows:
+    with inputs_of(model) as shapes:
         found = evaluate(model, TOKENIZER, BARE, examples, rewards=rewards, outcomes=outcomes)
-    assert rows == [3] * BARE.max_new_tokens
+    assert [rows for rows, _ in shapes] == [3] * BARE.max_new_tokens
     said = generate(model, TOKENIZER, BARE, [example.prompt for example in examples])
     assert outcomes == [2 * len(text) for text in said]
     mean = np.mean([len(text) for text in said])
@@ -281,14 +276,12 @@ def test_statistics_survive_a_loss_that_is_not_finite(value: float) -> None:
 )
 def test_course_of_a_run_is_one_story(tiny_folder: Path, tmp_path: Path, objective: str, how: dict[str, Any]) -> None:
     free = "f1" in objective or ":" in objective
-    changes = {"answers": None, "target": "reply", "max_new_tokens": "5", "stop": "''"} if free else {}
-    setting = Setting(tiny_folder, write_task(tmp_path / "task", **changes))
+    setting = Setting(tiny_folder, write_task(tmp_path / "task", **(FREE_TEXT if free else {})))
     run = tmp_path / "run"
-    ran = cli(*setting.train(run, objective=objective, **{"eps": 1e-2, **how}))
-    assert ran.code == 0, ran.err
+    ran = done(*setting.train(run, objective=objective, **{"eps": 1e-2, **how}))
     records = read_log(run / "steps.jsonl").records
-    kept = [json.loads(line) for line in (run / "objective.jsonl").read_text().splitlines()]
-    history = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+    kept = read(run / "objective.jsonl")
+    history = read(run / "history.jsonl")
     assert [line["step"] for line in kept] == [record.step + 1 for record in records]
     terms = [(t.weight if t.name == "loss" else -t.weight, t.name) for t in TaskObjective(
         objective, FREE if free else CHOICE, TOKENIZER
@@ -300,18 +293,25 @@ def test_course_of_a_run_is_one_story(tiny_folder: Path, tmp_path: Path, objecti
         # Both are means over the same examples at the same points; the losses are added in float32.
         assert record.loss == pytest.approx(sum(w * line["objective"][n]["mean"] for w, n in terms), abs=2e-5)
         assert all(values["std"] >= 0 for values in line["objective"].values())
+    if "loss" in objective:  # which moves the weights in every step
+        assert "both sides" not in ran.err
+        assert "moved nothing" not in ran.err
+        metrics, kind = read(run), {"f1", "exact_match"} if free else {"accuracy"}
+        assert metrics["zero_coefficient_steps"] == 0
+        assert metrics["metric"] in kind
+        assert metrics["test"].keys() == metrics["dev"].keys() == {*kind, "loss", "examples"}
+        assert metrics["test"]["loss"] != metrics["before"]["loss"]
 
 
 def test_resumed_run_tells_the_same_course(tiny_folder: Path, tmp_path: Path) -> None:
     """The first step of either run has evaluations of a self-check, which are no part of it."""
     setting = Setting(tiny_folder, write_task(tmp_path / "task"))
     how: dict[str, Any] = {"objective": "accuracy + 0.1 * loss", "eps": 1e-2, "dev_examples": 0}
-    assert cli(*setting.train(tmp_path / "whole", **how)).code == 0
-    assert cli(*setting.train(tmp_path / "parts", **how, steps=2)).code == 0
+    done(*setting.train(tmp_path / "whole", **how))
+    done(*setting.train(tmp_path / "parts", **how, steps=2))
     with open(tmp_path / "parts" / "objective.jsonl", "a", encoding="utf-8") as file:  # as a kill may leave it
         file.write('{"step": 3, "objective": {}}\n{"step": 4, "obj')
-    ran = cli(*setting.resume(tmp_path / "parts", steps=6))
-    assert ran.code == 0, ran.err
+    done(*setting.resume(tmp_path / "parts", steps=6))
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
     assert (tmp_path / "parts" / "objective.jsonl").read_text() == (tmp_path / "whole" / "objective.jsonl").read_text()
     assert len((tmp_path / "whole" / "objective.jsonl").read_text().splitlines()) == 6
@@ -332,10 +332,8 @@ def test_steps_are_told_to_the_objective(tmp_path: Path) -> None:
 
     rows = [{"input_ids": row, "labels": row} for row in support.token_batch(18, 6).tolist()]
     told = Told()
-    config = MeZOConfig(
-        output_dir=str(tmp_path / "run"), max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=3,
-        report_to=[], disable_tqdm=True, logging_steps=1, save_strategy="no", use_cpu=True,
-    )  # fmt: skip
+    how = {**QUIET, "max_steps": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}
+    config = MeZOConfig(output_dir=str(tmp_path / "run"), **how)
     seen: list[int] = []
 
     class Watch(TrainerCallback):
@@ -353,54 +351,20 @@ def test_steps_are_told_to_the_objective(tmp_path: Path) -> None:
 
 
 def test_steps_without_a_coefficient_are_counted_and_advised(tiny_folder: Path, tmp_path: Path) -> None:
-    setting = Setting(tiny_folder, write_task(tmp_path / "task"))
-    run = tmp_path / "run"
-    ran = cli(*setting.train(run, objective="accuracy", eps=1e-6))
-    assert ran.code == 0, ran.err
-    assert "in 6 of 6 steps (100%) both sides of the probe had the same objective" in ran.err
-    for help in ("--probes", "--batch-size", "--eps", "'accuracy + 0.1 * loss'"):
-        assert help in ran.err.partition("both sides")[2]
-    metrics = json.loads((run / "metrics.json").read_text())
-    assert (metrics["zero_coefficient_steps"], metrics["skipped_steps"]) == (6, 0)
-    assert weights(run) == weights(tiny_folder)
-    assert metrics["before"] == metrics["test"]
-    assert json.loads(cli("inspect", run / "steps.jsonl", "--json").out)["zero_coefficient_steps"] == 6
-    assert "zero coefficient steps: 6" in cli("inspect", run / "steps.jsonl").err
-
-
-def test_advice_comes_early(tiny_folder: Path, tmp_path: Path) -> None:
     """Not only at the end of a long run; and the bar counts with it."""
     setting = Setting(tiny_folder, write_task(tmp_path / "task"))
-    ran = cli(*setting.train(tmp_path / "run", objective="accuracy", eps=1e-6, steps=30))
-    assert ran.code == 0, ran.err
-    assert ran.err.index("in 25 of 25 steps (100%)") < ran.err.index("in 30 of 30 steps (100%)")
+    run = tmp_path / "run"
+    ran = done(*setting.train(run, objective="accuracy", eps=1e-6, steps=30))
+    assert ran.err.index("in 25 of 25 steps (100%)") < ran.err.index(
+        "in 30 of 30 steps (100%) both sides of the probe had the same objective"
+    )
+    for help in ("--probes", "--batch-size", "--eps", "'accuracy + 0.1 * loss'"):
+        assert help in ran.err.rpartition("both sides")[2]
     assert "30 moved nothing" in ran.err
     assert "objective 0." in ran.err or "objective 1." in ran.err
-
-
-def test_run_that_moves_is_not_advised(tiny_folder: Path, tmp_path: Path) -> None:
-    setting = Setting(tiny_folder, write_task(tmp_path / "task"))
-    ran = cli(*setting.train(tmp_path / "run", objective="accuracy + 0.1 * loss", eps=1e-2))
-    assert ran.code == 0, ran.err
-    assert "both sides" not in ran.err
-    assert "moved nothing" not in ran.err
-    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["zero_coefficient_steps"] == 0
-    assert json.loads(cli("inspect", tmp_path / "run" / "steps.jsonl", "--json").out)["zero_coefficient_steps"] == 0
-
-
-def test_objective_belongs_to_mezo(tiny_folder: Path, tmp_path: Path) -> None:
-    setting = Setting(tiny_folder, write_task(tmp_path / "task"))
-    ran = cli(*setting.train(tmp_path / "run", objective="accuracy", method="adam"))
-    assert ran.code == 2
-    assert "--objective belongs to --method mezo" in ran.err
-    ran = cli(*setting.train(tmp_path / "run", objective="acuracy"))
-    assert ran.code == 2
-    assert "did you mean accuracy" in ran.err
-    assert not (tmp_path / "run").exists()
-
-
-def test_sampling_does_not_touch_the_global_random_state(random_state_untouched: None) -> None:
-    model, batch = talking_model(), [Encoded(tokens(5, 5), [])]
-    objective = TaskObjective("mixed_rewards:short", BARE, TOKENIZER, Sampling(1.0, 2**32 - 1))
-    objective.begin_step(100_000)
-    assert objective(model, {"examples": batch}).shape == (1,)
+    metrics = read(run)
+    assert (metrics["zero_coefficient_steps"], metrics["skipped_steps"]) == (30, 0)
+    assert weights(run) == weights(tiny_folder)
+    assert metrics["before"] == metrics["test"]
+    assert json.loads(cli("inspect", run / "steps.jsonl", "--json").out)["zero_coefficient_steps"] == 30
+    assert "zero coefficient steps: 30" in cli("inspect", run / "steps.jsonl").err

@@ -23,7 +23,7 @@ from forwardtune.hf.config import MeZOConfig
 from forwardtune.hf.trainer import MeZOTrainer
 from forwardtune.paper.baselines import AdamTrainer
 from forwardtune.trajectory import read_log
-from test_cli import cli
+from support_runs import cli, flags, read, write_jsonl
 
 pytestmark = pytest.mark.usefixtures("short_collections")
 
@@ -158,7 +158,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows = [{"text": text, "label": i % 2, "place": place.name} for i, text in enumerate(texts)]
         bad = [{**rows[0], "text": ""}] if place.name == "elsewhere" else []
         for split, some in (("train", [*rows[:20], *bad]), ("test", rows[20:])):
-            (place / f"{split}.jsonl").write_text("\n".join(map(json.dumps, some)), encoding="utf-8")
+            write_jsonl(place / f"{split}.jsonl", some)
     data = "train: train.jsonl\ntest: test.jsonl\n"
     (folder / "mine.yaml").write_text(f"prompt: '{{text}} It was'\nanswers: {{0: terrible, 1: great}}\n{data}")
     (folder / "free.yaml").write_text(f"prompt: '{{text}} It was'\nmax_new_tokens: 3\n{data}")
@@ -198,12 +198,9 @@ def build(name: str, folder: Path, patch: pytest.MonkeyPatch) -> Built:
         options |= {option: value for option, (value, _, _) in CASES[name].items()}
         if name == "rewarded":
             options |= {"lr": 1e-3, "eps": 1e-3}
-        flags = [
-            [f"--{option.replace('_', '-')}", *([] if value is True else [value])] for option, value in options.items()
-        ]
-        ran = cli("train", *[part for flag in flags for part in flag])
+        ran = cli("train", *flags(options))
     assert ran.code == (130 if name == "timed" else 0), ran.err
-    metrics = json.loads((folder / name / "metrics.json").read_text())
+    metrics = read(folder / name)
     log = read_log(folder / name / "steps.jsonl").header["run"] if (folder / name / "steps.jsonl").exists() else {}
     return Built(seen["session"], seen.get("trainer"), metrics, log)
 

@@ -29,8 +29,20 @@ from forwardtune.tasks import Example, Task
 from forwardtune.tasks.encoding import Encoded, Encoder
 from forwardtune.tasks.reader import read_task
 from forwardtune.trajectory import read_log
-from test_cli import Setting, cli, weights, write_task
-from test_objectives import TOKENIZER, talking_model
+from support_runs import (
+    FREE_TEXT,
+    QUIET,
+    TOKENIZER,
+    Setting,
+    cli,
+    done,
+    message_of,
+    read,
+    talking_model,
+    weights,
+    write_jsonl,
+    write_task,
+)
 
 pytestmark = pytest.mark.usefixtures("short_collections")
 
@@ -91,10 +103,6 @@ def test_columns_come_by_name_as_lists(function: Any) -> None:
     assert Reward(function, "r")(EXAMPLES, COMPLETIONS) == [14.0, 15.0, 24.0]
 
 
-def test_function_of_completions_alone() -> None:
-    assert Reward(lambda completions: [-len(c) for c in completions], "r")(EXAMPLES, COMPLETIONS) == [-4, -3, -10]
-
-
 def test_what_does_not_apply_is_none() -> None:
     """As TRL has it for data of several kinds."""
 
@@ -129,25 +137,6 @@ class Later:
         return [0.0] * len(completions)
 
 
-@pytest.mark.parametrize(
-    ("function", "message"),
-    [
-        (later, "is an async function, which is not awaited here: give a plain function"),
-        (Later(), "is an async function"),
-        (functools.partial(later), "is an async function"),
-        (
-            lambda completions, trainer_state: [],
-            "takes trainer_state, which TRL's trainer alone has: give it a default",
-        ),
-        (lambda completions, *, log_metric, **rest: [], "takes log_metric, which .*such as log_metric=None"),
-    ],
-    ids=["async", "async-object", "async-partial", "trainer_state", "log_metric"],
-)
-def test_what_only_trls_trainer_can_do_is_refused(function: Any, message: str) -> None:
-    with pytest.raises(InputError, match=f"^reward mine:f {message}"):
-        Reward(function, "mine:f")
-
-
 class Runs:
     """What a function that was not written as a reward would do with a column."""
 
@@ -155,36 +144,37 @@ class Runs:
         raise AssertionError(command)
 
 
+ASYNC, NO_JUDGE = (
+    "is an async function, which is not awaited here: give a plain function",
+    "takes no parameter called completions",
+)
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (Runs(), "takes no parameter called completions, so it was not written to judge"),
-        (functools.partial(Runs()), "takes no parameter called completions"),
-        (lambda **columns: [], "takes no parameter called completions.*as in def reward"),
-        (lambda *completions: [], "takes no parameter called completions"),
-        (lambda prompts: [], "takes no parameter called completions"),
+        (later, ASYNC),
+        (Later(), ASYNC),
+        (functools.partial(later), ASYNC),
+        (
+            lambda completions, trainer_state: [],
+            "takes trainer_state, which TRL's trainer alone has: give it a default",
+        ),
+        (lambda completions, *, log_metric, **rest: [], "takes log_metric, which .*such as log_metric=None"),
+        (Runs(), f"{NO_JUDGE}, so it was not written to judge"),
+        (functools.partial(Runs()), NO_JUDGE),
+        (lambda **columns: [], f"{NO_JUDGE}.*as in def reward"),
+        (lambda *completions: [], NO_JUDGE),
+        (lambda prompts: [], NO_JUDGE),
+        (np.dot, NO_JUDGE),
         (subprocess.getoutput, "is getoutput of the standard library's module 'subprocess'.*of your own"),
         (functools.partial(subprocess.getoutput, encoding="utf-8"), "is getoutput of the standard library"),
         (subprocess.Popen, "is Popen of the standard library"),
         (exec, "is exec of the standard library's module 'builtins'"),
         (dict, "is dict of the standard library"),
-        (np.dot, "takes no parameter called completions"),
-    ],
-    ids=[
-        "object",
-        "partial",
-        "kwargs",
-        "args",
-        "prompts",
-        "getoutput",
-        "its-partial",
-        "class",
-        "exec",
-        "type",
-        "numpy",
     ],
 )
-def test_function_that_was_not_written_as_a_reward_is_refused(function: Any, message: str) -> None:
+def test_what_was_not_written_as_a_reward_or_needs_trls_trainer_is_refused(function: Any, message: str) -> None:
     """It might do anything with the columns."""
     with pytest.raises(InputError, match=f"^reward mine:f {message}"):
         Reward(function, "mine:f")
@@ -196,14 +186,6 @@ def test_what_only_trls_trainer_can_give_may_be_left_out() -> None:
         return [1.0] * len(completions)
 
     assert Reward(curriculum, "r")(EXAMPLES, COMPLETIONS) == [1.0] * 3
-
-
-def test_function_for_messages_is_told_that_there_are_none() -> None:
-    def conversational(completions: list[Any]) -> list[float]:
-        return [float(len(completion[0]["content"])) for completion in completions]
-
-    with pytest.raises(RewardError, match=r"raised TypeError: .*\(completions are texts here, not lists of messages\)"):
-        Reward(conversational, "r")(EXAMPLES, COMPLETIONS)
 
 
 def test_function_may_not_disturb_what_the_next_one_is_given() -> None:
@@ -275,14 +257,22 @@ def fails_late(completions: list[str]) -> Any:
     raise KeyError("answer")
 
 
-@pytest.mark.parametrize("function", [fails, fails_late])
-def test_function_that_raises_is_told_with_a_completion(function: Any) -> None:
-    expected = (
-        r"^reward mine:f raised KeyError: 'answer'. It was given 3 completions, .* 'zero': mend .* resume the run$"
-    )
-    with pytest.raises(RewardError, match=expected) as caught:
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (fails, "KeyError: 'answer'. It was given 3 completions, .* 'zero': mend .* resume the run$"),
+        (fails_late, "KeyError: 'answer'. It was given 3 completions, .* 'zero': mend .* resume the run$"),
+        (
+            lambda completions: [float(len(completion[0]["content"])) for completion in completions],
+            r"TypeError: .*\(completions are texts here, not lists of messages\)",
+        ),
+    ],
+    ids=["at once", "late", "messages"],
+)
+def test_function_that_raises_is_told_with_a_completion(function: Any, message: str) -> None:
+    with pytest.raises(RewardError, match=f"^reward mine:f raised {message}") as caught:
         Reward(function, "mine:f")(EXAMPLES, COMPLETIONS)
-    assert isinstance(caught.value.__cause__, KeyError)
+    assert isinstance(caught.value.__cause__, KeyError if "KeyError" in message else TypeError)
 
 
 def test_column_that_the_data_do_not_have() -> None:
@@ -410,7 +400,7 @@ class Sometimes:
 def rewarded(function: Any, monkeypatch: pytest.MonkeyPatch, temperature: float = 0.0) -> TaskObjective:
     """An objective of a function that was loaded."""
     monkeypatch.setattr("forwardtune.objectives.mixture.load_reward", lambda name, weight: Reward(function, name))
-    return TaskObjective("here:f", TASK, TOKENIZER, Sampling(temperature, 3))
+    return TaskObjective("here:f", TASK, TOKENIZER, Sampling(temperature, 2**32 - 1))
 
 
 def step(optimizer: MeZO, objective: TaskObjective, model: Any, batch: dict[str, Any]) -> float:
@@ -478,22 +468,11 @@ def test_every_microbatch_of_every_step_draws_other_numbers(monkeypatch: pytest.
     assert len(set(texts)) == len(parts)
 
 
-def test_greedy_texts_do_not_depend_on_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    batch, model, reward = {"examples": encoded()}, talking_model(), Sometimes()
-    objective = rewarded(reward, monkeypatch)
-    for number in range(2):
-        objective.begin_step(number)
-        objective(model, batch)
-    assert reward.given[0] == reward.given[1]
-
-
 def test_trainer_logs_mean_and_spread(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     reward = Sometimes()
-    config = MeZOConfig(
-        output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=2, learning_rate=1e-3, eps=1e-2,
-        report_to=[], disable_tqdm=True, logging_steps=1, save_strategy="no", use_cpu=True, perturbation="copy",
-        remove_unused_columns=False,
-    )  # fmt: skip
+    how = {**QUIET, "max_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 1e-3, "eps": 1e-2}
+    how |= {"logging_strategy": "steps", "logging_steps": 1, "perturbation": "copy", "remove_unused_columns": False}
+    config = MeZOConfig(output_dir=str(tmp_path), **how)
     trainer = MeZOTrainer(
         model=talking_model(),
         args=config,
@@ -597,13 +576,6 @@ def test_tokens_reach_the_reward_in_training_and_evaluation(write: Write) -> Non
 # --- tasks -------------------------------------------------------------------------------------------------------
 
 
-def message_of(*arguments: object) -> str:
-    """What a command says that is refused, or fails."""
-    ran = cli(*arguments)
-    assert (ran.code, ran.out) == (2, ""), ran.err
-    return ran.err.rpartition("error: ")[2]
-
-
 def reward_task(folder: Path, **changes: str) -> Path:
     more = {"stop": "''", "max_new_tokens": "5", **changes}
     return write_task(folder, answers=None, **more)
@@ -667,10 +639,8 @@ def test_run_goes_on_when_the_reward_was_mended(setting: Setting, write: Write, 
     log = read_log(tmp_path / "run" / "steps.jsonl")
     assert (log.steps, log.end, log.torn) == (2, None, False)  # it failed at the second side of the third
     write("mended_rewards", SHORT)
-    ran = cli(*setting.resume(tmp_path / "run", objective=f"{name}:short"))
-    assert ran.code == 0, ran.err
-    ran = cli(*setting.train(tmp_path / "whole", objective=f"{name}:short", **how))
-    assert ran.code == 0, ran.err
+    done(*setting.resume(tmp_path / "run", objective=f"{name}:short"))
+    done(*setting.train(tmp_path / "whole", objective=f"{name}:short", **how))
     assert weights(tmp_path / "run") == weights(tmp_path / "whole") != weights(setting.model)
     for file in ("objective.jsonl", "dev.jsonl"):
         assert (tmp_path / "run" / file).read_text() == (tmp_path / "whole" / file).read_text()
@@ -687,9 +657,8 @@ def test_log_alone_does_not_get_a_reward_imported(setting: Setting, write: Write
     """A folder that a stranger made names code; who resumes it must name it too."""
     name, run = write("trap_rewards", SHORT), tmp_path / "the run"
     objective = f"0.5 * {name}:short + loss"
-    task = write_task(tmp_path / "free", answers=None, target="reply", max_new_tokens="3")
-    ran = cli(*Setting(setting.model, task).train(run, objective=objective, steps=1, eps=1e-2, no_before=True))
-    assert ran.code == 0, ran.err
+    task = write_task(tmp_path / "free", **FREE_TEXT)
+    done(*Setting(setting.model, task).train(run, objective=objective, steps=1, eps=1e-2, no_before=True))
     write(name, SHORT + "open('sprung', 'w').close()\n")
     command = f"forwardtune train --output-dir '{run}' --resume --objective '{objective}'"
     assert f"is not imported because a log names it. If you know it, name it again: {command}" in message_of(
@@ -697,28 +666,8 @@ def test_log_alone_does_not_get_a_reward_imported(setting: Setting, write: Write
     )
     assert name not in sys.modules
     assert not (tmp_path / "sprung").exists()
-    ran = cli(*shlex.split(command)[1:], "--steps", 2)
-    assert ran.code == 0, ran.err
+    done(*shlex.split(command)[1:], "--steps", 2)
     assert (tmp_path / "sprung").exists()
-
-
-def test_objectives_of_the_package_resume_without_being_named(setting: Setting, tmp_path: Path) -> None:
-    setting = Setting(setting.model, write_task(tmp_path / "choice"))
-    ran = cli(*setting.train(tmp_path / "run", objective="accuracy + 0.1 * loss", steps=1, no_before=True))
-    assert ran.code == 0, ran.err
-    ran = cli(*setting.resume(tmp_path / "run", steps=2))
-    assert ran.code == 0, ran.err
-
-
-def test_columns_reach_no_shell(setting: Setting, tmp_path: Path) -> None:
-    rows = [{"text": text, "cmd": f"touch {tmp_path}/sprung; echo 1"} for text in support.TEXT]
-    (tmp_path / "task" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    setting = Setting(
-        setting.model, reward_task(tmp_path / "shell", train="../task/train.jsonl", test="../task/train.jsonl")
-    )
-    message = message_of(*setting.train(tmp_path / "run", objective="subprocess:getoutput", no_before=True))
-    assert "'subprocess' is a module of the standard library" in message
-    assert not (tmp_path / "sprung").exists()
 
 
 def test_reward_of_a_column_that_is_not_there_is_refused_before_the_model_is_loaded(
@@ -734,15 +683,12 @@ def test_reward_of_a_column_that_is_not_there_is_refused_before_the_model_is_loa
 def test_several_rewards_have_weights_and_one_text(setting: Setting, write: Write, tmp_path: Path) -> None:
     name = write("several_rewards", SHORT + "def es(completions):\n    return [c.count('e') for c in completions]\n")
     objective = f"0.5 * {name}:short + 2*{name}:es"
-    ran = cli("eval", "--model", setting.model, "--task", setting.task, "--objective", objective, "--device", "cpu")
-    assert ran.code == 0, ran.err
-    test = json.loads(ran.out)["test"]
+    test = json.loads(done(*setting.eval(objective=objective)).out)["test"]
     assert test["reward"] == pytest.approx(0.5 * test[f"{name}:short"] + 2 * test[f"{name}:es"])
-    ran = cli(*setting.train(tmp_path / "run", objective=objective, eps=1e-2, steps=3))
-    assert ran.code == 0, ran.err
-    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    done(*setting.train(tmp_path / "run", objective=objective, eps=1e-2, steps=3))
+    metrics = read(tmp_path / "run")
     assert (metrics["metric"], metrics["before"]) == ("reward", test)
-    outcomes = json.loads((tmp_path / "run" / "outcomes.json").read_text())
+    outcomes = read(tmp_path / "run" / "outcomes.json")
     assert np.mean(outcomes["before"]) == pytest.approx(test["reward"])
     losses = [record.loss for record in read_log(tmp_path / "run" / "steps.jsonl").records]
     for line in map(json.loads, (tmp_path / "run" / "objective.jsonl").read_text().splitlines()):
@@ -755,13 +701,12 @@ def test_several_rewards_have_weights_and_one_text(setting: Setting, write: Writ
 def test_rewards_of_a_task_with_targets_decide_what_counts(setting: Setting, write: Write, tmp_path: Path) -> None:
     """Which step is best and how many examples came out better goes by the reward, not by F1."""
     name = write("target_rewards", SHORT)
-    task = write_task(tmp_path / "free", answers=None, target="reply", max_new_tokens="5", stop="''")
-    ran = cli(*Setting(setting.model, task).train(tmp_path / "run", objective=f"{name}:short + 0.1 * loss", steps=2))
-    assert ran.code == 0, ran.err
-    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    task = write_task(tmp_path / "free", **FREE_TEXT)
+    done(*Setting(setting.model, task).train(tmp_path / "run", objective=f"{name}:short + 0.1 * loss", steps=2))
+    metrics = read(tmp_path / "run")
     assert metrics["metric"] == "reward"
     assert metrics["test"].keys() == {"reward", "f1", "exact_match", "loss", "examples"}
-    outcomes = json.loads((tmp_path / "run" / "outcomes.json").read_text())
+    outcomes = read(tmp_path / "run" / "outcomes.json")
     for when, what in (("before", "before"), ("after", "test")):
         assert np.mean(outcomes[when]) == pytest.approx(metrics[what]["reward"])
         assert np.mean(outcomes[when]) < -1  # no F1
@@ -772,21 +717,17 @@ def test_texts_are_written_by_a_perturbed_copy(
     setting: Setting, write: Write, tmp_path: Path, mode: str, told: str
 ) -> None:
     name = write("copy_rewards", SHORT)
-    ran = cli(*setting.train(tmp_path / "run", objective=f"{name}:short", steps=2, tune=mode, temperature=1))
-    assert ran.code == 0, ran.err
+    asked = {"objective": f"{name}:short", "steps": 2, "tune": mode}
+    ran = done(*setting.train(tmp_path / "run", **asked, temperature=1))
     assert told in ran.err
-    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["perturbation"] == "copy"
+    assert read(tmp_path / "run")["perturbation"] == "copy"
     again = tmp_path / "replayed"
-    ran = cli("replay", tmp_path / "run" / "steps.jsonl", "--model", setting.model, "--output-dir", again)
-    assert ran.code == 0, ran.err
+    done("replay", tmp_path / "run" / "steps.jsonl", "--model", setting.model, "--output-dir", again)
     kept = "model" if mode == "all" else "adapter_model"
     assert (again / f"{kept}.safetensors").read_bytes() == (tmp_path / "run" / f"{kept}.safetensors").read_bytes()
-    ran = cli(
-        *setting.train(tmp_path / "chosen", objective=f"{name}:short", steps=2, tune=mode, perturbation="scratch")
-    )
-    assert ran.code == 0, ran.err
+    ran = done(*setting.train(tmp_path / "chosen", **asked, perturbation="scratch"))
     assert "a copy" not in ran.err
-    assert json.loads((tmp_path / "chosen" / "metrics.json").read_text())["perturbation"] == "scratch"
+    assert read(tmp_path / "chosen")["perturbation"] == "scratch"
 
 
 def test_copy_and_scratch_write_the_same_texts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -805,13 +746,15 @@ def test_copy_and_scratch_write_the_same_texts(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_completions_are_kept(setting: Setting, write: Write, tmp_path: Path) -> None:
-    """Those of the test examples before and after, and of every second step; a resumed run writes the same."""
+    """Those of the test examples before and after, and of every second step; a resumed run writes the same.
+
+    Without --log-completions none are.
+    """
     name = write("kept_rewards", SHORT)
     how: dict[str, Any] = {"objective": f"{name}:short", "temperature": 1, "eps": 1e-2, "log_completions": 2}
-    ran = cli(*setting.train(tmp_path / "run", **how, steps=5))
-    assert ran.code == 0, ran.err
-    lines = [json.loads(line) for line in (tmp_path / "run" / "completions.jsonl").read_text().splitlines()]
-    tests = json.loads((tmp_path / "run" / "metrics.json").read_text())["splits"]["test"]
+    done(*setting.train(tmp_path / "run", **how, steps=5))
+    lines = read(tmp_path / "run" / "completions.jsonl")
+    tests = read(tmp_path / "run")["splits"]["test"]
     batch = (len(lines) - 2 * tests) // 2
     expected = [(0, "test")] * tests + [(2, "train")] * batch + [(4, "train")] * batch + [(5, "test")] * tests
     assert batch > 0
@@ -821,44 +764,33 @@ def test_completions_are_kept(setting: Setting, write: Write, tmp_path: Path) ->
         reward = "reward" if line["split"] == "test" else f"{name}:short"
         assert line["objective"] == {reward: -len(line["completion"])}
         assert line["prompt"].endswith(" It was")
-    outcomes = json.loads((tmp_path / "run" / "outcomes.json").read_text())
+    outcomes = read(tmp_path / "run" / "outcomes.json")
     assert [-len(line["completion"]) for line in lines if line["step"] == 0] == outcomes["before"]
     assert [-len(line["completion"]) for line in lines if line["step"] == 5] == outcomes["after"]
-    assert cli(*setting.train(tmp_path / "parts", **how, steps=3)).code == 0
-    assert cli(*setting.resume(tmp_path / "parts", steps=5, objective=f"{name}:short")).code == 0
-    parts = [json.loads(line) for line in (tmp_path / "parts" / "completions.jsonl").read_text().splitlines()]
+    done(*setting.train(tmp_path / "parts", **how, steps=3))
+    done(*setting.resume(tmp_path / "parts", steps=5, objective=f"{name}:short"))
+    parts = read(tmp_path / "parts" / "completions.jsonl")
     assert [line for line in parts if line["step"] != 3] == lines
     assert weights(tmp_path / "parts") == weights(tmp_path / "run")
+    done(*setting.train(tmp_path / "none", objective=f"{name}:short", steps=1, no_before=True))
+    assert not (tmp_path / "none" / "completions.jsonl").exists()
 
 
-def test_completions_are_kept_only_where_some_are_written(setting: Setting, write: Write, tmp_path: Path) -> None:
-    name = write("kept_rewards", SHORT)
-    assert cli(*setting.train(tmp_path / "run", objective=f"{name}:short", steps=2)).code == 0
-    assert not (tmp_path / "run" / "completions.jsonl").exists()
-    choice = Setting(setting.model, write_task(tmp_path / "choice"))
-    assert "--log-completions is of generated text" in message_of(
-        *choice.train(tmp_path / "no", objective="accuracy", log_completions=1)
-    )
-    assert "--log-completions must be positive" in message_of(
-        *setting.train(tmp_path / "no", objective=f"{name}:short", log_completions=0)
-    )
-
-
-def test_task_for_rewards_wants_one(setting: Setting, tmp_path: Path) -> None:
-    for command in (["eval"], ["train", "--output-dir", tmp_path / "run"]):
-        message = message_of(*command, "--model", setting.model, "--task", setting.task)
-        assert "neither answers nor a target: give --objective module:function" in message
-    assert not (tmp_path / "run").exists()
-
-
-def test_temperature_belongs_to_generated_text(setting: Setting, tmp_path: Path) -> None:
-    task = write_task(tmp_path / "choice")
-    for objective in (None, "accuracy"):
-        message = message_of(*Setting(setting.model, task).train(tmp_path / "run", objective=objective, temperature=1))
-        assert "--temperature is of sampled text" in message
-    assert "--temperature must be a number that is not negative" in message_of(
-        *setting.train(tmp_path / "run", objective="m:f", temperature=-1)
-    )
+@pytest.mark.parametrize("task", ["rewards", "choice"])
+def test_options_of_generated_text_belong_to_it(setting: Setting, tmp_path: Path, task: str) -> None:
+    run = tmp_path / "run"
+    if task == "rewards":
+        for command in (setting.train(run), setting.eval()):
+            assert "neither answers nor a target: give --objective module:function" in message_of(*command)
+    else:
+        choice = Setting(setting.model, write_task(tmp_path / "choice"))
+        for objective, option, words in (
+            (None, "temperature", "--temperature is of sampled text"),
+            ("accuracy", "temperature", "--temperature is of sampled text"),
+            ("accuracy", "log_completions", "--log-completions is of generated text"),
+        ):
+            assert words in message_of(*choice.train(run, objective=objective, **{option: 1}))
+    assert not run.exists()
 
 
 @pytest.fixture
@@ -896,13 +828,12 @@ def test_example_from_end_to_end(example: Path, tiny_folder: Path, tmp_path: Pat
     """With a model that knows nothing; the report is made of what the run wrote."""
     objective = "rewards:valid_json + 0.5 * rewards:true_facts"
     how: dict[str, Any] = {"objective": objective, "test_examples": 3, "log_completions": 1, "steps": 3}
-    ran = cli(*Setting(tiny_folder, example / "people.yaml").train(tmp_path / "run", **how))
-    assert ran.code == 0, ran.err
+    done(*Setting(tiny_folder, example / "people.yaml").train(tmp_path / "run", **how))
     command = [sys.executable, example / "report.py", tmp_path / "run", "--output-dir", tmp_path / "report"]
     subprocess.run(command, check=True, timeout=60)
     assert (tmp_path / "report" / "reward.png").read_bytes().startswith(b"\x89PNG")
-    results = json.loads((tmp_path / "report" / "results.json").read_text())
-    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    results = read(tmp_path / "report" / "results.json")
+    metrics = read(tmp_path / "run")
     assert (results["before"], results["test"]) == (metrics["before"], metrics["test"])
     assert [line["step"] for line in results["course"]] == [1, 2, 3]
     samples = (tmp_path / "report" / "samples.md").read_text()
@@ -915,7 +846,7 @@ def test_rewarded_stories_become_shorter(models_dir: Path, write: Write, tmp_pat
     stories = models_dir / "stories260k"
     rows = [{"who": who} for who in ("cat", "dog", "bird", "tree", "ball", "car", "boat", "fish")]
     for split in ("train", "test"):
-        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows * 2)))
+        write_jsonl(tmp_path / f"{split}.jsonl", rows * 2)
     task = tmp_path / "stories.yaml"
     task.write_text(
         'prompt: "Once upon a time there was a {who}. The {who} was"\n'
@@ -923,14 +854,11 @@ def test_rewarded_stories_become_shorter(models_dir: Path, write: Write, tmp_pat
     )
     name = write("story_rewards", SHORT)
     setting = Setting(stories, task)
-    ran = cli(*setting.train(tmp_path / "run", objective=f"{name}:short", steps=25, batch_size=8, temperature=1))
-    assert ran.code == 0, ran.err
-    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    done(*setting.train(tmp_path / "run", objective=f"{name}:short", steps=25, batch_size=8, temperature=1))
+    metrics = read(tmp_path / "run")
     assert metrics["test"]["reward"] > metrics["before"]["reward"] + 5  # letters, of about thirty
     assert metrics["sign_test"]["better"] > metrics["sign_test"]["worse"]
-    measured = cli(
-        "eval", "--model", tmp_path / "run", "--task", task, "--objective", f"{name}:short", "--batch-size", 8
-    )
+    measured = done(*setting.eval(model=tmp_path / "run", objective=f"{name}:short", batch_size=8))
     assert json.loads(measured.out)["test"] == metrics["test"]
     rebuilt = cli("replay", tmp_path / "run" / "steps.jsonl", "--model", stories, "--output-dir", tmp_path / "replayed")
     assert "weights verified against the log" in rebuilt.err

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import signal
@@ -11,22 +10,20 @@ import subprocess
 import sys
 import threading
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import support
-from forwardtune.cli import main
 from forwardtune.cli.commands import make_parser
-from forwardtune.durations import duration
 from forwardtune.errors import InputError
 from forwardtune.models import load_model
 from forwardtune.paper.sweep import Run, Sweep, SweepFolder, read_sweep, run_sweep
 from forwardtune.paper.sweep.bases import prepare_bases
 from forwardtune.paper.sweep.plan import show
 from forwardtune.paper.sweep.runner import thread_limits, time_left
+from support_runs import cli, done
 
 SHIPPED = sorted((Path(__file__).parent.parent / "sweeps").glob("*.yaml"))
 
@@ -66,6 +63,13 @@ def test_a_file_is_the_product_of_its_lists(tmp_path: Path) -> None:
     assert zero_shot.folder == "sst2/zero-shot/seed-0"
     assert zero_shot.options == {"batch-size": 16}  # eval has no --steps
     assert {(run.task, run.options["steps"]) for run in runs if run.method == "Adam"} == {("rte", 5)}
+    several = "model: [a/one, two.gguf]\ntasks: [reviews, sst2]\nmethods: {Z: {command: eval}}"
+    found = {run.folder: run.options.get("data-dir") for run in read(tmp_path, several, data_dir="data").runs}
+    assert found == {  # the task that brings its data is not sent to the folder
+        f"{model}/{task}/z/seed-0": folder
+        for model in ("one", "two")
+        for task, folder in (("reviews", None), ("sst2", "data"))
+    }
 
 
 def test_a_run_is_a_command_line_that_the_commands_understand(tmp_path: Path) -> None:
@@ -75,12 +79,6 @@ def test_a_run_is_a_command_line_that_the_commands_understand(tmp_path: Path) ->
         assert (parsed.output_dir, parsed.data_dir) == ("out", "data")
         for name, value in run.options.items():
             assert getattr(parsed, name.replace("-", "_")) == value
-
-
-def test_tasks_that_bring_their_data_are_not_sent_to_the_folder(tmp_path: Path) -> None:
-    text = "model: m\ntasks: [reviews, sst2]\nmethods:\n  A: {command: train, steps: 1}\n"
-    runs = read(tmp_path, text, data_dir="data").runs
-    assert {run.task: run.options.get("data-dir") for run in runs} == {"reviews": None, "sst2": "data"}
 
 
 def test_numbers_and_flags_are_read_as_the_command_line_reads_them(tmp_path: Path) -> None:
@@ -95,11 +93,6 @@ def test_numbers_and_flags_are_read_as_the_command_line_reads_them(tmp_path: Pat
     assert (calibrated.folder, plain.folder) == ("sst2/b/calibrate-true/seed-0", "sst2/b/calibrate-false/seed-0")
     same = read(tmp_path, text.replace("1e-6", "0.000001").replace("0.002", "2.0e-3")).runs
     assert [run.folder for run in same] == [run.folder for run in (first, second, calibrated, plain)]
-
-
-def test_several_models_have_folders_of_their_own(tmp_path: Path) -> None:
-    sweep = read(tmp_path, "model: [a/one, two.gguf]\ntasks: sst2\nmethods: {Z: {command: eval}}")
-    assert [run.folder for run in sweep.runs] == ["one/sst2/z/seed-0", "two/sst2/z/seed-0"]
 
 
 @pytest.mark.parametrize("value", [1e-4, 1e-6, 1.5e-7, 1e-3 / 3, 0.01, 0.1, 2.0, 1e20, 1.5e30, 300])
@@ -252,25 +245,21 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
 
 
 def test_a_failing_run_is_marked_and_the_others_go_on(bench: Bench) -> None:
-    sweep = bench.sweep("fail", "kill", "score")
+    sweep = bench.sweep("fail", "kill", "score", "nothing")
     outcome = bench.run(sweep)
-    failing, killed, _ = sweep.runs
-    assert (outcome.finished, outcome.failed, outcome.stopped) == (1, [failing, killed], False)
+    failing, killed, _, nothing = sweep.runs
+    assert (outcome.finished, outcome.failed, outcome.stopped) == (1, [failing, killed, nothing], False)
+    assert "without a metrics.json" in str(bench.folder.failure(nothing))
     assert bench.folder.failure(failing) == "out of memory: lower --batch-size"
     assert "memory runs out" in str(bench.folder.failure(killed))
-    assert [bench.folder.state(run) for run in sweep.runs] == ["failed", "failed", "finished"]
+    assert [bench.folder.state(run) for run in sweep.runs] == ["failed", "failed", "finished", "failed"]
     assert "3%" in bench.folder.log_file(failing).read_text()
-    assert bench.said[0].startswith("[1/3] sst2, fail, seed 0: failed: out of memory: lower --batch-size")
-    assert bench.said[2].startswith("[3/3] sst2, score, seed 2: accuracy test 50.0, dev 50.0, ")
+    assert bench.said[0].startswith("[1/4] sst2, fail, seed 0: failed: out of memory: lower --batch-size")
+    assert bench.said[2].startswith("[3/4] sst2, score, seed 2: accuracy test 50.0, dev 50.0, ")
 
     bench.run(sweep)  # failed ones are tried again, finished ones are not
-    assert [start[start.index("--do") + 1] for start in bench.starts] == ["fail", "kill", "score", "fail", "kill"]
-
-
-def test_a_run_that_ends_without_metrics_has_failed(bench: Bench) -> None:
-    sweep = bench.sweep("nothing")
-    assert bench.run(sweep).failed == sweep.runs
-    assert "without a metrics.json" in str(bench.folder.failure(sweep.runs[0]))
+    did = [start[start.index("--do") + 1] for start in bench.starts]
+    assert did == ["fail", "kill", "score", "nothing", "fail", "kill", "nothing"]
 
 
 def test_an_unfinished_run_begins_again_in_an_empty_folder(bench: Bench) -> None:
@@ -433,12 +422,6 @@ def test_time_left_is_judged_by_the_nearest_relatives(bench: Bench) -> None:
     assert time_left(runs, left, bench.folder, jobs=2) == (3 * 10 + 3 * 100) / 2
 
 
-def test_durations_read_well() -> None:
-    assert [duration(s) for s in (45, 89, 725, 3599, 12000, 187000)] == [
-        "45 s", "89 s", "12 min", "1 h", "3 h 20 min", "2 d 4 h",
-    ]  # fmt: skip
-
-
 def test_a_gguf_file_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORWARDTUNE_CACHE", "off")
     file = tmp_path / "tiny.gguf"
@@ -475,14 +458,6 @@ methods:
 FAILING = "  Adam: {command: train, method: adam, steps: 4, eps: 1e-3}\n"
 
 
-def cli(*arguments: object) -> tuple[int, str]:
-    """Exit code of a command in this process, and what it told people."""
-    told = io.StringIO()
-    with warnings.catch_warnings(), contextlib.redirect_stderr(told):
-        code = main([str(argument) for argument in arguments])
-    return code, told.getvalue()
-
-
 def test_a_sweep_of_a_trained_model(tmp_path: Path, models_dir: Path, data_dir: Path, monkeypatch: Any) -> None:
     """One run fails and the others go on; a second sweep leaves what is finished, and resumes what was killed."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -490,14 +465,13 @@ def test_a_sweep_of_a_trained_model(tmp_path: Path, models_dir: Path, data_dir: 
     text = SMALL.format(model=models_dir / "stories260k")
     file.write_text(text + FAILING)
     sweep = ("sweep", file, "--output-dir", out, "--data-dir", data_dir)
-    code, told = cli(*sweep, "--dry-run")
-    assert code == 0
+    told = done(*sweep, "--dry-run").err
     assert told.count("new ") == 3
     assert not out.exists()
 
-    code, told = cli(*sweep)
-    assert code == 1
-    assert "sst2, Adam, seed 0: failed: --eps belongs to --method mezo: leave it out" in told
+    told = cli(*sweep)
+    assert told.code == 1
+    assert "sst2, Adam, seed 0: failed: --eps belongs to --method mezo: leave it out" in told.err
     good = out / "sst2/mezo/lr-1e-4/seed-0"
     metrics = json.loads((good / "metrics.json").read_text())
     assert metrics["steps"] == 4
@@ -509,8 +483,7 @@ def test_a_sweep_of_a_trained_model(tmp_path: Path, models_dir: Path, data_dir: 
     (good / "metrics.json").unlink()
     zero_shot = (out / "sst2/zero-shot/seed-0/metrics.json").stat().st_mtime_ns
     file.write_text(text)
-    code, told = cli(*sweep)
-    assert code == 0, told
+    told = done(*sweep).err
     assert "[2/2] sst2, MeZO, lr 1e-4, seed 0" in told
     assert "2 of them done" in (out / "sst2/mezo/lr-1e-4/seed-0.log").read_text()
     assert (good / "steps.jsonl").read_bytes().splitlines(keepends=True)[:3] == lines[:3]
@@ -518,7 +491,7 @@ def test_a_sweep_of_a_trained_model(tmp_path: Path, models_dir: Path, data_dir: 
     assert (again["test"], again["dev"]) == (metrics["test"], metrics["dev"])
     assert (out / "sst2/zero-shot/seed-0/metrics.json").stat().st_mtime_ns == zero_shot
 
-    assert cli("report", out, "--no-plots")[0] == 0
+    done("report", out, "--no-plots")
     table = (out / "results.md").read_text()
     assert f"{100 * metrics['test']['accuracy']:.1f}" in table
     assert "1e-4" in table

@@ -13,20 +13,11 @@ from typing import Any
 import pytest
 
 from forwardtune.errors import InputError
-from forwardtune.tasks import (
-    BadRowsError,
-    Example,
-    Task,
-    doubts,
-    get_task,
-    load_split,
-    load_splits,
-    metrics,
-    task_names,
-)
+from forwardtune.tasks import BadRowsError, Example, Task, doubts, get_task, load_split, load_splits
 from forwardtune.tasks.reader import read_task
 from forwardtune.tasks.rows import read_rows
 from forwardtune.tasks.template import columns_of
+from support_runs import write_jsonl
 
 ROWS = [{"text": f"review {i}, with a comma", "label": i % 2} for i in range(20)]
 
@@ -41,11 +32,6 @@ def make_task(prompt: str = "{text} It was", **changes: Any) -> Task:
 def write_task(folder: Path, text: str) -> Path:
     path = folder / "mine.yaml"
     path.write_text(text, encoding="utf-8")
-    return path
-
-
-def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
@@ -75,24 +61,6 @@ def test_embedded_reviews_are_balanced_plain_and_unique() -> None:
         assert 4 <= len(text.split()) <= 40, text
     normalised = Counter(" ".join(re.findall(r"[a-z0-9]+", text.lower())) for text in texts)
     assert normalised.most_common(1)[0][1] == 1, normalised.most_common(1)
-
-
-def test_every_task_of_the_package_reads_and_carries_its_file_name() -> None:
-    assert {"reviews", "sst2"} <= set(task_names())
-    for name in task_names():
-        assert get_task(name).name == name
-
-
-def test_sst2_prompts_of_the_real_data_are_the_papers(data_dir: Path) -> None:
-    for split, file in (("train", "train"), ("test", "validation")):
-        lines = (data_dir / "sst2" / f"{file}.jsonl").read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines]
-        loaded = load_split(get_task("sst2"), split, data_dir=data_dir)
-        assert loaded.available == len(loaded.examples) == len(rows)
-        for row, example in zip(rows[:50], loaded.examples, strict=False):
-            assert example.prompt == row["sentence"].rstrip(" ") + " It was"
-            assert example.options == (" terrible", " great")
-            assert example.label == row["label"]
 
 
 # --- templates ---------------------------------------------------------------------------------------------------
@@ -181,13 +149,6 @@ def test_labels_of_all_spellings_are_drawn_by_class_and_left_out(tmp_path: Path)
     assert [example.label for example in splits["train"].examples] == [0, 1, 0, 1, 0, 1]
 
 
-def test_yes_and_no_are_words_or_refused_but_never_turn_into_true_and_false(tmp_path: Path) -> None:
-    """Plain YAML reads an unquoted ``no`` as false."""
-    path = write_task(tmp_path, "prompt: '{text}'\nanswers: {0: no, 1: yes}\ntrain: a.csv\n")
-    answers = {} if "quote" in _failure(read_task, path) else read_task(path).answers or {}
-    assert all(text in ("no", "yes", "No", "Yes") for text in answers.values())
-
-
 def _failure(do: Callable[..., object], *arguments: Any, **options: Any) -> str:
     """The message with which it is refused, empty if it is not."""
     try:
@@ -258,9 +219,8 @@ def test_prompt_without_content_is_its_own_last_words_or_what_the_task_says(chan
 
 @pytest.mark.parametrize(("context", "expected"), [(None, "premise"), ("b", "other one")])
 def test_context_is_the_first_column_unless_the_task_names_another(context: str | None, expected: str) -> None:
-    example = make_task("Say {a}, {b}, {a}.", context=context).example(
-        {"a": "premise", "b": "other one", "label": 0}, ""
-    )
+    row = {"a": "premise", "b": "other one", "label": 0}
+    example = make_task("Say {a}, {b}, {a}.", context=context).example(row, "")
     assert example.prompt[slice(*example.context)] == expected
     assert example.context[0] == example.prompt.index(expected)
 
@@ -285,13 +245,9 @@ def test_task_file_defaults(tmp_path: Path) -> None:
     assert (task.name, task.label, task.metric, task.stop) == ("mine", "label", "accuracy", "\n")
     assert task.answers == {"0": "terrible", "1": "great"}
     assert columns_of(task.prompt) == ["text"]
-    assert (task.loss, task.kind, task.masked, task.free_text, task.fixed_answers) == (
-        "cross_entropy",
-        "causal",
-        None,
-        False,
-        True,
-    )
+    assert (task.loss, task.kind, task.masked) == ("cross_entropy", "causal", None)
+    assert task.fixed_answers
+    assert not task.free_text
     assert (task.context, task.calibration, task.unlabelled, task.options, task.replace) == (None, None, None, None, {})
     assert (task.dev_examples, task.max_new_tokens, task.hub) == (500, 50, None)
     assert task.files == {"train": tmp_path / "train.csv", "test": tmp_path / "test.csv"}
@@ -306,9 +262,8 @@ def test_task_file_defaults(tmp_path: Path) -> None:
     [
         ("prompt: [unclosed", "not valid YAML"),
         (
-            task_text(prompt="Review: {text} It was"),
-            r"not valid YAML: line 1, 'prompt: Review: \{text\} It was': mapping values are not allowed here. Put text in "
-            "quotes that holds ': ' or begins with",
+            task_text(prompt="A: {text}"),
+            "YAML: line 1, 'prompt: A: {text}': mapping values .* Put text in quotes that holds",
         ),
         (task_text(prompt="{text} It was"), "line 1, 'prompt: {text} It was': expected .* in quotes"),
         (task_text(prompt="@{text}"), "line 1, 'prompt: @{text}': found character '@' .* in quotes"),
@@ -316,9 +271,8 @@ def test_task_file_defaults(tmp_path: Path) -> None:
         (task_text() + "prompt: '{label}'\n", "line 5: 'prompt' is there twice: rename or remove one"),
         (task_text(answers="{0: great, 1: bad, 0: fine}"), "'0' is there twice"),
         (
-            task_text(prompt="'Return {\"label\": 0} for {text}'"),
-            r"prompt has '{\"label\": 0}', which names no column. "
-            "Braces that are no column are written {{ and }}",
+            task_text(prompt="'{text} {\"a\": 0}'"),
+            r"prompt has '{\"a\": 0}', which names no column. .* are written {{ and }}",
         ),
         (task_text(prompt='"{text} {\\n}"'), "which names no column. Braces"),
         ("prompt: !!python/object/apply:os.getcwd []\n", "not valid YAML.*python/object"),
@@ -382,14 +336,9 @@ def test_what_is_wrong_in_a_task_file_is_said(tmp_path: Path, text: str, words: 
 
 
 def test_task_may_be_worded_for_both_kinds_of_models(tmp_path: Path) -> None:
-    text = task_text(
-        context="text",
-        calibration="It was",
-        masked="{prompt: '{text} It was [MASK].', answers: {0: bad, 1: good}}",
-        dev_examples="7",
-        unlabelled="-1",
-    )
-    task = read_task(write_task(tmp_path, text))
+    wording = "{prompt: '{text} It was [MASK].', answers: {0: bad, 1: good}}"
+    more = {"context": "text", "calibration": "It was", "dev_examples": "7", "unlabelled": "-1"}
+    task = read_task(write_task(tmp_path, task_text(masked=wording, **more)))
     assert task.worded_for("causal") is task
     masked = task.worded_for("masked")
     assert (task.kind, masked.kind, task.wordings) == ("causal", "masked", [task, masked])
@@ -466,25 +415,13 @@ def test_row_that_the_task_cannot_use(tmp_path: Path, row: dict[str, Any], words
         ("a.csv", b"text,label,text\na,1,b\n", "'text' is the name of two columns: rename or remove one"),
         ("a.csv", b"text, label,label\na,1,0\n", "'label' is the name of two columns"),
         ("a.tsv", b"text\tlabel\ttext\na\t1\tb\n", "'text' is the name of two columns"),
-        (
-            "a.jsonl",
-            b'{"text": "a", "label": 1}\n{"text": "a", "label": 1, "text": "b"}\n',
-            "line 2: 'text' is the name of",
-        ),
+        ("a.jsonl", b'{"text": "a", "label": 1}\n{"text": "a", "text": "b"}\n', "line 2: 'text' is the name of"),
         ("a.json", b'[{"text": "a", "label": 1, "label": 0}]', "'label' is the name of two columns"),
         ("a.json", b'[{"text": "a", "label": 1}, 3]', "entry 2 is not a JSON object"),
-        (
-            "a.json",
-            b'[{"text": "a", "label": 1},\n{]',
-            "begins like a JSON array and is none .*line 2.*one array of objects",
-        ),
+        ("a.json", b'[{"text": "a"},\n{]', "begins like a JSON array and is none .*line 2.*one array of objects"),
         ("a.json", b'{\n "text": "a"\n}', "line 1 is not JSON .*one object a line .*or one array"),
         ("a.json", b"[]", "holds no example"),
-        (
-            "a.tsv",
-            b"text\tlabel\na\t1\nb\n",
-            r"line 3 has not as many cells .*\(1, not 2\): quote cells that hold tabs",
-        ),
+        ("a.tsv", b"text\tlabel\na\t1\nb\n", r"line 3 has not as many cells .*\(1, not 2\): quote .* that hold tabs"),
         ("a.csv", b"text;label\na;1\nb;c;1\n", "line 3 has not as many cells.*hold semicolons"),
     ],
 )
@@ -565,16 +502,9 @@ def test_csv_and_json_lines_give_the_same_examples(tmp_path: Path, bom: bytes, n
 
 @pytest.mark.parametrize(
     "place",
-    [
-        "t/validation.jsonl",
-        "t/validation.csv",
-        "t/test.jsonl",
-        "validation.csv",
-        "test.jsonl",
-        "test.json",
-        "t/test.tsv",
-    ],
-)
+    [*(f"t/{file}" for file in ("validation.jsonl", "validation.csv", "test.jsonl", "test.tsv")),
+     *("validation.csv", "test.jsonl", "test.json")],
+)  # fmt: skip
 def test_data_dir_is_searched_by_task_and_by_the_data_sets_own_split_names(tmp_path: Path, place: str) -> None:
     task = make_task(hub={"path": "a/b", "train": "train", "test": "validation"})
     path = tmp_path / place
@@ -684,9 +614,8 @@ def test_so_many_of_each_class(tmp_path: Path) -> None:
         assert not set(splits["train"].numbers) & set(splits["dev"].numbers)
         assert len(splits["test"]) == 24
     assert len({tuple(load_splits(task, per_class=3, seed=seed)["train"].numbers) for seed in range(4)}) == 4
-    with pytest.raises(
-        InputError, match=r"holds 6 examples of class 1 \(great\), and 4 for .* and 4 .* lower --per-class to 3$"
-    ):
+    words = r"holds 6 examples of class 1 \(great\), and 4 for .* and 4 .* lower --per-class to 3$"
+    with pytest.raises(InputError, match=words):
         load_splits(task, per_class=4)
     assert len(load_splits(task, per_class=6, dev_examples=0)["train"]) == 12
     free = split_task(tmp_path, answers=None, label="text", metric="f1")
@@ -743,13 +672,6 @@ def test_rows_that_cannot_be_used_are_counted_and_left_out_if_asked_for(tmp_path
         load_split(masked, "train", on_bad_row="skip")
     with pytest.raises(InputError, match="on_bad_row must be refuse or skip, got 'drop'"):
         load_split(task, "train", on_bad_row="drop")
-
-
-def test_nothing_is_skipped_where_nothing_is_bad(tmp_path: Path) -> None:
-    task = split_task(tmp_path)
-    for name, split in load_splits(task, on_bad_row="skip", dev_examples=4).items():
-        assert list(split.numbers) == list(load_splits(task, dev_examples=4)[name].numbers)
-        assert (split.skipped, split.first_skipped) == (0, "")
 
 
 def test_a_row_that_is_not_drawn_is_not_judged(tmp_path: Path) -> None:
@@ -810,32 +732,6 @@ def test_hub_out_of_reach_is_one_message_with_the_way_out() -> None:
         load_split(get_task("sst2"), "train")
     assert "stanfordnlp/sst2" in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
-
-
-# --- metrics -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("prediction", "truth", "f1", "exact"),
-    [
-        ("The Cat.", "cat", 1, 1),
-        ("a cat sat", "the cat ran", 1 / 2, 0),  # cat sat | cat ran: 2 * 1 / 4
-        ("Denver Broncos", "the Denver Broncos, Inc.", 4 / 5, 0),  # 2 * 2 / (2 + 3)
-        ("to be or not to be", "to be", 1 / 2, 0),  # counted with repetition: 2 * 2 / (6 + 2)
-        ("to be to", "to to do", 2 / 3, 0),  # "to" is shared twice: 2 * 2 / (3 + 3)
-        ("state-of-the-art", "stateoftheart", 1, 1),  # punctuation goes before articles do
-        ("1,000", "1000", 1, 1),
-        ("  two\n words ", "two words", 1, 1),
-        ("the", "an", 1, 1),  # both are empty once normalised
-        ("", "cat", 0, 0),
-        ("cat", "the", 0, 0),
-        ("dog", "cat", 0, 0),
-    ],
-)
-def test_squad_metrics_by_hand(prediction: str, truth: str, f1: float, exact: int) -> None:
-    assert metrics.f1(prediction, truth) == pytest.approx(f1, abs=1e-12)
-    assert metrics.f1(truth, prediction) == pytest.approx(f1, abs=1e-12)
-    assert metrics.exact_match(prediction, truth) == exact
 
 
 def test_labels_that_yaml_took_for_truth_values_are_said(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import warnings
@@ -29,6 +28,7 @@ from forwardtune import MeZO
 from forwardtune.hf.config import MeZOConfig
 from forwardtune.hf.trainer import MeZOTrainer
 from forwardtune.trajectory import LogError, read_log, replay
+from support_runs import QUIET, Kill, KilledError, log_lines, read
 
 STEPS = 7
 DATA = [{"input_ids": row, "labels": row} for row in support.token_batch(12, 6).tolist()]
@@ -37,30 +37,14 @@ DATA = [{"input_ids": row, "labels": row} for row in support.token_batch(12, 6).
 pytestmark = pytest.mark.usefixtures("short_collections")
 
 
-class KilledError(Exception):
-    """Stands for anything that ends a run between two steps."""
-
-
-class Kill(TrainerCallback):
-    """Ends the run right after a step was logged, before anything is saved for it."""
-
-    def __init__(self, after: int) -> None:
-        self.after = after
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.after:
-            raise KilledError
-
-
 def squares(model: Any, inputs: Any) -> torch.Tensor:
     """An objective with one loss an example, shape (batch,)."""
     return model(input_ids=inputs["input_ids"]).logits.float().pow(2).mean(dim=(1, 2)) * 100
 
 
 def config(folder: Path, **changes: Any) -> MeZOConfig:
-    quiet = {"report_to": [], "disable_tqdm": True, "logging_strategy": "no", "save_strategy": "no", "use_cpu": True}
     small = {"max_steps": STEPS, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "eps": 1e-3, "seed": 3}
-    return MeZOConfig(**{"output_dir": str(folder), **quiet, **small, **changes})
+    return MeZOConfig(**{"output_dir": str(folder), **QUIET, **small, **changes})
 
 
 def make(folder: Path, *, model: Any = None, objective: Any = squares, data: Any = DATA, **changes: Any) -> MeZOTrainer:
@@ -83,21 +67,18 @@ def trained(folder: Path, **changes: Any) -> MeZOTrainer:
     return trainer
 
 
-def killed(folder: Path, after: int, **changes: Any) -> None:
-    with pytest.raises(KilledError):
-        trained(folder, callbacks=[Kill(after)], **changes)
+def killed(folder: Path, *after: int, **changes: Any) -> None:
+    """A run that is killed after a step, resumed, killed after another, and so on."""
+    for number, step in enumerate(after):
+        trainer = make(folder, callbacks=[Kill(step)], **changes)
+        with pytest.raises(KilledError):
+            trainer.train(resume_from_checkpoint=number > 0 or None)
 
 
 def resumed(folder: Path, wanted: Any = True, **changes: Any) -> MeZOTrainer:
     trainer = make(folder, **changes)
     trainer.train(resume_from_checkpoint=wanted)
     return trainer
-
-
-def log_lines(folder: Path) -> list[dict[str, Any]]:
-    """The step log without its times, and so without its checksums."""
-    lines = [json.loads(line) for line in (folder / "steps.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [{key: value for key, value in line.items() if key not in ("seconds", "check")} for line in lines]
 
 
 def by_hand(optimizer: MeZO, model: Any, trainer: MeZOTrainer, loss: Callable[[Any, Any], Any], steps: int) -> None:
@@ -172,18 +153,6 @@ def test_objective_may_return_a_number_or_losses(tmp_path: Path, objective: Any)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-6)  # float32 means in another order
 
 
-def test_objective_without_gradient_is_tuned_as_well(tmp_path: Path) -> None:
-    """Accuracy of the next token: a step function, computed without tensors that carry a graph."""
-
-    def errors(model: Any, inputs: Any) -> float:
-        predicted = model(input_ids=inputs["input_ids"]).logits[:, :-1].argmax(-1)
-        return 1 - (predicted == inputs["input_ids"][:, 1:]).double().mean().item()
-
-    trainer = trained(tmp_path, objective=errors, eps=0.05, max_steps=3)
-    assert any(any(record.coefficients) for record in read_log(trainer.step_log).records)
-    assert all(p.grad is None for p in trainer.model.parameters())
-
-
 def test_bf16_runs_the_model_under_autocast(tmp_path: Path) -> None:
     trainer = trained(tmp_path, bf16=True, max_steps=3)
     model = support.tiny_model()
@@ -243,18 +212,6 @@ def test_ends_of_text_that_the_collator_takes_for_padding_are_told_of(tmp_path: 
 # --- gradient accumulation ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_the_models_own_loss_is_that_of_the_batch_however_it_is_cut(tmp_path: Path, smoothing: float) -> None:
-    """By which rule Trainer divides a microbatch's loss differs between versions, and with label smoothing."""
-    settings = {"objective": None, "label_smoothing_factor": smoothing, "max_steps": 3}
-    losses = []
-    for size in (4, 1):
-        folder = tmp_path / str(size)
-        trainer = trained(folder, per_device_train_batch_size=size, gradient_accumulation_steps=4 // size, **settings)
-        losses.append([record.loss for record in read_log(trainer.step_log).records])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-
-
 def test_accumulation_is_estimate_over_the_microbatches(tmp_path: Path) -> None:
     """Ten examples in microbatches of two, two a step: the third step of an epoch has one microbatch alone."""
     settings = {"per_device_train_batch_size": 2, "data": DATA[:10]}
@@ -274,11 +231,17 @@ def test_accumulation_is_estimate_over_the_microbatches(tmp_path: Path) -> None:
     support.assert_same_bits(trainer.model, support.snapshot(model))
 
 
-@pytest.mark.parametrize("objective", [squares, None], ids=["objective", "own-loss"])
-def test_accumulation_equals_the_large_batch(tmp_path: Path, objective: Any) -> None:
-    """With the model's own loss also where microbatches have different numbers of target tokens."""
+@pytest.mark.parametrize(
+    ("objective", "smoothing"), [(squares, 0.0), (None, 0.0), (None, 0.1)], ids=["objective", "own-loss", "smoothed"]
+)
+def test_accumulation_equals_the_large_batch(tmp_path: Path, objective: Any, smoothing: float) -> None:
+    """With the model's own loss also where microbatches have different numbers of target tokens.
+
+    By which rule Trainer divides a microbatch's loss differs between versions, and with label smoothing.
+    """
     uneven = [{**row, "labels": [-100] * (i % 4) + row["labels"][i % 4 :]} for i, row in enumerate(DATA)]
-    settings = {"objective": objective, "data": uneven, "max_steps": 3}
+    settings = {"objective": objective, "label_smoothing_factor": smoothing, "max_steps": 3}
+    settings["data"] = DATA if smoothing else uneven
     large = trained(tmp_path / "large", per_device_train_batch_size=4, **settings)
     small = trained(tmp_path / "small", per_device_train_batch_size=1, gradient_accumulation_steps=4, **settings)
     logs = [read_log(trainer.step_log) for trainer in (large, small)]
@@ -300,68 +263,39 @@ def test_defaults_are_mezos(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"fp16": True}, "fp16.*dtype=torch.float16"),
-        ({"deepspeed": {"zero_optimization": {"stage": 2}}}, "DeepSpeed.*Drop it"),
-        ({"fsdp": True}, "FSDP.*device_map"),
-        ({"max_grad_norm": 1.0}, "no gradient to clip.*clip_coefficient"),
-        ({"gradient_checkpointing": True}, "checkpointing.*Drop it"),
-        ({"neftune_noise_alpha": 5.0}, "NEFTune.*Drop it"),
-        ({"torch_compile": True}, "torch_compile.*Drop it"),
-        ({"auto_find_batch_size": True}, "auto_find_batch_size.*Choose the batch size"),
-        ({"optim": "sgd"}, "optim='sgd'.*Drop it"),
-        ({"optim": "adafactor"}, "optim='adafactor'.*Drop it"),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
-)
-def test_what_cannot_be_honoured_is_refused_with_the_remedy(
-    tmp_path: Path, changes: dict[str, Any], words: str
-) -> None:
-    with pytest.raises(ValueError, match=f"MeZO cannot honour.*{words}"):
-        config(tmp_path, **changes)
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"eps": 0.0}, "eps: 0.0 is neither a positive number nor 'auto'"),
-        ({"probes": 0}, "probes must be"),
-        ({"direction": "cauchy"}, "cauchy.*gaussian"),
-        ({"perturbation": "none"}, "perturbation 'none'.*scratch"),
-        ({"clip_coefficient": -1.0}, "clip_coefficient must be positive"),
-        ({"learning_rate": -1.0}, "learning_rate: -1.0 is neither"),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
-)
-def test_settings_out_of_range_are_refused_before_the_first_step(
-    tmp_path: Path, changes: dict[str, Any], words: str
-) -> None:
-    with pytest.raises(ValueError, match=words):
-        trained(tmp_path, **changes)
-    assert not (tmp_path / "steps.jsonl").exists()
-
-
-@pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("learning_rate", "much", "learning_rate: 'much' is neither"),
-        ("eps", -1, "eps: -1 is neither"),
-        ("fp16", True, "cannot honour.*fp16"),
+        ("fp16", True, "cannot honour.*fp16.*dtype=torch.float16"),
         ("bf16_full_eval", True, "cannot honour.*bf16=True"),
         ("fp16_full_eval", True, "cannot honour.*dtype=torch.float16"),
-        ("max_grad_norm", 1.0, "cannot honour.*clip_coefficient"),
-        ("optim", "sgd", "cannot honour optim='sgd'"),
+        ("deepspeed", {"zero_optimization": {"stage": 2}}, "cannot honour.*DeepSpeed.*Drop it"),
+        ("fsdp", True, "cannot honour.*FSDP.*device_map"),
+        ("max_grad_norm", 1.0, "cannot honour.*no gradient to clip.*clip_coefficient"),
+        ("gradient_checkpointing", True, "cannot honour.*checkpointing.*Drop it"),
+        ("neftune_noise_alpha", 5.0, "cannot honour.*NEFTune.*Drop it"),
+        ("torch_compile", True, "cannot honour.*torch_compile.*Drop it"),
+        ("auto_find_batch_size", True, "cannot honour.*auto_find_batch_size.*Choose the batch size"),
+        ("optim", "sgd", "cannot honour.*optim='sgd'.*Drop it"),
+        ("optim", "adafactor", "cannot honour.*optim='adafactor'.*Drop it"),
+        ("learning_rate", "much", "learning_rate: 'much' is neither"),
+        ("learning_rate", -1.0, "learning_rate: -1.0 is neither"),
+        ("eps", 0.0, "eps: 0.0 is neither a positive number nor 'auto'"),
+        ("probes", 0, "probes must be"),
+        ("direction", "cauchy", "cauchy.*gaussian"),
+        ("perturbation", "none", "perturbation 'none'.*scratch"),
+        ("clip_coefficient", -1.0, "clip_coefficient must be positive"),
     ],
 )
-def test_what_is_set_later_is_checked_when_the_run_begins(tmp_path: Path, name: str, value: Any, words: str) -> None:
+def test_what_has_no_meaning_is_refused_with_the_remedy_whenever_it_is_set(
+    tmp_path: Path, name: str, value: Any, words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        trained(tmp_path, **{name: value})
     trainer = make(tmp_path)
     setattr(trainer.args, name, value)
     with pytest.raises(ValueError, match=words):
         trainer.train()
     assert not (tmp_path / "steps.jsonl").exists()
-    with pytest.raises(ValueError, match=words):
-        config(tmp_path, **{name: value})
 
 
 def test_numbers_that_are_set_later_may_be_text(tmp_path: Path) -> None:
@@ -582,11 +516,6 @@ def test_early_stopping_and_other_callbacks_work(tmp_path: Path) -> None:
     assert (log.steps, log.end["end"]) == (4, 4)
 
 
-def test_checkpoints_are_limited_in_number(tmp_path: Path) -> None:
-    trained(tmp_path, save_strategy="steps", save_steps=2, save_total_limit=2)
-    assert sorted(folder.name for folder in tmp_path.glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-7"]
-
-
 def test_reports_carry_the_projected_gradient_and_no_gradient_norm(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -604,16 +533,6 @@ def test_reports_carry_the_projected_gradient_and_no_gradient_norm(tmp_path: Pat
     assert {"train/loss", "train/projected_gradient", "train/learning_rate"} <= tags
     assert not any("grad_norm" in tag for tag in tags)
     assert [event.step for event in events.Scalars("train/projected_gradient")] == list(range(1, STEPS + 1))
-
-
-@pytest.mark.parametrize("dtype", support.DTYPES, ids=str)
-def test_replay_of_the_log_equals_the_trained_weights(tmp_path: Path, dtype: torch.dtype) -> None:
-    changes = {"weight_decay": 0.1, "lr_scheduler_type": "linear", "probes": 2}
-    trainer = trained(tmp_path, model=support.tiny_model(dtype=dtype), run={"model": "tiny"}, **changes)
-    model = support.tiny_model(dtype=dtype)
-    assert replay(trainer.step_log, model) == STEPS
-    support.assert_same_bits(model, support.snapshot(trainer.model))
-    assert read_log(trainer.step_log).header["run"] == {"model": "tiny"}
 
 
 @pytest.mark.parametrize(
@@ -671,28 +590,17 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, t
 
 
 @pytest.mark.parametrize("saving", [{}, SAVED], ids=["log-alone", "checkpoints"])
-@pytest.mark.parametrize("after", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("after", [(1,), (2,), (3,), (4,), (7,), (2, 3, 5)], ids=str)
 def test_interrupted_run_ends_in_the_same_bits(
-    tmp_path: Path, uninterrupted: Any, saving: dict[str, Any], after: int
+    tmp_path: Path, uninterrupted: Any, saving: dict[str, Any], after: tuple[int, ...]
 ) -> None:
-    killed(tmp_path, after, **LONG, **saving)
-    assert read_log(tmp_path / "steps.jsonl").steps == after
+    killed(tmp_path, *after, **LONG, **saving)
+    assert read_log(tmp_path / "steps.jsonl").steps == after[-1]
     trainer = resumed(tmp_path, **LONG, **saving)
     weights, lines = uninterrupted
     support.assert_same_bits(trainer.model, weights)
     assert log_lines(tmp_path) == lines
     assert trainer.state.global_step == STEPS
-
-
-def test_run_interrupted_again_and_again_ends_in_the_same_bits(tmp_path: Path, uninterrupted: Any) -> None:
-    killed(tmp_path, 2, **LONG, **SAVED)
-    for after in (3, 5):
-        trainer = make(tmp_path, callbacks=[Kill(after)], **LONG, **SAVED)
-        with pytest.raises(KilledError):
-            trainer.train(resume_from_checkpoint=True)
-    trainer = resumed(tmp_path, **LONG, **SAVED)
-    support.assert_same_bits(trainer.model, uninterrupted[0])
-    assert log_lines(tmp_path) == uninterrupted[1]
 
 
 def test_same_trainer_resumes_once_its_model_is_the_base_again(tmp_path: Path, uninterrupted: Any) -> None:
@@ -706,21 +614,18 @@ def test_same_trainer_resumes_once_its_model_is_the_base_again(tmp_path: Path, u
     assert log_lines(tmp_path) == uninterrupted[1]
 
 
-def test_torn_last_line_is_a_step_not_taken(tmp_path: Path, uninterrupted: Any) -> None:
-    killed(tmp_path, 4, **LONG)
-    log = tmp_path / "steps.jsonl"
-    log.write_bytes(log.read_bytes()[:-20])
-    trainer = resumed(tmp_path, **LONG)
-    support.assert_same_bits(trainer.model, uninterrupted[0])
-    assert log_lines(tmp_path) == uninterrupted[1]
-
-
-def test_checkpoint_cut_short_by_the_kill_is_not_used(tmp_path: Path, uninterrupted: Any) -> None:
+@pytest.mark.parametrize("torn", ["steps.jsonl", "checkpoint-5"])
+def test_what_the_kill_cut_short_is_not_used(tmp_path: Path, uninterrupted: Any, torn: str) -> None:
+    """A torn last line is a step not taken."""
     killed(tmp_path, 5, **LONG, **SAVED)
-    (tmp_path / "checkpoint-5").mkdir()
-    (tmp_path / "checkpoint-5" / "model.safetensors").write_bytes(b"torn")
+    if torn == "steps.jsonl":
+        (tmp_path / torn).write_bytes((tmp_path / torn).read_bytes()[:-20])
+    else:
+        (tmp_path / torn).mkdir()
+        (tmp_path / torn / "model.safetensors").write_bytes(b"torn")
     trainer = resumed(tmp_path, **LONG, **SAVED)
     support.assert_same_bits(trainer.model, uninterrupted[0])
+    assert log_lines(tmp_path) == uninterrupted[1]
 
 
 def test_resuming_from_a_checkpoint_cuts_the_log_and_keeps_what_it_cuts(tmp_path: Path, uninterrupted: Any) -> None:
@@ -766,9 +671,14 @@ def test_completed_run_is_extended_by_more_steps(tmp_path: Path) -> None:
     support.assert_same_bits(replayed, support.snapshot(longer.model))
 
 
-@pytest.mark.parametrize("after", [3, 4, 6])
-def test_best_model_survives_a_kill_between_a_step_and_its_checkpoint(tmp_path: Path, after: int) -> None:
+@pytest.mark.parametrize("after", [3, 4, 6, None], ids=str)
+def test_best_model_survives_a_kill_between_a_step_and_its_checkpoint(tmp_path: Path, after: int | None) -> None:
+    """And the resuming of a run that is complete."""
     whole = trained(tmp_path / "whole", **BEST)
+    if after is None:
+        trainer = resumed(tmp_path / "whole", **BEST)
+        support.assert_same_bits(trainer.model, support.snapshot(whole.model))
+        return
     killed(tmp_path / "killed", after, **BEST)
     trainer = resumed(tmp_path / "killed", **BEST)
     support.assert_same_bits(trainer.model, support.snapshot(whole.model))
@@ -780,13 +690,9 @@ def test_best_model_survives_a_kill_between_a_step_and_its_checkpoint(tmp_path: 
     assert Path(trainer.state.best_model_checkpoint).name == Path(whole.state.best_model_checkpoint).name
 
 
-def test_completed_run_resumed_still_ends_in_its_best_model(tmp_path: Path) -> None:
-    whole = trained(tmp_path, **BEST)
-    trainer = resumed(tmp_path, **BEST)
-    support.assert_same_bits(trainer.model, support.snapshot(whole.model))
-
-
 def test_folder_with_another_run_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    with pytest.raises(LogError, match="no such file"):
+        resumed(tmp_path)
     killed(tmp_path, 2)
     before = (tmp_path / "steps.jsonl").read_bytes()
     with pytest.raises(LogError, match=r"already holds a run.*nothing was overwritten"):
@@ -890,10 +796,10 @@ def test_run_on_data_without_a_length_is_resumed_at_its_batch(
     """Also if the kill came between the last step of a pass and the note that the next one begins."""
     whole = trained(tmp_path / "whole", data=stream(shuffled), **changes)
     folder = tmp_path / "killed"
-    for after in kills:
+    for number, after in enumerate(kills):
         trainer = make(folder, data=stream(shuffled), callbacks=[Kill(after)], **changes)
         with pytest.raises(KilledError):
-            trainer.train(resume_from_checkpoint=True if after != kills[0] else None)
+            trainer.train(resume_from_checkpoint=number > 0 or None)
     trainer = resumed(folder, data=stream(shuffled), **changes)
     support.assert_same_bits(trainer.model, support.snapshot(whole.model))
     assert log_lines(folder) == log_lines(tmp_path / "whole")
@@ -923,11 +829,6 @@ def test_passes_of_different_lengths_are_not_resumed(tmp_path: Path) -> None:
     with pytest.raises(LogError, match=r"different numbers of steps \(1, 2\).*ignore_data_skip"):
         resumed(tmp_path, data=Uneven())
     assert resumed(tmp_path, data=Uneven(), ignore_data_skip=True).state.global_step == STEPS
-
-
-def test_nothing_to_resume(tmp_path: Path) -> None:
-    with pytest.raises(LogError, match="no such file"):
-        resumed(tmp_path)
 
 
 @pytest.mark.parametrize("own", [True, False], ids=["own-optimizer", "optimizer-made-by-hand"])
@@ -995,4 +896,4 @@ def test_a_tuned_model_keeps_its_own_cache_setting(tmp_path: Path) -> None:
     assert trainer.model.config.use_cache
     trainer.train()
     trainer.save_model(str(tmp_path / "tuned"))
-    assert json.loads((tmp_path / "tuned" / "config.json").read_text())["use_cache"]
+    assert read(tmp_path / "tuned" / "config.json")["use_cache"]
