@@ -60,7 +60,7 @@ class MeZO(torch.optim.Optimizer):
         eps: perturbation scale.
         probes: n, the directions a step (n-SPSA).
         direction: ``"gaussian"`` or ``"rademacher"``.
-        perturbation: ``"scratch"``, ``"copy"`` or ``"in_place"`` (see :mod:`forwardtune.points.scratch`), or ``"auto"``:
+        perturbation: ``"scratch"`` or ``"copy"`` (see :mod:`forwardtune.points`), or ``"auto"``:
             scratch, or copy without a module or where a weight is read on a way that scratch cannot see.
         weight_decay: decoupled weight decay.
         seed: 64-bit seed of all directions and of stochastic rounding.

@@ -10,7 +10,6 @@ from torch import nn
 from ..errors import warn
 from ..method.estimators import Query
 from .copy import Copy
-from .in_place import InPlace
 from .perturbation import Closure, Perturbation, ReadElsewhereError
 from .scratch import Scratch
 
@@ -30,8 +29,6 @@ def check(
         ReadElsewhereError: ``scratch`` would not be exact, and ``may_copy`` is False.
     """
     warn_of_training_mode(perturbation.tuned.module)
-    if isinstance(perturbation, InPlace):  # each evaluation more would move the weights by rounding
-        return perturbation
     try:
         if isinstance(perturbation, Scratch):
             loss, again = perturbation.check(step, query, closure)

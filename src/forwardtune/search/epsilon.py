@@ -75,8 +75,7 @@ class Scale:
 def measure(optimizer: MeZO, closure: Callable[[], float], eps: float, directions: int = SCALE_DIRECTIONS) -> Scale:
     """Evaluate one minibatch in the middle, at both sides of some directions, and a nudge further on one side.
 
-    The weights stay, but for ``perturbation="in_place"``, which returns to them only up to rounding. With
-    ``perturbation="auto"`` the first call's self-check takes two or three evaluations more.
+    The weights stay. The first call's self-check takes two or three evaluations more.
 
     Raises:
         ValueError: ``eps`` is not positive.

@@ -15,7 +15,6 @@ from ..method.record import StepRecord
 from ..method.rules import RULES, get_rule
 from ..noise import DIRECTIONS
 from ..optimizer import MeZO
-from ..points import InPlace
 from .format import ABSENT, DESCRIPTIVE, header_content, identity, seal, step_content
 from .lock import LogLock
 from .reader import Log, Rollback, read_log
@@ -51,7 +50,6 @@ class StepLog:
         *,
         lock: LogLock | None = None,
     ) -> None:
-        _require_exact(optimizer)
         _require_known(optimizer)
         content = header_content(optimizer, run)
         #: Digest of the weights that the run began with.
@@ -76,7 +74,6 @@ class StepLog:
         Raises:
             LogError: the log is damaged, in use, or belongs to other weights or settings.
         """
-        _require_exact(optimizer)
         self = cls.__new__(cls)
         self._open(Path(path), optimizer, lock, new=False)
         try:
@@ -200,13 +197,6 @@ def require_no_log(path: Path) -> None:
 
 def _holds_a_run(path: Path) -> LogError:
     return LogError(f"{path} already holds a run: resume that run, or choose another folder (nothing was overwritten)")
-
-
-def _require_exact(optimizer: MeZO) -> None:
-    if isinstance(optimizer.perturbation, InPlace):
-        raise LogError(
-            "perturbation='in_place' moves the weights by rounding errors that no log holds: use 'auto', 'scratch' or 'copy'"
-        )
 
 
 def _require_known(optimizer: MeZO) -> None:
