@@ -7,7 +7,7 @@ A network of two layers (1,600 to 1,800 weights) is tuned by SPSA with one probe
 others, which choose the weights that are kept, and at the end on 2,000 more (test). The problems differ in how wrong the untuned network is
 and in the noise of the labels. Eleven constant rates, a factor of the square root of ten apart, take all the steps; the best of them, by
 the mean over seeds of the fall of the held-out loss, is 100%, and so is the best by that of the test loss. Runs that find
-their rate take 86% of the steps. They are those of the library, its ``RateSearch`` acted on in numpy: the line search over held steps,
+their rate take 86% of the steps. They are those of the library, its ``RateSearch`` with numpy in the place of a model: the line search over held steps,
 then the watch with other numbers. After each of so many measurements the rate is multiplied by ``rise`` if the loss is the lowest so
 far, else divided by ``fall`` while the run goes back to the best point, at once or after ``patience`` measurements; if the loss is hardly
 higher, as ``Guard`` has it, it is multiplied by ``nudge`` instead.
@@ -17,18 +17,17 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from statistics import mean
+from typing import Any
 
 import numpy as np
 from machine import write
 
 from forwardtune.search.budget import Plan
-from forwardtune.search.decisions import Decision, GoBack, Hold, SetRate, Take, Try
-from forwardtune.search.guard import FALL, RISE, Guard
+from forwardtune.search.guard import FALL, RISE, GoBack, Guard
 from forwardtune.search.line_search import RATIO
 from forwardtune.search.rates import RateSearch, first_rate
 
@@ -173,18 +172,19 @@ class Patient(Guard):
 
 
 class Run:
-    """A run that finds its rate: acts on what the library's search decides."""
+    """A run that finds its rate: does in numpy what the library's search decides."""
 
     def __init__(self, problem: Problem, rule: Rule) -> None:
         self._problem, self.weights, self.lr = problem, problem.base, math.nan
-        self.steps = int(SHARE * problem.steps)
+        self.steps, self._every = int(SHARE * problem.steps), max(1, problem.steps // rule.measurements)
         self._held: list[np.ndarray] | None = None
         #: Weights by the step after which they were measured.
         self._points = {0: problem.base}
-        plan = Plan(HELD, 1, TRIES, max(1, problem.steps // rule.measurements))
         first = partial(first_rate, eps=EPS, probes=1, momentum=0.0, otherwise=GRID[len(GRID) // 2])
-        self._search = RateSearch(plan, self.steps, first, measures=False, guard=rule.guard)
-        self._act([*self._search.begin(), *self._search.measured(0, problem.held_out(problem.base))])
+        plan = Plan(HELD, 1, TRIES, self._every)
+        self._search = RateSearch(plan, self.steps, self, first, measures=False, guard=rule.guard)
+        self._search.begin()
+        self._search.measured(0, problem.held_out(problem.base))
 
     def step(self, step: int) -> None:
         """Step number ``step``, from 1."""
@@ -195,30 +195,37 @@ class Run:
         elif is_finite:
             with np.errstate(all="ignore"):
                 self.weights = self.weights - self.lr * c * z
-        self._act(self._search.stepped(step, loss, (c,) if is_finite else ()))
-        if self._held is None and (step % self._search.plan.every == 0 or step == self.steps):
+        self._search.stepped(step, loss, (c,) if is_finite else ())
+        if self._held is None and (step % self._every == 0 or step == self.steps):
             self._points[step] = self.weights
-            self._act(self._search.measured(step, self._problem.held_out(self.weights)))
+            self._search.measured(step, self.measure())
 
-    def _act(self, decisions: list[Decision]) -> None:
-        waiting = deque(decisions)
-        while waiting:
-            match waiting.popleft():
-                case Hold():
-                    self._held = []
-                case Try(lr):
-                    loss = self._problem.held_out(self._problem.base - lr * self._jump, SEARCHED)
-                    waiting.extend(self._search.tried(loss))
-                case Take(lr):
-                    self.weights, self._held = self._problem.base - lr * self._jump, None
-                case SetRate(lr):
-                    self.lr = lr
-                case GoBack(step, lr):
-                    self.weights, self.lr = self._points[step], lr
+    def hold(self) -> None:
+        self._held = []
 
-    @property
-    def _jump(self) -> np.ndarray:
-        return np.sum(self._held or [np.zeros_like(self.weights)], axis=0)
+    def try_rate(self, lr: float) -> float:
+        return self._problem.held_out(self._at(lr), SEARCHED)
+
+    def take(self, lr: float) -> None:
+        self.weights, self._held = self._at(lr), None
+
+    def measure(self) -> float:
+        return self._problem.held_out(self.weights)
+
+    def set_rate(self, lr: float) -> None:
+        self.lr = lr
+
+    def go_back(self, step: int, lr: float) -> None:
+        self.weights, self.lr = self._points[step], lr
+
+    def note(self, content: dict[str, Any]) -> None:
+        pass
+
+    def announce(self, text: str) -> None:
+        pass
+
+    def _at(self, lr: float) -> np.ndarray:
+        return self._problem.base - lr * np.sum(self._held or [np.zeros_like(self.weights)], axis=0)
 
 
 def found(problem: Problem, rule: Rule) -> tuple[float, float]:

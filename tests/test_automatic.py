@@ -16,7 +16,7 @@ import support
 from forwardtune.hf.config import MeZOConfig
 from forwardtune.hf.trainer import MeZOTrainer
 from forwardtune.models import tune
-from forwardtune.search.budget import Budget
+from forwardtune.search.budget import Plan
 from forwardtune.search.driver import RETURN_POINT
 from forwardtune.search.guard import FALL, RISE, SLIGHT
 from forwardtune.search.notes import found
@@ -103,10 +103,10 @@ def test_the_first_steps_are_estimated_at_the_base_weights(whole: Path) -> None:
 @pytest.mark.parametrize("evaluations", [2, 3, 9, 32])
 @pytest.mark.parametrize("find_eps", [True, False])
 def test_budgets(steps: int, evaluations: int, find_eps: bool) -> None:
-    budget = Budget.of(steps, evaluations, find_eps=find_eps)
-    tries = budget.tries if budget.tries >= 3 else 0
-    assert 10 * budget.scales + tries * budget.batches <= 0.15 * steps * evaluations
-    assert 1 <= budget.held <= max(1, steps // 5)
+    plan = Plan.of(steps, evaluations, find_eps=find_eps)
+    tries = plan.tries if plan.tries >= 3 else 0
+    assert 10 * plan.scales + tries * plan.batches <= 0.15 * steps * evaluations
+    assert 1 <= plan.held <= max(1, steps // 5)
 
 
 @pytest.mark.parametrize("after", [0, 3, 8, 9, 17, 30, 47])

@@ -40,7 +40,7 @@ def autocast() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("perturbation", [*PERTURBATIONS, "in_place"])
+@pytest.mark.parametrize("perturbation", PERTURBATIONS)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mamba"])
 def test_autocast_around_a_step_sees_the_perturbed_weights(family: str, perturbation: str) -> None:
     """It casts a weight once and keeps the cast while it lasts."""

@@ -9,8 +9,7 @@ from itertools import islice
 
 import pytest
 
-from forwardtune.search.decisions import GoBack
-from forwardtune.search.guard import FALL, PLUNGE, RISE, Guard
+from forwardtune.search.guard import FALL, PLUNGE, RISE, GoBack, Guard
 
 LR = 1e-5
 WINDOW = 8

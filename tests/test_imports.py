@@ -220,7 +220,7 @@ def test_the_names_without_torch_are_those_of_the_classes():
     assert tuple(ESTIMATORS) == names.ESTIMATORS
     assert tuple(RULES) == names.RULES
     assert tuple(DIRECTIONS) == names.DIRECTIONS
-    assert set(names.PERTURBATIONS) - {"auto"} == set(PERTURBATIONS) - {"in_place"}
+    assert set(names.PERTURBATIONS) - {"auto"} == set(PERTURBATIONS)
     assert tuple(METHODS) == names.METHODS
 
 

@@ -492,7 +492,7 @@ def test_a_foreign_state_is_refused(state, message):
         MeZO(net, **(state or {})).load_state_dict(saved)
 
 
-@pytest.mark.parametrize("perturbation", ["auto", *EXACT, "in_place"])
+@pytest.mark.parametrize("perturbation", ["auto", *EXACT])
 @pytest.mark.usefixtures("random_state_untouched")
 def test_no_global_random_state_is_touched(perturbation):
     net = network()

@@ -306,12 +306,6 @@ def test_an_exception_leaves_the_log_unfinished(path):
     assert optimizer.recorders == []
 
 
-def test_a_run_that_perturbs_in_place_is_not_logged(path):
-    """Its weights drift by rounding in every evaluation, which no list of updates can give back."""
-    with pytest.raises(LogError, match="in_place"):
-        StepLog(path, small_optimizer(small_model(), perturbation="in_place")).close()
-
-
 # --- export ----------------------------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ RULES = ("sgd", "sign", "momentum", "adam")
 STATES = ("auto", "exact", "window")
 #: Of :mod:`forwardtune.noise`.
 DIRECTIONS = ("gaussian", "rademacher")
-#: Of :mod:`forwardtune.points`. ``in_place`` drifts and is not offered: benchmarks compare with it.
+#: Of :mod:`forwardtune.points`.
 PERTURBATIONS = ("auto", "scratch", "copy")
 #: Of ``forwardtune train``.
 METHODS = ("mezo", "adam")

@@ -25,7 +25,7 @@ from ..method.rule import History, Rule
 from ..noise import Count, Noise, Update
 from ..optimizer import MeZO
 from ..parameters import TunedTensor
-from ..search.auto import MEASUREMENTS, SHARE
+from ..search.budget import MEASUREMENTS, SHARE, Plan
 from . import methods
 from .session import Session
 
@@ -161,7 +161,7 @@ def seconds_of_run(steps: int, cost: Cost, session: Session) -> float:
     """
     options = session.options
     search = SHARE if AUTO in (options.lr, options.eps) else 0.0
-    again = steps + _budget(steps, options).updates if options.lr == AUTO else 0
+    again = steps + _plan(steps, options).updates if options.lr == AUTO else 0
     return steps * cost.step * (1 + search) + again * cost.update + _beside(steps, cost, session)
 
 
@@ -185,7 +185,7 @@ def steps_of_budget(left: float, cost: Cost, session: Session) -> int:
     options = session.options
     steps, least = steps_within(left, cost, session), 1
     if options.lr == AUTO:
-        least = next(n for n in count(1) if _budget(n, options).searches)
+        least = next(n for n in count(1) if _plan(n, options).searches)
     if steps < least:
         needed = options.time_budget - left + seconds_of_run(least, cost, session)
         why = f"finding a learning rate takes {least} steps or more" if least > 1 else "that is none"
@@ -202,11 +202,9 @@ def _rounded_up(seconds: float) -> int:
     return math.ceil(1.1 * seconds)
 
 
-def _budget(steps: int, options: Train) -> Any:
-    from ..search.budget import Budget
-
+def _plan(steps: int, options: Train) -> Plan:
     estimator = get_estimator(options.estimator, 1.0, options.probes, options.normalize)
-    return Budget.of(steps, len(estimator.queries()), find_eps=options.eps == AUTO)
+    return Plan.of(steps, len(estimator.queries()), find_eps=options.eps == AUTO)
 
 
 def _beside(steps: int, cost: Cost, session: Session) -> float:

@@ -11,13 +11,12 @@ from typing import Any, Protocol
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
+from ..config import AUTO
 from ..optimizer import MeZO
-from ..search.auto import AUTO
-from ..search.budget import Plan
-from ..search.driver import RETURN_POINT, SearchDriver, plan_run, set_rates
+from ..search.driver import RETURN_POINT, SearchDriver, plan_run
+from ..search.guard import GivenRate
 from ..search.notes import plan_of
-from ..search.rates import GivenRate
-from ..trajectory import Log, ReturnPoint, StepLog
+from ..trajectory import Log, StepLog
 from ..trajectory.point import keep_point, require_room
 
 _logger = logging.getLogger(__name__)
@@ -107,8 +106,7 @@ class Automatic(TrainerCallback):
         if plan:
             log.note({"plan": plan})
         if self.finds_lr:
-            point = ReturnPoint(self._point_path, self._trainer.mezo, log.base)
-            self._driver = self._make_driver(log, point, plan)
+            self._driver = self._make_driver(log, plan)
             self._driver.begin()
 
     def resume(self, log: StepLog, before: Log) -> None:
@@ -116,12 +114,7 @@ class Automatic(TrainerCallback):
         self._driver = None
         if not self.finds_lr:
             return
-        optimizer = self._trainer.mezo
-        if before.steps == 0:
-            point = ReturnPoint(self._point_path, optimizer, log.base)
-        else:
-            point = ReturnPoint.resume(self._point_path, optimizer, before)
-        self._driver = self._make_driver(log, point, plan_of(before))
+        self._driver = self._make_driver(log, plan_of(before))
         self._driver.resume(before)
 
     def keep_point(self, optimizer: MeZO, log: Log) -> None:
@@ -146,20 +139,16 @@ class Automatic(TrainerCallback):
         """The run will not be gone on with, as a trial that was pruned: leave nothing large behind."""
         self._point_path.unlink(missing_ok=True)
 
-    def _make_driver(self, log: StepLog, point: ReturnPoint, plan: dict[str, Any]) -> SearchDriver:
+    def _make_driver(self, log: StepLog, plan: dict[str, Any]) -> SearchDriver:
         trainer = self._trainer
-
-        def set_rate(lr: float) -> None:
-            set_rates(trainer.mezo, trainer.lr_scheduler, [lr] * len(trainer.mezo.param_groups))
-
         return SearchDriver(
-            Plan.read(plan),
+            plan,
             trainer.state.max_steps,
             trainer.mezo,
             log,
-            point,
+            self._point_path,
             trainer.held_out,
-            set_rate=set_rate,
+            scheduler=lambda: trainer.lr_scheduler,
             announce=self.announce,
             measures=not self.is_measured,
         )

@@ -73,10 +73,6 @@ class MeZOConfig(MeZOSettings, TrainingArguments):
             ),
             (self.neftune_noise_alpha, "NEFTune perturbs embeddings in training mode, MeZO evaluates. Drop it"),
             (self.torch_compile, "torch_compile is not supported with perturbed weights. Drop it"),
-            (
-                self.perturbation == "in_place",
-                "perturbation='in_place' drifts and cannot be replayed. Use 'auto', or MeZO without Trainer",
-            ),
             (self.auto_find_batch_size, "auto_find_batch_size restarts training steps. Choose the batch size"),
         ):
             if wrong:

@@ -19,7 +19,7 @@ from ..cores import SharedCores
 from ..errors import InputError, warn
 from ..noise import compile_kernels
 from ..optimizer import MeZO
-from ..search.auto import first_settings
+from ..search.budget import first_settings
 from ..trajectory import read_log
 from .automatic import Automatic
 from .config import MeZOConfig

@@ -17,12 +17,11 @@ import torch
 from ..errors import InputError
 from ..optimizer import MeZO
 from ..points import Closure
-from ..trajectory import LogError, ReturnPoint, StepLog, read_log
+from ..trajectory import LogError, StepLog, read_log
 from ..trajectory.lock import LogLock
 from ..trajectory.log import cut_log, require_no_log
 from ..trajectory.point import keep_point, require_room
-from .budget import Plan
-from .driver import RETURN_POINT, SearchDriver, plan_run, set_rates
+from .driver import RETURN_POINT, SearchDriver, plan_run
 from .notes import has_searched, plan_of
 
 _logger = logging.getLogger(__name__)
@@ -90,8 +89,7 @@ class AutoLR:
             require_room(self._point, optimizer)
             self._log = StepLog(path, optimizer, run, lock=self._lock)
             self._log.note({"plan": plan})
-            self._driver = self._drive(plan, ReturnPoint(self._point, optimizer, self._log.base))
-            self._driver.begin()
+            self._drive(plan).begin()
         except BaseException:
             self._release()
             raise
@@ -131,12 +129,7 @@ class AutoLR:
                 warnings.simplefilter("ignore")  # the steps were taken by replay, unseen by the scheduler
                 for _ in range(log.steps if scheduler is not None else 0):
                     scheduler.step()
-            if log.steps:
-                point = ReturnPoint.resume(self._point, optimizer, log)
-            else:
-                point = ReturnPoint(self._point, optimizer, self._log.base)
-            self._driver = self._drive(plan, point)
-            self._driver.resume(log)
+            self._drive(plan).resume(log)
         except BaseException:
             self._release()
             raise
@@ -169,19 +162,19 @@ class AutoLR:
         self._point = self._path.with_name(f"{self._path.stem}.{RETURN_POINT}")
         self._lock = LogLock(self._path)
 
-    def _drive(self, plan: dict[str, Any], point: ReturnPoint) -> SearchDriver:
-        optimizer, scheduler = self.optimizer, self._scheduler
+    def _drive(self, plan: dict[str, Any]) -> SearchDriver:
         assert self._log is not None
-        return SearchDriver(
-            Plan.read(plan),
+        self._driver = SearchDriver(
+            plan,
             self.steps,
-            optimizer,
+            self.optimizer,
             self._log,
-            point,
+            self._point,
             self._held_out,
-            set_rate=lambda lr: set_rates(optimizer, scheduler, [lr] * len(optimizer.param_groups)),
+            scheduler=lambda: self._scheduler,
             announce=self._announce,
         )
+        return self._driver
 
     def step(self, closure: Closure | None = None) -> float:
         """Take a step, or hold it back, as :meth:`MeZO.step`; then act on what follows from it. Returns the mean loss.

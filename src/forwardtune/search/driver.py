@@ -1,12 +1,10 @@
-"""L5: acts on what a search decides: measures, holds and takes steps, sets the rate, goes back. In a Trainer or in a loop."""
+"""L5: does what a search decides: measures, holds and takes steps, sets the rate, goes back. In a Trainer or in a loop."""
 
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -14,9 +12,8 @@ from torch import nn
 from ..optimizer import MeZO
 from ..parameters import dtype_name
 from ..trajectory import Log, ReturnPoint, StepLog
-from .budget import SCALE_EVALUATIONS, Budget, Plan
-from .decisions import Announce, Decision, GoBack, Hold, Measure, Note, SetRate, Take, Try
-from .epsilon import check_eps, find_eps
+from .budget import SCALE_EVALUATIONS, Plan
+from .epsilon import check_eps, set_eps
 from .held import drop, hold, take, trial
 from .rates import RateSearch, first_rate
 
@@ -52,87 +49,80 @@ def plan_run(
         may_check: whether a given eps is checked, where the run is long enough for it.
     """
     evaluations = len(optimizer.estimator.queries())
-    budget = Budget.of(steps, evaluations, find_eps=find_eps)
+    plan = Plan.of(steps, evaluations, find_eps=find_eps)
     dtypes = dtypes_of(optimizer if model is None else model)
-    plan: dict[str, Any] = {}
+    content: dict[str, Any] = {}
     if find_eps:
-        plan["eps"] = _choose(optimizer, held_out, budget.scales, dtypes, announce)
+        content["eps"] = set_eps(optimizer, held_out, dtypes, announce, most=plan.scales)
     elif may_check and _CHECK_SHARE * steps * evaluations >= SCALE_EVALUATIONS:
         check_eps(optimizer, held_out(1), dtypes, announce)
-    return plan | Plan.of(steps, budget).content() if find_lr else plan
-
-
-def _choose(
-    optimizer: MeZO, held_out: HeldOut, scales: int, dtypes: str, announce: Callable[[str], object]
-) -> dict[str, Any]:
-    """Give the optimizer the eps that is found with so many scales; returns what was measured, as JSON."""
-    measured = find_eps(optimizer, held_out(1), dtypes, announce, most=scales) if scales else []
-    if measured:
-        optimizer.estimator = replace(optimizer.estimator, eps=measured[-1].eps)
-    return {
-        "chosen": optimizer.estimator.eps,
-        "tried": [scale.content() for scale in measured],
-        "evaluations": sum(scale.evaluations for scale in measured),
-    }
+    return content | plan.content() if find_lr else content
 
 
 class SearchDriver:
-    """A run of an optimizer that finds its learning rate.
+    """A run of an optimizer that finds its learning rate; the :class:`~forwardtune.search.rates.Actions` of its search.
+
+    Begin with :meth:`begin` or :meth:`resume`.
 
     Args:
         plan: as the log's first note has it.
         steps: of the whole run.
         optimizer: whose run it is.
         log: the open log of the run.
-        point: the weights to go back to.
+        point: where the weights to go back to lie.
         held_out: measures held-out examples.
-        set_rate: lets the run go on with a learning rate, in the course of a schedule if there is one.
+        scheduler: gives the scheduler of the learning rates, or None.
         announce: is told of decisions.
         measures: whether held-out examples are measured as planned; else :meth:`measured` is called by someone who does.
     """
 
     def __init__(
         self,
-        plan: Plan,
+        plan: dict[str, Any],
         steps: int,
         optimizer: MeZO,
         log: StepLog,
-        point: ReturnPoint,
+        point: Path,
         held_out: HeldOut,
         *,
-        set_rate: Callable[[float], object],
+        scheduler: Callable[[], Any],
         announce: Callable[[str], object],
         measures: bool = True,
     ) -> None:
-        self._plan, self._optimizer, self._log, self._point = plan, optimizer, log, point
-        self._held_out, self._set_rate, self._announce = held_out, set_rate, announce
+        self._plan, self._optimizer, self._log, self._point_path = Plan.read(plan), optimizer, log, point
+        self._held_out, self._scheduler, self._announce = held_out, scheduler, announce
+        self._point: ReturnPoint | None = None
         self._trial_loss: Callable[[], float] | None = None
-        self.search = RateSearch(plan, steps, partial(_first_rate, optimizer), measures=measures)
-        self._is_over = False
+        self._search = RateSearch(self._plan, steps, self, self._first_rate, measures=measures)
+
+    # --- what happens --------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
         """The log was opened, and no step was taken."""
-        self._act(self.search.begin())
+        self._point = ReturnPoint(self._point_path, self._optimizer, self._log.base)
+        self._search.begin()
 
     def resume(self, log: Log) -> None:
-        """The optimizer stands at the last step of this log."""
-        self._act(self.search.resume(log))
+        """The optimizer stands at the last step of this log, and has a point (:func:`~forwardtune.trajectory.point.keep_point`)."""
+        if log.steps:
+            self._point = ReturnPoint.resume(self._point_path, self._optimizer, log)
+        else:
+            self._point = ReturnPoint(self._point_path, self._optimizer, self._log.base)
+        self._search.resume(log)
 
     def stepped(self) -> bool:
         """The optimizer has taken a step, or holds it back. Returns whether all steps so far were taken."""
         optimizer, record = self._optimizer, self._optimizer.last
         assert record is not None
-        if optimizer.held is not None and len(optimizer.held) == self._plan.held:
-            self._trial_loss = self._held_out(self._plan.batches)
         loss = math.nan if record.skipped else record.loss
-        self._act(self.search.stepped(optimizer.next_step, loss, record.present))
+        self._search.stepped(optimizer.next_step, loss, record.present)
         self._trial_loss = None
         return optimizer.held is None
 
     def measured(self, step: int, loss: float) -> None:
         """The held-out loss after a step was measured, lower is better; after step 0 that of the untuned model."""
-        if not self._is_over:
-            self._act(self.search.measured(step, loss))
+        if self._point is not None:
+            self._search.measured(step, loss)
 
     def stop(self) -> None:
         """The run ends here, for now or for good: steps that are held back were not taken."""
@@ -141,53 +131,57 @@ class SearchDriver:
 
     def finish(self) -> None:
         """The run is over: nothing goes back any more."""
-        self._is_over = True
-        self._point.remove()
+        if self._point is not None:
+            self._point.remove()
+            self._point = None
 
-    def _act(self, decisions: list[Decision]) -> None:
-        optimizer, waiting = self._optimizer, deque(decisions)
-        while waiting:
-            match waiting.popleft():
-                case Hold():
-                    hold(optimizer)
-                case Try(lr):
-                    waiting.extend(self.search.tried(self._tried(lr)))
-                case Take(lr):
-                    take(optimizer, lr)
-                case Measure():
-                    loss = self._held_out(self._plan.batches)()
-                    waiting.extend(self.search.measured(optimizer.next_step, loss))
-                case SetRate(lr):
-                    self._set_rate(lr)
-                case GoBack(step, lr):
-                    self._point.go_back(step)
-                    self._log.rolled_back(step)
-                    self._set_rate(lr)
-                case Note(content):
-                    self._log.note(content)
-                case Announce(text):
-                    self._announce(text)
+    # --- what follows ------------------------------------------------------------------------------------------------
 
-    def _tried(self, lr: float) -> float:
-        assert self._trial_loss is not None
+    def hold(self) -> None:
+        hold(self._optimizer)
+
+    def try_rate(self, lr: float) -> float:
+        if self._trial_loss is None:
+            self._trial_loss = self._held_out(self._plan.batches)
         if not lr:
             return self._trial_loss()
+        assert self._point is not None
         try:
             with trial(self._optimizer, lr, self._point):
                 return self._trial_loss()
         except OverflowError:
             return math.inf
 
+    def take(self, lr: float) -> None:
+        take(self._optimizer, lr)
 
-def _first_rate(optimizer: MeZO, coefficients: list[Sequence[float]]) -> float:
-    rule = optimizer.rule
-    return first_rate(
-        coefficients,
-        eps=optimizer.estimator.eps,
-        probes=optimizer.estimator.probes,
-        momentum=rule.settings().get("momentum", 0.0) if rule.name in ("sgd", "momentum") else None,
-        otherwise=float(optimizer.defaults["lr"]),
-    )
+    def measure(self) -> float:
+        return self._held_out(self._plan.batches)()
+
+    def set_rate(self, lr: float) -> None:
+        set_rates(self._optimizer, self._scheduler(), [lr] * len(self._optimizer.param_groups))
+
+    def go_back(self, step: int, lr: float) -> None:
+        assert self._point is not None
+        self._point.go_back(step)
+        self._log.rolled_back(step)
+        self.set_rate(lr)
+
+    def note(self, content: dict[str, Any]) -> None:
+        self._log.note(content)
+
+    def announce(self, text: str) -> None:
+        self._announce(text)
+
+    def _first_rate(self, coefficients: list[Sequence[float]]) -> float:
+        rule, estimator = self._optimizer.rule, self._optimizer.estimator
+        return first_rate(
+            coefficients,
+            eps=estimator.eps,
+            probes=estimator.probes,
+            momentum=rule.settings().get("momentum", 0.0) if rule.name in ("sgd", "momentum") else None,
+            otherwise=float(self._optimizer.defaults["lr"]),
+        )
 
 
 def set_rates(optimizer: MeZO, scheduler: Any, rates: Sequence[float]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -135,26 +135,39 @@ def choose_eps(optimizer: MeZO, closure: Closure, start: float, *, most: int = 4
     return measured
 
 
-def find_eps(
-    optimizer: MeZO, closure: Closure, dtypes: str, announce: Callable[[str], object], *, most: int
-) -> list[Scale]:
-    """:func:`choose_eps` from the optimizer's own scale, with a word to people on what was found.
+def set_eps(
+    optimizer: MeZO,
+    held_out: Callable[[int], Callable[[], float]],
+    dtypes: str,
+    announce: Callable[[str], object],
+    *,
+    most: int,
+) -> dict[str, Any]:
+    """Give the optimizer the eps that :func:`choose_eps` finds from its own, with a word to people. Returns what a log says of it.
 
     Args:
+        held_out: gives the loss of so many minibatches of held-out examples.
         dtypes: those in which the loss is computed, for messages.
         announce: is told.
-        optimizer, closure, most: as :func:`choose_eps`.
+        most: scales to measure at most; with 0 eps stays.
     """
-    scales = choose_eps(optimizer, closure, optimizer.estimator.eps, most=most)
-    chosen = scales[-1]
-    if not chosen.is_finite:
-        announce(f"the loss is not finite around the untuned weights, down to eps {chosen.eps:.1e}")
-    elif not chosen.is_clear:
-        announce(
-            f"rounding in {dtypes} hides what a perturbation does to the loss, up to eps {max(s.eps for s in scales):.1e}: {_ADVICE}"
-        )
-    announce(f"eps {chosen.eps:.1e}: the loss moves by {chosen.signal:.1e}, rounding by {chosen.noise:.0e}")
-    return scales
+    measured = choose_eps(optimizer, held_out(1), optimizer.estimator.eps, most=most) if most else []
+    if measured:
+        chosen = measured[-1]
+        if not chosen.is_finite:
+            announce(f"the loss is not finite around the untuned weights, down to eps {chosen.eps:.1e}")
+        elif not chosen.is_clear:
+            highest = max(scale.eps for scale in measured)
+            announce(
+                f"rounding in {dtypes} hides what a perturbation does to the loss, up to eps {highest:.1e}: {_ADVICE}"
+            )
+        announce(f"eps {chosen.eps:.1e}: the loss moves by {chosen.signal:.1e}, rounding by {chosen.noise:.0e}")
+        optimizer.estimator = replace(optimizer.estimator, eps=chosen.eps)
+    return {
+        "chosen": optimizer.estimator.eps,
+        "tried": [scale.content() for scale in measured],
+        "evaluations": sum(scale.evaluations for scale in measured),
+    }
 
 
 def check_eps(optimizer: MeZO, closure: Closure, dtypes: str, announce: Callable[[str], object]) -> None:

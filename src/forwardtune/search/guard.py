@@ -6,8 +6,6 @@ import math
 from collections import deque
 from dataclasses import dataclass, field
 
-from .decisions import GoBack
-
 #: By how much the learning rate rises after a held-out loss that is the best so far, and falls after one that is worse.
 RISE, FALL = 1.5, 1.5
 #: A loss that is worse by less than this share of the best one, and of what was gained so far, says that steps are small or go
@@ -22,6 +20,21 @@ _WINDOW = 8
 _ERRORS = 5.0
 # Nor is it worth going back for less than this share of the untuned loss.
 _SHARE = 0.1
+# A given learning rate is too large when a loss of the first steps, before losses have a history, is so many times the first.
+_EARLY, _EXPLODED = 8, 10.0
+
+
+@dataclass(frozen=True)
+class GoBack:
+    """Go on from the weights after ``step`` steps, with this learning rate.
+
+    Attributes:
+        why: ``"diverged"`` or ``"worse"``.
+    """
+
+    step: int
+    lr: float
+    why: str
 
 
 @dataclass
@@ -138,3 +151,26 @@ class Guard:
         self._recent.clear()
         self._before = None
         return GoBack(self.best_step, self.lr, why)
+
+
+class GivenRate:
+    """The watch over a learning rate that the user gave: it warns, once, when the run diverges."""
+
+    def __init__(self, lr: float) -> None:
+        self._guard: Guard | None = Guard(lr)
+        self._first: float | None = None
+
+    def stepped(self, step: int, loss: float) -> str | None:
+        """A step was taken; the loss is not finite if it was skipped. Returns the warning."""
+        if self._guard is None:
+            return None
+        if self._first is None and math.isfinite(loss):
+            self._first = loss
+        early = step <= _EARLY and self._first is not None and loss > _EXPLODED * max(1.0, abs(self._first))
+        if self._guard.stepped(loss) is None and not early:
+            return None
+        self._guard = None
+        return (
+            f"the loss has left its range by step {step}: lower the learning rate, or let it be found (auto), which also goes "
+            "back when that happens"
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 # Two points a decade: the loss along the ray is flat around its minimum, and rises within a factor of about four of it.
@@ -23,10 +23,8 @@ class LineSearch:
     best: float
 
 
-def line_search(
-    loss_at: Callable[[float], float], start: float, *, most: int, floor: float | None = None
-) -> LineSearch:
-    """Minimise the loss over sizes ``start * 10^(k/2)``, for integers k, by walking downhill from ``start``.
+def line_search(loss_at: Callable[[float], float], start: float, *, most: int) -> LineSearch:
+    """Minimise the loss over 0 and the sizes ``start * 10^(k/2)``, for integers k, by walking downhill from ``start``.
 
     The walk goes upwards if the first step up is better than both ``start`` and 0, else downwards, and ends when the loss
     no longer falls; but as long as no size is better than 0 it goes on downwards. A loss that is not finite counts as
@@ -35,47 +33,31 @@ def line_search(
     Args:
         loss_at: the loss at a size; the same examples every time, so that differences are not those of samples.
         start: a guess, positive.
-        most: losses at most, that at 0 included, known or not; at least 3.
-        floor: the loss at 0, if it is known.
+        most: evaluations at most, that at 0 included; at least 3.
 
     Raises:
         ValueError: ``start`` is not positive and finite, or ``most`` below 3.
     """
-    asking = search(start, most=most, floor=floor)
-    size = next(asking)
-    while True:
-        try:
-            size = asking.send(loss_at(size))
-        except StopIteration as end:
-            found: LineSearch = end.value
-            return found
-
-
-def search(start: float, *, most: int, floor: float | None = None) -> Generator[float, float, LineSearch]:
-    """:func:`line_search` as a generator: it yields a size, is sent the loss there, and returns what it found."""
     if not 0 < start < math.inf:
         raise ValueError(f"start must be positive, got {start!r}")
     if most < 3:
         raise ValueError(f"a search needs 3 evaluations or more, got most={most!r}")
-    tried: dict[int | None, float] = {None: _finite((yield 0.0) if floor is None else floor)}
+    tried: dict[int | None, float] = {}
 
-    def at(k: int) -> Generator[float, float, float]:
+    def size(k: int | None) -> float:
+        return 0.0 if k is None else start * RATIO**k
+
+    def at(k: int | None) -> float:
         if k not in tried:
-            tried[k] = _finite((yield start * RATIO**k))
+            loss = loss_at(size(k))
+            tried[k] = loss if math.isfinite(loss) else math.inf
         return tried[k]
 
-    k = 0
-    step = 1 if min((yield from at(0)), tried[None]) > (yield from at(1)) else -1
-    if step > 0:
-        k = 1
+    untuned = at(None)
+    step, k = (1, 1) if min(at(0), untuned) > at(1) else (-1, 0)
     while len(tried) < most:
-        if (yield from at(k + step)) >= (yield from at(k)) and tried[k] < tried[None]:
+        if at(k + step) >= at(k) and at(k) < untuned:
             break
         k += step
     best = min(tried, key=lambda k: (tried[k], k is not None))
-    sizes = {0.0 if k is None else start * RATIO**k: loss for k, loss in tried.items()}
-    return LineSearch(sizes, 0.0 if best is None else start * RATIO**best)
-
-
-def _finite(loss: float) -> float:
-    return loss if math.isfinite(loss) else math.inf
+    return LineSearch({size(k): loss for k, loss in tried.items()}, size(best))

@@ -1,4 +1,4 @@
-"""L0: a run that finds its learning rate, as a state machine: events go in, decisions come out, and others act on them.
+"""L0: a run that finds its learning rate, as a state machine: it is told what happens, and says what to do.
 
 A run
 
@@ -7,42 +7,68 @@ A run
 3. lets the rate rise while held-out losses fall, and goes back to its best point with another one when they do not, or when
    it diverges (:mod:`.guard`). The last step is measured too, so what is kept is the best point that was measured.
 
-Nothing here knows of weights, files or a Trainer: :mod:`.driver` acts on the decisions in a run, ``benchmarks/rates.py`` in a
-simulation.
+Nothing here knows of weights, files or a Trainer: :mod:`.driver` acts in a run, ``benchmarks/rates.py`` in a simulation.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .budget import Plan
-from .decisions import Announce, Decision, GoBack, Hold, Measure, Note, SetRate, Take, Try
-from .guard import SLIGHT, Guard
-from .line_search import LineSearch, search
+from .guard import SLIGHT, GoBack, Guard
+from .line_search import LineSearch, line_search
 
 if TYPE_CHECKING:
     from ..trajectory import Log
 
 # A step moves a weight by this share of eps, root mean square: what the search begins with. Good runs lie within a factor of ten.
 _MOVE = 0.3
-# A given learning rate is too large when a loss of the first steps, before losses have a history, is so many times the first.
-_EARLY, _EXPLODED = 8, 10.0
+
+
+class Actions(Protocol):
+    """What a search has done: in a run, or in a simulation of one."""
+
+    def hold(self) -> None:
+        """Estimate steps at the present weights from now on, without taking them."""
+
+    def try_rate(self, lr: float) -> float:
+        """The held-out loss where the held steps would lead with this rate; at rate 0, that of the present weights.
+
+        Infinite if a step does not fit float32.
+        """
+
+    def take(self, lr: float) -> None:
+        """Take the steps that are held, with this rate; those that follow are taken as they come."""
+
+    def measure(self) -> float:
+        """The held-out loss of the present weights."""
+
+    def set_rate(self, lr: float) -> None:
+        """Go on with this learning rate; a schedule goes on from it."""
+
+    def go_back(self, step: int, lr: float) -> None:
+        """Go on from the weights after so many steps, with this learning rate."""
+
+    def note(self, content: dict[str, Any]) -> None:
+        """Keep this beside the steps: what was decided, and what it was based on."""
+
+    def announce(self, text: str) -> None:
+        """Tell people."""
 
 
 class RateSearch:
     """The learning rate of one run.
 
-    Every event returns the decisions that follow from it, in the order in which to act on them. One that wants a loss back is
-    the last of its list. The state follows from the steps and notes of the run's log, so a resumed run goes on as if nothing
-    had happened.
+    Its state follows from the steps and notes of the run's log, so a resumed run goes on as if nothing had happened.
 
     Args:
         plan: how many steps are held, and how much is measured.
         steps: steps of the whole run.
+        run: does what is decided.
         first_rate: the rate that the search begins with, from the coefficients of the held steps that were not skipped.
-        measures: whether the run measures held-out examples as planned; else :meth:`measured` is called by someone who does.
+        measures: whether held-out examples are measured as planned; else :meth:`measured` is called by someone who does.
         guard: makes the watch over the losses, from the rate and the step to go back to at first.
     """
 
@@ -50,26 +76,27 @@ class RateSearch:
         self,
         plan: Plan,
         steps: int,
+        run: Actions,
         first_rate: Callable[[list[Sequence[float]]], float],
         *,
         measures: bool = True,
         guard: Callable[[float, int], Guard] = Guard,
     ) -> None:
         self.plan = plan
-        self._steps, self._first_rate, self._measures, self._new_guard = steps, first_rate, measures, guard
+        self._steps, self._run, self._first_rate = steps, run, first_rate
+        self._measures, self._new_guard = measures, guard
         self._guard: Guard | None = None
-        self._walk: Generator[float, float, LineSearch] | None = None
         self._held: list[tuple[float, Sequence[float]]] = []
         self._measured = -1
         self._untuned: float | None = None
 
-    # --- events ------------------------------------------------------------------------------------------------------
+    # --- what happens --------------------------------------------------------------------------------------------------
 
-    def begin(self) -> list[Decision]:
+    def begin(self) -> None:
         """The run begins."""
-        return [Hold(self.plan.held)]
+        self._run.hold()
 
-    def stepped(self, step: int, loss: float, coefficients: Sequence[float]) -> list[Decision]:
+    def stepped(self, step: int, loss: float, coefficients: Sequence[float]) -> None:
         """A step was estimated and held, or was taken.
 
         Args:
@@ -78,52 +105,67 @@ class RateSearch:
             coefficients: empty if the step was skipped.
         """
         if self._guard is not None:
-            return [*self._went_back(self._guard.stepped(loss), step), *self._due(step)]
+            self._follow(self._guard.stepped(loss), step)
+            self._measure_if_due(step)
+            return
         self._held.append((loss, coefficients))
-        if len(self._held) < self.plan.held:
-            return []
-        if self.plan.searches:
-            self._walk = search(self._guess(), most=self.plan.tries)
-            return [Try(next(self._walk))]
-        # No search, but a point to go back to.
-        return [Try(0.0)] if self._measures else self._chosen(self._guess(), {})
+        if len(self._held) == self.plan.held:
+            self._choose()
 
-    def tried(self, loss: float) -> list[Decision]:
-        """The held-out loss that was wanted by :class:`Try`."""
-        if self._walk is None:
-            return [*self._note_untuned(loss), *self._chosen(self._guess(), {})]
-        try:
-            return [Try(self._walk.send(loss))]
-        except StopIteration as end:
-            return self._chosen(rate_found(end.value), end.value.tried)
-
-    def measured(self, step: int, loss: float) -> list[Decision]:
+    def measured(self, step: int, loss: float) -> None:
         """The held-out loss after a step was measured, lower is better; after step 0 that of the untuned model."""
-        decisions = self._note_untuned(loss) if step == 0 else []
+        if step == 0:
+            self._note_untuned(loss)
         if self._guard is None or step <= self._measured:
-            return decisions
+            return
         self._measured = step
         before = self._guard.lr
-        decisions += [Note({"held_out": plain(loss)}), *self._went_back(self._guard.measured(step, loss), step)]
-        return decisions if self._guard.lr == before else [*decisions, SetRate(self._guard.lr)]
+        self._run.note({"held_out": plain(loss)})
+        self._follow(self._guard.measured(step, loss), step)
+        if self._guard.lr != before:
+            self._run.set_rate(self._guard.lr)
 
-    def resume(self, log: Log) -> list[Decision]:
+    def resume(self, log: Log) -> None:
         """The run goes on after the last step of its log."""
-        heard = (note.content["held_out"] for note in log.notes if note.at == 0 and "held_out" in note.content)
-        self._untuned = next(map(float, heard), None)
+        noted = (note.content["held_out"] for note in log.notes if note.at == 0 and "held_out" in note.content)
+        self._untuned = next(map(float, noted), None)
         if log.steps == 0:
-            return self.begin()
-        decided = self._recall(log)
-        assert self._guard is not None
-        now: list[Decision] = [SetRate(self._guard.lr)]
+            self.begin()
+            return
+        guard, decided = self._replay(log)
+        self._run.set_rate(guard.lr)
         if len(decided) > len(log.rollbacks):  # a kill came between a decision and what followed from it
-            return now + self._went_back(decided[-1], log.steps)
-        return now + self._due(log.steps)  # or between a step and its measurement
+            self._follow(decided[-1], log.steps)
+        else:  # or between a step and its measurement
+            self._measure_if_due(log.steps)
 
     # --- what follows ------------------------------------------------------------------------------------------------
 
-    def _recall(self, log: Log) -> list[GoBack]:
-        """Give a new guard all that the old one was given; returns the ways back that it decides."""
+    def _choose(self) -> None:
+        """Find the rate for the steps that are held back, take them, and watch those that follow."""
+        lr = self._first_rate([coefficients for _, coefficients in self._held if coefficients])
+        tried: dict[float, float] = {}
+        if self.plan.searches:
+            search = line_search(self._run.try_rate, lr, most=self.plan.tries)
+            lr, tried = rate_found(search), search.tried
+        elif self._measures:  # a point to go back to
+            self._note_untuned(self._run.try_rate(0.0))
+        held, self._held = self._held, []
+        guard = self._watch(lr, len(held))
+        for loss, _ in held:
+            guard.stepped(loss)
+        self._count_search(guard, len(held), lr, tried)
+        self._run.take(lr)
+        self._run.note({"search": {"lr": lr, "tried": [[size, plain(loss)] for size, loss in tried.items()]}})
+        shown = ", ".join(f"{size:.1e}: {loss:.4f}" for size, loss in sorted(tried.items()))
+        unsearched = f", a guess: a run of {self._steps} steps is too short for a search"
+        why = f"; losses of held-out examples: {shown}" if shown else unsearched
+        self._run.announce(f"learning rate {lr:.1e}{why}")
+        self._run.set_rate(lr)
+        self._measure_if_due(len(held))
+
+    def _replay(self, log: Log) -> tuple[Guard, list[GoBack]]:
+        """A new watch that was given all that the old one was given, and the ways back that it decided."""
         notes: dict[int, list[dict[str, Any]]] = {}
         for note in log.notes:
             notes.setdefault(note.at, []).append(note.content)
@@ -134,27 +176,11 @@ class RateSearch:
             for content in notes.get(step, ()):
                 if "search" in content:
                     tried = {size: float(loss) for size, loss in content["search"]["tried"]}
-                    self._count_search(step, content["search"]["lr"], tried)
+                    self._count_search(guard, step, content["search"]["lr"], tried)
                 if "held_out" in content:
                     self._measured = step
                     decided.append(guard.measured(step, float(content["held_out"])))
-        return [decision for decision in decided if decision is not None]
-
-    def _guess(self) -> float:
-        return self._first_rate([coefficients for _, coefficients in self._held if coefficients])
-
-    def _chosen(self, lr: float, tried: dict[float, float]) -> list[Decision]:
-        """Take the steps that were held back, and watch those that follow."""
-        shown = ", ".join(f"{size:.1e}: {loss:.4f}" for size, loss in sorted(tried.items()))
-        unsearched = f", a guess: a run of {self._steps} steps is too short for a search"
-        told = f"learning rate {lr:.1e}" + (f"; losses of held-out examples: {shown}" if shown else unsearched)
-        held, self._held, self._walk = self._held, [], None
-        guard = self._watch(lr, len(held))
-        for loss, _ in held:
-            guard.stepped(loss)
-        self._count_search(len(held), lr, tried)
-        note = {"search": {"lr": lr, "tried": [[size, plain(loss)] for size, loss in tried.items()]}}
-        return [Take(lr), Note(note), Announce(told), SetRate(lr), *self._due(len(held))]
+        return guard, [decision for decision in decided if decision is not None]
 
     def _watch(self, lr: float, held: int) -> Guard:
         self._guard = self._new_guard(lr, held)
@@ -162,57 +188,30 @@ class RateSearch:
             self._guard.known(0, self._untuned)
         return self._guard
 
-    def _count_search(self, step: int, lr: float, tried: dict[float, float]) -> None:
+    def _count_search(self, guard: Guard, step: int, lr: float, tried: dict[float, float]) -> None:
         """Let the guard know what a search measured, unless other examples are measured from now on."""
-        if tried and self._measures and self._guard is not None:
-            self._guard.known(0, tried[0.0])
-            self._guard.known(step, tried[lr])
+        if tried and self._measures:
+            guard.known(0, tried[0.0])
+            guard.known(step, tried[lr])
             self._measured = step
 
-    def _note_untuned(self, loss: float) -> list[Decision]:
-        if self._untuned is not None:
-            return []
-        self._untuned = loss
-        return [Note({"held_out": plain(loss)})]
+    def _note_untuned(self, loss: float) -> None:
+        if self._untuned is None:
+            self._untuned = loss
+            self._run.note({"held_out": plain(loss)})
 
-    def _due(self, step: int) -> list[Decision]:
-        """The measurement that comes after this step."""
+    def _measure_if_due(self, step: int) -> None:
         planned = step >= self._steps or step % self.plan.every == 0
-        return [Measure()] if self._measures and planned and step > self._measured else []
+        if self._measures and planned and step > self._measured:
+            self.measured(step, self._run.measure())
 
-    def _went_back(self, decision: GoBack | None, step: int) -> list[Decision]:
+    def _follow(self, decision: GoBack | None, step: int) -> None:
         if decision is None:
-            return []
+            return
         why = {"diverged": "the loss left its range", "worse": "worse than before"}[decision.why]
         then = "where the run ends" if step >= self._steps else f"learning rate {decision.lr:.1e}"
-        return [Announce(f"{why}: back to the weights of step {decision.step}, {then}"), decision]
-
-
-class GivenRate:
-    """The watch over a learning rate that the user gave: it warns, once, when the run diverges.
-
-    Args:
-        lr: the rate.
-    """
-
-    def __init__(self, lr: float) -> None:
-        self._guard: Guard | None = Guard(lr)
-        self._first: float | None = None
-
-    def stepped(self, step: int, loss: float) -> str | None:
-        """A step was taken; the arguments are those of :meth:`RateSearch.stepped`. Returns the warning."""
-        if self._guard is None:
-            return None
-        if self._first is None and math.isfinite(loss):
-            self._first = loss
-        early = step <= _EARLY and self._first is not None and loss > _EXPLODED * max(1.0, abs(self._first))
-        if self._guard.stepped(loss) is None and not early:
-            return None
-        self._guard = None
-        return (
-            f"the loss has left its range by step {step}: lower the learning rate, or let it be found (auto), which also goes "
-            "back when that happens"
-        )
+        self._run.announce(f"{why}: back to the weights of step {decision.step}, {then}")
+        self._run.go_back(decision.step, decision.lr)
 
 
 def first_rate(

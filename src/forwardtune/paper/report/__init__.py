@@ -31,7 +31,7 @@ def write_report(folder: Path, output: Path, *, plots: bool = True) -> list[Path
     sweep = SweepFolder(folder).read_plan()
     all_results = [collect(folder, sweep, model) for model in sweep.models]
     output.mkdir(parents=True, exist_ok=True)
-    pictures: dict[str, list[Path]] = {}
+    pictures: dict[str, dict[Path, str]] = {}
     if plots:
         for results in all_results:
             prefix = f"{slug(label(results.model))}-" if len(all_results) > 1 else ""

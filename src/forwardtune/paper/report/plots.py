@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -15,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullFormatter
 
 from ..sweep.plan import label
-from .results import Chosen, Results
+from .results import Cell, Chosen, Results, mean_of
 
 # Okabe and Ito's colours, told apart with any colour vision, without the yellow that is lost on white, grey for black.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4D4D4D")
@@ -40,23 +41,22 @@ _WINDOW_SHARE = 0.05
 _LONG = 8
 
 
-def draw(results: Results, folder: Path, prefix: str) -> list[Path]:
-    """Draw what the runs have recorded; a picture that would be empty is left out. Returns the files."""
-    import matplotlib
-
-    paths = []
+def draw(results: Results, folder: Path, prefix: str) -> dict[Path, str]:
+    """Draw what the runs have recorded; a picture that would be empty is left out. Returns the files, with captions."""
+    pictures = {}
     with matplotlib.rc_context(_STYLE):
-        for name, figure in (
-            ("loss-steps", _loss(results, "steps")),
-            ("loss-seconds", _loss(results, "seconds")),
-            ("dev-steps", _dev(results, "steps")),
-            ("dev-seconds", _dev(results, "seconds")),
-            ("memory", _memory(results)),
+        for name, caption, figure in (
+            ("loss-steps", "training loss against steps", _loss(results, "steps")),
+            ("loss-seconds", "training loss against seconds", _loss(results, "seconds")),
+            ("dev-steps", "development score against steps", _dev(results, "steps")),
+            ("dev-seconds", "development score against seconds", _dev(results, "seconds")),
+            ("memory", "peak memory", _memory(results)),
         ):
             if figure is not None:
-                paths.append(folder / f"{prefix}{name}.png")
-                figure.savefig(paths[-1], dpi=_DPI)
-    return paths
+                path = folder / f"{prefix}{name}.png"
+                figure.savefig(path, dpi=_DPI)
+                pictures[path] = caption
+    return pictures
 
 
 def _loss(results: Results, axis: str) -> Figure | None:
@@ -142,7 +142,7 @@ def _panels(
                     xs, mean, color=colour, linestyle=dashes, linewidth=1.6, marker=marker, markersize=3.5, label=method
                 )
                 panel.fill_between(xs, mean - std, mean + std, color=colour, alpha=_BAND, linewidth=0)
-            elif levels and (level := _level(results, method, task)) is not None:
+            elif levels and (level := _level(results.cells[method, task])) is not None:
                 shown[method] = panel.axhline(level, color=colour, linestyle=_LEVEL, linewidth=1.3, label=method)
         if logarithmic:
             panel.set_xscale("log")
@@ -165,10 +165,10 @@ def _memory(results: Results) -> Figure | None:
     """Peak memory of each method, on the task where it is largest."""
     bars = []
     for method in results.methods:
-        cells = [cell for cell in results.row(method) if cell.largest("peak_memory_bytes")]
+        cells = [cell for cell in results.row(method) if cell.peak_memory]
         if cells:
-            cell = max(cells, key=lambda each: each.largest("peak_memory_bytes") or 0)
-            bars.append((method, cell.largest("peak_memory_bytes") or 0, cell.memory_ratio))
+            cell = max(cells, key=lambda each: each.peak_memory or 0)
+            bars.append((method, cell.peak_memory or 0, cell.memory_ratio))
     if not bars:
         return None
     figure, (panel,) = _figure(6.4, 0.36 * len(bars) + 1.1, 1, 1)
@@ -219,6 +219,5 @@ def _look(results: Results, method: str) -> tuple[str, Any]:
     return _COLOURS[index % len(_COLOURS)], _DASHES[index // len(_COLOURS) % len(_DASHES)]
 
 
-def _level(results: Results, method: str, task: str) -> float | None:
-    values = [chosen.dev for chosen in results.cells[method, task].chosen if math.isfinite(chosen.dev)]
-    return sum(values) / len(values) if values else None
+def _level(cell: Cell) -> float | None:
+    return mean_of(chosen.dev for chosen in cell.chosen if math.isfinite(chosen.dev))

@@ -30,21 +30,41 @@ class Chosen:
     metric: str
     folder: Path
 
+    def number(self, split: str, name: str) -> float:
+        """What was measured on a split; NaN if it was not."""
+        value = (self.metrics.get(split) or {}).get(name)
+        return float(value) if isinstance(value, int | float) else math.nan
+
     @property
     def score(self) -> float:
         """The metric on the test split, x 100; NaN if the run did not measure it."""
-        return 100 * _number(self.metrics["test"].get(self.metric))
+        return 100 * self.number("test", self.metric)
 
     @property
     def dev(self) -> float:
         """The metric on the development split, x 100; NaN without one."""
-        return 100 * _number((self.metrics.get("dev") or {}).get(self.metric))
+        return 100 * self.number("dev", self.metric)
 
     @property
     def seconds_per_step(self) -> float | None:
         """Training time, without evaluations; None for a method that takes no steps."""
         seconds, steps = self.metrics.get("seconds"), self.metrics.get("steps")
         return seconds / steps if seconds is not None and steps else None
+
+    @property
+    def memory_ratio(self) -> float | None:
+        """Peak memory over that of inference in the same run; None where one is not known."""
+        peak, inference = self.metrics.get("peak_memory_bytes"), self.metrics.get("inference_peak_memory_bytes")
+        return peak / inference if peak and inference else None
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """Larger is better: the metric on the development split, then minus the loss there. The test split has no say.
+
+        What is not a finite number loses to everything.
+        """
+        score, gain = self.dev, -self.number("dev", "loss")
+        return (score if math.isfinite(score) else -math.inf, gain if math.isfinite(gain) else -math.inf)
 
     @cached_property
     def history(self) -> list[dict[str, Any]]:
@@ -79,43 +99,61 @@ class Cell:
     failed: list[tuple[Run, str]] = field(default_factory=list)
 
     @property
-    def scores(self) -> list[float]:
-        """Test scores x 100, a seed each."""
-        return [chosen.score for chosen in self.chosen]
-
-    @property
     def mean(self) -> float | None:
-        """Mean over seeds; None without a finished run."""
-        return statistics.fmean(self.scores) if self.chosen else None
+        """Test score x 100, mean over seeds; None without a finished run."""
+        return mean_of(chosen.score for chosen in self.chosen)
 
     @property
     def std(self) -> float | None:
-        """Sample standard deviation over seeds (divisor n - 1); None below two."""
-        return statistics.stdev(self.scores) if len(self.chosen) > 1 else None
+        """Its sample standard deviation over seeds (divisor n - 1); None below two."""
+        return statistics.stdev(chosen.score for chosen in self.chosen) if len(self.chosen) > 1 else None
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """Mean over seeds."""
+        return mean_of(chosen.seconds_per_step for chosen in self.chosen)
+
+    @property
+    def peak_memory(self) -> int | None:
+        """Bytes, the largest over seeds."""
+        return max((peak for chosen in self.chosen if (peak := chosen.metrics.get("peak_memory_bytes"))), default=None)
+
+    @property
+    def memory_ratio(self) -> float | None:
+        """Over that of inference in the same run, the largest over seeds."""
+        return max((chosen.memory_ratio for chosen in self.chosen if chosen.memory_ratio), default=None)
 
     @property
     def complete(self) -> bool:
         """Whether every seed has its score and nothing is still to run. A point of the grid that failed was not best."""
         return bool(self.planned) and not self.unfinished and len(self.chosen) == len(self.planned)
 
-    def largest(self, key: str) -> int | None:
-        """The largest value of a metric over the chosen runs, such as their peak memory."""
-        values = [chosen.metrics[key] for chosen in self.chosen if chosen.metrics.get(key)]
-        return max(values, default=None)
-
-    @property
-    def memory_ratio(self) -> float | None:
-        """Peak memory over that of inference in the same run, the largest over seeds."""
-        pairs = [
-            (chosen.metrics.get("peak_memory_bytes"), chosen.metrics.get("inference_peak_memory_bytes"))
-            for chosen in self.chosen
-        ]
-        return max((peak / inference for peak, inference in pairs if peak and inference), default=None)
-
-    @property
-    def seconds_per_step(self) -> float | None:
-        """Mean over seeds."""
-        return mean_of(chosen.seconds_per_step for chosen in self.chosen)
+    def to_json(self) -> dict[str, Any] | None:
+        """The numbers; None where the sweep plans nothing."""
+        if not self.planned:
+            return None
+        return {
+            "mean": self.mean,
+            "std": self.std,
+            "seconds_per_step": self.seconds_per_step,
+            "peak_memory_bytes": self.peak_memory,
+            "memory_ratio": self.memory_ratio,
+            "chosen": [
+                {
+                    "seed": chosen.run.seed,
+                    "point": chosen.run.point,
+                    "options": chosen.run.options,
+                    "test": chosen.score,
+                    "dev": None if math.isnan(chosen.dev) else chosen.dev,
+                    "test_examples": chosen.metrics["test"].get("examples"),
+                    "steps": chosen.metrics.get("steps"),
+                    "folder": chosen.run.folder,
+                }
+                for chosen in self.chosen
+            ],
+            "unfinished": [run.folder for run in self.unfinished],
+            "failed": [{"folder": run.folder, "reason": reason} for run, reason in self.failed],
+        }
 
 
 @dataclass
@@ -146,7 +184,7 @@ class Results:
                 {
                     "method": method,
                     "average": self.average(method),
-                    "cells": {task: _cell_json(self.cells[method, task]) for task in self.tasks},
+                    "cells": {task: self.cells[method, task].to_json() for task in self.tasks},
                 }
                 for method in self.methods
             ],
@@ -173,56 +211,11 @@ def collect(folder: Path, sweep: Sweep, model: str) -> Results:
         else:
             cell.unfinished.append(run)
     for (method, task, _), candidates in finished.items():
-        cells[method, task].chosen.append(best(candidates))
+        cells[method, task].chosen.append(max(candidates, key=lambda candidate: candidate.rank))
     return Results(model, sweep.tasks, sweep.metrics, sweep.methods, cells)
-
-
-def best(candidates: list[Chosen]) -> Chosen:
-    """The run with the best metric on the development split; of equals the one with the lowest loss there, then the first.
-
-    The test split has no say. What is not a finite number loses to everything.
-    """
-
-    def rank(candidate: Chosen) -> tuple[float, float]:
-        loss = _number((candidate.metrics.get("dev") or {}).get("loss"))
-        score = candidate.dev
-        return (score if math.isfinite(score) else -math.inf, -loss if math.isfinite(loss) else -math.inf)
-
-    return max(candidates, key=rank)
 
 
 def mean_of(values: Iterable[float | None]) -> float | None:
     """The mean of the numbers that are there; None without any."""
     there = [value for value in values if value is not None]
     return statistics.fmean(there) if there else None
-
-
-def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) else math.nan
-
-
-def _cell_json(cell: Cell) -> dict[str, Any] | None:
-    if not cell.planned:
-        return None
-    return {
-        "mean": cell.mean,
-        "std": cell.std,
-        "seconds_per_step": cell.seconds_per_step,
-        "peak_memory_bytes": cell.largest("peak_memory_bytes"),
-        "memory_ratio": cell.memory_ratio,
-        "chosen": [
-            {
-                "seed": chosen.run.seed,
-                "point": chosen.run.point,
-                "options": chosen.run.options,
-                "test": chosen.score,
-                "dev": None if math.isnan(chosen.dev) else chosen.dev,
-                "test_examples": chosen.metrics["test"].get("examples"),
-                "steps": chosen.metrics.get("steps"),
-                "folder": chosen.run.folder,
-            }
-            for chosen in cell.chosen
-        ],
-        "unfinished": [run.folder for run in cell.unfinished],
-        "failed": [{"folder": run.folder, "reason": reason} for run, reason in cell.failed],
-    }

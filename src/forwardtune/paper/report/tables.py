@@ -13,14 +13,14 @@ _TIMES = "\N{MULTIPLICATION SIGN}"
 _MIB = 2**20
 
 
-def markdown(title: str, all_results: Sequence[Results], pictures: dict[str, list[Path]]) -> str:
+def markdown(title: str, all_results: Sequence[Results], pictures: dict[str, dict[Path, str]]) -> str:
     """The whole of ``results.md``."""
     blocks = [f"# {title}"]
     for results in all_results:
         if len(all_results) > 1:
             blocks.append(f"## {results.model}")
         blocks += _sections(results, "##" if len(all_results) == 1 else "###")
-        blocks += [f"![{_caption(path)}]({path.name})" for path in pictures.get(results.model, [])]
+        blocks += [f"![{caption}]({path.name})" for path, caption in pictures.get(results.model, {}).items()]
     return "\n\n".join(blocks) + "\n"
 
 
@@ -40,34 +40,12 @@ def _sections(results: Results, mark: str) -> list[str]:
     gaps = list(_gaps(results))
     if gaps:
         blocks += ["Missing:", "\n".join(f"- {line}" for line in gaps)]
-    tuned = _filled(results, _point)
-    if tuned:
-        blocks += [
-            f"{mark} Chosen on the development split",
-            _table(["", *names], tuned),
-            "One value means the same for all seeds; else one a seed, in the order of the seeds.",
-        ]
-    memory = _filled(results, _memory)
-    if memory:
-        blocks += [
-            f"{mark} Peak memory, MiB",
-            _table(["", *names], memory),
-            "The largest over seeds; in brackets, how many times that of inference on the same batch size.",
-        ]
-    times = _filled(results, _seconds)
-    if times:
-        blocks += [
-            f"{mark} Seconds per step",
-            _table(["", *names], times),
-            "Mean over seeds, without evaluations.",
-        ]
+    for title, text, words in _SECTIONS:
+        rows = [[method, *map(text, results.row(method))] for method in results.methods]
+        rows = [row for row in rows if any(cell != _NONE for cell in row[1:])]
+        if rows:
+            blocks += [f"{mark} {title}", _table(["", *names], rows), words]
     return blocks
-
-
-def _filled(results: Results, text: Callable[[Cell], str]) -> list[list[str]]:
-    """The rows that say anything."""
-    rows = [[method, *map(text, results.row(method))] for method in results.methods]
-    return [row for row in rows if any(cell != _NONE for cell in row[1:])]
 
 
 def _score(cell: Cell) -> str:
@@ -89,7 +67,7 @@ def _point(cell: Cell) -> str:
 
 
 def _memory(cell: Cell) -> str:
-    peak, ratio = cell.largest("peak_memory_bytes"), cell.memory_ratio
+    peak, ratio = cell.peak_memory, cell.memory_ratio
     if peak is None:
         return _NONE
     return f"{peak / _MIB:,.0f}" + (f" ({ratio:.2f}{_TIMES})" if ratio else "")
@@ -101,6 +79,22 @@ def _seconds(cell: Cell) -> str:
 
 def _fixed(value: float | None) -> str:
     return _NONE if value is None else f"{value:.1f}"
+
+
+# What there is to say of a cell beside its score, and how to read it.
+_SECTIONS: tuple[tuple[str, Callable[[Cell], str], str], ...] = (
+    (
+        "Chosen on the development split",
+        _point,
+        "One value means the same for all seeds; else one a seed, in the order of the seeds.",
+    ),
+    (
+        "Peak memory, MiB",
+        _memory,
+        "The largest over seeds; in brackets, how many times that of inference on the same batch size.",
+    ),
+    ("Seconds per step", _seconds, "Mean over seeds, without evaluations."),
+)
 
 
 def _conditions(results: Results) -> Iterable[str]:
@@ -182,13 +176,3 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
     ]
     rule = "|" + "|".join("-" * (w + 1) + ("-" if i == 0 else ":") for i, w in enumerate(widths)) + "|"
     return "\n".join([lines[0], rule, *lines[1:]])
-
-
-def _caption(path: Path) -> str:
-    captions = {
-        "loss-steps": "training loss against steps",
-        "loss-seconds": "training loss against seconds",
-        "dev-steps": "development score against steps",
-        "dev-seconds": "development score against seconds",
-    }
-    return next((text for name, text in captions.items() if path.stem.endswith(name)), "peak memory")
