@@ -123,7 +123,7 @@ def _run_mezo(session: Session, folder: Path, log: Log | None, settings: dict[st
     trainer = make_trainer(session, folder, objective, options.steps, settings)
     automatic, done = trainer.automatic, log.steps if log else 0
     automatic.announce = say
-    automatic.is_measured = "dev" in session.splits and options.eval_steps is not None
+    automatic.measured_elsewhere = "dev" in session.splits and options.eval_steps is not None
     trainer.add_callback(ObjectiveLog(objective, folder, completions=bool(options.log_completions)))
     say(f"tuning for {options.steps} steps{f', {done} of them done' if done else ''}; steps go to {trainer.step_log}")
     run = _Run(
