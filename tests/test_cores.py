@@ -16,7 +16,7 @@ import support
 from forwardtune import MeZOConfig, MeZOTrainer, cores
 from forwardtune.cli import main
 from forwardtune.cores import SharedCores, Use
-from forwardtune.hf.resuming import noted_threads
+from forwardtune.hf.log_keeper import noted_threads
 from forwardtune.trajectory import read_log
 
 pytestmark = pytest.mark.skipif(not Path("/proc/stat").is_file(), reason="reads the use of the cores as Linux tells it")

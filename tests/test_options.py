@@ -17,8 +17,8 @@ import torch
 import support
 from forwardtune import config
 from forwardtune.cli import methods
+from forwardtune.cli.callbacks import DevWatcher
 from forwardtune.cli.session import Session
-from forwardtune.cli.watcher import DevWatcher
 from forwardtune.hf.config import MeZOConfig
 from forwardtune.hf.trainer import MeZOTrainer
 from forwardtune.paper.baselines import AdamTrainer

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import gc
 import math
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers import PrinterCallback, TrainerCallback
 
 from .. import memory
-from ..config import AUTO, Train, arguments
+from ..config import Train, arguments
 from ..errors import InputError
 from ..evaluation import training_objective
 from ..models import load_model, tune
@@ -26,9 +27,9 @@ from ..tasks.batching import collate
 from ..tasks.encoding import Encoded
 from ..trajectory import Log, read_log, replay
 from . import say
-from .results import COMPLETIONS, resume_command
-from .session import Session, bar
-from .watcher import Course, Deadline, DevWatcher, Samples, StepClock, Watcher, keep_tuned, stop_on_interrupt
+from .callbacks import DevWatcher, Monitor, ObjectiveLog, advise
+from .results import TERMS, read_lines, resume_command
+from .session import Session
 
 if TYPE_CHECKING:
     from ..hf.trainer import MeZOTrainer
@@ -37,10 +38,7 @@ if TYPE_CHECKING:
 INITIAL = "initial.safetensors"
 _DEV = "dev.jsonl"
 _BEST = "best.pt"
-_REWARDS = "objective.jsonl"
-# From this share of steps on that moved nothing, because both sides of a probe had the same objective, advice is given.
-_MANY_STILL = 0.2
-# The same for weights that an update left at the same stored value.
+# From this share of weights on that an update left at the same stored value, mean over the steps, advice is given.
 _MANY_ROUNDED, _NEARLY_ALL_ROUNDED = 0.5, 0.999
 
 
@@ -52,25 +50,38 @@ class Trained:
     history: list[dict[str, Any]]
 
 
+# --- what is tuned ----------------------------------------------------------------------------------------------------
+
+
 def prepare_model(model: Any, tokenizer: Any, *, options: Train, first: Path | None) -> Any:
-    """The model with what is to be tuned. An adapter takes its first weights from the file, if there is one."""
-    targets = [name for part in (options.lora_targets or "").split(",") if (name := part.strip())] or None
+    """The model with what is to be tuned. An adapter takes its first weights from the file, if there is one.
+
+    Raises:
+        InputError: Adam cannot tune it; or the file is damaged, or of another adapter.
+    """
     model = tune(
         model,
         tokenizer,
         options.tune,
         lora_rank=options.lora_rank,
         lora_alpha=options.lora_alpha,
-        lora_targets=targets,
+        lora_targets=[name for part in (options.lora_targets or "").split(",") if (name := part.strip())] or None,
         prefix_length=options.prefix_length,
         seed=options.seed,
     )
-    tuned = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    tuned = _tuned(model)
     say(f"tuning {sum(p.numel() for p in tuned.values()):,} weights in {len(tuned)} tensors ({options.tune})")
     if options.method == "adam" and any(p.dtype == torch.float16 for p in tuned.values()):
         raise InputError("Adam cannot tune float16 weights: choose --dtype float32 or bfloat16, or --tune lora")
     if first is not None and first.is_file() and options.tune in ("lora", "prefix"):
-        start_from(model, first)
+        try:
+            kept = load_file(first)
+        except SafetensorError as error:
+            raise InputError(f"{first} is damaged ({error}): restore the file of the run") from None
+        if {name: t.shape for name, t in kept.items()} != {name: p.shape for name, p in tuned.items()}:
+            raise InputError(f"{first} does not hold the first weights of this adapter: restore the file of the run")
+        for name, p in tuned.items():
+            p.copy_(kept[name])
     return model
 
 
@@ -78,95 +89,82 @@ def keep_first(model: Any, path: Path) -> None:
     """Write the weights that an adapter starts from: random numbers or activations, which another machine may round
     differently."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}, path)
+    save_file({name: p.contiguous() for name, p in _tuned(model).items()}, path)
 
 
-def start_from(model: Any, path: Path) -> None:
-    """Give the tuned weights the values in the file.
+def _tuned(model: Any) -> dict[str, torch.Tensor]:
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
-    Raises:
-        InputError: the file is damaged or of another adapter.
-    """
-    tuned = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    try:
-        kept = load_file(path)
-    except SafetensorError as error:
-        raise InputError(f"{path} is damaged ({error}): restore the file of the run") from None
-    if {name: t.shape for name, t in kept.items()} != {name: p.shape for name, p in tuned.items()}:
-        raise InputError(f"{path} does not hold the first weights of this adapter: restore the file of the run")
-    with torch.no_grad():
-        for name, p in tuned.items():
-            p.copy_(kept[name])
+
+# --- MeZO -------------------------------------------------------------------------------------------------------------
 
 
 def train_mezo(session: Session, folder: Path, log: Log | None, settings: dict[str, Any]) -> Trained | None:
-    """Run MeZO; None when Ctrl-C stopped it."""
+    """Run MeZO, and leave the model at its best step; None when Ctrl-C stopped it."""
+    trained = _run_mezo(session, folder, log, settings)  # its trainer goes before the model is loaded again
+    if trained is not None:
+        step, step_log = trained.facts.get("best_step"), read_log(folder / "steps.jsonl")
+        last = step_log.rollbacks[-1] if step_log.rollbacks else None
+        went_back = last is not None and (last.at, last.to) == (step_log.steps, step)
+        if step is not None and step < step_log.steps and not went_back:
+            say(f"going back to step {step}, which was best on the dev split")
+            session.model, options = None, session.options
+            gc.collect()
+            model, _ = load_model(options.model, dtype=options.dtype, device=options.device)
+            session.model = prepare_model(model, session.tokenizer, options=options, first=folder / INITIAL)
+            replay(step_log, session.model, steps=step)
+    return trained
+
+
+def _run_mezo(session: Session, folder: Path, log: Log | None, settings: dict[str, Any]) -> Trained | None:
     from ..search.notes import found
 
-    options, inference_peak = session.options, session.inference_peak()
-    objective = make_objective(session)
+    options, objective = session.options, make_objective(session)
     trainer = make_trainer(session, folder, objective, options.steps, settings)
-    trainer.automatic.announce = say
-    course = Course(objective, folder / _REWARDS)
-    trainer.add_callback(course)
-    if options.log_completions:
-        trainer.add_callback(Samples(objective, folder / COMPLETIONS))
-    done = log.steps if log else 0
+    automatic, done = trainer.automatic, log.steps if log else 0
+    automatic.announce = say
+    automatic.measured_elsewhere = "dev" in session.splits and options.eval_steps is not None
+    trainer.add_callback(ObjectiveLog(objective, folder, completions=bool(options.log_completions)))
     say(f"tuning for {options.steps} steps{f', {done} of them done' if done else ''}; steps go to {trainer.step_log}")
-
-    def last_loss() -> float:
-        record = trainer.mezo.last
-        return math.nan if record is None or record.skipped else record.loss
-
-    def last_still() -> bool:
-        record = trainer.mezo.last
-        return record is not None and record.flat
-
-    def held() -> bool:
-        return trainer.mezo.held is not None
-
-    clock = Deadline(session.deadline, lambda: not held())
-    trainer.add_callback(clock)
-    dev = _watch_dev(session, folder, heard=partial(_hear, trainer, session), held=held, is_over=lambda: clock.is_over)
-    trainer.automatic.is_measured = dev is not None and options.eval_steps is not None
-    advise = partial(_advise, options.objective)
-    seen: dict[str, Any] = {"raised": options.objective != "loss", "still": last_still, "advise": advise}
+    run = _Run(
+        session,
+        trainer,
+        folder / _DEV,
+        last=lambda: trainer.mezo.last,
+        held=lambda: trainer.mezo.held is not None,
+        report=automatic.measured,
+    )
     with warnings.catch_warnings():
-        if options.objective != "loss":  # an accuracy often stands still: _advise says it, with what to do
+        if options.objective != "loss":  # an accuracy often stands still: advise() says it, with what to do
             warnings.filterwarnings("ignore", message="the tuned weights have not changed the loss")
-        peak = _run(trainer, session, done, last_loss, dev, resume=bool(log), **seen)
-    stopped = "patience" if dev is not None and dev.gave_up else "time" if clock.is_over else None
-    if trainer.state.global_step < options.steps and stopped is None:
+        run.train(done, resume_from_checkpoint=True if log else None)
+    if run.was_interrupted:
         saved = folder / f"checkpoint-{trainer.state.global_step}"
         say(f"stopped after step {trainer.state.global_step} of {options.steps}; the weights so far are in {saved}")
         say(f"go on with: {resume_command(folder, options.objective)}")
         return None
-    if dev is not None:  # a kill may have come after the last step
-        dev.measure(trainer.state.global_step, trainer.model)
+    if run.dev is not None:  # a kill may have come after the last step
+        run.dev.measure(trainer.state.global_step, trainer.model)
     step_log = read_log(trainer.step_log)
-    records = step_log.records
-    perturbation = trainer.mezo.perturbation.name if trainer.mezo.perturbation else options.perturbation
-    facts = _facts(len(records), sum(r.skipped for r in records), sum(r.seconds for r in records), peak, inference_peak)
-    facts["perturbation"] = perturbation
-    facts |= found(step_log)
-    if stopped is not None:
-        facts["stopped"] = stopped
-    facts["zero_coefficient_steps"] = sum(record.flat for record in records)
-    advise(facts["zero_coefficient_steps"], len(records))
-    rounded = _rounded_away(step_log)
-    if rounded:
-        say(rounded)
-    history = _history([(record.loss, record.seconds) for record in records], dev, course.lines)
-    best = dev.best if dev else None
-    if best is not None:
-        facts["dev"], facts["best_step"] = best["dev"], best["step"]
-        last = step_log.rollbacks[-1] if step_log.rollbacks else None
-        went_back = last is not None and (last.at, last.to) == (len(records), best["step"])
-        if best["step"] < len(records) and not went_back:
-            session.model = None  # trainer and model go before the model is loaded again
-            del trainer, clock
-            _go_back(session, step_log.path, best["step"])
-    return Trained(facts, history)
+    flat = sum(record.flat for record in step_log.records)
+    advise(options.objective, flat, step_log.steps)
+    _advise_on_rounding(step_log)
+    facts = {
+        **run.facts(step_log.records),
+        **found(step_log),
+        "perturbation": trainer.mezo.perturbation.name if trainer.mezo.perturbation else options.perturbation,
+        "zero_coefficient_steps": flat,
+    }
+    return Trained(facts, run.history(step_log.records, read_lines(folder / TERMS)))
+
+
+def make_objective(session: Session) -> TaskObjective:
+    """The objective that the user named, or the task's loss."""
+    options = session.options
+    sampling = Sampling(options.temperature, options.seed)
+    return TaskObjective(
+        options.objective, session.task, session.tokenizer, sampling, sample_steps=options.log_completions
+    )
 
 
 def make_trainer(
@@ -177,11 +175,17 @@ def make_trainer(
     from ..hf.trainer import MeZOTrainer
 
     options = session.options
+    changes = arguments(options)
+    if options.perturbation == "auto" and objective.generates:  # which reads every weight at each token
+        size = sum(p.numel() * p.element_size() for p in _tuned(session.model).values())
+        say(
+            f"text is generated at every evaluation: weights are perturbed in a copy, {size / 2**20:,.0f} MiB more memory"
+        )
+        changes["perturbation"] = "copy"
     try:
         config = MeZOConfig(
             output_dir=str(folder),
             max_steps=steps,
-            **{**arguments(options), "perturbation": perturbation_of(session, objective)},
             save_strategy="steps" if options.save_steps else "no",
             save_steps=options.save_steps or 500,
             report_to=[],
@@ -190,6 +194,7 @@ def make_trainer(
             remove_unused_columns=False,
             use_cpu=options.device == "cpu",
             dataloader_pin_memory=options.device == "cuda",
+            **changes,
         )
     except ValueError as error:
         raise InputError(str(error)) from None
@@ -199,11 +204,29 @@ def make_trainer(
     return trainer
 
 
+def _advise_on_rounding(log: Log) -> None:
+    """Say what helps, if most of what the updates would have changed was too small for the weights' dtype."""
+    taken = [record for record in log.records if not record.skipped and not record.flat]
+    tensors = log.header["tensors"]
+    weights = sum(math.prod(tensor["shape"]) for tensor in tensors)
+    share = sum(record.unchanged for record in taken) / (weights * len(taken)) if taken else 0.0
+    dtypes = sorted({tensor["dtype"] for tensor in tensors})
+    # Half precision rounds at random, which loses nothing on average but adds noise; float32 rounds to the nearest.
+    if share > (_MANY_ROUNDED if dtypes == ["float32"] else _NEARLY_ALL_ROUNDED):
+        say(
+            f"{share:.1%} of the weights kept their stored value ({' and '.join(dtypes)}) in a step, mean: the updates are too "
+            "small for it. What helps: a larger --lr, --dtype float32, or an adapter (--tune lora)"
+        )
+
+
+# --- Adam -------------------------------------------------------------------------------------------------------------
+
+
 def train_adam(session: Session, folder: Path, log: Log | None, settings: dict[str, Any]) -> Trained | None:
-    """Run backpropagation with Adam; None when Ctrl-C stopped it."""
+    """Run backpropagation with Adam, and leave the model at its best step; None when Ctrl-C stopped it."""
     from ..paper.baselines import AdamTrainer, adam_arguments
 
-    options, inference_peak = session.options, session.inference_peak()
+    options, best = session.options, folder / _BEST
     arguments = adam_arguments(
         str(folder),
         steps=options.steps,
@@ -216,32 +239,64 @@ def train_adam(session: Session, folder: Path, log: Log | None, settings: dict[s
         dataloader_pin_memory=options.device == "cuda",
     )
     trainer = AdamTrainer(args=arguments, **_ingredients(session, training_objective(session.task)))
-    clock = StepClock(lambda: trainer.last_loss)
-    trainer.add_callback(clock)
+    steps = _AdamSteps(trainer)
+    trainer.add_callback(steps)
     say(f"tuning for {options.steps} steps by backpropagation")
-    dev = _watch_dev(session, folder, keep_tuned(folder / _BEST))
-    peak = _run(trainer, session, 0, lambda: trainer.last_loss, dev)
-    if trainer.state.global_step < options.steps:
-        (folder / _BEST).unlink(missing_ok=True)
-        say(f"stopped after step {trainer.state.global_step} of {options.steps}; nothing was saved")
-        return None
-    losses = [loss for loss, _ in clock.steps]
-    seconds = sum(seconds for _, seconds in clock.steps)
-    facts = _facts(len(losses), sum(not math.isfinite(loss) for loss in losses), seconds, peak, inference_peak)
-    best = dev.best if dev else None
-    if best is not None:
-        facts["dev"], facts["best_step"] = best["dev"], best["step"]
-        if best["step"] < len(losses):
-            session.model.load_state_dict(torch.load(folder / _BEST, weights_only=True), strict=False)
-    (folder / _BEST).unlink(missing_ok=True)
+    run = _Run(
+        session,
+        trainer,
+        folder / _DEV,
+        last=lambda: steps.taken[-1],
+        improved=lambda model: torch.save(_tuned(model), best),
+    )
+    try:
+        run.train()
+        if run.was_interrupted:
+            say(f"stopped after step {trainer.state.global_step} of {options.steps}; nothing was saved")
+            return None
+        facts = run.facts(steps.taken)
+        if facts.get("best_step", len(steps.taken)) < len(steps.taken):
+            session.model.load_state_dict(torch.load(best, weights_only=True), strict=False)
+    finally:
+        best.unlink(missing_ok=True)
     session.model.eval()
-    return Trained(facts, _history(clock.steps, dev))
+    return Trained(facts, run.history(steps.taken))
+
+
+@dataclass
+class _AdamStep:
+    """What a step gave, in the words of a :class:`~forwardtune.StepRecord`."""
+
+    loss: float
+    seconds: float
+    flat: bool = False
+
+    @property
+    def skipped(self) -> bool:
+        return not math.isfinite(self.loss)
+
+
+class _AdamSteps(TrainerCallback):
+    """Keeps what every step gave: there is no step log."""
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer, self._began = trainer, 0.0
+        self.taken: list[_AdamStep] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.taken.append(_AdamStep(self._trainer.last_loss, time.perf_counter() - self._began))
 
 
 METHODS: dict[str, Callable[[Session, Path, Log | None, dict[str, Any]], Trained | None]] = {
     "mezo": train_mezo,
     "adam": train_adam,
 }
+
+
+# --- both -------------------------------------------------------------------------------------------------------------
 
 
 def _ingredients(session: Session, objective: Callable[[Any, Any], torch.Tensor]) -> dict[str, Any]:
@@ -259,147 +314,68 @@ def _ingredients(session: Session, objective: Callable[[Any, Any], torch.Tensor]
     }
 
 
-def make_objective(session: Session) -> TaskObjective:
-    """The objective that the user named, or the task's loss."""
-    options = session.options
-    sampling = Sampling(options.temperature, options.seed)
-    return TaskObjective(
-        options.objective, session.task, session.tokenizer, sampling, sample_steps=options.log_completions
-    )
+class _Run:
+    """A trainer's run, with a progress bar, Ctrl-C, the clock and the development split.
 
+    Args:
+        dev_file: where the measurements of the development split are kept.
+        last, held: as :class:`Monitor` wants them.
+        measured: what :class:`DevWatcher` is to call.
+    """
 
-def perturbation_of(session: Session, objective: TaskObjective) -> str:
-    """Generation reads every weight at each token, so they are perturbed once, in a copy."""
-    options = session.options
-    if options.perturbation != "auto" or not objective.generates:
-        return str(options.perturbation)
-    size = sum(p.numel() * p.element_size() for p in session.model.parameters() if p.requires_grad)
-    say(f"text is generated at every evaluation: weights are perturbed in a copy, {size / 2**20:,.0f} MiB more memory")
-    return "copy"
+    def __init__(
+        self,
+        session: Session,
+        trainer: Any,
+        dev_file: Path,
+        *,
+        last: Callable[[], Any],
+        held: Callable[[], bool] = lambda: False,
+        **measured: Callable[..., object],
+    ) -> None:
+        self._session, self._trainer, self._peak = session, trainer, 0
+        self._monitor = Monitor(session, last, held)
+        self.dev = DevWatcher(session, dev_file, self._monitor, **measured) if "dev" in session.splits else None
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(self._monitor)
+        if self.dev is not None:
+            trainer.add_callback(self.dev)
 
+    def train(self, done: int = 0, **how: Any) -> None:
+        """Train until the end or Ctrl-C; so many steps were done before."""
+        memory.reset_peak(self._session.model.device)
+        with self._monitor.watch(done):
+            self._trainer.train(**how)
+        self._peak = memory.peak(self._session.model.device)
 
-def _watch_dev(
-    session: Session,
-    folder: Path,
-    improved: Callable[[Any], object] | None = None,
-    heard: Callable[[int, dict[str, float]], object] | None = None,
-    held: Callable[[], bool] = lambda: False,
-    is_over: Callable[[], bool] = lambda: False,
-) -> DevWatcher | None:
-    if "dev" not in session.splits:
-        return None
-    evaluate, options = partial(session.evaluate, "dev", "dev"), session.options
-    return DevWatcher(
-        evaluate,
-        _judge(session),
-        options.eval_steps,
-        folder / _DEV,
-        improved,
-        heard=heard,
-        patience=options.patience,
-        untuned=options.lr == AUTO,  # which goes back to it where nothing is better
-        held=held,
-        is_over=is_over,
-    )
+    @property
+    def _stopped(self) -> str | None:
+        """What ended the run early as it was told to."""
+        return "patience" if self.dev is not None and self.dev.gave_up else "time" if self._monitor.is_over else None
 
+    @property
+    def was_interrupted(self) -> bool:
+        """Whether Ctrl-C ended the run."""
+        return self._trainer.state.global_step < self._session.options.steps and self._stopped is None
 
-def _hear(trainer: Any, session: Session, step: int, dev: dict[str, float]) -> None:
-    """Tell the run's watch what was measured on the development split, as something that should fall."""
-    judge = _judge(session)
-    trainer.automatic.measured(step, dev[judge] if judge == "loss" else -dev[judge])
+    def facts(self, steps: Sequence[Any]) -> dict[str, Any]:
+        """What ``metrics.json`` says of these steps."""
+        seconds, best = sum(step.seconds for step in steps), self.dev.best if self.dev else None
+        return {
+            "seconds": seconds,
+            "seconds_per_step": seconds / max(1, len(steps)),
+            "peak_memory_bytes": self._peak,
+            "steps": len(steps),
+            "skipped_steps": sum(step.skipped for step in steps),
+            **({} if self._stopped is None else {"stopped": self._stopped}),
+            **({} if best is None else {"dev": best["dev"], "best_step": best["step"]}),
+        }
 
-
-def _judge(session: Session) -> str:
-    """What steps are compared by on the development split: the loss where that is tuned, as it is less noisy."""
-    return "loss" if session.options.objective == "loss" and session.task.loss != "none" else session.metric
-
-
-def _run(
-    trainer: Any,
-    session: Session,
-    done: int,
-    loss: Callable[[], float],
-    dev: DevWatcher | None,
-    resume: bool = False,
-    **seen: Any,
-) -> int:
-    """Train with a progress bar, until the end or Ctrl-C; the peak memory in bytes."""
-    for callback in list(trainer.callback_handler.callbacks):
-        if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
-            trainer.remove_callback(callback)
-    memory.reset_peak(session.model.device)
-    with bar(session.options.steps, "tuning", "step", done) as progress, stop_on_interrupt() as interrupted:
-        held = (lambda: trainer.mezo.held is not None) if session.options.method == "mezo" else (lambda: False)
-        trainer.add_callback(Watcher(progress, interrupted, loss, held, session.options.method == "mezo", **seen))
-        if dev is not None:
-            trainer.add_callback(dev)
-        trainer.train(**({"resume_from_checkpoint": True} if resume else {}))
-    return memory.peak(session.model.device)
-
-
-def _go_back(session: Session, step_log: Path, step: int) -> None:
-    """Load the base model again and bring it to an earlier step: the log is the checkpoint."""
-    gc.collect()
-    options = session.options
-    say(f"going back to step {step}, which was best on the dev split")
-    dtype = read_log(step_log).header["run"].get("dtype", "auto")
-    model, _ = load_model(options.model, dtype=dtype, device=options.device)
-    session.model = prepare_model(model, session.tokenizer, options=options, first=step_log.parent / INITIAL)
-    replay(step_log, session.model, steps=step)
-
-
-def _facts(steps: int, skipped: int, seconds: float, peak: int, inference_peak: int) -> dict[str, Any]:
-    return {
-        "seconds": seconds,
-        "seconds_per_step": seconds / max(1, steps),
-        "peak_memory_bytes": peak,
-        "inference_peak_memory_bytes": inference_peak,
-        "steps": steps,
-        "skipped_steps": skipped,
-    }
-
-
-def _rounded_away(log: Log) -> str | None:
-    """Advice, where most of what the updates would have changed was too small for the weights' dtype."""
-    taken = [record for record in log.records if not record.skipped and not record.flat]
-    tensors = log.header["tensors"]
-    weights = sum(math.prod(tensor["shape"]) for tensor in tensors)
-    if not taken:
-        return None
-    share = sum(record.unchanged for record in taken) / (weights * len(taken))
-    dtypes = sorted({tensor["dtype"] for tensor in tensors})
-    # Half precision rounds at random, which loses nothing on average but adds noise; float32 rounds to the nearest.
-    if share <= (_MANY_ROUNDED if dtypes == ["float32"] else _NEARLY_ALL_ROUNDED):
-        return None
-    return (
-        f"{share:.1%} of the weights kept their stored value ({' and '.join(dtypes)}) in a step, mean: the updates are too small for it. "
-        "What helps: a larger --lr, --dtype float32, or an adapter (--tune lora)"
-    )
-
-
-def _advise(objective: str, still: int, steps: int) -> None:
-    """Say what helps, if many steps moved nothing."""
-    if still <= _MANY_STILL * steps:
-        return
-    what = f"in {still} of {steps} steps ({still / steps:.0%}) both sides of the probe had the same"
-    if objective == "loss":  # which is smooth: the model is broken, or rounding hides the perturbation
-        say(f"{what} loss, so they moved nothing. What helps: a lower --lr, if the loss has risen; else a larger --eps")
-    else:
-        say(
-            f"{what} objective, so they moved nothing. What helps: more --probes, a larger --batch-size, a larger --eps, or an "
-            "objective with a smooth part such as 'accuracy + 0.1 * loss', where the task has answers"
-        )
-
-
-def _history(
-    steps: list[tuple[float, float]], dev: DevWatcher | None, objective: Sequence[dict[str, Any]] = ()
-) -> list[dict[str, Any]]:
-    """A line for each step with its loss and the seconds so far, then the measurements on the dev split."""
-    seconds = [0.0, *accumulate(seconds for _, seconds in steps)]
-    lines: list[dict[str, Any]] = [
-        {"step": i, "seconds": seconds[i], "loss": loss} for i, (loss, _) in enumerate(steps, start=1)
-    ]
-    for line in objective:
-        lines[line["step"] - 1]["objective"] = line["objective"]
-    measured = [] if dev is None else dev.lines
-    return lines + [{"step": m["step"], "seconds": seconds[m["step"]], "dev": m["dev"]} for m in measured]
+    def history(self, steps: Sequence[Any], terms: Sequence[dict[str, Any]] = ()) -> list[dict[str, Any]]:
+        """A line for each step with its loss and the seconds so far, then the measurements on the dev split."""
+        seconds = [0.0, *accumulate(step.seconds for step in steps)]
+        lines = [{"step": i, "seconds": seconds[i], "loss": step.loss} for i, step in enumerate(steps, start=1)]
+        for line in terms:
+            lines[line["step"] - 1]["objective"] = line["objective"]
+        measured = self.dev.lines if self.dev else []
+        return lines + [{"step": m["step"], "seconds": seconds[m["step"]], "dev": m["dev"]} for m in measured]

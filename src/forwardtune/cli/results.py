@@ -18,6 +18,7 @@ METRICS = "metrics.json"
 OUTCOMES = "outcomes.json"
 HISTORY = "history.jsonl"
 COMPLETIONS = "completions.jsonl"
+TERMS = "objective.jsonl"
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

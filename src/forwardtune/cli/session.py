@@ -193,7 +193,7 @@ def open_session(
     if shots:
         say(f"  {encoder.demonstrated} of {shots} demonstrations fit before the longest prompt")
     if resumed is not None:
-        from ..hf.resuming import noted_threads
+        from ..hf.log_keeper import noted_threads
 
         cores.follow(noted_threads(resumed, 0))
     elif options.device == "cpu":

@@ -96,6 +96,7 @@ def run(parsed: argparse.Namespace) -> int:
             described[_MEASURED] = measured
     if options.eval_steps is None:
         options.eval_steps = evaluation_steps(options, options.steps)
+    inference_peak = session.inference_peak()
     trained = methods.METHODS[options.method](session, folder, log, {**settings(options), **described})
     if trained is None:
         return 130
@@ -117,7 +118,7 @@ def run(parsed: argparse.Namespace) -> int:
         write_lines(folder / COMPLETIONS, [*kept, *_samples(session, step, after, outcomes["after"])])
     if "before" in outcomes:
         metrics["sign_test"] = sign_test(outcomes["before"], outcomes["after"])
-    metrics.update(trained.facts)
+    metrics.update(trained.facts, inference_peak_memory_bytes=inference_peak)
     save_model(session.model, session.tokenizer, folder)
     write_lines(folder / HISTORY, trained.history)
     write_json(folder / OUTCOMES, outcomes)

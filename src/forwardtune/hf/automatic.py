@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
@@ -15,55 +15,28 @@ from ..config import AUTO
 from ..optimizer import MeZO
 from ..search.driver import RETURN_POINT, SearchDriver, plan_run
 from ..search.guard import GivenRate
-from ..search.notes import plan_of
 from ..trajectory import Log, StepLog
 from ..trajectory.point import keep_point, require_room
 
 _logger = logging.getLogger(__name__)
 
 
-class Run(Protocol):
-    """What is asked of the trainer."""
-
-    args: Any
-    state: Any
-    lr_scheduler: Any
-    model: Any
-
-    @property
-    def mezo(self) -> MeZO:
-        """The optimizer."""
-
-    @property
-    def run_folder(self) -> Path:
-        """Where the run's files lie."""
-
-    @property
-    def held_out_metric(self) -> str:
-        """What an evaluation calls the loss on held-out examples."""
-
-    @property
-    def can_hold_out(self) -> bool:
-        """Whether there are examples of which some can be chosen."""
-
-    def held_out(self, batches: int) -> Callable[[], float]:
-        """What measures the loss on so many minibatches of held-out examples."""
-
-
 class Automatic(TrainerCallback):
     """Puts Trainer's events to a :class:`~forwardtune.search.driver.SearchDriver`, or watches a learning rate that was given.
 
     Args:
-        trainer: whose run it is.
+        trainer: the :class:`~forwardtune.hf.trainer.MeZOTrainer` whose run it is.
+
+    Attributes:
+        announce: is told of decisions.
+        measured_elsewhere: held-out examples are measured by someone who calls :meth:`measured`, as Trainer does if it evaluates.
     """
 
-    def __init__(self, trainer: Run) -> None:
+    def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
         self._driver: SearchDriver | None = None
         self._given: GivenRate | None = None
-        self._has_stepped = False
-        self._is_measured: bool | None = None
-        #: What is told of decisions.
+        self._has_stepped = self.measured_elsewhere = False
         self.announce: Callable[[str], object] = _logger.warning
 
     @property
@@ -73,20 +46,18 @@ class Automatic(TrainerCallback):
 
     @property
     def is_measured(self) -> bool:
-        """Whether somebody else measures held-out examples, and calls :meth:`measured`: Trainer, if it evaluates."""
-        if self._is_measured is None:
-            return bool(self._trainer.args.eval_strategy != IntervalStrategy.NO)
-        return self._is_measured
+        """Whether somebody else measures held-out examples."""
+        return bool(self.measured_elsewhere or self._trainer.args.eval_strategy != IntervalStrategy.NO)
 
-    @is_measured.setter
-    def is_measured(self, is_measured: bool) -> None:
-        self._is_measured = is_measured
+    @property
+    def _point_path(self) -> Path:
+        return Path(self._trainer.run_folder / RETURN_POINT)
 
     # --- the beginning and the end, around the log's -----------------------------------------------------------------
 
-    def prepare(self, steps: int) -> dict[str, Any]:
+    def plan(self, steps: int) -> dict[str, Any]:
         """Plan a new run of so many steps, before its log begins. Returns the plan, the log's first note."""
-        trainer, self._driver = self._trainer, None
+        trainer = self._trainer
         plan = plan_run(
             trainer.mezo,
             steps,
@@ -101,21 +72,30 @@ class Automatic(TrainerCallback):
             require_room(self._point_path, trainer.mezo)
         return plan
 
-    def begin(self, log: StepLog, plan: dict[str, Any]) -> None:
-        """Start a new run, whose log was opened."""
-        if plan:
+    def begin(self, log: StepLog, plan: dict[str, Any], before: Log | None = None) -> None:
+        """A planned run begins, whose log was opened, or goes on after the last step of the log ``before``."""
+        trainer = self._trainer
+        self._driver, self._has_stepped = None, False
+        self._given = None if self.finds_lr else GivenRate(trainer.args.learning_rate)
+        if plan and before is None:
             log.note({"plan": plan})
-        if self.finds_lr:
-            self._driver = self._make_driver(log, plan)
-            self._driver.begin()
-
-    def resume(self, log: StepLog, before: Log) -> None:
-        """Go on with a run whose log was ``before``, at its last step."""
-        self._driver = None
         if not self.finds_lr:
             return
-        self._driver = self._make_driver(log, plan_of(before))
-        self._driver.resume(before)
+        self._driver = SearchDriver(
+            plan,
+            trainer.state.max_steps,
+            trainer.mezo,
+            log,
+            self._point_path,
+            trainer.held_out,
+            scheduler=lambda: trainer.lr_scheduler,
+            announce=self.announce,
+            measures=not self.is_measured,
+        )
+        if before is None:
+            self._driver.begin()
+        else:
+            self._driver.resume(before)
 
     def keep_point(self, optimizer: MeZO, log: Log) -> None:
         """See to a way back for a run that is resumed, before its base weights are moved."""
@@ -139,51 +119,28 @@ class Automatic(TrainerCallback):
         """The run will not be gone on with, as a trial that was pruned: leave nothing large behind."""
         self._point_path.unlink(missing_ok=True)
 
-    def _make_driver(self, log: StepLog, plan: dict[str, Any]) -> SearchDriver:
-        trainer = self._trainer
-        return SearchDriver(
-            plan,
-            trainer.state.max_steps,
-            trainer.mezo,
-            log,
-            self._point_path,
-            trainer.held_out,
-            scheduler=lambda: trainer.lr_scheduler,
-            announce=self.announce,
-            measures=not self.is_measured,
-        )
-
-    @property
-    def _point_path(self) -> Path:
-        return self._trainer.run_folder / RETURN_POINT
-
     # --- the course --------------------------------------------------------------------------------------------------
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._given = None if self.finds_lr else GivenRate(args.learning_rate)
-        self._has_stepped = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._has_stepped = True
-        if self._driver is None:
-            self._watch_given(state.global_step)
-        elif not self._driver.stepped():
-            control.should_save = control.should_training_stop = False  # what is held is in no checkpoint
-        elif state.global_step >= state.max_steps and args.eval_strategy == IntervalStrategy.STEPS:
-            control.should_evaluate = True  # the last steps are judged as well, however many they are
-
-    def _watch_given(self, step: int) -> None:
         last = self._trainer.mezo.last
-        if self._given is not None and last is not None:
-            warning = self._given.stepped(step, math.nan if last.skipped else last.loss)
+        if self._driver is not None:
+            if not self._driver.stepped():
+                control.should_save = control.should_training_stop = False  # what is held is in no checkpoint
+            elif state.global_step >= state.max_steps and args.eval_strategy == IntervalStrategy.STEPS:
+                control.should_evaluate = True  # the last steps are judged as well, however many they are
+        elif self._given is not None and last is not None:
+            warning = self._given.stepped(state.global_step, math.nan if last.skipped else last.loss)
             if warning is not None:
                 self.announce(warning)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         # What eval_on_start measures of a resumed run, the run without a kill did not measure.
         resumed = state.global_step > 0 and not self._has_stepped
-        if metrics and self._trainer.held_out_metric in metrics and not resumed:
-            self.measured(state.global_step, metrics[self._trainer.held_out_metric])
+        datasets = self._trainer.eval_dataset  # of several, the first is looked at
+        name = f"eval_{next(iter(datasets))}_loss" if isinstance(datasets, dict) and datasets else "eval_loss"
+        if metrics and name in metrics and not resumed:
+            self.measured(state.global_step, metrics[name])
 
     def measured(self, step: int, loss: float) -> None:
         """The loss on held-out examples after a step was measured, lower is better; after step 0 that of the untuned model."""

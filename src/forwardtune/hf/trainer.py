@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +14,22 @@ from torch.utils.data import DataLoader, Subset
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 
-from ..config import AUTO
+from ..config import AUTO, MeZOSettings, options
 from ..cores import SharedCores
-from ..errors import InputError, warn
+from ..errors import InputError
 from ..noise import compile_kernels
 from ..optimizer import MeZO
 from ..search.budget import first_settings
 from ..trajectory import read_log
 from .automatic import Automatic
 from .config import MeZOConfig
+from .given import quantised_base, warn_of_missing_ends
+from .log_keeper import LogKeeper, steps_in_pass
 from .model_card import describe
-from .resuming import LogKeeper, Resumption, steps_in_pass
+from .resuming import Resumption
 
 STEP_LOG = "steps.jsonl"
+_ARGUMENTS = signature(MeZO).parameters
 
 Objective = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
 
@@ -63,15 +66,13 @@ class MeZOTrainer(Trainer):
         self._run = run
         given = kwargs.get("model", args[0] if args else None)
         self._use_cache = getattr(getattr(given, "config", None), "use_cache", None)
-        with _quantised_base(given):
+        with quantised_base(given):
             super().__init__(*args, **kwargs)
         self._set_use_cache(self._use_cache)
         if not isinstance(self.args, MeZOConfig):
             raise ValueError("MeZOTrainer needs args=MeZOConfig(...), whose defaults are MeZO's")
-        if objective is not None:
-            self.args.remove_unused_columns = (
-                False  # those that the model does not take may be what the objective needs
-            )
+        if objective is not None:  # which may need what the model does not take
+            self.args.remove_unused_columns = False
         if self.args.world_size > 1 or self.args.n_gpu > 1:
             raise ValueError(
                 "MeZOTrainer runs in one process on one device: set CUDA_VISIBLE_DEVICES=0, or spread a large model "
@@ -82,7 +83,6 @@ class MeZOTrainer(Trainer):
         self._own_optimizer = self.optimizer is None
         self._rates = [group.get("initial_lr", group["lr"]) for group in self.mezo.param_groups] if self.mezo else []
         self._logged_eps: float | None = None
-        self._held_out_batches: list[Any] = []
         #: What finds learning rate and eps, and watches the run.
         self.automatic = Automatic(self)
         #: What chooses the number of threads, on a CPU. Set it to go on with one; else every :meth:`train` has its own.
@@ -109,22 +109,16 @@ class MeZOTrainer(Trainer):
             ]
             lr, eps = self.args.learning_rate, self.args.eps
             first_lr, first_eps = first_settings([name for name, _ in tuned])
-            if isinstance(eps, str):
-                eps = self._logged_eps or first_eps
+            settings = {name: getattr(self.args, name) for name in options(MeZOSettings) if name in _ARGUMENTS}
+            settings["eps"] = (self._logged_eps or first_eps) if eps == AUTO else eps
+            settings["rule"] = self.args.make_rule()
             self.optimizer = MeZO(
                 [group for group in groups if group["params"]],
                 lr=first_lr if isinstance(lr, str) else lr,
-                eps=eps,
-                probes=self.args.probes,
-                direction=self.args.direction,
-                perturbation=self.args.perturbation,
                 seed=self.args.seed,
-                clip_coefficient=self.args.clip_coefficient,
                 max_skipped=self.args.max_skipped,
                 module=model,
-                estimator=self.args.estimator,
-                normalize=self.args.normalize,
-                rule=self.args.make_rule(),
+                **settings,
             )
             weights = [tensor.parameter for tensor in self.optimizer.tuned]
             compile_kernels(weights, buffered=self.optimizer.rule.name != "sgd", announce=self.automatic.announce)
@@ -159,65 +153,44 @@ class MeZOTrainer(Trainer):
     ) -> Tensor:
         """Query the microbatch at the step's probes. Trainer's ``optimizer.step()`` then moves the weights."""
         model.eval()  # dropout would differ between the two sides of a probe
-        if self.state.global_step == 0 and not self.mezo.gathering:
-            self._require_ends(inputs)
+        self._part = self._part + 1 if self.mezo.gathering else 0
+        if self.state.global_step == 0 and self._part == 0:
+            warn_of_missing_ends(inputs, getattr(self.data_collator, "tokenizer", self.processing_class))
         inputs = self._prepare_inputs(inputs)
-        begin_step, end_step = (getattr(self._objective, name, None) for name in ("begin_step", "end_step"))
-        if begin_step is not None:  # both sides of a probe draw the same random numbers
-            self._part = self._part + 1 if self.mezo.gathering else 0
-            begin_step(self.mezo.next_step, self._part)
-        take_statistics = getattr(self._objective, "take_statistics", None)
+        self._tell_objective(
+            "begin_step", self.mezo.next_step, self._part
+        )  # both sides of a probe draw the same numbers
         share = 1 if self._scaled_for_accumulation(num_items_in_batch) else self.current_gradient_accumulation_steps
 
         def closure() -> Tensor:
             with self.compute_loss_context_manager():
                 loss = self.compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch)
-            if take_statistics is not None and self.mezo.checking:
-                take_statistics()  # evaluations of the first step's self-check are no part of the step
+            if self.mezo.checking:  # evaluations of the first step's self-check are no part of the step
+                self._tell_objective("take_statistics")
             return loss / share
 
         try:
             loss = self.mezo.estimate(closure)
         finally:
-            if end_step is not None:
-                end_step()
+            self._tell_objective("end_step")
         if self.cores is not None and self.accelerator.sync_gradients:  # the step's last microbatch
             with torch.no_grad():
                 self._keeper.changed_threads = self.cores.look(closure)
         return torch.tensor(loss, device=self.args.device)
 
-    def _require_ends(self, inputs: dict[str, Any]) -> None:
-        """Warn of a collator that leaves no EOS in the labels because padding has the same token."""
-        tokenizer: Any = getattr(self.data_collator, "tokenizer", self.processing_class)
-        end = getattr(tokenizer, "eos_token_id", None)
-        if end is None or end != getattr(tokenizer, "pad_token_id", None):
-            return
-        tokens, seen, labels = (inputs.get(name) for name in ("input_ids", "attention_mask", "labels"))
-        if tokens is None or seen is None or labels is None or not tokens.shape == seen.shape == labels.shape:
-            return
-        ends = (tokens == end) & (seen == 1)
-        if ends.any() and (labels[ends] == -100).all():
-            warn(
-                f"padding and end of text are the same token ({tokenizer.eos_token}), and the data collator took it out of the "
-                f"labels: none of the {int(ends.sum())} ends in the first minibatch is a target, so the model is not taught to "
-                "stop. Give the tokenizer another pad_token before the collator is made, such as its unk_token",
-            )
+    def _tell_objective(self, method: str, *arguments: int) -> Any:
+        """Call a method of the objective, if it has it."""
+        return getattr(self._objective, method, lambda *arguments: None)(*arguments)
+
+    @property
+    def _held_out_dataset(self) -> Any:
+        dataset: Any = self.eval_dataset if self.eval_dataset is not None else self.train_dataset
+        return next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
 
     @property
     def can_hold_out(self) -> bool:
         """Whether :meth:`held_out` has a dataset from which examples can be chosen."""
-        return hasattr(self._held_out_dataset(), "__len__")
-
-    @property
-    def held_out_metric(self) -> str:
-        """The name of the loss on ``eval_dataset`` among an evaluation's metrics; of several datasets, the first."""
-        if isinstance(self.eval_dataset, dict) and self.eval_dataset:
-            return f"eval_{next(iter(self.eval_dataset))}_loss"
-        return "eval_loss"
-
-    def _held_out_dataset(self) -> Any:
-        dataset: Any = self.eval_dataset if self.eval_dataset is not None else self.train_dataset
-        return next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
+        return has_length(self._held_out_dataset)
 
     def held_out(self, batches: int) -> Callable[[], float]:
         """A function that measures the loss of the present weights on so many minibatches of held-out examples.
@@ -225,48 +198,38 @@ class MeZOTrainer(Trainer):
         They are spread over ``eval_dataset``, or else ``train_dataset``, and are the same every time; so are the random numbers of
         an objective that samples.
         """
-        inputs = self._held_out_inputs(batches)
-        begin_step, end_step = (getattr(self._objective, name, None) for name in ("begin_step", "end_step"))
-
-        @torch.no_grad()
-        def measure() -> float:
-            model = self.model
-            model.eval()
-            if begin_step is not None and end_step is not None:
-                begin_step(0, 0)
-                end_step()  # nothing of this belongs to a step's statistics
-            losses = []
-            for batch in inputs:
-                with self.compute_loss_context_manager():
-                    losses.append(float(self.compute_loss(model, dict(batch))))
-            return math.fsum(losses) / len(losses)
-
-        return measure
-
-    def _held_out_inputs(self, batches: int) -> list[dict[str, Any]]:
-        dataset = self._held_out_dataset()
-        try:
-            count = len(dataset)
-        except TypeError:
+        dataset, size = self._held_out_dataset, self.args.per_device_train_batch_size
+        if not has_length(dataset):
             raise ValueError(
                 "learning_rate='auto' and eps='auto' measure held-out examples, and this dataset has no length: pass an "
                 "eval_dataset that has one, or give numbers"
-            ) from None
-        size = self.args.per_device_train_batch_size
+            )
+        count = len(dataset)
         wanted = min(count, batches * size)
         spread = Subset(dataset, [i * count // wanted for i in range(wanted)])
         loader = DataLoader(spread, batch_size=size, collate_fn=self.get_eval_dataloader(spread).collate_fn)
-        return [self._prepare_inputs(batch) for batch in loader]
+        inputs = [self._prepare_inputs(batch) for batch in loader]
+
+        @torch.no_grad()
+        def measure() -> float:
+            self.model.eval()
+            self._tell_objective("begin_step", 0, 0)
+            self._tell_objective("end_step")  # nothing of this belongs to a step's statistics
+            losses = []
+            for batch in inputs:
+                with self.compute_loss_context_manager():
+                    losses.append(float(self.compute_loss(self.model, dict(batch))))
+            return math.fsum(losses) / len(losses)
+
+        return measure
 
     def _scaled_for_accumulation(self, num_items_in_batch: Tensor | int | None) -> bool:
         """Whether the loss is already a share of the whole accumulated batch, by Trainer's own rule."""
         if self._objective is not None:
             return False
-        stated = getattr(self, "loss_is_scaled_for_ga", None)
-        if stated is not None:
-            return bool(stated)
         by_model = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-        return by_model or self.compute_loss_func is not None
+        stated = getattr(self, "loss_is_scaled_for_ga", None)
+        return bool(by_model or self.compute_loss_func is not None if stated is None else stated)
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, *args: Any, **kwargs: Any
@@ -333,10 +296,8 @@ class MeZOTrainer(Trainer):
         if logs.pop("grad_norm", None) is not None and self.mezo.last is not None and not self.mezo.last.skipped:
             coefficients = self.mezo.last.present
             logs["projected_gradient"] = sum(map(abs, coefficients)) / len(coefficients)
-        take_statistics = getattr(self._objective, "take_statistics", None)
-        if take_statistics is not None:
-            for name, values in take_statistics().items():
-                logs |= {f"objective/{name}/{key}": value for key, value in values.items()}
+        for name, values in (self._tell_objective("take_statistics") or {}).items():
+            logs |= {f"objective/{name}/{key}": value for key, value in values.items()}
         if "train_runtime" in logs:  # the closing report comes before the best weights are loaded: the log ends here
             self._keeper.finish()
         super().log(logs, *args, **kwargs)
@@ -363,20 +324,3 @@ class MeZOTrainer(Trainer):
     def step_log(self) -> Path:
         """Where the steps are logged."""
         return self.run_folder / STEP_LOG
-
-
-@contextmanager
-def _quantised_base(model: Any) -> Iterator[None]:
-    """Inside, Trainer takes a quantised model without an adapter; MeZO tunes its unquantised weights without a gradient.
-
-    Trainer's check looks at this attribute, which transformers sets on models with an adapter of its own.
-    """
-    mark = "_hf_peft_config_loaded"
-    marked = not getattr(model, "is_quantized", False) or getattr(model, mark, False)
-    if not marked:
-        setattr(model, mark, True)
-    try:
-        yield
-    finally:
-        if not marked:
-            setattr(model, mark, False)

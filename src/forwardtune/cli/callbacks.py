@@ -1,0 +1,211 @@
+"""What goes on beside the steps: the progress bar, Ctrl-C, the clock, the objective's terms, and the development set."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from transformers import TrainerCallback
+
+from ..config import AUTO
+from ..objectives import TaskObjective
+from . import say
+from .results import COMPLETIONS, TERMS, add_lines, read_lines, write_lines
+from .session import Session, bar
+
+# The loss of a minibatch jumps about: the bar shows the mean of so many.
+_WINDOW = 20
+# After so many steps one sees whether an objective moves anything: from this share on that moved nothing, advice is given.
+_EARLY, _MANY_FLAT = 25, 0.2
+
+
+class Monitor(TrainerCallback):
+    """Moves the progress bar, with the recent mean loss, and ends the run after Ctrl-C or when its time is over.
+
+    Args:
+        session: what is tuned, and until when.
+        last: what the last step gave: its ``loss``, and whether it was ``skipped`` or ``flat``.
+        held: whether steps are held back, so that the run cannot be stopped after this one.
+
+    Attributes:
+        is_over: the time was over before the last step.
+    """
+
+    def __init__(self, session: Session, last: Callable[[], Any], held: Callable[[], bool]) -> None:
+        self._options, self._deadline = session.options, session.deadline
+        self._last, self.held = last, held
+        self._recent: deque[float] = deque(maxlen=_WINDOW)
+        self._steps = self._skipped = self._flat = 0
+        self._interrupted = self.is_over = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        last = self._last()
+        self._steps += 1
+        self._skipped += last.skipped
+        self._flat += last.flat
+        if not last.skipped:
+            self._recent.append(last.loss)
+        mean = sum(self._recent) / len(self._recent) if self._recent else math.nan
+        shown = f"loss {mean:.4f}" if self._options.objective == "loss" else f"objective {-mean:.4f}"
+        shown += f", {self._skipped} skipped" if self._skipped else ""
+        shown += f", {self._flat} moved nothing" if self._flat else ""
+        self._progress.set_postfix_str(shown, refresh=False)
+        self._progress.update(1)
+        is_last = state.global_step >= state.max_steps
+        if self._steps == _EARLY and not is_last:
+            advise(self._options.objective, self._flat, self._steps)
+        if self.held():
+            return
+        if self._deadline is not None and time.monotonic() >= self._deadline and not is_last:
+            self.is_over = control.should_training_stop = True
+            say(f"the time is over after step {state.global_step} of {state.max_steps}")
+        if self._interrupted:
+            control.should_training_stop = True
+            control.should_save = self._options.method == "mezo"
+
+    @contextmanager
+    def watch(self, done: int) -> Iterator[None]:
+        """Inside, a bar shows the steps, of which so many were done before; the first Ctrl-C ends the run after its step, the
+        second interrupts at once."""
+
+        def note(number: int, frame: FrameType | None) -> None:
+            if self._interrupted:
+                raise KeyboardInterrupt
+            self._interrupted = True
+            say("\nstopping after this step; Ctrl-C again to stop at once (the step log stays intact)")
+
+        before = signal.signal(signal.SIGINT, note)
+        try:
+            with bar(self._options.steps, "tuning", "step", done) as self._progress:
+                yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
+def advise(objective: str, flat: int, steps: int) -> None:
+    """Say what helps, if many steps moved nothing, because both sides of a probe had the same objective."""
+    if flat <= _MANY_FLAT * steps:
+        return
+    what = f"in {flat} of {steps} steps ({flat / steps:.0%}) both sides of the probe had the same"
+    if objective == "loss":  # which is smooth: the model is broken, or rounding hides the perturbation
+        say(f"{what} loss, so they moved nothing. What helps: a lower --lr, if the loss has risen; else a larger --eps")
+    else:
+        say(
+            f"{what} objective, so they moved nothing. What helps: more --probes, a larger --batch-size, a larger --eps, or an "
+            "objective with a smooth part such as 'accuracy + 0.1 * loss', where the task has answers"
+        )
+
+
+class ObjectiveLog(TrainerCallback):
+    """What the objective gave in every step, kept in files as it comes: mean and spread of its terms, and what was written.
+
+    Args:
+        folder: of the run.
+        completions: whether the objective keeps what was written, at the steps that it was asked for.
+    """
+
+    def __init__(self, objective: TaskObjective, folder: Path, *, completions: bool) -> None:
+        self._objective, self._folder = objective, folder
+        self._files = (TERMS, COMPLETIONS) if completions else (TERMS,)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for file in (self._folder / name for name in self._files):  # a resumed run may do its last steps again
+            write_lines(file, [line for line in read_lines(file) if line["step"] <= state.global_step])
+        self._objective.take_statistics()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        step, objective = state.global_step, self._objective
+        add_lines(self._folder / TERMS, [{"step": step, "objective": objective.take_statistics()}])
+        written = [{"step": step, "split": "train", **sample} for sample in objective.take_samples()]
+        add_lines(self._folder / COMPLETIONS, written)
+
+
+class DevWatcher(TrainerCallback):
+    """Measures the development split every so many steps and at the end, and remembers which step was best.
+
+    Steps are compared by the loss where that is tuned, as it is less noisy, else by the task's metric, for which the loss decides
+    between equals. A run that finds its learning rate is measured before its first step too.
+
+    Args:
+        session: its split and options.
+        file: where the measurements are kept, so that a resumed run knows them.
+        monitor: knows whether steps are held back, so that the weights are still untuned, and whether the time is over.
+        report: called with every step and what was measured after it, as something that should fall.
+        improved: called with the model when a step is better than all before it.
+
+    Attributes:
+        lines: ``{"step": ..., "dev": ...}`` of every measurement.
+        gave_up: patience ended the run.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        file: Path,
+        monitor: Monitor,
+        report: Callable[[int, float], object] = lambda step, value: None,
+        improved: Callable[[Any], object] = lambda model: None,
+    ) -> None:
+        options = session.options
+        self._every, self._patience, self._untuned = options.eval_steps, options.patience, options.lr == AUTO
+        by_loss = options.objective == "loss" and session.task.loss != "none"
+        self._metric = "loss" if by_loss else session.metric
+        self._session, self._file, self._monitor = session, file, monitor
+        self._report, self._improved = report, improved
+        self.gave_up = False
+        self.lines = read_lines(file)
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """The best measurement; the earliest of several; None before the first."""
+        return max(self.lines, key=self._worth, default=None)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        # A resumed run may do its last steps again.
+        self.lines = [line for line in self.lines if line["step"] <= state.global_step]
+        if state.global_step:  # a kill may have come between a step and its measurement
+            self.on_step_end(args, state, control, model)
+        elif self._untuned:
+            self.measure(0, model)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        step = state.global_step
+        last = step == state.max_steps or self._monitor.is_over
+        if not last and (self._every is None or step % self._every or self._monitor.held()):
+            return
+        best = self.measure(step, model)
+        in_vain = sum(line["step"] > best["step"] for line in self.lines)
+        if self._patience is not None and not last and in_vain >= self._patience:
+            say(f"{in_vain} measurements without improvement: stopping after step {step}")
+            self.gave_up = control.should_training_stop = True
+
+    def measure(self, step: int, model: Any) -> dict[str, Any]:
+        """Measure after a step, unless that was done. Returns the best measurement."""
+        before = self.best
+        if not any(line["step"] == step for line in self.lines):
+            training = model.training
+            dev = self._session.evaluate("dev", "dev")
+            model.train(training)
+            shown = ", ".join(f"{name} {value:.4f}" for name, value in dev.items() if name != "examples")
+            say(f"step {step}: dev {shown}")
+            # Reported before it is written: a resumed run measures again what was not reported.
+            self._report(step, dev[self._metric] if self._metric == "loss" else -dev[self._metric])
+            self.lines.append({"step": step, "dev": dev})
+            write_lines(self._file, self.lines)
+            if self.best is not before:
+                self._improved(model)
+        best = self.best
+        assert best is not None
+        return best
+
+    def _worth(self, line: dict[str, Any]) -> tuple[float, float]:
+        loss = line["dev"].get("loss")
+        fallen = -loss if loss is not None and math.isfinite(loss) else -math.inf
+        return (fallen, 0.0) if self._metric == "loss" else (line["dev"][self._metric], fallen)
