@@ -15,7 +15,7 @@ import numba
 import pytest
 import torch
 
-from forwardtune.noise import Noise, Update, cpu
+from forwardtune.noise import Noise, Update, cpu, kept
 
 PATHS = os.pathsep.join(filter(None, sys.path))
 
@@ -24,15 +24,15 @@ PATHS = os.pathsep.join(filter(None, sys.path))
 def keep_in(tmp_path, monkeypatch):
     """Numba's cache is a folder of this test; nothing was told of it yet. Gives a function that makes a kernel again."""
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path / "kept"))
-    monkeypatch.setattr(cpu, "_told", False)
+    monkeypatch.setattr(kept, "_told", False)
     source = tmp_path / "tripling.py"
     source.write_text("def triple(x):\n    return 3 * x\n")
     space: dict[str, Any] = {"__name__": "tripling"}
     exec(compile(source.read_text(), str(source), "exec"), space)
-    return lambda: cpu._kernel(space["triple"])
+    return lambda: kept.kernel(space["triple"])
 
 
-def kept(tmp_path: Path, suffix: str) -> list[Path]:
+def kept_files(tmp_path: Path, suffix: str) -> list[Path]:
     return list((tmp_path / "kept").rglob(f"*.{suffix}"))
 
 
@@ -40,7 +40,7 @@ def kept(tmp_path: Path, suffix: str) -> list[Path]:
 @pytest.mark.parametrize("left", [0, 40], ids=["empty", "torn"])
 def test_a_damaged_cache_is_compiled_anew_and_mended(damaged, left, keep_in, tmp_path):
     assert keep_in()(2) == 6
-    (file,) = kept(tmp_path, damaged)
+    (file,) = kept_files(tmp_path, damaged)
     os.truncate(file, left)
     again, after = keep_in(), keep_in()
     assert again(2) == 6
@@ -59,7 +59,7 @@ def test_a_full_disk_costs_the_cache_and_a_warning_alone(keep_in, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert results == [6, 6]
     assert len(told) == 1
-    assert not kept(tmp_path, "nbc")
+    assert not kept_files(tmp_path, "nbc")
 
 
 READ_ONLY = """
@@ -104,7 +104,7 @@ COMPILE = """
 import json, sys
 import torch
 from forwardtune.noise import compile_kernels, cpu
-kernels = {"perturb": cpu._perturb, "rows": cpu._perturb_rows, "update": cpu._update, "store": cpu._store}
+kernels = {"perturb": cpu.kernels.perturb, "rows": cpu.kernels.perturb_rows, "update": cpu.kernels.update, "store": cpu.kernels.store}
 said = []
 compile_kernels([torch.zeros(2, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.float64)], announce=said.append)
 print(json.dumps([said, {name: len(kernel.signatures) for name, kernel in kernels.items()}]))
@@ -130,7 +130,7 @@ import torch
 from torch import nn
 from forwardtune import MeZO
 from forwardtune.noise import compile_kernels, cpu
-kernels = (cpu._perturb, cpu._perturb_rows, cpu._update, cpu._store)
+kernels = (cpu.kernels.perturb, cpu.kernels.perturb_rows, cpu.kernels.update, cpu.kernels.store)
 for dtype in cpu.DTYPES:
     for rule in ("sgd", "sign", "momentum", "adam"):
         net = nn.Sequential(nn.Embedding(40, 8), nn.Linear(8, 8)).to(dtype)

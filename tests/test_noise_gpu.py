@@ -52,14 +52,22 @@ class Kernels(NamedTuple):
 
 
 def load_interpreted() -> ModuleType:
-    """A second copy of the module, whose kernels run in the interpreter: Triton decides that where it sees ``jit``."""
-    spec = importlib.util.spec_from_file_location("forwardtune.noise.gpu_interpreted", noise.__path__[0] + "/gpu.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    """Second copies of the modules, whose kernels run in the interpreter: Triton decides that where it sees ``jit``."""
+
+    def load(name: str) -> Any:
+        spec = importlib.util.spec_from_file_location(
+            f"forwardtune.noise.{name}_interpreted", f"{noise.__path__[0]}/{name}.py"
+        )
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    module = load("gpu")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
-        spec.loader.exec_module(module)
+        module.kernels = load("gpu_kernels")
     return module
 
 
@@ -80,7 +88,7 @@ def kernels(request: pytest.FixtureRequest) -> Kernels:
 
     module: Any = load_interpreted()
     # A sum that the interpreter knows by its identity, and does in NumPy: a hundred times as fast.
-    module._add = standard._sum_combine
+    module.kernels.add = standard._sum_combine
     return Kernels(module, torch.device("cpu"))
 
 
@@ -112,9 +120,10 @@ def nans_like(x: Tensor) -> Tensor:
 def test_half_words_are_the_known_answers_of_random123(kernels, counter, key, output):
     block, tensor, step, probe = (int(word, 16) for word in counter.split())
     low, high = (int(word, 16) for word in key.split())
-    z = kernels.module.directions(HALF_WORDS, low + (high << 32), tensor, step, probe, 8 * block, 8, kernels.device)
+    where = (low + (high << 32), tensor, [step], [probe], [8 * block], [1.0], 8)
+    z = kernels.module.strips(HALF_WORDS, *where, kernels.device)
     words = (int(word, 16) for word in output.split())
-    assert z.tolist() == [half for word in words for half in (word % 2**16, word // 2**16)]
+    assert z[0].tolist() == [half for word in words for half in (word % 2**16, word // 2**16)]
 
 
 @every_dtype
@@ -341,7 +350,7 @@ def test_a_sum_that_the_interpreter_does_not_know_is_the_same(interpreted):
     assert interpreted.trouble(torch.device("cpu"), torch.float32) is None
 
 
-@pytest.mark.parametrize("sweep", ["perturb", "perturb_rows", "update"])
+@pytest.mark.parametrize("sweep", ["perturb", "perturb_rows", "perturb_factored", "update", "update_factored"])
 def test_the_check_sees_other_bits_in_any_sweep(kernels, sweep, monkeypatch):
     right = getattr(kernels.module, sweep)
 
@@ -429,24 +438,35 @@ def ptx(name: str, dtype: torch.dtype, capability: int) -> str:
     from forwardtune.noise import gpu
 
     stored, table = STORED[dtype], "*fp32"
+    factors = {"u": table, "v": table}
     kernel, pointers, options = {
-        "perturb": (gpu._perturb, {"out": stored, "source": stored, "table": table}, gpu._options(2048, 4)),
+        "perturb": (gpu.kernels.perturb, {"out": stored, "source": stored, "table": table}, gpu._options(2048, 4)),
         "perturb_rows": (
-            gpu._perturb_rows,
+            gpu.kernels.perturb_rows,
             {"out": stored, "source": stored, "rows": "*i64", "table": table},
             gpu._options(1024, 2) | {"aligned": True},
         ),
+        "perturb_factored": (
+            gpu.kernels.perturb_factored,
+            {"out": stored, "source": stored, **factors},
+            gpu._options(2048, 4),
+        ),
         "update": (
-            gpu._update,
-            {"weight": stored, "unchanged": "*i64", "tables": table, "plan": "*i32"},
+            gpu.kernels.update,
+            {"weight": stored, "unchanged": "*i64", "plan": "*i32", "tables": table, **factors},
             gpu._options(1024, 4) | {"entries": 4096},
+        ),
+        "update_factored": (
+            gpu.kernels.update,
+            {"weight": stored, "unchanged": "*i64", "plan": "*i32", "tables": table, **factors},
+            gpu._options(1024, 4) | {"entries": 0},
         ),
     }[name]
     place = {argument: (i,) for i, argument in enumerate(kernel.arg_names)}
     launch = {key: options.pop(key) for key in ("num_warps", "enable_fp_fusion")}
     signature = {argument: pointers.get(argument, "i32") for argument in kernel.arg_names}
     signature |= dict.fromkeys(options, "constexpr")
-    aligned = [*pointers, *({"count", "offset", "width"} & place.keys())]
+    aligned = [*pointers, *({"count", "offset", "width", "place"} & place.keys())]
     source = ASTSource(
         kernel,
         signature,
@@ -457,7 +477,7 @@ def ptx(name: str, dtype: torch.dtype, capability: int) -> str:
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("name", ["perturb", "perturb_rows", "update"])
+@pytest.mark.parametrize("name", ["perturb", "perturb_rows", "perturb_factored", "update", "update_factored"])
 @every_dtype
 def test_compiled_kernels_move_16_bytes_at_once_and_fuse_no_arithmetic(name, dtype, capability):
     code = ptx(name, dtype, capability)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import warn
 from . import definition
+from .structure import LowRank
 
 
 @functools.cache
@@ -67,20 +68,28 @@ def backend(tensor: Tensor) -> ModuleType:
 
 
 def compile_kernels(
-    weights: Iterable[Tensor], *, buffered: bool = False, announce: Callable[[str], object] = lambda text: None
+    weights: Iterable[Tensor],
+    *,
+    buffered: bool = False,
+    structure: LowRank | None = None,
+    announce: Callable[[str], object] = lambda text: None,
 ) -> None:
     """Have the compiled code for these weights ready before the first step, which else compiles it. CPU tensors alone.
 
     Args:
         buffered: for a rule that needs averages too, and not ``sgd``.
+        structure: that of the directions.
         announce: told once, if something is compiled and not read from Numba's cache.
     """
-    dtypes = {weight.dtype for weight in weights if weight.device.type == "cpu"}
-    with_kernels = [dtype for dtype in dtypes if not isinstance(_on_cpu(dtype), str)]
-    if with_kernels:
+    kinds = {
+        (weight.dtype, structure is not None and structure.applies(weight.shape))
+        for weight in weights
+        if weight.device.type == "cpu" and not isinstance(_on_cpu(weight.dtype), str)
+    }
+    if kinds:
         from . import cpu
 
-        cpu.compile_kernels(sorted(with_kernels, key=str), buffered, announce)
+        cpu.compile_kernels(sorted(kinds, key=str), buffered, announce)
 
 
 def load_kernels(device: torch.device) -> None:

@@ -1,0 +1,220 @@
+"""The kernels of :mod:`.gpu`, written in Triton."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .definition import ROUNDING_PROBE
+from .philox import ROUNDS
+
+_M0, _M1 = tl.constexpr(0xD2511F53), tl.constexpr(0xCD9E8D57)
+_W0, _W1 = tl.constexpr(0x9E3779B9), tl.constexpr(0xBB67AE85)
+_ROUNDS = tl.constexpr(ROUNDS)
+_ROUNDING = tl.constexpr(ROUNDING_PROBE - 2**32)  # as the signed word that counters are passed as
+_SIGN = tl.constexpr(0x80000000)
+_SMALLEST_NORMAL_HALF = tl.constexpr(2.0**-14)
+_HALF_SPACING, _PER_HALF_SPACING = tl.constexpr(2.0**-24), tl.constexpr(2.0**24)  # a division is approximate
+
+
+# --- conversions -----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _widen(stored):  # type: ignore[no-untyped-def]  # Triton's types are not Python's
+    """Stored value -> float32, exactly."""
+    if stored.dtype == tl.int16:
+        x = (stored.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        x = stored.to(tl.float32)
+    return x
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _narrow(x, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    """float32 -> stored value, to nearest, ties to even."""
+    if dtype == tl.int16:
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = (bits + ((bits >> 16) & 1) + 0x7FFF) >> 16
+        stored = tl.where(x != x, 0x7FC0, rounded).to(tl.int16)
+    else:
+        stored = x.to(dtype)
+    return stored
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _round(x, random, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    """See :func:`.definition.round_stochastically`."""
+    dropped: tl.constexpr = 16 if dtype == tl.int16 else 13
+    bits = x.to(tl.uint32, bitcast=True)
+    carried = ((bits + (random >> (16 - dropped))) >> dropped) << dropped
+    rounded = carried.to(tl.float32, bitcast=True)
+    if dropped == 13:
+        magnitude = (bits & 0x7FFFFFFF).to(tl.float32, bitcast=True)
+        small = magnitude < _SMALLEST_NORMAL_HALF
+        units = tl.where(small, magnitude * _PER_HALF_SPACING, 0.0)  # at most 1,024: fits the integer below
+        whole = units.to(tl.int32)
+        part = ((units - whole.to(tl.float32)) * 65536.0).to(tl.int32)
+        fixed = (whole + ((part + random.to(tl.int32)) >> 16)).to(tl.float32) * _HALF_SPACING
+        signed = (fixed.to(tl.uint32, bitcast=True) | (bits & _SIGN)).to(tl.float32, bitcast=True)
+        rounded = tl.where(small, signed, rounded)
+    # The NaN that a GPU computes is 0x7FFFFFFF: a carry would turn it into a zero.
+    return tl.where(x != x, x, rounded)
+
+
+# --- kernels ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _half_words(first, k0, k1, tensor, step, probe, size: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The half-words of the ``size`` elements from block ``first`` on, as uint32. Words come as int32, bit for bit."""
+    c0 = first + tl.arange(0, size // 8).to(tl.uint32)
+    c1 = tensor.to(tl.uint32, bitcast=True)
+    c2 = step.to(tl.uint32, bitcast=True)
+    c3 = probe.to(tl.uint32, bitcast=True)
+    a0 = k0.to(tl.uint32, bitcast=True)
+    a1 = k1.to(tl.uint32, bitcast=True)
+    for _ in tl.static_range(_ROUNDS):
+        p0 = c0.to(tl.uint64) * _M0
+        p1 = c2.to(tl.uint64) * _M1
+        c0 = (p1 >> 32).to(tl.uint32) ^ c1 ^ a0
+        c2 = (p0 >> 32).to(tl.uint32) ^ c3 ^ a1
+        c1 = p1.to(tl.uint32)
+        c3 = p0.to(tl.uint32)
+        a0 = a0 + _W0
+        a1 = a1 + _W1
+    # join adds a last dimension of two: words 0, 1, 2, 3 of each block, then the two halves of each word.
+    words = tl.join(tl.join(c0, c2), tl.join(c1, c3))
+    return tl.reshape(tl.join(words & 0xFFFF, words >> 16), [size])
+
+
+_WORDS = ["first", "shift", "k0", "k1", "tensor", "step", "probe"]
+
+
+@triton.jit(do_not_specialize=_WORDS)  # type: ignore[untyped-decorator]
+def perturb(out, source, table, count, offset, first, shift, k0, k1, tensor, step, probe, size: tl.constexpr):  # type: ignore[no-untyped-def]
+    tile = tl.program_id(0)
+    position = tile.to(tl.int64) * size + tl.arange(0, size) - offset
+    inside = (position >= 0) & (position < count)
+    block = first.to(tl.uint32, bitcast=True) + tile.to(tl.uint32) * (size // 8)
+    z = tl.load(table + (_half_words(block, k0, k1, tensor, step, probe, size) >> shift))
+    # Past the first-level cache, which is the table's.
+    x = _widen(tl.load(source + position, mask=inside, other=0, cache_modifier=".cg"))
+    tl.store(out + position, _narrow(x + z, out.dtype.element_ty), mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _add_products(x, inside, u, v, begin, end, place, tile, rows, width, rank, size: tl.constexpr):  # type: ignore[no-untyped-def]
+    """``x <- x + u v^T`` for these terms, in order; ``place``: that of the first tile's first element in the matrix u v^T."""
+    place = tile.to(tl.int64) * size + place
+    # What lies before the first element is masked, so it does not matter that division truncates.
+    column = (place % width).to(tl.int32) + tl.arange(0, size)
+    row = place // width + column // width
+    column = column % width
+    left = u + (begin.to(tl.int64) * rows + row) * rank
+    right = v + (begin.to(tl.int64) * width + column) * rank
+    for _ in range(begin, end):
+        for rho in range(rank):
+            x = x + tl.load(left + rho, mask=inside, other=0.0) * tl.load(right + rho, mask=inside, other=0.0)
+        left += rows * rank
+        right += width * rank
+    return x
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def perturb_factored(out, source, u, v, count, place, rows, width, rank, size: tl.constexpr):  # type: ignore[no-untyped-def]
+    tile = tl.program_id(0)
+    position = tile.to(tl.int64) * size + tl.arange(0, size)
+    inside = position < count
+    x = _widen(tl.load(source + position, mask=inside, other=0, cache_modifier=".cg"))
+    begin = tl.full([], 0, tl.int32)
+    x = _add_products(x, inside, u, v, begin, begin + 1, place, tile, rows, width, rank, size)
+    tl.store(out + position, _narrow(x, out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["shift", "k0", "k1", "tensor"])  # type: ignore[untyped-decorator]
+def strips(out, values, steps, probes, starts, scales, count, shift, k0, k1, tensor, size: tl.constexpr):  # type: ignore[no-untyped-def]
+    t = tl.program_id(0).to(tl.int64)
+    tile = tl.program_id(1)
+    start = tl.load(starts + t)
+    column = tile * size + tl.arange(0, size) - (start & 7).to(tl.int32)
+    inside = (column >= 0) & (column < count)
+    block = (start >> 3).to(tl.uint32) + tile.to(tl.uint32) * (size // 8)
+    half_words = _half_words(block, k0, k1, tensor, tl.load(steps + t), tl.load(probes + t), size)
+    z = tl.load(values + (half_words >> shift)).to(tl.float64) * tl.load(scales + t)
+    tl.store(out + t * count + column, z.to(tl.float32), mask=inside)
+
+
+@triton.jit(do_not_specialize=_WORDS[1:])  # type: ignore[untyped-decorator]
+def perturb_rows(  # type: ignore[no-untyped-def]
+    out, source, rows, table, width, shift, k0, k1, tensor, step, probe, aligned: tl.constexpr, size: tl.constexpr
+):
+    i = tl.program_id(0).to(tl.int64)
+    tile = tl.program_id(1)
+    start = tl.load(rows + i) * width
+    column = tile * size + tl.arange(0, size)
+    if not aligned:  # rows then begin inside a block
+        column = column - (start & 7).to(tl.int32)
+    inside = (column >= 0) & (column < width)
+    block = (start >> 3).to(tl.uint32) + tile.to(tl.uint32) * (size // 8)
+    z = tl.load(table + (_half_words(block, k0, k1, tensor, step, probe, size) >> shift))
+    x = _widen(tl.load(source + start + column, mask=inside, other=0, cache_modifier=".cg"))
+    tl.store(out + i * width + column, _narrow(x + z, out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def add(a, b):  # type: ignore[no-untyped-def]
+    return a + b
+
+
+@triton.jit(do_not_specialize=["steps", "first", "shift", "k0", "k1", "tensor"])  # type: ignore[untyped-decorator]
+def update(  # type: ignore[no-untyped-def]
+    weight, unchanged, plan, tables, u, v, steps, count, offset, first, shift, k0, k1, tensor, place, rows, width, rank,
+    entries: tl.constexpr, size: tl.constexpr,
+):  # fmt: skip
+    """Terms are read from tables of so many entries each; if there are 0, they are products of u and v."""
+    dtype: tl.constexpr = weight.dtype.element_ty
+    tile = tl.program_id(0)
+    position = tile.to(tl.int64) * size + tl.arange(0, size) - offset
+    inside = (position >= 0) & (position < count)
+    block = first.to(tl.uint32, bitcast=True) + tile.to(tl.uint32) * (size // 8)
+    x = _widen(tl.load(weight + position, mask=inside, other=0, cache_modifier=".cg"))
+    same = tl.full([size], 0, tl.int32)
+    term = tl.full([], 0, tl.int32)
+    for s in range(steps):
+        step = tl.load(plan + s)
+        end = tl.load(plan + steps + s)
+        before = x
+        x = x * tl.load(plan + 2 * steps + s).to(tl.float32, bitcast=True)  # by 1: the same bits as not at all
+        if entries > 0:
+            for t in range(term, end):
+                probe = tl.load(plan + 3 * steps + t)
+                index = _half_words(block, k0, k1, tensor, step, probe, size) >> shift
+                x = x + tl.load(tables + t * entries + index)
+        else:
+            x = _add_products(x, inside, u, v, term, end, place - offset, tile, rows, width, rank, size)
+        term = end
+        if dtype != tl.float32:
+            rounding = tl.full([], _ROUNDING, tl.int32)
+            x = _round(x, _half_words(block, k0, k1, tensor, step, rounding, size), dtype)
+            if dtype == tl.float16:  # large values become infinite; of bfloat16 they are that already
+                x = _widen(_narrow(x, dtype))
+        same += ((x == before) & inside).to(tl.int32)
+    tl.store(weight + position, _narrow(x, dtype), mask=inside)
+    tl.atomic_add(unchanged, tl.reduce(same, 0, add).to(tl.int64), sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["first", "k0", "k1", "tensor", "step"])  # type: ignore[untyped-decorator]
+def store(weight, values, unchanged, count, offset, first, k0, k1, tensor, step, size: tl.constexpr):  # type: ignore[no-untyped-def]
+    dtype: tl.constexpr = weight.dtype.element_ty
+    tile = tl.program_id(0)
+    position = tile.to(tl.int64) * size + tl.arange(0, size) - offset
+    inside = (position >= 0) & (position < count)
+    block = first.to(tl.uint32, bitcast=True) + tile.to(tl.uint32) * (size // 8)
+    rounding = tl.full([], _ROUNDING, tl.int32)
+    x = tl.load(values + position, mask=inside, other=0)
+    stored = _narrow(_round(x, _half_words(block, k0, k1, tensor, step, rounding, size), dtype), dtype)
+    before = _widen(tl.load(weight + position, mask=inside, other=0))
+    same = ((_widen(stored) == before) & inside).to(tl.int32)
+    tl.store(weight + position, stored, mask=inside)
+    tl.atomic_add(unchanged, tl.reduce(same, 0, add).to(tl.int64), sem="relaxed")
