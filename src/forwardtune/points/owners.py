@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _declared: ContextVar[Owners | None] = ContextVar("examples", default=None)
@@ -85,7 +86,7 @@ class Owners:
         key = tuple(lead)
         if key not in self._groups:
             owner = self.of(key)
-            self._groups[key] = None if owner is None else Groups.of(owner.expand(key).reshape(-1), self.count)
+            self._groups[key] = None if owner is None else Groups(self.count, owner.expand(key).reshape(-1))
         return self._groups[key]
 
 
@@ -95,35 +96,50 @@ class Groups:
 
     Attributes:
         count: number of examples.
-        places: shape (examples, most places), -1 where an example has fewer; None: they follow each other, as many for each.
+        owner: the example of every row, shape (rows,); None: there is one.
     """
 
     count: int
-    places: Tensor | None
+    owner: Tensor | None = None
 
-    @classmethod
-    def of(cls, owner: Tensor, count: int) -> Groups:
-        sizes = torch.bincount(owner, minlength=count)
+    def one_hot(self, like: Tensor) -> Tensor | None:
+        """1 where an example owns a row, shape (rows, examples, 1), in the dtype and on the device of ``like``."""
+        if self.owner is None:
+            return None
+        key = (like.dtype, like.device)
+        if key not in self._one_hot:
+            self._one_hot[key] = F.one_hot(self.owner, self.count).to(like.device, like.dtype)[:, :, None]
+        return self._one_hot[key]
+
+    @cached_property
+    def _one_hot(self) -> dict[tuple[torch.dtype, torch.device], Tensor]:
+        return {}
+
+    @cached_property
+    def _places(self) -> Tensor | None:
+        """Shape (examples, most rows), -1 where an example has fewer; None: they follow each other, as many for each."""
+        if self.owner is None:
+            return None
+        sizes = torch.bincount(self.owner, minlength=self.count)
         most = int(sizes.max())
-        if int(sizes.min()) == most and bool((owner[1:] >= owner[:-1]).all()):
-            return cls(count, None)
-        order = owner.argsort(stable=True)
-        starts = sizes.cumsum(0) - sizes
-        inside = torch.arange(most, device=owner.device)
-        places = order[(starts[:, None] + inside).clamp(max=len(order) - 1)]
-        return cls(count, places.masked_fill(inside >= sizes[:, None], -1))
+        if int(sizes.min()) == most and bool((self.owner[1:] >= self.owner[:-1]).all()):
+            return None
+        inside = torch.arange(most, device=self.owner.device)
+        places = (sizes.cumsum(0) - sizes)[:, None] + inside
+        order = self.owner.argsort(stable=True)
+        return order[places.clamp(max=len(order) - 1)].masked_fill(inside >= sizes[:, None], -1)
 
     def gathered(self, x: Tensor) -> Tensor:
-        """The rows of a matrix (places, n) by example: (examples, most places, n); filled up with some row."""
-        return x.view(self.count, -1, x.shape[-1]) if self.places is None else x[self.places.clamp(min=0)]
+        """The rows of a matrix (rows, n) by example: (examples, most rows, n); filled up with some row."""
+        return x.view(self.count, -1, x.shape[-1]) if self._places is None else x[self._places.clamp(min=0)]
 
     def add_to(self, y: Tensor, parts: Tensor) -> None:
-        """Add rows by example, shape (examples, most places, m), to the matrix y (places, m), in place."""
-        if self.places is None:
+        """Add rows by example, shape (examples, most rows, m), to the matrix y (rows, m), in place."""
+        if self._places is None:
             y.view(self.count, -1, y.shape[-1]).add_(parts)
         else:
-            present = self.places >= 0
-            y.index_add_(0, self.places[present], parts[present].to(y.dtype))
+            present = self._places >= 0
+            y.index_add_(0, self._places[present], parts[present].to(y.dtype))
 
 
 def declared() -> Owners | None:

@@ -63,8 +63,12 @@ class SidePath(Perturbation):
             for name, parameter in module._parameters.items()
             if id(parameter) in by_parameter
         ]
+        self._kinds: dict[int, str] = {}
         self._step, self._query = 0, Query(0, 0.0)
         self._owners: Owners | None = None
+        self._kept: dict[
+            tuple[Any, ...], tuple[Tensor, Tensor]
+        ] = {}  # factors of the present step, under one direction a probe
         self._eager: AbstractContextManager[Any] = nullcontext()
 
     def __enter__(self) -> SidePath:
@@ -81,6 +85,7 @@ class SidePath(Perturbation):
             module._parameters[name] = tensor.parameter
         self._eager.__exit__(None, None, None)
         self._owners = None
+        self._kept.clear()
 
     def shift(self, step: int, query: Query) -> None:
         self._step, self._query, self._owners = step, query, None
@@ -183,11 +188,19 @@ class SidePath(Perturbation):
         owners = self._input()
         return None if owners is None else owners.tokens.shape[0]
 
-    def groups(self, lead: Sequence[int]) -> Groups | None:
-        """The places of an activation with these leading dimensions by direction; None if they cannot be told."""
+    def groups(self, lead: Sequence[int], tensor: TunedTensor) -> Groups | None:
+        """The places of an activation with these leading dimensions by direction; None if they cannot be told.
+
+        What meets a tensor has the same kind of places always. So a selection of tokens, as for one expert of many, is not taken for
+        whole rows where it happens to have as many.
+        """
         if not self._query.per_example:
-            return Groups(1, None)
-        return self._present(lead).groups(lead)
+            return Groups(1)
+        owners = self._present(lead)
+        kind = "rows" if len(lead) > 1 else "pooled" if lead[0] == owners.tokens.shape[0] else "flat"
+        if self._kinds.setdefault(tensor.id, kind) != kind and owners.tokens.shape[1] > 1:
+            return None
+        return owners.groups(lead)
 
     def owner(self, lead: Sequence[int]) -> Tensor | None:
         """The direction of every place of such an activation, in a shape that broadcasts; None if it cannot be told."""
@@ -201,15 +214,22 @@ class SidePath(Perturbation):
     def is_low_rank(self, tensor: TunedTensor) -> bool:
         return self.noise.is_low_rank(tensor.parameter.shape)
 
-    def factors(self, tensor: TunedTensor, count: int) -> tuple[Tensor, Tensor]:
-        """Scaled U (count, m, r) and V (count, n, r) of so many directions."""
-        parameter = tensor.parameter
-        return self.noise.factors(
-            parameter.shape,
-            probes=self._query.directions(count),
-            device=parameter.device,
-            **self._address(tensor),
-        )
+    @property
+    def scale(self) -> float:
+        """The scale of the present point."""
+        return self._query.scale
+
+    def factors(self, tensor: TunedTensor, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """U / sqrt(r), shape (count, r, m), and V, (count, r, n), of so many directions. Both sides of a probe have the same ones."""
+        key = (tensor.id, count, self._step, self._query.probe, dtype)
+        if key not in self._kept:
+            parameter = tensor.parameter
+            address = {**self._address(tensor), "scale": 1.0}
+            probes = self._query.directions(count)
+            both = self.noise.factors(parameter.shape, probes=probes, device=parameter.device, **address)
+            u, v = (factor.mT.to(dtype).contiguous() for factor in both)
+            self._kept[key] = u, v
+        return self._kept[key]
 
     def directions(self, tensor: TunedTensor, count: int) -> Tensor:
         """Scaled directions, shape (count, *shape)."""
@@ -231,13 +251,9 @@ class SidePath(Perturbation):
             found = self.noise.direction_rows(shape, flat, probes, **self._address(tensor))
         else:
             u = self.noise.factor_rows(shape, flat, probes, **self._address(tensor))
-            v = self.factors_of_columns(tensor, int(owner.max()) + 1)[owner]  # (N, n, r)
-            found = torch.einsum("pr,pnr->pn", u, v)
+            _, v = self.factors(tensor, int(owner.max()) + 1, u.dtype)
+            found = torch.einsum("pr,prn->pn", u, v[owner])
         return found.view(*numbers.shape, shape[-1])
-
-    def factors_of_columns(self, tensor: TunedTensor, count: int) -> Tensor:
-        """V alone, (count, n, r)."""
-        return self.factors(tensor, count)[1]
 
 
 def _rows_are_examples(lead: Sequence[int]) -> Owners:

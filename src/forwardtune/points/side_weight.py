@@ -14,7 +14,6 @@ from .head import as_parameter
 from .lazy import METADATA, refuse_writing
 
 if TYPE_CHECKING:
-    from .owners import Groups
     from .side_path import SidePath
 
 
@@ -195,30 +194,32 @@ def _addmm(bias: Any, x: Tensor, weight: Any, **scales: Any) -> Tensor | None:
     return y if _add_shift(y, bias) else None
 
 
+# Up to so many directions times rank, all of them are multiplied with every row at once, which matrix units like better than a batch
+# of thin products.
+_AT_ONCE = 32
+
+
 def _add_product(y: Tensor, x: Tensor, weight: SideWeight, *, transposed: bool) -> bool:
     """Add ``x_b Z_b^T`` to the output of a projection with W (out, in), or ``x_b Z_b`` where W is (in, out)."""
     path, tensor = weight._path, weight._tensor
-    groups = path.groups(x.shape[:-1])
+    groups = path.groups(x.shape[:-1], tensor)
     if groups is None or weight.ndim != 2 or not y.is_contiguous():
         return False
-    rows = groups.gathered(x.reshape(-1, x.shape[-1]))
-    if path.is_low_rank(tensor):
-        u, v = (factor.to(x.dtype) for factor in path.factors(tensor, groups.count))
-        inner, outer = (u, v) if transposed else (v, u)
-        _add_low_rank(groups, y.view(-1, y.shape[-1]), rows, inner, outer)
-    else:
+    rows, out = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+    if not path.is_low_rank(tensor):
         z = path.directions(tensor, groups.count).to(x.dtype)
-        groups.add_to(y.view(-1, y.shape[-1]), torch.bmm(rows, z if transposed else z.mT))
-    return True
-
-
-def _add_low_rank(groups: Groups, y: Tensor, rows: Tensor, inner: Tensor, outer: Tensor) -> None:
-    """``y_b += (x_b inner_b) outer_b^T``; inner is (count, n, r), outer (count, m, r)."""
-    narrow = torch.bmm(rows, inner)
-    if groups.places is None:
-        y.view(groups.count, -1, y.shape[-1]).baddbmm_(narrow, outer.mT)
+        groups.add_to(out, torch.bmm(groups.gathered(rows), z if transposed else z.mT))
+        return True
+    u, v = path.factors(tensor, groups.count, x.dtype)
+    inner, outer = (u, v) if transposed else (v, u)  # (directions, rank, n) and (directions, rank, m)
+    if groups.count * inner.shape[1] <= _AT_ONCE:
+        narrow = F.linear(rows, inner.flatten(0, 1)).view(-1, *inner.shape[:2]).mul_(path.scale)
+        own = groups.one_hot(narrow)
+        out.addmm_((narrow if own is None else narrow.mul_(own)).flatten(1), outer.flatten(0, 1))
     else:
-        groups.add_to(y, torch.bmm(narrow, outer.mT))
+        narrow = torch.bmm(groups.gathered(rows), inner.mT).mul_(path.scale)
+        groups.add_to(out, torch.bmm(narrow, outer))
+    return True
 
 
 def _add_shift(y: Tensor, bias: Any) -> bool:
