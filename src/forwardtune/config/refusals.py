@@ -66,6 +66,17 @@ _COMBINATIONS = (
         {"normalize": "sigma", "probes": 1},
     ),
     Refusal(
+        "<perturbation> {perturbation} moves the weights for the whole minibatch, and with <assignment> example every example has a "
+        "direction of its own: leave <perturbation> out",
+        lambda run, given: run.assignment == "example" and run.perturbation in ("scratch", "copy"),
+        {"assignment": "example", "perturbation": "copy"},
+    ),
+    Refusal(
+        "<refresh> is of low-rank directions, one factor of which stays for a while: give <rank> too",
+        lambda run, given: run.refresh != 1 and not run.rank and not (run.rank is None and run.assignment == "example"),
+        {"refresh": 50},
+    ),
+    Refusal(
         f"<lr_scheduler> polynomial ends at a learning rate of {POLYNOMIAL_END:g}, and <lr> is {{lr:g}}: give a larger "
         "one, or <lr_scheduler> linear",
         lambda run, given: run.lr_scheduler == "polynomial" and run.lr != AUTO and run.lr <= POLYNOMIAL_END,

@@ -102,6 +102,13 @@ class MeZOSettings:
         only={**_MEZO, "rule": ("momentum", "adam")},
     )
     direction: str = _of_mezo("gaussian", "distribution of directions", choices=names.DIRECTIONS)
+    assignment: str = _of_mezo(
+        "shared", "directions shared by the minibatch, or one for each example", choices=names.ASSIGNMENTS
+    )
+    rank: int | None = _of_mezo(
+        None, "of low-rank directions of matrices; 0: full ones", shown="0; 1 for each example", bounds=NOT_NEGATIVE
+    )
+    refresh: int = _of_mezo(1, "steps for which one factor of low-rank directions stays", bounds=POSITIVE)
     perturbation: str = _of_mezo("auto", "how to perturb", choices=names.PERTURBATIONS)
     clip_coefficient: float | None = _of_mezo(
         None, "largest magnitude of a projected gradient", shown="none", bounds=POSITIVE

@@ -86,7 +86,8 @@ class MeZOConfig(MeZOSettings, TrainingArguments):
         if optim != OptimizerNames(TrainingArguments.__dataclass_fields__["optim"].default):
             raise ValueError(f"MeZO cannot honour optim={optim.value!r}: it is the optimizer itself. Drop it.")
         # What the optimizer would refuse once the model is loaded, it refuses now.
-        get_estimator(self.estimator, 1.0 if isinstance(self.eps, str) else self.eps, self.probes, self.normalize)
+        eps = 1.0 if isinstance(self.eps, str) else self.eps
+        get_estimator(self.estimator, eps, self.probes, self.normalize, self.assignment)
         self.make_rule()
         if self.learning_rate == AUTO and self.eval_strategy != "no":
             self.eval_on_start = True  # the untuned model is a point to go back to

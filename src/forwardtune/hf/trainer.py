@@ -23,6 +23,7 @@ from ..search.budget import first_settings
 from ..trajectory import read_log
 from .automatic import Automatic
 from .config import MeZOConfig
+from .example_losses import example_losses
 from .given import quantised_base, warn_of_missing_ends
 from .log_keeper import LogKeeper, steps_in_pass
 from .model_card import describe
@@ -148,6 +149,18 @@ class MeZOTrainer(Trainer):
         losses = torch.as_tensor(self._objective(model, inputs), dtype=torch.float32)
         return (losses.mean(), {"losses": losses.reshape(-1)}) if return_outputs else losses.mean()
 
+    def example_losses(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+        """The losses of the batch's examples, shape (batch,): the objective's, or :func:`~.example_losses.example_losses`."""
+        if self._objective is None:
+            return example_losses(model, inputs, getattr(model(**inputs), "logits", None))
+        losses = torch.as_tensor(self._objective(model, inputs), dtype=torch.float32)
+        if losses.ndim != 1:
+            raise InputError(
+                f"assignment='example' needs a loss for every example, and the objective returned shape {tuple(losses.shape)}: return the "
+                "losses, shape (batch,), or use assignment='shared'"
+            )
+        return losses
+
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
@@ -161,13 +174,17 @@ class MeZOTrainer(Trainer):
             "begin_step", self.mezo.next_step, self._part
         )  # both sides of a probe draw the same numbers
         share = 1 if self._scaled_for_accumulation(num_items_in_batch) else self.current_gradient_accumulation_steps
+        per_example = self.mezo.estimator.per_example
 
         def closure() -> Tensor:
             with self.compute_loss_context_manager():
-                loss = self.compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch)
+                if per_example:
+                    loss = self.example_losses(model, inputs)
+                else:
+                    loss = self.compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch) / share
             if self.mezo.checking:  # evaluations of the first step's self-check are no part of the step
                 self._tell_objective("take_statistics")
-            return loss / share
+            return loss
 
         try:
             loss = self.mezo.estimate(closure)
