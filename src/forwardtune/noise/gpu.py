@@ -58,11 +58,12 @@ def strips(
         return numbers.to(dtype).expand(many).contiguous()
 
     size = min(_ROW_TILE, triton.next_power_of_2(count + 7))
+    tiles = triton.cdiv(count + 7, size)
     with _on(device):
-        kernels.strips[(many, triton.cdiv(count + 7, size))](
+        kernels.strips[(many * tiles,)](
             out, _values(direction, torch.float32, device, stream),
             each(steps, torch.int32), each(probes, torch.int32), each(starts, torch.int64), each(scales, torch.float64),
-            count, direction.shift, *_key(seed), _signed(tensor), **_options(size, max(1, _ROW_WARPS * size // _ROW_TILE)),
+            count, tiles, direction.shift, *_key(seed), _signed(tensor), **_options(size, max(1, _ROW_WARPS * size // _ROW_TILE)),
         )  # fmt: skip
     return out
 
@@ -98,13 +99,7 @@ def perturb_rows(
     out: Tensor, source: Tensor, rows: Tensor, direction: Direction, seed: int, tensor: int, step: int, probe: int,
     scale: float,
 ) -> None:  # fmt: skip
-    """``out[i] <- source[rows[i]] + scale * z[rows[i]]``: the rows of a table that an embedding looks up.
-
-    Args:
-        out: shape ``(len(rows), width)``.
-        source: shape ``(height, width)``.
-        rows: int64 row numbers, each within the table.
-    """
+    """See :func:`.cpu.perturb_rows`."""
     width = source.shape[1]
     if out.numel() == 0:
         return
@@ -127,12 +122,11 @@ def update(
         The count as an int64 scalar on the device: reading it waits for the sweep.
     """
     active, unchanged = _active(weight, updates)
-    stream = _stream(weight.device)
     for fused in _sweeps(active):
         sizes = tuple(repr(size) for item in fused for _, size in item.terms)
-        tables = _tables(direction, sizes, weight.device, stream)
-        terms = {"tables": tables, "u": tables, "v": tables, "rows": 0, "width": 0, "rank": 0}  # the last five unused
-        _sweep(weight, unchanged, fused, terms, direction.values.numel(), direction.shift, seed, tensor, start)
+        tables = _tables(direction, sizes, weight.device, _stream(weight.device))
+        terms = (tables, direction.shift, tables, tables, 0, 1, 1, 1)  # of which the last six are not read
+        _sweep(weight, unchanged, fused, terms, direction.values.numel(), seed, tensor, start)
     return unchanged
 
 
@@ -142,9 +136,8 @@ def update_factored(
     """See :func:`.definition.update_factored`: all steps in one sweep, and the count as in :func:`update`."""
     active, unchanged = _active(weight, updates)
     if active:
-        (rows, _), (width, rank) = u.shape[1:], v.shape[1:]
-        terms = {"tables": v, "u": u, "v": v, "rows": rows, "width": width, "rank": rank}
-        _sweep(weight, unchanged, active, terms, 0, 0, seed, tensor, start)
+        _, width, rank = v.shape
+        _sweep(weight, unchanged, active, (v, 0, u, v, start % width, u.shape[1], width, rank), 0, seed, tensor, start)
     return unchanged
 
 
@@ -157,17 +150,15 @@ def _active(weight: Tensor, updates: Sequence[Update]) -> tuple[list[Update], Te
 
 
 def _sweep(
-    weight: Tensor, unchanged: Tensor, updates: Sequence[Update], terms: dict[str, Any], entries: int, shift: int,
-    seed: int, tensor: int, start: int,
+    weight: Tensor, unchanged: Tensor, updates: Sequence[Update], terms: tuple[Any, ...], entries: int, seed: int,
+    tensor: int, start: int,
 ) -> None:  # fmt: skip
     count, offset = weight.numel(), start % 8
     plan = _plan(tuple(updates), repr(updates), weight.device, _stream(weight.device))
     with _on(weight.device):
         kernels.update[(triton.cdiv(count + offset, _UPDATE_TILE),)](
-            _stored(weight), unchanged, plan, steps=len(updates), **terms, place=start % max(1, terms["width"]),
-            count=count, offset=offset, first=_signed(start // 8), shift=shift,
-            **dict(zip(("k0", "k1"), _key(seed), strict=True)), tensor=_signed(tensor),
-            entries=entries, **_options(_UPDATE_TILE, _UPDATE_WARPS),
+            _stored(weight), unchanged, plan, len(updates), count, offset, _signed(start // 8), *_key(seed),
+            _signed(tensor), *terms, entries=entries, **_options(_UPDATE_TILE, _UPDATE_WARPS),
         )  # fmt: skip
 
 
