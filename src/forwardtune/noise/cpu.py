@@ -3,8 +3,6 @@
 A sweep walks a tensor in tiles of 512 elements. The half-words of a tile come from 64 Philox blocks computed side by
 side, which the compiler turns into vector instructions; a gather from the scaled table and one float32 addition do the
 rest. Large tensors are cut into one range per torch thread.
-
-bfloat16 storage is seen as uint16 and float16 as int16: the storage type selects the conversions below.
 """
 
 from __future__ import annotations
