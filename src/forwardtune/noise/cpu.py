@@ -7,6 +7,7 @@ rest. Large tensors are cut into one range per torch thread.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -168,8 +169,8 @@ def _drawn(updates: Sequence[Update], direction: Direction) -> tuple[Any, ...]:
 
 def _columns(factor: Tensor) -> np.ndarray:
     """(..., rows, rank) -> one row for every column, those of the first matrix first."""
-    array = factor.numpy()
-    return np.ascontiguousarray(np.swapaxes(array, -1, -2)).reshape(-1, array.shape[-2])
+    columns = np.swapaxes(factor.numpy(), -1, -2)
+    return np.ascontiguousarray(columns).reshape(math.prod(columns.shape[:-1]), columns.shape[-1])
 
 
 def _array(tensor: Tensor) -> np.ndarray:
