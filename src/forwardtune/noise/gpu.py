@@ -28,17 +28,13 @@ from .philox import split_seed
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Perturbing takes two Philox blocks a thread and still 32 registers, which every warp of a multiprocessor can have.
-# Rounding and counting need more registers: an update takes one block a thread. Widths of embeddings are small
-# multiples of 1,024.
+# Perturbing takes two Philox blocks a thread and still 32 registers, which every warp of a multiprocessor can have. An
+# update, which rounds and counts, takes one block. Widths of embeddings are small multiples of 1,024.
 _TILE, _WARPS = 2048, 4
 _ROW_TILE, _ROW_WARPS = 1024, 2
 _UPDATE_TILE, _UPDATE_WARPS = 1024, 4
 # Terms fused into one sweep: their tables, 16 KiB each, should leave half of the smallest first-level caches free.
 _FUSED_TERMS = 4
-
-
-# --- calls -----------------------------------------------------------------------------------------------------------
 
 
 def strips(
@@ -143,10 +139,9 @@ def update_factored(
 
 def _active(weight: Tensor, updates: Sequence[Update]) -> tuple[list[Update], Tensor]:
     """The steps that do something, if there is something to do it to; and the count of what the others leave alone."""
-    active = [item for item in updates if not item.is_empty]
+    active = [item for item in updates if weight.numel() and not item.is_empty]
     still = (len(updates) - len(active)) * weight.numel()
-    unchanged = torch.full((), still, dtype=torch.int64, device=weight.device)
-    return active if weight.numel() else [], unchanged
+    return active, torch.full((), still, dtype=torch.int64, device=weight.device)
 
 
 def _sweep(
@@ -179,7 +174,7 @@ def store(weight: Tensor, x: Tensor, seed: int, tensor: int, step: int, start: i
 def trouble(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the definition should serve this device and dtype instead; None if the kernels compile and give its bits.
 
-    Tried on a few thousand weights, once a device and dtype by the caller: a compiler that is not as it should be must not cost a run its bits.
+    A compiler that is not as it should be must not cost a run its bits.
     """
     weight = torch.linspace(-3, 3, 2 * _TILE, device="cpu").pow(9).to(dtype)
     names = ("strips", "perturb", "perturb_factored", "update", "update_factored", "store")
@@ -229,11 +224,10 @@ def _samples(sweeps: Sequence[Any], weight: Tensor, direction: Direction) -> lis
 @functools.lru_cache(maxsize=32)
 def _plan(updates: tuple[Update, ...], text: str, device: torch.device, stream: int) -> Tensor:
     """Each step's number, the end of its terms and its decay, then each term's probe."""
-    ends = itertools.accumulate(len(item.terms) for item in updates)
     decays = torch.tensor([item.decay for item in updates], dtype=torch.float32, device="cpu").view(torch.int32)
     plan = [
         *(_signed(item.step) for item in updates),
-        *ends,
+        *itertools.accumulate(len(item.terms) for item in updates),
         *decays.tolist(),
         *(_signed(probe) for item in updates for probe, _ in item.terms),
     ]
