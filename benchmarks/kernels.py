@@ -162,7 +162,7 @@ def main() -> None:
     rows, failed = {}, False
     for dtype in (torch.bfloat16, torch.float32, torch.float16):
         label = str(dtype).removeprefix("torch.")
-        kernels = noise._fast(device, dtype)
+        kernels = noise.backends.fast(device, dtype)
         row: dict[str, Any] = {"kernels": kernels if isinstance(kernels, str) else kernels.__name__}
         wrong = list(runs(dtype, device))
         if isinstance(kernels, str):

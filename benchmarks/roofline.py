@@ -2,7 +2,7 @@
 
     python benchmarks/roofline.py [--weights 100000000]
 
-Each part of the kernels in ``noise/cpu.py`` is timed as a kernel of its own, in the same tiles, on one core and on all of torch's
+Each part of the kernels in ``noise/cpu_kernels.py`` is timed as a kernel of its own, in the same tiles, on one core and on all of torch's
 threads: ``philox`` (the random words alone), ``gather`` (the look-ups alone, words given), ``add`` (widen, add, narrow and store, z
 given), ``round`` (the same with stochastic rounding and the count, in place), beside the whole ``perturb`` and ``update``. Beneath them lie
 
@@ -31,11 +31,12 @@ from machine import write
 from shapes import make
 from timing import interleave
 
-from forwardtune.noise import GAUSSIAN, Noise, Update, cpu
+from forwardtune.noise import GAUSSIAN, Noise, Update, cpu, cpu_conversions
 from forwardtune.objectives import logits_at
 
-_fill, _gather, _widen, _narrow, _round = cpu._fill, cpu._gather, cpu._widen, cpu._narrow, cpu._round
-TILE, BLOCKS = cpu._TILE, cpu._BLOCKS
+_fill, _gather = cpu.kernels._fill, cpu.kernels._gather
+_widen, _narrow, _round = cpu_conversions.widen, cpu_conversions.narrow, cpu_conversions.round_stochastically
+TILE, BLOCKS = cpu.kernels.TILE, cpu.kernels.BLOCKS
 BATCH, LENGTH = 16, 32
 
 
@@ -63,7 +64,7 @@ def philox(lo: int, hi: int):  # type: ignore[no-untyped-def]
     words, sink = np.empty(2 * BLOCKS, np.uint64), np.uint64(0)
     one = np.uint32(1)
     for tile in range(lo // TILE, hi // TILE):
-        _fill(words, np.uint32(tile * BLOCKS), one, one, one, one, one)
+        _fill(words, np.uint32(tile * BLOCKS), BLOCKS, one, one, one, one, one)
         sink ^= words[tile % (2 * BLOCKS)]
     return sink
 

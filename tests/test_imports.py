@@ -48,8 +48,12 @@ RANK = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}
 STANDARD = sys.stdlib_module_names
 NEEDS = {
     "noise": {"torch"},
-    "noise/cpu.py": {"torch", "numba", "numpy", "llvmlite"},
+    "noise/cpu.py": {"torch", "numpy"},
+    "noise/cpu_kernels.py": {"numba", "numpy"},
+    "noise/cpu_conversions.py": {"numba", "numpy", "llvmlite"},
+    "noise/kept.py": {"numba"},
     "noise/gpu.py": {"torch", "triton"},
+    "noise/gpu_kernels.py": {"triton"},
     "errors": set(),
     "names": set(),
     "cli/__init__.py": set(),

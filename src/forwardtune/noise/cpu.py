@@ -3,12 +3,11 @@
 A sweep walks a tensor in tiles of 512 elements. The half-words of a tile come from 64 Philox blocks computed side by
 side, which the compiler turns into vector instructions; a gather from the scaled table and one float32 addition do the
 rest. Large tensors are cut into one range per torch thread.
-
-bfloat16 storage is seen as uint16 and float16 as int16: the storage type selects the conversions below.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -45,7 +44,9 @@ def strips(
     """See :func:`.definition.strips`."""
     out = torch.empty(len(probes), count, dtype=torch.float32, device=device)
     places = zip((steps, probes, starts, scales), (np.uint32, np.uint32, np.int64, np.float64), strict=True)
-    arrays = [np.broadcast_to(np.asarray(each, dtype), len(out)).copy() for each, dtype in places]
+    arrays = [
+        np.full(len(out), each[0], dtype) if len(each) == 1 else np.asarray(each, dtype) for each, dtype in places
+    ]
     drawn = (direction.values.numpy(), np.uint16(direction.shift), *_words(*split_seed(seed), tensor))
     kernel = partial(kernels.strips, out.numpy(), *drawn, *arrays)
     _spread(kernel, len(out), 1, _MIN_PER_THREAD_IN_FORWARD // max(1, count))
@@ -170,8 +171,8 @@ def _drawn(updates: Sequence[Update], direction: Direction) -> tuple[Any, ...]:
 
 def _columns(factor: Tensor) -> np.ndarray:
     """(..., rows, rank) -> one row for every column, those of the first matrix first."""
-    array = factor.numpy()
-    return np.ascontiguousarray(np.swapaxes(array, -1, -2)).reshape(-1, array.shape[-2])
+    columns = np.swapaxes(factor.numpy(), -1, -2)
+    return np.ascontiguousarray(columns).reshape(math.prod(columns.shape[:-1]), columns.shape[-1])
 
 
 def _array(tensor: Tensor) -> np.ndarray:

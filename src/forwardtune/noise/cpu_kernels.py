@@ -1,106 +1,16 @@
-"""The loops of :mod:`.cpu`, compiled by Numba.
-
-Numba notices a change of the file that a kernel is in, and of no other: what kernels call is in this file, too.
-"""
+"""The loops of :mod:`.cpu`, compiled by Numba."""
 
 from __future__ import annotations
 
 import numba
 import numpy as np
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 
+from .cpu_conversions import dropped_bits, narrow, round_stochastically, widen
 from .definition import ROUNDING_PROBE
 from .kept import kernel
 
 BLOCKS = 64
 TILE = 8 * BLOCKS
-
-
-# --- conversions -----------------------------------------------------------------------------------------------------
-# LLVM has the half type and bit casts; Numba does not expose them on CPU. Each intrinsic is a line or two of LLVM.
-
-
-@intrinsic
-def _bits(context, x):  # type: ignore[no-untyped-def]  # Numba's calling convention
-    def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        return builder.bitcast(args[0], ir.IntType(32))
-
-    return types.uint32(types.float32), build
-
-
-@intrinsic
-def _from_bits(context, x):  # type: ignore[no-untyped-def]
-    def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        return builder.bitcast(args[0], ir.FloatType())
-
-    return types.float32(types.uint32), build
-
-
-@intrinsic
-def _widen(context, x):  # type: ignore[no-untyped-def]
-    """Stored value -> float32, exactly."""
-
-    def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        (value,) = args
-        if x == types.uint16:
-            return builder.bitcast(builder.shl(builder.zext(value, ir.IntType(32)), ir.IntType(32)(16)), ir.FloatType())
-        if x == types.int16:
-            return builder.fpext(builder.bitcast(value, ir.HalfType()), ir.FloatType())
-        return value
-
-    return types.float32(x), build
-
-
-@intrinsic
-def _narrow(context, x, like):  # type: ignore[no-untyped-def]
-    """float32 -> stored value of the type of ``like``, to nearest, ties to even."""
-
-    def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        value = args[0]
-        if like == types.uint16:
-            i32 = ir.IntType(32)
-            bits = builder.bitcast(value, i32)
-            odd = builder.and_(builder.lshr(bits, i32(16)), i32(1))
-            rounded = builder.lshr(builder.add(bits, builder.add(odd, i32(0x7FFF))), i32(16))
-            is_nan = builder.fcmp_unordered("uno", value, value)
-            return builder.trunc(builder.select(is_nan, i32(0x7FC0), rounded), ir.IntType(16))
-        if like == types.int16:
-            return builder.bitcast(builder.fptrunc(value, ir.HalfType()), ir.IntType(16))
-        return value
-
-    return like(types.float32, like), build
-
-
-@intrinsic
-def _dropped_bits(context, like):  # type: ignore[no-untyped-def]
-    """How many mantissa bits of float32 the stored type lacks; 0 for float32 itself."""
-    count = {types.uint16: 16, types.int16: 13}.get(like, 0)
-
-    def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        return ir.IntType(32)(count)
-
-    return types.uint32(like), build
-
-
-@numba.njit(inline="always")
-def _round(x, random, like):  # type: ignore[no-untyped-def]
-    dropped = _dropped_bits(like)
-    carry = np.uint32(random) >> (np.uint32(16) - dropped)
-    mask = np.uint32(np.uint32(0xFFFFFFFF) << dropped)
-    rounded = _from_bits(np.uint32(np.uint32(_bits(x) + carry) & mask))
-    if dropped == np.uint32(13):
-        units = abs(x) * np.float32(2.0**24)
-        whole = np.floor(units)
-        up = (np.int32((units - whole) * np.float32(65536.0)) + np.int32(random)) >> np.int32(16)
-        fixed = np.float32(whole + np.float32(up)) * np.float32(2.0**-24)
-        if abs(x) < np.float32(2.0**-14):
-            rounded = np.copysign(fixed, x)
-    return rounded
-
-
-# --- kernels ---------------------------------------------------------------------------------------------------------
 
 
 @numba.njit(inline="always")
@@ -113,11 +23,8 @@ def _fill(words, first, blocks, tensor, step, probe, k0, k1):  # type: ignore[no
     low = np.uint64(0xFFFFFFFF)
     for b in range(blocks):
         c0 = np.uint64(first) + np.uint64(b)
-        c1 = np.uint64(tensor)
-        c2 = np.uint64(step)
-        c3 = np.uint64(probe)
-        a0 = np.uint64(k0)
-        a1 = np.uint64(k1)
+        c1, c2, c3 = np.uint64(tensor), np.uint64(step), np.uint64(probe)
+        a0, a1 = np.uint64(k0), np.uint64(k1)
         for _ in range(10):
             p0 = np.uint64(0xD2511F53) * (c0 & low)
             p1 = np.uint64(0xCD9E8D57) * (c2 & low)
@@ -210,10 +117,10 @@ def perturb(out, source, table, shift, k0, k1, tensor, step, probe, start, lo, h
             target = out[position : position + TILE]
             origin = source[position : position + TILE]
             for i in range(TILE):
-                target[i] = _narrow(_widen(origin[i]) + z[i], origin[i])
+                target[i] = narrow(widen(origin[i]) + z[i], origin[i])
         else:
             for i in range(count):
-                out[position + i] = _narrow(_widen(source[position + i]) + z[offset + i], source[position + i])
+                out[position + i] = narrow(widen(source[position + i]) + z[offset + i], source[position + i])
         position += count
 
 
@@ -224,11 +131,11 @@ def perturb_factored(out, source, u, v, place, lo, hi):  # type: ignore[no-untyp
         count = min(TILE, hi - position)
         origin = source[position : position + count]
         for i in range(count):
-            x[i] = _widen(origin[i])
+            x[i] = widen(origin[i])
         _add_products(x, 0, count, u, v, place + position, 0, len(u))
         target = out[position : position + count]
         for i in range(count):
-            target[i] = _narrow(x[i], target[i])
+            target[i] = narrow(x[i], target[i])
 
 
 @kernel
@@ -250,7 +157,7 @@ def update(weight, drawn, factors, ends, steps, decays, k0, k1, tensor, start, l
     z = np.empty(TILE, np.float32)
     before = np.empty(TILE, np.float32)
     like = weight[0]
-    half_precision = _dropped_bits(like) != 0
+    half_precision = dropped_bits(like) != 0
     unchanged = 0
     position = lo
     while position < hi:
@@ -262,10 +169,10 @@ def update(weight, drawn, factors, ends, steps, decays, k0, k1, tensor, start, l
         part = weight[position : position + count]
         if count == TILE:
             for i in range(TILE):
-                x[i] = _widen(part[i])
+                x[i] = widen(part[i])
         else:
             for i in range(count):
-                x[offset + i] = _widen(part[i])
+                x[offset + i] = widen(part[i])
         term = 0
         for s in range(steps.shape[0]):
             for i in range(TILE):
@@ -287,7 +194,7 @@ def update(weight, drawn, factors, ends, steps, decays, k0, k1, tensor, start, l
             if half_precision:
                 _fill(words, first, BLOCKS, tensor, steps[s], np.uint32(ROUNDING_PROBE), k0, k1)
                 for i in range(TILE):
-                    x[i] = _widen(_narrow(_round(x[i], halves[i], like), like))
+                    x[i] = widen(narrow(round_stochastically(x[i], halves[i], like), like))
             same = np.int32(0)
             if count == TILE:
                 for i in range(TILE):
@@ -298,10 +205,10 @@ def update(weight, drawn, factors, ends, steps, decays, k0, k1, tensor, start, l
             unchanged += same
         if count == TILE:
             for i in range(TILE):
-                part[i] = _narrow(x[i], like)
+                part[i] = narrow(x[i], like)
         else:
             for i in range(count):
-                part[i] = _narrow(x[offset + i], like)
+                part[i] = narrow(x[offset + i], like)
         position += count
     return unchanged
 
@@ -320,8 +227,8 @@ def store(weight, x, k0, k1, tensor, step, start, lo, hi):  # type: ignore[no-un
         offset = element - tile * TILE
         count = min(TILE - offset, hi - position)
         for i in range(count):
-            stored = _narrow(_round(x[position + i], halves[offset + i], like), like)
-            unchanged += np.int32(_widen(stored) == _widen(weight[position + i]))
+            stored = narrow(round_stochastically(x[position + i], halves[offset + i], like), like)
+            unchanged += np.int32(widen(stored) == widen(weight[position + i]))
             weight[position + i] = stored
         position += count
     return unchanged

@@ -28,17 +28,13 @@ from .philox import split_seed
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Perturbing takes two Philox blocks a thread and still 32 registers, which every warp of a multiprocessor can have.
-# Rounding and counting need more registers: an update takes one block a thread. Widths of embeddings are small
-# multiples of 1,024.
+# Perturbing takes two Philox blocks a thread and still 32 registers, which every warp of a multiprocessor can have. An
+# update, which rounds and counts, takes one block. Widths of embeddings are small multiples of 1,024.
 _TILE, _WARPS = 2048, 4
 _ROW_TILE, _ROW_WARPS = 1024, 2
 _UPDATE_TILE, _UPDATE_WARPS = 1024, 4
 # Terms fused into one sweep: their tables, 16 KiB each, should leave half of the smallest first-level caches free.
 _FUSED_TERMS = 4
-
-
-# --- calls -----------------------------------------------------------------------------------------------------------
 
 
 def strips(
@@ -58,11 +54,12 @@ def strips(
         return numbers.to(dtype).expand(many).contiguous()
 
     size = min(_ROW_TILE, triton.next_power_of_2(count + 7))
+    tiles = triton.cdiv(count + 7, size)
     with _on(device):
-        kernels.strips[(many, triton.cdiv(count + 7, size))](
+        kernels.strips[(many * tiles,)](
             out, _values(direction, torch.float32, device, stream),
             each(steps, torch.int32), each(probes, torch.int32), each(starts, torch.int64), each(scales, torch.float64),
-            count, direction.shift, *_key(seed), _signed(tensor), **_options(size, max(1, _ROW_WARPS * size // _ROW_TILE)),
+            count, tiles, direction.shift, *_key(seed), _signed(tensor), **_options(size, max(1, _ROW_WARPS * size // _ROW_TILE)),
         )  # fmt: skip
     return out
 
@@ -98,13 +95,7 @@ def perturb_rows(
     out: Tensor, source: Tensor, rows: Tensor, direction: Direction, seed: int, tensor: int, step: int, probe: int,
     scale: float,
 ) -> None:  # fmt: skip
-    """``out[i] <- source[rows[i]] + scale * z[rows[i]]``: the rows of a table that an embedding looks up.
-
-    Args:
-        out: shape ``(len(rows), width)``.
-        source: shape ``(height, width)``.
-        rows: int64 row numbers, each within the table.
-    """
+    """See :func:`.cpu.perturb_rows`."""
     width = source.shape[1]
     if out.numel() == 0:
         return
@@ -127,12 +118,11 @@ def update(
         The count as an int64 scalar on the device: reading it waits for the sweep.
     """
     active, unchanged = _active(weight, updates)
-    stream = _stream(weight.device)
     for fused in _sweeps(active):
         sizes = tuple(repr(size) for item in fused for _, size in item.terms)
-        tables = _tables(direction, sizes, weight.device, stream)
-        terms = {"tables": tables, "u": tables, "v": tables, "rows": 0, "width": 0, "rank": 0}  # the last five unused
-        _sweep(weight, unchanged, fused, terms, direction.values.numel(), direction.shift, seed, tensor, start)
+        tables = _tables(direction, sizes, weight.device, _stream(weight.device))
+        terms = (tables, direction.shift, tables, tables, 0, 1, 1, 1)  # of which the last six are not read
+        _sweep(weight, unchanged, fused, terms, direction.values.numel(), seed, tensor, start)
     return unchanged
 
 
@@ -142,32 +132,28 @@ def update_factored(
     """See :func:`.definition.update_factored`: all steps in one sweep, and the count as in :func:`update`."""
     active, unchanged = _active(weight, updates)
     if active:
-        (rows, _), (width, rank) = u.shape[1:], v.shape[1:]
-        terms = {"tables": v, "u": u, "v": v, "rows": rows, "width": width, "rank": rank}
-        _sweep(weight, unchanged, active, terms, 0, 0, seed, tensor, start)
+        _, width, rank = v.shape
+        _sweep(weight, unchanged, active, (v, 0, u, v, start % width, u.shape[1], width, rank), 0, seed, tensor, start)
     return unchanged
 
 
 def _active(weight: Tensor, updates: Sequence[Update]) -> tuple[list[Update], Tensor]:
     """The steps that do something, if there is something to do it to; and the count of what the others leave alone."""
-    active = [item for item in updates if not item.is_empty]
+    active = [item for item in updates if weight.numel() and not item.is_empty]
     still = (len(updates) - len(active)) * weight.numel()
-    unchanged = torch.full((), still, dtype=torch.int64, device=weight.device)
-    return active if weight.numel() else [], unchanged
+    return active, torch.full((), still, dtype=torch.int64, device=weight.device)
 
 
 def _sweep(
-    weight: Tensor, unchanged: Tensor, updates: Sequence[Update], terms: dict[str, Any], entries: int, shift: int,
-    seed: int, tensor: int, start: int,
+    weight: Tensor, unchanged: Tensor, updates: Sequence[Update], terms: tuple[Any, ...], entries: int, seed: int,
+    tensor: int, start: int,
 ) -> None:  # fmt: skip
     count, offset = weight.numel(), start % 8
     plan = _plan(tuple(updates), repr(updates), weight.device, _stream(weight.device))
     with _on(weight.device):
         kernels.update[(triton.cdiv(count + offset, _UPDATE_TILE),)](
-            _stored(weight), unchanged, plan, steps=len(updates), **terms, place=start % max(1, terms["width"]),
-            count=count, offset=offset, first=_signed(start // 8), shift=shift,
-            **dict(zip(("k0", "k1"), _key(seed), strict=True)), tensor=_signed(tensor),
-            entries=entries, **_options(_UPDATE_TILE, _UPDATE_WARPS),
+            _stored(weight), unchanged, plan, len(updates), count, offset, _signed(start // 8), *_key(seed),
+            _signed(tensor), *terms, entries=entries, **_options(_UPDATE_TILE, _UPDATE_WARPS),
         )  # fmt: skip
 
 
@@ -188,7 +174,7 @@ def store(weight: Tensor, x: Tensor, seed: int, tensor: int, step: int, start: i
 def trouble(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the definition should serve this device and dtype instead; None if the kernels compile and give its bits.
 
-    Tried on a few thousand weights, once a device and dtype by the caller: a compiler that is not as it should be must not cost a run its bits.
+    A compiler that is not as it should be must not cost a run its bits.
     """
     weight = torch.linspace(-3, 3, 2 * _TILE, device="cpu").pow(9).to(dtype)
     names = ("strips", "perturb", "perturb_factored", "update", "update_factored", "store")
@@ -238,11 +224,10 @@ def _samples(sweeps: Sequence[Any], weight: Tensor, direction: Direction) -> lis
 @functools.lru_cache(maxsize=32)
 def _plan(updates: tuple[Update, ...], text: str, device: torch.device, stream: int) -> Tensor:
     """Each step's number, the end of its terms and its decay, then each term's probe."""
-    ends = itertools.accumulate(len(item.terms) for item in updates)
     decays = torch.tensor([item.decay for item in updates], dtype=torch.float32, device="cpu").view(torch.int32)
     plan = [
         *(_signed(item.step) for item in updates),
-        *ends,
+        *itertools.accumulate(len(item.terms) for item in updates),
         *decays.tolist(),
         *(_signed(probe) for item in updates for probe, _ in item.terms),
     ]

@@ -132,12 +132,14 @@ def perturb_factored(out, source, u, v, count, place, rows, width, rank, size: t
     tl.store(out + position, _narrow(x, out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["shift", "k0", "k1", "tensor"])  # type: ignore[untyped-decorator]
-def strips(out, values, steps, probes, starts, scales, count, shift, k0, k1, tensor, size: tl.constexpr):  # type: ignore[no-untyped-def]
-    t = tl.program_id(0).to(tl.int64)
-    tile = tl.program_id(1)
+@triton.jit(do_not_specialize=["tiles", "shift", "k0", "k1", "tensor"])  # type: ignore[untyped-decorator]
+def strips(  # type: ignore[no-untyped-def]
+    out, values, steps, probes, starts, scales, count, tiles, shift, k0, k1, tensor, size: tl.constexpr
+):
+    t = tl.program_id(0).to(tl.int64) // tiles
+    tile = tl.program_id(0).to(tl.int64) % tiles
     start = tl.load(starts + t)
-    column = tile * size + tl.arange(0, size) - (start & 7).to(tl.int32)
+    column = tile * size + tl.arange(0, size) - (start & 7)
     inside = (column >= 0) & (column < count)
     block = (start >> 3).to(tl.uint32) + tile.to(tl.uint32) * (size // 8)
     half_words = _half_words(block, k0, k1, tensor, tl.load(steps + t), tl.load(probes + t), size)
@@ -169,10 +171,10 @@ def add(a, b):  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["steps", "first", "shift", "k0", "k1", "tensor"])  # type: ignore[untyped-decorator]
 def update(  # type: ignore[no-untyped-def]
-    weight, unchanged, plan, tables, u, v, steps, count, offset, first, shift, k0, k1, tensor, place, rows, width, rank,
+    weight, unchanged, plan, steps, count, offset, first, k0, k1, tensor, tables, shift, u, v, place, rows, width, rank,
     entries: tl.constexpr, size: tl.constexpr,
 ):  # fmt: skip
-    """Terms are read from tables of so many entries each; if there are 0, they are products of u and v."""
+    """Terms are read from tables of so many entries each; if that is 0, they are products of u and v."""
     dtype: tl.constexpr = weight.dtype.element_ty
     tile = tl.program_id(0)
     position = tile.to(tl.int64) * size + tl.arange(0, size) - offset

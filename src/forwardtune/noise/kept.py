@@ -5,7 +5,9 @@ Neither may be writable (a container), full or damaged: then the kernels are com
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -13,9 +15,17 @@ from numba.core.caching import FunctionCache, NullCache
 
 from ..errors import warn
 
+# Of a change Numba notices one in the file of the kernel alone. What kernels call is in other files, too.
+_SOURCES = hashlib.sha256(
+    b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("cpu_*.py")))
+).hexdigest()
+
 
 class _Kept(FunctionCache):
     """Numba's cache of a function, of which no trouble with files gets out."""
+
+    def _index_key(self, sig: Any, codegen: Any) -> Any:
+        return super()._index_key(sig, codegen), _SOURCES
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:

@@ -102,17 +102,18 @@ class Groups:
     count: int
     owner: Tensor | None = None
 
-    def one_hot(self, like: Tensor) -> Tensor | None:
-        """1 where an example owns a row, shape (rows, examples, 1), in the dtype and on the device of ``like``."""
+    def one_hot(self, like: Tensor, repeat: int) -> Tensor | None:
+        """1 where an example owns a row, each so many times, shape (rows, examples * repeat), in the dtype and on the device of ``like``."""
         if self.owner is None:
             return None
-        key = (like.dtype, like.device)
+        key = (like.dtype, like.device, repeat)
         if key not in self._one_hot:
-            self._one_hot[key] = F.one_hot(self.owner, self.count).to(like.device, like.dtype)[:, :, None]
+            hot = F.one_hot(self.owner, self.count).to(like.device, like.dtype)
+            self._one_hot[key] = hot.repeat_interleave(repeat, dim=1)
         return self._one_hot[key]
 
     @cached_property
-    def _one_hot(self) -> dict[tuple[torch.dtype, torch.device], Tensor]:
+    def _one_hot(self) -> dict[tuple[torch.dtype, torch.device, int], Tensor]:
         return {}
 
     @cached_property

@@ -55,7 +55,7 @@ class SidePath(Perturbation):
         if tuned.module is None:
             raise InputError("perturbation='side_path' needs the module: pass MeZO(module, ...) or module=...")
         self.left_out: set[int] = set()
-        self.used = set()
+        self.used: set[int] = set()
         by_parameter = {id(tensor.parameter): tensor for tensor in tuned}
         self._places = [
             (module, name, by_parameter[id(parameter)])
@@ -101,7 +101,6 @@ class SidePath(Perturbation):
                 raise InputError(
                     "no tuned tensor has a side path in this model: use assignment='shared' with perturbation='auto'"
                 )
-        assert self.used is not None
         self.used -= self.left_out
         return losses
 
@@ -130,7 +129,6 @@ class SidePath(Perturbation):
         Raises:
             ReadElsewhereError: it is not.
         """
-        assert self.used is not None
         used = TunedParameters([tensor for tensor in self.tuned if tensor.id in self.used], self.tuned.module)
         further = query._replace(scale=_FURTHER * query.scale)
         (side,), (clean,) = (
@@ -152,19 +150,9 @@ class SidePath(Perturbation):
 
     # --- what the stand-ins ask ---------------------------------------------------------------------------------------------------
 
-    @property
-    def moved(self) -> bool:
-        """Whether the present point is another than theta."""
-        return self._query.scale != 0
-
     def leave_out(self, tensor: TunedTensor) -> None:
         """From the next evaluation on the tensor is an ordinary one."""
         self.left_out.add(tensor.id)
-
-    def note_use(self, tensor: TunedTensor) -> None:
-        """The tensor was read."""
-        assert self.used is not None
-        self.used.add(tensor.id)
 
     def _input(self) -> Owners | None:
         """The owners of the model's input; None before it was seen."""

@@ -37,36 +37,26 @@ class SideWeight(Tensor):
         weight._original = as_parameter(tensor.read(), tensor)
         return weight
 
-    @property
-    def moved(self) -> bool:
-        """Whether it is another than the tensor itself at the present point, and has a side path."""
-        return self._path.moved and self._tensor.id not in self._path.left_out
-
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in METADATA:
             return func(args[0]._original, *args[1:], **kwargs)
-        found = [a for a in _leaves((args, kwargs)) if isinstance(a, cls)]
-        for weight in found:
-            weight._path.note_use(weight._tensor)
-        refuse_writing(func, args, cls)
-        moved = [weight for weight in found if weight.moved]
-        if moved:
-            handler = LINEAR.get(func)
+        handler = LINEAR.get(func)
+        if handler is not None:
             with torch._C.DisableTorchFunctionSubclass():
-                result = handler(*args, **kwargs) if handler is not None else None
+                result = handler(*args, **kwargs)
             if result is not None:
                 return result
-            if all(weight.ndim == 1 for weight in moved) and _name(func) in ELEMENTWISE:
-                for other in _leaves((args, kwargs)):
-                    if isinstance(other, Tensor) and not isinstance(other, (cls, PerExample)) and other.ndim > 1:
-                        moved[0]._path.owner(
-                            other.shape[:-1]
-                        )  # where this is the model's input, it counts the examples
-                return func(*_mapped(args, _spread), **_mapped(kwargs, _spread))
-            for weight in moved:
-                weight._path.leave_out(weight._tensor)
+        refuse_writing(func, args, cls)
+        moved = [weight for weight in _leaves((args, kwargs)) if isinstance(weight, cls) and _moves(weight)]
+        if moved and all(weight.ndim == 1 for weight in moved) and _name(func) in ELEMENTWISE:
+            for other in _leaves((args, kwargs)):
+                if isinstance(other, Tensor) and not isinstance(other, (cls, PerExample)) and other.ndim > 1:
+                    moved[0]._path.owner(other.shape[:-1])  # where this is the model's input, it counts the examples
+            return func(*_mapped(args, _spread), **_mapped(kwargs, _spread))
+        for weight in moved:
+            weight._path.leave_out(weight._tensor)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*_mapped(args, plain), **_mapped(kwargs, plain))
 
@@ -120,6 +110,15 @@ ELEMENTWISE = {
 }  # fmt: skip
 
 
+def _moves(weight: Any) -> bool:
+    """Note that the tensor is read, if this stands for one; whether the present point moves it, and by a side path."""
+    if not isinstance(weight, SideWeight):
+        return False
+    path, number = weight._path, weight._tensor.id
+    path.used.add(number)
+    return path.scale != 0 and number not in path.left_out
+
+
 def plain(value: Any) -> Any:
     """The tensor behind a stand-in; anything else as it is."""
     return value._original if isinstance(value, SideWeight) else value
@@ -127,11 +126,9 @@ def plain(value: Any) -> Any:
 
 def _spread(value: Any) -> Any:
     """A stand-in of a vector as the vectors of all examples."""
-    if not isinstance(value, SideWeight):
-        return value
+    if not _moves(value):
+        return plain(value)
     path, tensor = value._path, value._tensor
-    if not value.moved:
-        return value._original
     count = path.count()
     if count is None:
         path.leave_out(tensor)
@@ -180,7 +177,7 @@ def _linear(x: Tensor, weight: Any, bias: Any = None) -> Tensor | None:
     if isinstance(x, SideWeight):
         return None
     y = F.linear(x, plain(weight), plain(bias))
-    if isinstance(weight, SideWeight) and weight.moved and not _add_product(y, x, weight, transposed=False):
+    if _moves(weight) and not _add_product(y, x, weight, transposed=False):
         return None
     return y if _add_shift(y, bias) else None
 
@@ -189,7 +186,7 @@ def _addmm(bias: Any, x: Tensor, weight: Any, **scales: Any) -> Tensor | None:
     if scales or isinstance(x, SideWeight):
         return None
     y = torch.addmm(plain(bias), x, plain(weight))
-    if isinstance(weight, SideWeight) and weight.moved and not _add_product(y, x, weight, transposed=True):
+    if _moves(weight) and not _add_product(y, x, weight, transposed=True):
         return None
     return y if _add_shift(y, bias) else None
 
@@ -213,9 +210,9 @@ def _add_product(y: Tensor, x: Tensor, weight: SideWeight, *, transposed: bool) 
     u, v = path.factors(tensor, groups.count, x.dtype)
     inner, outer = (u, v) if transposed else (v, u)  # (directions, rank, n) and (directions, rank, m)
     if groups.count * inner.shape[1] <= _AT_ONCE:
-        narrow = F.linear(rows, inner.flatten(0, 1)).view(-1, *inner.shape[:2]).mul_(path.scale)
-        own = groups.one_hot(narrow)
-        out.addmm_((narrow if own is None else narrow.mul_(own)).flatten(1), outer.flatten(0, 1))
+        narrow = F.linear(rows, inner.flatten(0, 1))
+        own = groups.one_hot(narrow, inner.shape[1])
+        out.addmm_(narrow.mul_(path.scale if own is None else own * path.scale), outer.flatten(0, 1))
     else:
         narrow = torch.bmm(groups.gathered(rows), inner.mT).mul_(path.scale)
         groups.add_to(out, torch.bmm(narrow, outer))
@@ -224,7 +221,7 @@ def _add_product(y: Tensor, x: Tensor, weight: SideWeight, *, transposed: bool) 
 
 def _add_shift(y: Tensor, bias: Any) -> bool:
     """Add the directions of a bias to an output."""
-    if not isinstance(bias, SideWeight) or not bias.moved:
+    if not _moves(bias):
         return True
     path = bias._path
     owner, count = path.owner(y.shape[:-1]), path.count()
@@ -239,7 +236,9 @@ def _embedding(
 ) -> Tensor | None:
     if max_norm is not None or not isinstance(weight, SideWeight) or isinstance(numbers, SideWeight):
         return None
-    path = weight._path
+    y, path = F.embedding(numbers, plain(weight)), weight._path
+    if not _moves(weight):
+        return y
     owner = path.owner(numbers.shape)
     height = path.height()
     if owner is None and height is not None and numbers.shape[:1] == (1,):  # positions, the same for all rows
@@ -247,7 +246,6 @@ def _embedding(
         owner = path.owner(numbers.shape)
     if owner is None:
         return None
-    y = F.embedding(numbers, plain(weight))
     return y + path.rows(weight._tensor, numbers, owner).to(y.dtype)
 
 
@@ -265,7 +263,7 @@ def _rms_norm(x: Tensor, shape: Any, weight: Any = None, eps: float | None = Non
 
 def _scaled_and_shifted(y: Tensor, weight: Any, bias: Any) -> Tensor | None:
     for part, how in ((weight, torch.mul), (bias, torch.add)):
-        if isinstance(part, SideWeight) and part.moved:
+        if _moves(part):
             owner, count = part._path.owner(y.shape[:-1]), part._path.count()
             if owner is None or count is None:
                 return None
