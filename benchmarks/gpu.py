@@ -14,7 +14,6 @@ Without a device it says what it would do. It needs no package itself.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import resource
@@ -27,6 +26,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from machine import parser, save
 
 ROOT = Path(__file__).resolve().parent.parent
 MINUTES = 8.0
@@ -210,10 +211,7 @@ class Run:
         return new
 
     def _save(self) -> None:
-        text = json.dumps({"machine": self.machine, "seconds": self.seconds, "stages": self.rows}, indent=2) + "\n"
-        beside = self.output / "gpu.json.new"
-        beside.write_text(text)
-        beside.replace(self.output / "gpu.json")
+        save(self.output / "gpu.json", {"machine": self.machine, "seconds": self.seconds, "stages": self.rows})
 
     def _tell(self, text: str) -> None:
         with open(self.log, "ab") as log:
@@ -297,11 +295,11 @@ def plan(stages: Sequence[Stage], machine: dict[str, Any], seconds: float, outpu
 
 def main() -> int:
     """Run the stages, or say what would be run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    asked = parser(__doc__)
     names = [stage.name for stage in STAGES]
-    parser.add_argument("--stages", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
-    parser.add_argument("--minutes", type=float, default=MINUTES, help="in all")
-    options = parser.parse_args()
+    asked.add_argument("--stages", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
+    asked.add_argument("--minutes", type=float, default=MINUTES, help="in all")
+    options = asked.parse_args()
     began = time.monotonic()
     stages = [stage for stage in STAGES if stage.name in options.stages]
     out = Path(os.environ.get("OUT", ""))
