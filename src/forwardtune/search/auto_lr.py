@@ -56,7 +56,7 @@ class AutoLR:
         scheduler: of the optimizer's learning rates, as in ``torch.optim.lr_scheduler``. It goes on from the rate that is found;
             :meth:`step` steps it.
         run: anything to keep in the log's header, as JSON.
-        announce: is told of decisions, in a line each; by default they are logged.
+        announce: takes decisions, a line each; by default they are logged.
 
     Raises:
         InputError: the parameter groups have different learning rates; or the disk has no room for the weights to go back to.

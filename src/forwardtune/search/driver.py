@@ -42,7 +42,7 @@ def plan_run(
         optimizer: its eps is where the choice begins, and is changed.
         steps: of the whole run.
         held_out: measures held-out examples.
-        announce: is told what was chosen, and of an eps with which a run would learn from rounding.
+        announce: takes what was chosen, or a warning of an eps with which a run would learn from rounding.
         find_lr: whether the run is to find its learning rate.
         find_eps: whether to choose eps.
         model: where the loss is computed; its dtypes are named in messages.
@@ -72,7 +72,7 @@ class SearchDriver:
         point: where the weights to go back to lie.
         held_out: measures held-out examples.
         scheduler: gives the scheduler of the learning rates, or None.
-        announce: is told of decisions.
+        announce: takes decisions, a line each.
         measures: whether held-out examples are measured as planned; else :meth:`measured` is called by someone who does.
     """
 

@@ -1,4 +1,4 @@
-"""L0: a run that finds its learning rate, as a state machine: it is told what happens, and says what to do.
+"""L0: a run that finds its learning rate, as a state machine: events come in, actions go out.
 
 A run
 
