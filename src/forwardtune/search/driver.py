@@ -90,7 +90,8 @@ class SearchDriver:
         measures: bool = True,
     ) -> None:
         self._plan, self._optimizer, self._log, self._point_path = Plan.read(plan), optimizer, log, point
-        self._held_out, self._scheduler, self._announce = held_out, scheduler, announce
+        self._held_out, self._scheduler = held_out, scheduler
+        self.note, self.announce = log.note, announce
         self._point: ReturnPoint | None = None
         self._trial_loss: Callable[[], float] | None = None
         self._search = RateSearch(self._plan, steps, self, self._first_rate, measures=measures)
@@ -166,12 +167,6 @@ class SearchDriver:
         self._point.go_back(step)
         self._log.rolled_back(step)
         self.set_rate(lr)
-
-    def note(self, content: dict[str, Any]) -> None:
-        self._log.note(content)
-
-    def announce(self, text: str) -> None:
-        self._announce(text)
 
     def _first_rate(self, coefficients: list[Sequence[float]]) -> float:
         rule, estimator = self._optimizer.rule, self._optimizer.estimator

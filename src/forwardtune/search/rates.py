@@ -54,7 +54,7 @@ class Actions(Protocol):
     def note(self, content: dict[str, Any]) -> None:
         """Keep this beside the steps: what was decided, and what it was based on."""
 
-    def announce(self, text: str) -> None:
+    def announce(self, text: str, /) -> object:
         """Tell people."""
 
 
