@@ -9,7 +9,6 @@ are those. The best point of the grid is the rate whose gain, averaged over seed
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
+from machine import parser
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -244,12 +244,10 @@ def draw(found: list[Cell], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("folders", nargs="+", type=Path, help="folders of the sweeps")
-    parser.add_argument("--output", type=Path, default=Path("docs/results/automatic"))
-    options = parser.parse_args()
+    asked = parser(__doc__)
+    asked.add_argument("folders", nargs="+", type=Path, help="folders of the sweeps")
+    asked.add_argument("--output", type=Path, default=Path("docs/results/automatic"))
+    options = asked.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     rows, pictures = [], []
     for folder in options.folders:

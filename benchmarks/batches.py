@@ -11,7 +11,6 @@ timed as well: ``reference`` is the published loop over the plain evaluation.
 
 from __future__ import annotations
 
-import argparse
 import random
 import statistics
 from collections.abc import Callable, Sequence
@@ -19,7 +18,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from machine import write
+from machine import parser, write
+from published import EPS, reference_step
 from timing import interleave
 
 from forwardtune import MeZO
@@ -30,7 +30,6 @@ from forwardtune.tasks.encoding import Encoded, Encoder
 
 # examples in a batch, batches, rounds: ReCoRD's plain evaluation has a row of hundreds of tokens for each of many entities
 TASKS = {"sst2": (16, 4, 3), "cb": (16, 4, 3), "record": (2, 2, 1)}
-EPS = 1e-3
 
 
 @torch.no_grad()
@@ -45,24 +44,6 @@ def plain_loss(model: Any, task: Task, inputs: dict[str, torch.Tensor]) -> torch
     if task.loss == "likelihood":
         return -scores.gather(1, inputs["labels"][:, None]).mean()
     return F.cross_entropy(scores, inputs["labels"])
-
-
-@torch.no_grad()
-def reference_step(model: Any, loss: Callable[[], torch.Tensor], lr: float, seed: int) -> None:
-    """One step of the published loop."""
-
-    def add_noise(scale: float) -> None:
-        torch.manual_seed(seed)
-        for parameter in model.parameters():
-            z = torch.normal(mean=0, std=1, size=parameter.shape, dtype=parameter.dtype)
-            parameter.data = parameter.data + scale * z
-
-    add_noise(EPS)
-    plus = float(loss())
-    add_noise(-2 * EPS)
-    minus = float(loss())
-    add_noise(EPS)
-    add_noise(-lr * (plus - minus) / (2 * EPS))
 
 
 def measure(
@@ -108,12 +89,10 @@ def measure(
 
 def main() -> None:
     """Print and save the ratios."""
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data-dir", required=True)
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    options = parser.parse_args()
+    asked = parser(__doc__)
+    asked.add_argument("--data-dir", required=True)
+    asked.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    options = asked.parse_args()
     model, tokenizer = load_model("smollm2-135m", dtype="bfloat16")
     print(f"{'task':8}{'tokens plain':>14}{'ours':>8}{'needed':>8}{'plain / ours':>14}{'reference step / step':>24}")
     for name in options.tasks:

@@ -14,7 +14,6 @@ Without a device it says what it would do. It needs no package itself.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import resource
@@ -28,88 +27,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from machine import parser, save
+from stages import STAGES, Stage
+
 ROOT = Path(__file__).resolve().parent.parent
 MINUTES = 8.0
 # To end what is stopped, and to write the last results.
 RESERVE = 4.0
-PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "--maxfail=12", "--durations=5",
-          # A hint of a version that was not seen before is to be read; it is no failure here.
-          "-W", "default", "-o", "faulthandler_timeout=60")  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One process.
-
-    Attributes:
-        command: what follows the interpreter.
-        limit: seconds that it may take; fewer if fewer are left.
-        packages: what it cannot run without.
-        memory: free GiB on the device, likewise.
-    """
-
-    name: str
-    what: str
-    command: tuple[str, ...]
-    limit: float
-    packages: tuple[str, ...] = ("torch",)
-    memory: float = 0.0
-
-
-def _step(shape: str, lengths: str, limit: float, memory: float, *more: str) -> Stage:
-    command = ("benchmarks/step.py", "--device", "cuda", "--shapes", shape, "--lengths", *lengths.split(), *more)
-    what = f"a step over two forward passes and over the published loop, OPT-{shape.upper()}'s shape, 16 x {lengths.replace(' ', ', ')}"
-    name = f"step-{shape}"
-    if "--profile" in more:
-        name, what = (
-            "profile",
-            f"the kernels of a step and of a forward pass, OPT-{shape.upper()}'s shape, 16 x {lengths}",
-        )
-    return Stage(name, what, command, limit, ("torch", "transformers"), memory)
-
-
-STAGES = (
-    Stage(
-        "test-kernels",
-        "tests/test_noise_gpu.py: the bits of the definition from compiled kernels",
-        (*PYTEST, "tests/test_noise_gpu.py", "-k", "not interpret"),
-        110,
-        ("torch", "triton", "pytest"),
-    ),
-    Stage(
-        "test-steps",
-        "tests/test_cuda.py: steps, replay, Trainer, tensors past 2^31 elements",
-        (*PYTEST, "tests/test_cuda.py"),
-        110,
-        ("torch", "pytest"),
-    ),
-    Stage(
-        "kernels",
-        "bits against the definition without pytest, speed against it, host time of a launch",
-        ("benchmarks/kernels.py", "--device", "cuda"),
-        70,
-    ),
-    _step("1.3b", "64 32 400", 70, 8),
-    Stage(
-        "memory-1.3b",
-        "peak memory of a step, of inference and of Adam, OPT-1.3B's shape, 16 x 64",
-        ("benchmarks/memory.py", "--device", "cuda", "--sizes", "1.3b", "--dtypes", "bfloat16", "--length", "64"),
-        60,
-        ("torch", "transformers"),
-        8,
-    ),
-    Stage(
-        "sweep",
-        "a sweep over 100M weights against a multiply-add over the same memory",
-        ("benchmarks/sweep.py", "--device", "cuda"),
-        45,
-    ),
-    _step("13b", "32 64", 90, 32),
-    _step("6.7b", "32 64", 60, 18),
-    _step("125m", "32 64 400", 40, 4),
-    _step("1.3b", "64", 40, 8, "--profile", "--no-reference", "--rounds", "3", "--output", "profile-cuda"),
-)
-
 PROBE = """
 import importlib.util, json, sys
 packages = "torch triton transformers accelerate numba peft datasets pytest".split()
@@ -210,10 +134,7 @@ class Run:
         return new
 
     def _save(self) -> None:
-        text = json.dumps({"machine": self.machine, "seconds": self.seconds, "stages": self.rows}, indent=2) + "\n"
-        beside = self.output / "gpu.json.new"
-        beside.write_text(text)
-        beside.replace(self.output / "gpu.json")
+        save(self.output / "gpu.json", {"machine": self.machine, "seconds": self.seconds, "stages": self.rows})
 
     def _tell(self, text: str) -> None:
         with open(self.log, "ab") as log:
@@ -297,11 +218,11 @@ def plan(stages: Sequence[Stage], machine: dict[str, Any], seconds: float, outpu
 
 def main() -> int:
     """Run the stages, or say what would be run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    asked = parser(__doc__)
     names = [stage.name for stage in STAGES]
-    parser.add_argument("--stages", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
-    parser.add_argument("--minutes", type=float, default=MINUTES, help="in all")
-    options = parser.parse_args()
+    asked.add_argument("--stages", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
+    asked.add_argument("--minutes", type=float, default=MINUTES, help="in all")
+    options = asked.parse_args()
     began = time.monotonic()
     stages = [stage for stage in STAGES if stage.name in options.stages]
     out = Path(os.environ.get("OUT", ""))

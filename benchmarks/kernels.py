@@ -9,7 +9,6 @@ and on the CPU, with the same bits. Ends with exit code 1 where anything differs
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 import time
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import write
+from machine import parser, write
 from timing import interleave
 from torch import Tensor, nn
 
@@ -151,11 +150,11 @@ def microseconds_a_launch(dtype: torch.dtype, device: torch.device) -> dict[str,
 
 def main() -> None:
     """Print and save; exit code 1 if a bit differs."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--weights", type=int, default=1 << 24)
-    parser.add_argument("--rounds", type=int, default=7)
-    options = parser.parse_args()
+    asked = parser(__doc__)
+    asked.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    asked.add_argument("--weights", type=int, default=1 << 24)
+    asked.add_argument("--rounds", type=int, default=7)
+    options = asked.parse_args()
     # With its index: that is how a tensor names its device.
     device = torch.empty(0, device=options.device).device
     warnings.filterwarnings("ignore", "forwardtune computes its noise with plain torch")  # said below

@@ -1,7 +1,8 @@
-"""What every result file says of where it came from, and where it goes: ``results/``, or the folder ``FORWARDTUNE_RESULTS``."""
+"""What every script needs: its options, and where results go with a word on where they came from."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -11,23 +12,34 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-
 HERE = Path(__file__).parent
 
 
+def parser(about: str | None) -> argparse.ArgumentParser:
+    """A script's options, with its docstring as the help."""
+    return argparse.ArgumentParser(
+        allow_abbrev=False, description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
 def write(name: str, result: dict[str, Any]) -> None:
-    """Save a result with machine, versions and commit as ``NAME.json``, whole at any moment."""
+    """Save a result with machine, versions and commit as ``NAME.json`` in ``results/``, or in ``FORWARDTUNE_RESULTS``."""
     folder = Path(os.environ.get("FORWARDTUNE_RESULTS") or HERE / "results")
     folder.mkdir(exist_ok=True)
-    text = json.dumps({"machine": describe(), **result}, indent=2) + "\n"
-    beside = folder / f"{name}.json.new"
-    beside.write_text(text)
-    beside.replace(folder / f"{name}.json")
+    save(folder / f"{name}.json", {"machine": describe(), **result})
+
+
+def save(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file, whole at any moment."""
+    beside = path.with_name(f"{path.name}.new")
+    beside.write_text(json.dumps(content, indent=2) + "\n")
+    beside.replace(path)
 
 
 def describe() -> dict[str, Any]:
     """Processor, threads, versions, commit and day; a package that is not there is None."""
+    import torch  # not before: startup.py measures what an import takes
+
     gpu = torch.cuda.is_available()
     return {
         "processor": _processor(),

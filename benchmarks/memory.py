@@ -26,15 +26,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import write
-from shapes import OPT, largest_layer, make, vocabulary
+from machine import parser, write
+from shapes import BATCH, DTYPES, OPT, largest_layer, loss_of, make, minibatch, size_of
+from timing import peak_of
 from torch import nn
 
-from forwardtune import MeZO, memory
-from forwardtune.objectives import logits_at
+from forwardtune import MeZO
 
-BATCH = 16
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 PROMPT_RETURN = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 # What a process holds beside the model: libraries, activations of 512 tokens, logits.
 BESIDE = 3 << 30
@@ -44,19 +42,7 @@ def measure(what: str, size: str, dtype: torch.dtype, device: str, length: int) 
     """Peak memory of one method, in this process."""
     warm_up(dtype, device)
     model = make(size, dtype, device)
-    generator = torch.Generator().manual_seed(0)
-    input_ids = torch.randint(0, vocabulary(model), (BATCH, length), generator=generator).to(device)
-    last = torch.arange(BATCH, device=device) * length + length - 1
-    batch = {"input_ids": input_ids, "positions": last}
-
-    def loss() -> torch.Tensor:
-        return logits_at(model, batch).logsumexp(dim=-1).mean()
-
-    def peak_of(work: Any) -> int:
-        memory.reset_peak(device)
-        work()
-        return memory.peak(device)
-
+    loss = loss_of(model, minibatch(model, length, device))
     if what == "adam":
         adam = torch.optim.AdamW(model.parameters(), lr=1e-9, foreach=False)
 
@@ -65,17 +51,17 @@ def measure(what: str, size: str, dtype: torch.dtype, device: str, length: int) 
             adam.step()
             adam.zero_grad()
 
-        return {"adam": max(peak_of(step) for _ in range(2))}
+        return {"adam": max(peak_of(step, device) for _ in range(2))}
     with torch.no_grad():
         loss()
-        inference = peak_of(loss)
+        inference = peak_of(loss, device)
         optimizer = MeZO(model, lr=1e-9)
-        first = peak_of(lambda: optimizer.step(loss))
-        mezo = peak_of(lambda: optimizer.step(loss))
+        first = peak_of(lambda: optimizer.step(loss), device)
+        mezo = peak_of(lambda: optimizer.step(loss), device)
     assert optimizer.perturbation is not None
     return {
         "perturbation": optimizer.perturbation.name,  # not scratch: the self-check found something
-        "weights": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "weights": size_of(model),
         "bound": largest_layer(model),
         "inference": inference,
         "mezo": mezo,
@@ -126,16 +112,14 @@ def free(device: str) -> int:
 
 def main() -> None:
     """Print and save the table."""
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--sizes", nargs="+", choices=OPT, default=["125m", "350m", "1.3b", "2.7b"])
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--length", type=int, default=32)
-    parser.add_argument("--reserve", type=float, default=1.0, help="GiB to leave to others")
-    parser.add_argument("--only", choices=("mezo", "adam"), help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    asked = parser(__doc__)
+    asked.add_argument("--sizes", nargs="+", choices=OPT, default=["125m", "350m", "1.3b", "2.7b"])
+    asked.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bfloat16", "float32"])
+    asked.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    asked.add_argument("--length", type=int, default=32)
+    asked.add_argument("--reserve", type=float, default=1.0, help="GiB to leave to others")
+    asked.add_argument("--only", choices=("mezo", "adam"), help=argparse.SUPPRESS)
+    options = asked.parse_args()
     options.failed = False
     if options.only:
         dtype = DTYPES[options.dtypes[0]]

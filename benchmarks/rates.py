@@ -15,7 +15,6 @@ higher, as ``Guard`` has it, it is multiplied by ``nudge`` instead.
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from statistics import mean
 from typing import Any
 
 import numpy as np
-from machine import write
+from machine import parser, write
 
 from forwardtune.search.budget import Plan
 from forwardtune.search.guard import FALL, RISE, GoBack, Guard
@@ -243,12 +242,10 @@ def gains(outcomes: Iterable[tuple[float, float]]) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--seeds", type=int, default=16)
-    parser.add_argument("--output", default="rates")
-    options = parser.parse_args()
+    asked = parser(__doc__)
+    asked.add_argument("--seeds", type=int, default=16)
+    asked.add_argument("--output", default="rates")
+    options = asked.parse_args()
     lengths = {100: (8, options.seeds), 300: (16, max(2, options.seeds // 2)), 1000: (16, max(2, options.seeds // 4))}
     shares: dict[str, dict[int, dict[str, list[float]]]] = {str(rule): {} for rule in RULES}
     for steps, (batch, seeds) in lengths.items():

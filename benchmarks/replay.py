@@ -12,27 +12,20 @@ import time
 
 import torch
 from machine import write
-from shapes import make
+from shapes import loss_of, make, minibatch
 from timing import interleave
 
 from forwardtune import MeZO
 from forwardtune.noise import Update
-from forwardtune.objectives import logits_at
 
-STEPS, BATCH, LENGTH = 1000, 16, 32
+STEPS = 1000
 
 
 @torch.no_grad()
 def main() -> None:
     """Print and save the ratio."""
     model = make("smollm2-135m", torch.bfloat16)
-    input_ids = torch.randint(0, 49152, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
-    batch = {"input_ids": input_ids, "positions": torch.arange(BATCH) * LENGTH + LENGTH - 1}
-    optimizer = MeZO(model, lr=1e-9)
-
-    def loss() -> torch.Tensor:
-        return logits_at(model, batch).logsumexp(dim=-1).mean()
-
+    optimizer, loss = MeZO(model, lr=1e-9), loss_of(model, minibatch(model, length=32))
     optimizer.step(loss)
     training = interleave({"step": lambda: optimizer.step(loss)}, rounds=9)["step"]
     updates = [Update(step, (1e-7,)) for step in range(STEPS)]

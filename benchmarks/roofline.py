@@ -19,7 +19,6 @@ slow down what runs between two modules.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -27,17 +26,15 @@ from typing import Any
 import numba
 import numpy as np
 import torch
-from machine import write
-from shapes import make
+from machine import parser, write
+from shapes import loss_of, make, minibatch
 from timing import interleave
 
 from forwardtune.noise import GAUSSIAN, Noise, Update, cpu, cpu_conversions
-from forwardtune.objectives import logits_at
 
 _fill, _gather = cpu.kernels._fill, cpu.kernels._gather
 _widen, _narrow, _round = cpu_conversions.widen, cpu_conversions.narrow, cpu_conversions.round_stochastically
 TILE, BLOCKS = cpu.kernels.TILE, cpu.kernels.BLOCKS
-BATCH, LENGTH = 16, 32
 
 
 @numba.njit(nogil=True)
@@ -161,20 +158,16 @@ def bounds(ns: dict[str, float], dtype: torch.dtype) -> dict[str, dict[str, floa
 def forward(dtype: torch.dtype, rounds: int) -> tuple[float, int]:
     """Seconds of a forward pass of the 135M shape, and its number of weights."""
     model = make("smollm2-135m", dtype)
-    input_ids = torch.randint(0, 49152, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
-    batch = {"input_ids": input_ids, "positions": torch.arange(BATCH) * LENGTH + LENGTH - 1}
-    seconds = interleave({"forward": lambda: logits_at(model, batch).logsumexp(dim=-1).mean()}, rounds)["forward"]
+    seconds = interleave({"forward": loss_of(model, minibatch(model, length=32))}, rounds)["forward"]
     return seconds, sum(parameter.numel() for parameter in model.parameters())
 
 
 def main() -> None:
     """Print and save nanoseconds an element, bandwidths, and the ratios."""
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--weights", type=int, default=100_000_000, help="elements of a sweep")
-    parser.add_argument("--rounds", type=int, default=9)
-    options = parser.parse_args()
+    asked = parser(__doc__)
+    asked.add_argument("--weights", type=int, default=100_000_000, help="elements of a sweep")
+    asked.add_argument("--rounds", type=int, default=9)
+    options = asked.parse_args()
     count = -(-options.weights // TILE) * TILE
     cpu._MIN_PER_THREAD_IN_FORWARD = cpu._MIN_PER_THREAD
     threads, rows = torch.get_num_threads(), {}

@@ -1,13 +1,19 @@
-"""Models of known shapes with cheap weights: time and memory do not depend on the values."""
+"""Models of known shapes with cheap weights, and a minibatch for them: time and memory do not depend on the values."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
+from forwardtune.objectives import logits_at
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+#: Sequences in a minibatch.
+BATCH = 16
 #: name -> (layers, heads, width)
 OPT = {
     "125m": (12, 12, 768),
@@ -48,9 +54,21 @@ def largest_layer(model: Any) -> int:
     )
 
 
-def vocabulary(model: Any) -> int:
-    """How many tokens the model knows."""
-    return int(model.config.vocab_size)
+def size_of(model: Any) -> int:
+    """Bytes of all weights."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def minibatch(model: Any, length: int, device: str = "cpu") -> dict[str, Tensor]:
+    """Random tokens, and the place of the last one of each sequence."""
+    shape, generator = (BATCH, length), torch.Generator().manual_seed(0)
+    input_ids = torch.randint(0, model.config.vocab_size, shape, generator=generator).to(device)
+    return {"input_ids": input_ids, "positions": torch.arange(BATCH, device=device) * length + length - 1}
+
+
+def loss_of(model: Any, batch: dict[str, Tensor]) -> Callable[[], Tensor]:
+    """A loss that computes one logit row a sequence, as for a task with one-token answers."""
+    return lambda: logits_at(model, batch).logsumexp(dim=-1).mean()
 
 
 def _smollm2() -> LlamaConfig:

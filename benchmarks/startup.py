@@ -8,13 +8,14 @@ not counted.
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from machine import parser, write
 
 WORKS = {
     "import torch": ["-c", "import torch"],
@@ -43,11 +44,9 @@ def measure(arguments: list[str]) -> tuple[float, float]:
 
 def main() -> None:
     """Print and save seconds, memory, and their ratios to torch's."""
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=7)
-    options = parser.parse_args()
+    asked = parser(__doc__)
+    asked.add_argument("--rounds", type=int, default=7)
+    options = asked.parse_args()
     rounds = [{name: measure(arguments) for name, arguments in WORKS.items()} for _ in range(options.rounds + 1)][1:]
     rows = {}
     for name in WORKS:
@@ -60,8 +59,7 @@ def main() -> None:
         print(
             f"{name:38}{row['seconds']:10.2f}{row['seconds_of_torch']:10.2f}{row['mib']:8.0f}{row['mib_of_torch']:10.2f}"
         )
-    from machine import write  # imports torch, and a process that is forked inherits the peak of its parent
-
+    # This imports torch, and a process that is forked inherits the peak of its parent.
     write("startup", {"rounds": options.rounds, "rows": rows})
 
 

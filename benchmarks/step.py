@@ -20,37 +20,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from machine import write
-from shapes import SHAPES, largest_layer, make, vocabulary
-from timing import interleave
+from machine import parser, write
+from published import EPS, reference_step
+from shapes import BATCH, DTYPES, SHAPES, largest_layer, loss_of, make, minibatch, size_of
+from timing import interleave, peak_of
 
-from forwardtune import MeZO, memory
-from forwardtune.objectives import logits_at
-
-BATCH, EPS = 16, 1e-3
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
-
-
-@torch.no_grad()
-def reference_step(model: Any, input_ids: torch.Tensor, last: torch.Tensor, lr: float, seed: int) -> None:
-    """One step of the published loop."""
-
-    def add_noise(scale: float) -> None:
-        torch.manual_seed(seed)
-        for parameter in model.parameters():
-            z = torch.normal(mean=0, std=1, size=parameter.shape, dtype=parameter.dtype, device=parameter.device)
-            parameter.data = parameter.data + scale * z
-
-    def loss() -> float:
-        logits = model(input_ids=input_ids, use_cache=False).logits.flatten(0, 1)[last].float()
-        return float(logits.logsumexp(dim=-1).mean())
-
-    add_noise(EPS)
-    plus = loss()
-    add_noise(-2 * EPS)
-    minus = loss()
-    add_noise(EPS)
-    add_noise(-lr * (plus - minus) / (2 * EPS))
+from forwardtune import MeZO
 
 
 def perturbed(optimizer: MeZO, loss: Callable[[], torch.Tensor]) -> None:
@@ -61,19 +36,16 @@ def perturbed(optimizer: MeZO, loss: Callable[[], torch.Tensor]) -> None:
         loss()
 
 
+@torch.no_grad()
 def measure(model: Any, length: int, options: argparse.Namespace) -> dict[str, Any]:
     """Seconds and their ratios; peaks of memory on a GPU."""
     device = options.device
-    input_ids = torch.randint(0, vocabulary(model), (BATCH, length), generator=torch.Generator().manual_seed(0)).to(
-        device
-    )
-    last = torch.arange(BATCH, device=device) * length + length - 1
-    batch = {"input_ids": input_ids, "positions": last}
-    optimizer = MeZO(model, lr=1e-9, eps=EPS)
+    batch = minibatch(model, length, device)
+    loss, optimizer = loss_of(model, batch), MeZO(model, lr=1e-9, eps=EPS)
 
-    @torch.no_grad()
-    def loss() -> torch.Tensor:
-        return logits_at(model, batch).logsumexp(dim=-1).mean()
+    def full_loss() -> torch.Tensor:
+        logits = model(input_ids=batch["input_ids"], use_cache=False).logits.flatten(0, 1)[batch["positions"]]
+        return logits.float().logsumexp(dim=-1).mean()
 
     optimizer.step(loss)
     assert optimizer.perturbation is not None
@@ -83,7 +55,7 @@ def measure(model: Any, length: int, options: argparse.Namespace) -> dict[str, A
         "step": lambda: optimizer.step(loss),
     }
     if not options.no_reference:
-        works["reference"] = lambda: reference_step(model, input_ids, last, 1e-9, 0)
+        works["reference"] = lambda: reference_step(model, full_loss, 1e-9, 0)
     seconds = interleave(works, options.rounds, device)
     floor = 2 * seconds["forward"]
     row: dict[str, Any] = {
@@ -126,19 +98,13 @@ def profile(work: Callable[[], object], device: str) -> dict[str, Any]:
 
 def peaks(optimizer: MeZO, loss: Callable[[], torch.Tensor], model: Any, device: str) -> dict[str, int]:
     """Allocated bytes at the peak of a forward pass without an optimizer's scratch memory, and of a step."""
-    memory.reset_peak(device)
-    optimizer.step(loss)
-    step = memory.peak(device)
+    step = peak_of(lambda: optimizer.step(loss), device)
     optimizer.perturbation = None  # its scratch memory is not inference's; the next first step finds the same again
     gc.collect()
-    memory.reset_peak(device)
-    loss()
-    inference = memory.peak(device)
-    memory.reset_peak(device)
-    optimizer.step(loss)
-    first = memory.peak(device)
+    inference = peak_of(loss, device)
+    first = peak_of(lambda: optimizer.step(loss), device)
     return {
-        "weights": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "weights": size_of(model),
         "inference": inference,
         "step": step,
         "more": step - inference,
@@ -149,18 +115,16 @@ def peaks(optimizer: MeZO, loss: Callable[[], torch.Tensor], model: Any, device:
 
 def main() -> None:
     """Print and save the ratios."""
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES)
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES)
-    parser.add_argument("--lengths", nargs="+", type=int)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--no-reference", action="store_true", help="leave the published loop out")
-    parser.add_argument("--profile", action="store_true", help="also time the kernels of a step and of a forward pass")
-    parser.add_argument("--output", help="name of the result file: step on a CPU, step-cuda on a GPU")
-    options = parser.parse_args()
+    asked = parser(__doc__)
+    asked.add_argument("--device", default="cpu")
+    asked.add_argument("--shapes", nargs="+", choices=SHAPES)
+    asked.add_argument("--dtypes", nargs="+", choices=DTYPES)
+    asked.add_argument("--lengths", nargs="+", type=int)
+    asked.add_argument("--rounds", type=int, default=9)
+    asked.add_argument("--no-reference", action="store_true", help="leave the published loop out")
+    asked.add_argument("--profile", action="store_true", help="also time the kernels of a step and of a forward pass")
+    asked.add_argument("--output", help="name of the result file: step on a CPU, step-cuda on a GPU")
+    options = asked.parse_args()
     gpu = torch.device(options.device).type == "cuda"
     shapes = options.shapes or (["125m", "1.3b", "6.7b", "13b"] if gpu else ["smollm2-135m"])
     dtypes = options.dtypes or (["bfloat16"] if gpu else ["bfloat16", "float32"])

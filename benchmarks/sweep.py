@@ -7,11 +7,10 @@ Both use all torch threads, or the GPU. First the sweeps are checked against the
 
 from __future__ import annotations
 
-import argparse
 from importlib.util import find_spec
 
 import torch
-from machine import write
+from machine import parser, write
 from timing import interleave
 
 from forwardtune.noise import DIRECTIONS, Noise, Update, definition
@@ -34,12 +33,10 @@ def check(noise: Noise, weight: torch.Tensor) -> None:
 
 def main() -> None:
     """Print and save the ratios."""
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--weights", type=int, default=100_000_000)
-    options = parser.parse_args()
+    asked = parser(__doc__)
+    asked.add_argument("--device", default="cpu")
+    asked.add_argument("--weights", type=int, default=100_000_000)
+    options = asked.parse_args()
     if find_spec("numba"):
         from forwardtune.noise import cpu
 

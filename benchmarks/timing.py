@@ -1,4 +1,4 @@
-"""Timing pieces of work against each other in one process: interleaved rounds, medians, ratios."""
+"""What pieces of work take: seconds against each other, interleaved in one process, and memory."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 
 import torch
+
+from forwardtune import memory
 
 
 def interleave(works: dict[str, Callable[[], object]], rounds: int, device: str = "cpu") -> dict[str, float]:
@@ -25,6 +27,13 @@ def interleave(works: dict[str, Callable[[], object]], rounds: int, device: str 
             _finish(device)
             seconds[name].append(time.perf_counter() - began)
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def peak_of(work: Callable[[], object], device: str) -> int:
+    """Bytes of memory at the peak of a piece of work."""
+    memory.reset_peak(device)
+    work()
+    return memory.peak(device)
 
 
 def _finish(device: str) -> None:

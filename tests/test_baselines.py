@@ -317,7 +317,15 @@ def make(
 ) -> AdamTrainer:
     collator = partial(collate, layout=plain_layout(model, TOKENIZER))
     args = adam_arguments(
-        str(folder), **{"steps": 4, "learning_rate": 1e-3, "batch_size": 4, "use_cpu": True, "seed": 3, **changes}
+        str(folder),
+        **{
+            "max_steps": 4,
+            "learning_rate": 1e-3,
+            "per_device_train_batch_size": 4,
+            "use_cpu": True,
+            "seed": 3,
+            **changes,
+        },
     )
     data = choices(12, ((50, 51), (60, 61, 62))) if data is None else data
     return AdamTrainer(model, args, collator, data, data, TOKENIZER, objective=objective)
@@ -326,7 +334,7 @@ def make(
 @pytest.mark.parametrize("mode", ["all", "lora", "prefix"])
 @pytest.mark.parametrize("scheduler", ["constant", "linear"])
 def test_trainer_is_the_hand_written_loop_of_adamw(tmp_path: Path, mode: str, scheduler: str) -> None:
-    trainer = make(tmp_path, tune(sharp_model(), TOKENIZER, mode), scheduler=scheduler)
+    trainer = make(tmp_path, tune(sharp_model(), TOKENIZER, mode), lr_scheduler_type=scheduler)
     before = support.snapshot(trainer.model)
     trainer.train()
 
@@ -385,7 +393,7 @@ def test_loss_falls_and_dropout_is_on_while_training_alone(tmp_path: Path) -> No
         modes.add((model.training, torch.is_grad_enabled()))
         return option_cross_entropy(model, inputs)
 
-    trainer = make(tmp_path, support.tiny_model("gpt2"), objective=objective, steps=40, learning_rate=3e-3)
+    trainer = make(tmp_path, support.tiny_model("gpt2"), objective=objective, max_steps=40, learning_rate=3e-3)
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
     after = trainer.evaluate()["eval_loss"]
@@ -401,8 +409,10 @@ def test_loss_falls_and_dropout_is_on_while_training_alone(tmp_path: Path) -> No
 def test_accumulated_microbatches_are_one_batch(tmp_path: Path) -> None:
     """By the mean of the objective, not by a number of labels that Trainer counts in the batch."""
     data = choices(8)
-    whole = make(tmp_path, sharp_model(), data=data, steps=2, batch_size=4)
-    parts = make(tmp_path, sharp_model(), data=data, steps=2, batch_size=2, gradient_accumulation_steps=2)
+    whole = make(tmp_path, sharp_model(), data=data, max_steps=2, per_device_train_batch_size=4)
+    parts = make(
+        tmp_path, sharp_model(), data=data, max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=2
+    )
     for trainer in (whole, parts):
         # SGD without clipping shows the gradient's size, which Adam would hide.
         trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=1e-2)
@@ -417,7 +427,7 @@ def test_accumulated_microbatches_are_one_batch(tmp_path: Path) -> None:
 
 def test_without_an_objective_the_models_own_loss_is_lowered(tmp_path: Path) -> None:
     rows = [{"input_ids": row, "labels": row} for row in support.token_batch(8, 6).tolist()]
-    trainer = AdamTrainer(support.tiny_model(), adam_arguments(str(tmp_path), steps=20, learning_rate=1e-2, use_cpu=True),
+    trainer = AdamTrainer(support.tiny_model(), adam_arguments(str(tmp_path), max_steps=20, learning_rate=1e-2, use_cpu=True),
                           train_dataset=rows, eval_dataset=rows)  # fmt: skip
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
@@ -425,17 +435,17 @@ def test_without_an_objective_the_models_own_loss_is_lowered(tmp_path: Path) -> 
 
 
 def test_arguments_are_the_papers_and_can_be_changed(tmp_path: Path) -> None:
-    args = adam_arguments(str(tmp_path), steps=625)
+    args = adam_arguments(str(tmp_path), max_steps=625)
     assert (args.max_steps, args.per_device_train_batch_size, args.learning_rate) == (625, 8, 1e-5)
     assert (args.weight_decay, args.lr_scheduler_type, args.optim) == (0, "constant", "adamw_torch")
     assert (args.save_strategy, args.report_to, args.bf16, args.fp16) == ("no", [], False, False)
-    assert adam_arguments(str(tmp_path), steps=5, save_strategy="steps", save_steps=2).save_strategy == "steps"
+    assert adam_arguments(str(tmp_path), max_steps=5, save_strategy="steps", save_steps=2).save_strategy == "steps"
 
 
 def test_bfloat16_weights_stay_bfloat16(tmp_path: Path) -> None:
     model = sharp_model(dtype=torch.bfloat16)
     before = support.snapshot(model)
-    trainer = make(tmp_path, model, steps=2)
+    trainer = make(tmp_path, model, max_steps=2)
     trainer.train()
     assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.bfloat16}
     assert not torch.equal(trainer.model.lm_head.weight, before["lm_head.weight"])
@@ -469,7 +479,7 @@ def test_float16_weights_are_refused_unless_frozen(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"float16.*float32 or bfloat16"):
         make(tmp_path, support.tiny_model(dtype=torch.float16))
     adapted = tune(support.tiny_model(dtype=torch.float16), TOKENIZER, "lora")  # float32 adapters
-    make(tmp_path, adapted, steps=1).train()
+    make(tmp_path, adapted, max_steps=1).train()
 
 
 def test_without_scikit_learn_it_is_said_before_anything_is_loaded(monkeypatch, tmp_path, capsys) -> None:

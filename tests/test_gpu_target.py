@@ -227,9 +227,10 @@ sys.meta_path.insert(0, Missing())
 def test_the_tests_need_neither_numba_nor_peft_nor_datasets(gpu, tmp_path):
     """As on a machine with a Python of its own. What needs a device is skipped here; everything is imported."""
     (tmp_path / "sitecustomize.py").write_text(POOR)
+    command = load("stages").PYTEST
     names = ["test_a_step_reads and sign", "test_half_words", "test_tensors_past"]
     done = subprocess.run(
-        [sys.executable, *gpu.PYTEST, "tests/test_noise_gpu.py", "tests/test_cuda.py", "-k", " or ".join(names)],
+        [sys.executable, *command, "tests/test_noise_gpu.py", "tests/test_cuda.py", "-k", " or ".join(names)],
         cwd=ROOT,
         env=gpu.environment(str(tmp_path)) | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT / 'src'}"},
         capture_output=True,

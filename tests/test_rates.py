@@ -23,7 +23,7 @@ def loss_of(weight: float) -> float:
 
 
 class Number:
-    """A run whose one weight moves by ``rate * 2`` a step, towards where the loss is least. It notes what it is told to do."""
+    """A run whose one weight moves by ``rate * 2`` a step, towards where the loss is least. It notes what it does."""
 
     def __init__(
         self,
@@ -37,7 +37,7 @@ class Number:
         self._loss = measure
         self.weight, self.rate, self.step, self.held = 0.0, math.nan, 0, -1
         self.points = {0: 0.0}
-        self.told: list[tuple[str, int, Any]] = []
+        self.done: list[tuple[str, int, Any]] = []
 
     def run(self, steps: int = STEPS) -> Number:
         self.search.begin()
@@ -50,23 +50,23 @@ class Number:
         return self
 
     def all(self, kind: str) -> list[tuple[int, Any]]:
-        return [(step, value) for name, step, value in self.told if name == kind]
+        return [(step, value) for name, step, value in self.done if name == kind]
 
     def hold(self) -> None:
-        self.told.append(("hold", self.step, None))
+        self.done.append(("hold", self.step, None))
         self.held = 0
 
     def try_rate(self, lr: float) -> float:
-        self.told.append(("try", self.step, lr))
+        self.done.append(("try", self.step, lr))
         return loss_of(self.weight - lr * GRADIENT * self.held)
 
     def take(self, lr: float) -> None:
-        self.told.append(("take", self.step, lr))
+        self.done.append(("take", self.step, lr))
         self.weight, self.held = self.weight - lr * GRADIENT * self.held, -1
         self.points[self.step] = self.weight
 
     def measure(self) -> float:
-        self.told.append(("measure", self.step, None))
+        self.done.append(("measure", self.step, None))
         self.points[self.step] = self.weight
         return self._loss(self.step, self.weight)
 
@@ -74,20 +74,20 @@ class Number:
         self.rate = lr
 
     def go_back(self, step: int, lr: float) -> None:
-        self.told.append(("back", self.step, step))
+        self.done.append(("back", self.step, step))
         if step in self.points:
             self.weight, self.rate = self.points[step], lr
 
     def note(self, content: dict[str, Any]) -> None:
-        self.told.append(("note", self.step, content))
+        self.done.append(("note", self.step, content))
 
     def announce(self, text: str) -> None:
-        self.told.append(("announce", self.step, text))
+        self.done.append(("announce", self.step, text))
 
 
 def test_steps_are_held_then_tried_then_taken_with_the_best_rate() -> None:
     run = Number().run()
-    assert run.told[0] == ("hold", 0, None)
+    assert run.done[0] == ("hold", 0, None)
     tried = {lr: loss_of(4 * 2 * lr) for _, lr in run.all("try")}
     ((at, taken),) = run.all("take")
     assert at == 4
@@ -165,9 +165,9 @@ def test_a_step_of_the_first_rate_moves_a_weight_by_a_share_of_eps(
 
 def test_a_given_rate_is_warned_of_once() -> None:
     watch = GivenRate(1e-3)
-    told = [watch.stepped(step, loss) for step, loss in enumerate([1.0, math.nan, 1.1, 30.0, 50.0], start=1)]
-    assert [text is not None for text in told] == [False, False, False, True, False]
-    assert "by step 4" in str(told[3])
+    warnings = [watch.stepped(step, loss) for step, loss in enumerate([1.0, math.nan, 1.1, 30.0, 50.0], start=1)]
+    assert [text is not None for text in warnings] == [False, False, False, True, False]
+    assert "by step 4" in str(warnings[3])
 
 
 def test_the_numbers_of_the_watch_are_the_guards() -> None:

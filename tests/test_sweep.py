@@ -332,7 +332,7 @@ def test_runs_with_other_options_are_not_mixed(bench: Bench) -> None:
     bench.folder.require_same_runs([failed])  # what failed may be tried with other options
     with pytest.raises(InputError, match=r"lr 1e-5, and the sweep file now asks for 2e-5: choose another --output-dir"):
         bench.folder.require_same_runs([finished])
-    bench.folder.record_file(finished).unlink()
+    bench.folder.beside(finished, "json").unlink()
     with pytest.raises(InputError, match="no record of its options"):
         bench.folder.require_same_runs([finished])
 

@@ -229,10 +229,10 @@ def train_adam(session: Session, folder: Path, log: Log | None, settings: dict[s
     options, best = session.options, folder / _BEST
     arguments = adam_arguments(
         str(folder),
-        steps=options.steps,
+        max_steps=options.steps,
         learning_rate=options.lr,
-        batch_size=options.batch_size,
-        scheduler=options.lr_scheduler,
+        per_device_train_batch_size=options.batch_size,
+        lr_scheduler_type=options.lr_scheduler,
         weight_decay=options.weight_decay,
         seed=options.seed,
         use_cpu=options.device == "cpu",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from os import PathLike
@@ -56,7 +57,7 @@ class AutoLR:
         scheduler: of the optimizer's learning rates, as in ``torch.optim.lr_scheduler``. It goes on from the rate that is found;
             :meth:`step` steps it.
         run: anything to keep in the log's header, as JSON.
-        announce: is told of decisions, in a line each; by default they are logged.
+        announce: takes decisions, a line each; by default they are logged.
 
     Raises:
         InputError: the parameter groups have different learning rates; or the disk has no room for the weights to go back to.
@@ -82,17 +83,13 @@ class AutoLR:
             raise InputError(
                 f"the optimizer has taken {optimizer.next_step} steps already: begin with a new one, or AutoLR.resume"
             )
-        self._prepare(optimizer, path, steps, held_out, scheduler, announce)
-        try:
+        with self._prepared(optimizer, path, steps, held_out, scheduler, announce):
             require_no_log(self._path)  # before anything is measured
             plan = plan_run(optimizer, steps, self._held_out, announce, find_lr=True, find_eps=find_eps)
             require_room(self._point, optimizer)
             self._log = StepLog(path, optimizer, run, lock=self._lock)
             self._log.note({"plan": plan})
             self._drive(plan).begin()
-        except BaseException:
-            self._release()
-            raise
 
     @classmethod
     def resume(
@@ -113,8 +110,7 @@ class AutoLR:
             LogError: the log is damaged, in use, or of another run, or of one with a learning rate of its own.
         """
         self = cls.__new__(cls)
-        self._prepare(optimizer, path, steps, held_out, scheduler, announce)
-        try:
+        with self._prepared(optimizer, path, steps, held_out, scheduler, announce):
             log = read_log(path)
             plan = plan_of(log)
             if "held" not in plan:
@@ -130,12 +126,10 @@ class AutoLR:
                 for _ in range(log.steps if scheduler is not None else 0):
                     scheduler.step()
             self._drive(plan).resume(log)
-        except BaseException:
-            self._release()
-            raise
         return self
 
-    def _prepare(
+    @contextmanager
+    def _prepared(
         self,
         optimizer: MeZO,
         path: str | PathLike[str],
@@ -143,7 +137,8 @@ class AutoLR:
         held_out: Callable[[int], Any],
         scheduler: Any,
         announce: Callable[[str], object],
-    ) -> None:
+    ) -> Iterator[None]:
+        """Inside, the log is locked and opened; an error lets go of it again."""
         rates = sorted({float(group["lr"]) for group in optimizer.param_groups})
         if len(rates) > 1:
             raise InputError(
@@ -161,6 +156,11 @@ class AutoLR:
         self._path = Path(path)
         self._point = self._path.with_name(f"{self._path.stem}.{RETURN_POINT}")
         self._lock = LogLock(self._path)
+        try:
+            yield
+        except BaseException:
+            self._release()
+            raise
 
     def _drive(self, plan: dict[str, Any]) -> SearchDriver:
         assert self._log is not None

@@ -42,7 +42,7 @@ def plan_run(
         optimizer: its eps is where the choice begins, and is changed.
         steps: of the whole run.
         held_out: measures held-out examples.
-        announce: is told what was chosen, and of an eps with which a run would learn from rounding.
+        announce: takes what was chosen, or a warning of an eps with which a run would learn from rounding.
         find_lr: whether the run is to find its learning rate.
         find_eps: whether to choose eps.
         model: where the loss is computed; its dtypes are named in messages.
@@ -72,7 +72,7 @@ class SearchDriver:
         point: where the weights to go back to lie.
         held_out: measures held-out examples.
         scheduler: gives the scheduler of the learning rates, or None.
-        announce: is told of decisions.
+        announce: takes decisions, a line each.
         measures: whether held-out examples are measured as planned; else :meth:`measured` is called by someone who does.
     """
 
@@ -90,7 +90,8 @@ class SearchDriver:
         measures: bool = True,
     ) -> None:
         self._plan, self._optimizer, self._log, self._point_path = Plan.read(plan), optimizer, log, point
-        self._held_out, self._scheduler, self._announce = held_out, scheduler, announce
+        self._held_out, self._scheduler = held_out, scheduler
+        self.note, self.announce = log.note, announce
         self._point: ReturnPoint | None = None
         self._trial_loss: Callable[[], float] | None = None
         self._search = RateSearch(self._plan, steps, self, self._first_rate, measures=measures)
@@ -166,12 +167,6 @@ class SearchDriver:
         self._point.go_back(step)
         self._log.rolled_back(step)
         self.set_rate(lr)
-
-    def note(self, content: dict[str, Any]) -> None:
-        self._log.note(content)
-
-    def announce(self, text: str) -> None:
-        self._announce(text)
 
     def _first_rate(self, coefficients: list[Sequence[float]]) -> float:
         rule, estimator = self._optimizer.rule, self._optimizer.estimator

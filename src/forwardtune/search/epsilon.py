@@ -148,7 +148,7 @@ def set_eps(
     Args:
         held_out: gives the loss of so many minibatches of held-out examples.
         dtypes: those in which the loss is computed, for messages.
-        announce: is told.
+        announce: takes a line each.
         most: scales to measure at most; with 0 eps stays.
     """
     measured = choose_eps(optimizer, held_out(1), optimizer.estimator.eps, most=most) if most else []

@@ -52,7 +52,7 @@ class Guard:
     So it climbs while it is too low, comes down while it is too high, and follows the run. Equal losses, as of an
     objective with steps, change nothing. The rule was chosen by simulation and on real runs (``docs/log.md``).
 
-    Its state follows from what it was told, in order, so a resumed run tells it the same again.
+    Its state follows from the losses that it was given, in order: a resumed run gives it the same again.
 
     Args:
         lr: the learning rate that the run has.
@@ -77,7 +77,7 @@ class Guard:
     _before: float | None = None
 
     def stepped(self, loss: float) -> GoBack | None:
-        """Hear the loss of a step's minibatch; not finite for one that was skipped."""
+        """Take in the loss of a step's minibatch; not finite for one that was skipped."""
         if len(self._first) < _WINDOW and math.isfinite(loss):
             self._first.append(loss)
             self._recent.clear()  # losses that were not finite, and not eight in a row
@@ -91,14 +91,14 @@ class Guard:
         return self._go_back("diverged", self.lr / PLUNGE)
 
     def known(self, step: int, loss: float) -> None:
-        """Hear a loss on held-out examples from which nothing follows for the learning rate."""
+        """Take in a loss on held-out examples from which nothing follows for the learning rate."""
         if self._first_known == math.inf:
             self._first_known = loss
         if loss < self.best_loss:
             self.best_step, self.best_loss = step, loss
 
     def measured(self, step: int, loss: float) -> GoBack | None:
-        """Hear the loss on held-out examples after a step; the learning rate changes."""
+        """Take in the loss on held-out examples after a step; the learning rate changes."""
         if loss < self.best_loss:
             self.known(step, loss)
             self.lr *= self.rise

@@ -1,4 +1,4 @@
-"""L0: a run that finds its learning rate, as a state machine: it is told what happens, and says what to do.
+"""L0: a run that finds its learning rate, as a state machine: events come in, actions go out.
 
 A run
 
@@ -54,7 +54,7 @@ class Actions(Protocol):
     def note(self, content: dict[str, Any]) -> None:
         """Keep this beside the steps: what was decided, and what it was based on."""
 
-    def announce(self, text: str) -> None:
+    def announce(self, text: str, /) -> object:
         """Tell people."""
 
 

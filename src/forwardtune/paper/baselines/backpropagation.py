@@ -15,33 +15,22 @@ from ...errors import InputError
 Objective = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
 
 
-def adam_arguments(
-    output_dir: str,
-    *,
-    steps: int,
-    learning_rate: float = 1e-5,
-    batch_size: int = 8,
-    scheduler: str = "constant",
-    **changes: Any,
-) -> TrainingArguments:
-    """``TrainingArguments`` as the MeZO paper fine-tunes: AdamW without weight decay, batch size 8.
+def adam_arguments(output_dir: str, **settings: Any) -> TrainingArguments:
+    """``TrainingArguments`` as the MeZO paper fine-tunes: AdamW without weight decay, batch size 8, learning rate 1e-5.
 
     Nothing is saved, reported or cast; the weights compute in their own dtype. Gradients are clipped to norm 1, as
     Trainer does by default.
 
     Args:
-        steps: optimizer steps (the paper's 5 epochs of 1,000 examples are 625).
-        learning_rate: the paper tries 1e-5, 5e-5 and 8e-5.
-        scheduler: ``constant``, ``linear`` or another of transformers.
-        changes: further arguments of ``TrainingArguments``, in place of these.
+        settings: further ones, or others in the place of these: ``max_steps`` (the paper's 5 epochs of 1,000 examples are
+            625), ``learning_rate`` (it tries 1e-5, 5e-5 and 8e-5).
 
     Source: MeZO, appendix E (hyper-parameters of fine-tuning).
     """
-    settings: dict[str, Any] = {
-        "max_steps": steps,
-        "learning_rate": learning_rate,
-        "per_device_train_batch_size": batch_size,
-        "lr_scheduler_type": scheduler,
+    defaults: dict[str, Any] = {
+        "learning_rate": 1e-5,
+        "per_device_train_batch_size": 8,
+        "lr_scheduler_type": "constant",
         "optim": "adamw_torch",
         "weight_decay": 0.0,
         "save_strategy": "no",
@@ -50,7 +39,7 @@ def adam_arguments(
         "disable_tqdm": True,
         "remove_unused_columns": False,
     }
-    return TrainingArguments(output_dir, **{**settings, **changes})
+    return TrainingArguments(output_dir, **{**defaults, **settings})
 
 
 class AdamTrainer(Trainer):

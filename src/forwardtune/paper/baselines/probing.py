@@ -226,10 +226,10 @@ def _fit(features: np.ndarray, tokens: np.ndarray, c: float, max_iterations: int
     from sklearn.preprocessing import StandardScaler
 
     classifier = make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=max_iterations))
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
         classifier.fit(features, tokens)
-    return classifier, not any(issubclass(warning.category, ConvergenceWarning) for warning in told)
+    return classifier, not any(issubclass(warning.category, ConvergenceWarning) for warning in caught)
 
 
 def _head(classifier: Any, vocabulary: int, device: torch.device) -> ProbeHead:

@@ -6,6 +6,7 @@ import json
 import math
 import statistics
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -69,16 +70,10 @@ class Chosen:
     @cached_property
     def history(self) -> list[dict[str, Any]]:
         """The lines of history.jsonl, in order of their steps; a torn last line is left out."""
-        try:
-            lines = (self.folder / "history.jsonl").read_text(encoding="utf-8").splitlines()
-        except FileNotFoundError:
-            return []
-        records = []
-        for line in lines:
-            try:
+        file, records = self.folder / "history.jsonl", []
+        for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+            with suppress(ValueError):
                 records.append(json.loads(line))
-            except ValueError:
-                continue
         return sorted(records, key=lambda record: record["step"])
 
 

@@ -41,17 +41,13 @@ class SweepFolder:
         """Where the run writes."""
         return self.path / run.folder
 
-    def record_file(self, run: Run) -> Path:
-        """What was asked of the run, and how long it took."""
-        return self.path / f"{run.folder}.json"
+    def beside(self, run: Run, ending: str) -> Path:
+        """The sweep's own file of a run."""
+        return self.path / f"{run.folder}.{ending}"
 
     def log_file(self, run: Run) -> Path:
         """The run's output."""
-        return self.path / f"{run.folder}.log"
-
-    def failed_file(self, run: Run) -> Path:
-        """Why the run failed, if it did."""
-        return self.path / f"{run.folder}.failed"
+        return self.beside(run, "log")
 
     def metrics(self, run: Run) -> dict[str, Any] | None:
         """The metrics of a finished run; None for one that is not finished."""
@@ -60,14 +56,12 @@ class SweepFolder:
 
     def failure(self, run: Run) -> str | None:
         """Why the run failed; None if it did not, or was never tried."""
-        try:
-            return self.failed_file(run).read_text(encoding="utf-8").strip()
-        except FileNotFoundError:
-            return None
+        file = self.beside(run, "failed")
+        return file.read_text(encoding="utf-8").strip() if file.exists() else None
 
     def seconds(self, run: Run) -> float | None:
         """How long the run took, all its parts together."""
-        seconds = read_json(self.record_file(run)).get("seconds")
+        seconds = read_json(self.beside(run, "json")).get("seconds")
         return float(seconds) if isinstance(seconds, int | float) else None
 
     def state(self, run: Run) -> str:
@@ -76,22 +70,22 @@ class SweepFolder:
             return "finished"
         if self.failure(run) is not None:
             return "failed"
-        return "started" if (self.of(run) / "steps.jsonl").is_file() else "new"
+        return "started" if self._has_steps(run) else "new"
 
     def begin(self, run: Run) -> bool:
         """Make room for the run, and record what is asked of it. True if it goes on with its own earlier steps."""
-        resumed = (self.of(run) / "steps.jsonl").is_file() and self._recorded(run) == run.asked
+        resumed = self._has_steps(run) and self._recorded(run) == run.asked
         if not resumed:
             shutil.rmtree(self.of(run), ignore_errors=True)
             self.log_file(run).unlink(missing_ok=True)
-        self.failed_file(run).unlink(missing_ok=True)
-        self.record_file(run).parent.mkdir(parents=True, exist_ok=True)
-        write_json(self.record_file(run), {**run.asked, "seconds": (self.seconds(run) if resumed else None) or 0.0})
+        self.beside(run, "failed").unlink(missing_ok=True)
+        self.beside(run, "json").parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.beside(run, "json"), {**run.asked, "seconds": (self.seconds(run) if resumed else None) or 0.0})
         return resumed
 
     def end(self, run: Run, seconds: float, keep_model: bool) -> None:
         """Note the time of a run that has stopped, and drop weights that are not wanted."""
-        write_json(self.record_file(run), {**run.asked, "seconds": (self.seconds(run) or 0.0) + seconds})
+        write_json(self.beside(run, "json"), {**run.asked, "seconds": (self.seconds(run) or 0.0) + seconds})
         if not keep_model and self.metrics(run) is not None:
             for pattern in _WEIGHTS:
                 for path in self.of(run).glob(pattern):
@@ -99,10 +93,13 @@ class SweepFolder:
 
     def fail(self, run: Run, reason: str) -> None:
         """Mark a run as failed."""
-        self.failed_file(run).write_text(reason + "\n", encoding="utf-8")
+        self.beside(run, "failed").write_text(reason + "\n", encoding="utf-8")
+
+    def _has_steps(self, run: Run) -> bool:
+        return (self.of(run) / "steps.jsonl").is_file()
 
     def _recorded(self, run: Run) -> dict[str, Any]:
-        return {key: value for key, value in read_json(self.record_file(run)).items() if key in run.asked}
+        return {key: value for key, value in read_json(self.beside(run, "json")).items() if key in run.asked}
 
     # --- all of them ---------------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,9 +88,9 @@ def _sweep(content: dict[str, Any], path: Path, data_dir: str | None) -> Sweep:
     by_task = _mapping(content.get("task-options", {}), "task-options")
     _known(by_task, tasks, "task-options of a task")
     by_task = {task: _shared(entry, f"task-options of {task}", methods) for task, entry in by_task.items()}
-    _distinct([label(model) for model in models], "models")
-    _distinct([label(task) for task in tasks], "tasks")
-    _distinct([method.name for method in methods], "methods")
+    names = [method.name for method in methods]
+    for what, named in (("models", map(label, models)), ("tasks", map(label, tasks)), ("methods", names)):
+        _require_folders(what, named)
 
     runs: list[tuple[int, Run]] = []
     order = list(dict.fromkeys(seed for method in methods for seed in method.seeds))
@@ -122,7 +122,6 @@ def _sweep(content: dict[str, Any], path: Path, data_dir: str | None) -> Sweep:
                 f"{other.title!r} and {run.title!r} would share the folder {run.folder}: make them two methods"
             )
     runs.sort(key=lambda ranked: ranked[0])
-    names = [method.name for method in methods]
     return Sweep(name, models, tasks, metrics, names, keep_models, [run for _, run in runs])
 
 
@@ -168,9 +167,7 @@ def _values(value: Any, option: Option, where: str) -> list[Any]:
     values = [option.of_file(each, where) for each in (value if isinstance(value, list) else [value])]
     if not values:
         raise InputError(f"{where}: {option.key} is an empty list: give at least one value")
-    if len({(type(each), each) for each in values}) < len(values):
-        raise InputError(f"{where}: {option.key} has the same value twice: leave one out")
-    return values
+    return _once(values, f"{where}: {option.key}", "value")
 
 
 def _known(names: Any, known: Any, what: str, remedy: str = "") -> None:
@@ -190,25 +187,26 @@ def _texts(value: Any, where: str) -> list[str]:
     values = value if isinstance(value, list) else [value]
     if not values or not all(isinstance(each, str) and each for each in values):
         raise InputError(f"{where} must be a name or a list of names, got {value!r}")
-    if len(set(values)) < len(values):
-        raise InputError(f"{where} names the same thing twice: leave one out")
-    return values
+    return _once(values, where, "name")
 
 
 def _seeds(value: Any, where: str) -> list[int]:
     values = value if isinstance(value, list) else [value]
     if not values or not all(type(each) is int and 0 <= each < 2**32 for each in values):
         raise InputError(f"{where} must be whole numbers from 0 to 4294967295, got {value!r}")
-    if len(set(values)) < len(values):
-        raise InputError(f"{where} has the same seed twice: leave one out")
+    return _once(values, where, "seed")
+
+
+def _once(values: list[Any], where: str, what: str) -> list[Any]:
+    if len({(type(each), each) for each in values}) < len(values):
+        raise InputError(f"{where} has the same {what} twice: leave one out")
     return values
 
 
-def _distinct(names: list[str], what: str) -> None:
+def _require_folders(what: str, names: Iterable[str]) -> None:
+    """Raise InputError if two names would have one folder."""
     slugs: dict[str, str] = {}
     for name in names:
-        if slug(name) in slugs:
-            raise InputError(
-                f"{what} {slugs[slug(name)]!r} and {name!r} would share the folder {slug(name)!r}: rename one"
-            )
-        slugs[slug(name)] = name
+        other = slugs.setdefault(slug(name), name)
+        if other is not name:
+            raise InputError(f"{what} {other!r} and {name!r} would share the folder {slug(name)!r}: rename one")

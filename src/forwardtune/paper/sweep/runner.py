@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
 from types import FrameType
@@ -31,8 +31,13 @@ class Outcome:
     """What came of a sweep: how many runs are finished, which failed, and whether it was stopped before its end."""
 
     finished: int
-    failed: list[Run]
-    stopped: bool
+    failed: list[Run] = field(default_factory=list)
+    stopped: bool = False
+
+    @property
+    def done(self) -> int:
+        """Runs that are not tried again."""
+        return self.finished + len(self.failed)
 
 
 @dataclass
@@ -64,15 +69,52 @@ def run_sweep(
         program: the command line's beginning.
     """
     pending = deque(run for run in sweep.runs if folder.metrics(run) is None)
-    outcome = Outcome(len(sweep.runs) - len(pending), [], False)
+    outcome = Outcome(len(sweep.runs) - len(pending))
     environment = {**os.environ, **thread_limits(jobs)}
     active: list[_Child] = []
+
+    def start(run: Run) -> _Child:
+        resumed = folder.begin(run)
+        line = run.arguments(str(folder.of(run)), bases.get((run.model, dtype_of(run))))
+        with open(folder.log_file(run), "ab") as log:
+            # A session of its own: Ctrl-C reaches the sweep alone, which passes it on once.
+            process = subprocess.Popen(
+                [*program, *line, *(["--resume"] if resumed else [])],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+                pass_fds=() if lock is None else (lock,),
+            )
+        return _Child(run, process, time.monotonic())
+
+    def finish(child: _Child, stopping: bool) -> None:
+        """Say and mark what came of a run."""
+        run, code = child.run, child.process.returncode
+        seconds = time.monotonic() - child.begun
+        folder.end(run, seconds, sweep.keep_models)
+        metrics = folder.metrics(run)
+        if code == 0 and metrics is not None:
+            outcome.finished += 1
+            result = f"{_score(metrics, sweep.metrics[run.task])}, {duration(seconds)}"
+        elif stopping:
+            return
+        else:
+            reason = _reason(code, folder.log_file(run))
+            folder.fail(run, reason)
+            outcome.failed.append(run)
+            result = f"failed: {reason}"
+        left = [*pending, *(other.run for other in active)]
+        ahead = f"; about {duration(time_left(sweep.runs, left, folder, jobs))} left" if left else ""
+        say(f"[{outcome.done}/{len(sweep.runs)}] {run.title}: {result}{ahead}")
+
     with _noted_signals(say) as stops:
         sent = 0
         try:
             while active or (pending and not stops):
                 while pending and len(active) < jobs and not stops:
-                    active.append(_start(pending.popleft(), folder, bases, environment, lock, program))
+                    active.append(start(pending.popleft()))
                 if sent < len(stops):  # the first signal asks runs to stop, the second makes them
                     sent += 1
                     for child in active:
@@ -80,65 +122,13 @@ def run_sweep(
                 time.sleep(_POLL_SECONDS)
                 for child in [child for child in active if child.process.poll() is not None]:
                     active.remove(child)
-                    left = [*pending, *(other.run for other in active)]
-                    _finish(child, sweep, folder, outcome, bool(stops), left, jobs, say)
+                    finish(child, bool(stops))
         finally:
             for child in active:  # an error of our own: no run may outlive the sweep
                 child.process.kill()
                 child.process.wait()
-        outcome.stopped = bool(stops) and outcome.finished + len(outcome.failed) < len(sweep.runs)
+        outcome.stopped = bool(stops) and outcome.done < len(sweep.runs)
     return outcome
-
-
-def _start(
-    run: Run, folder: SweepFolder, bases: Bases, environment: dict[str, str], lock: int | None, program: Sequence[str]
-) -> _Child:
-    where = str(folder.of(run))
-    resumed = folder.begin(run)
-    model = bases.get((run.model, dtype_of(run)))
-    line = [*run.arguments(where, model), *(["--resume"] if resumed else [])]
-    with open(folder.log_file(run), "ab") as log:
-        # A session of its own: Ctrl-C reaches the sweep alone, which passes it on once.
-        process = subprocess.Popen(
-            [*program, *line],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-            pass_fds=() if lock is None else (lock,),
-        )
-    return _Child(run, process, time.monotonic())
-
-
-def _finish(
-    child: _Child,
-    sweep: Sweep,
-    folder: SweepFolder,
-    outcome: Outcome,
-    stopping: bool,
-    left: list[Run],
-    jobs: int,
-    say: Callable[[str], None],
-) -> None:
-    """Say and mark what came of a run."""
-    run, code = child.run, child.process.returncode
-    seconds = time.monotonic() - child.begun
-    folder.end(run, seconds, sweep.keep_models)
-    metrics = folder.metrics(run)
-    if code == 0 and metrics is not None:
-        outcome.finished += 1
-        result = f"{_score(metrics, sweep.metrics[run.task])}, {duration(seconds)}"
-    elif stopping:
-        return
-    else:
-        reason = _reason(code, folder.log_file(run))
-        folder.fail(run, reason)
-        outcome.failed.append(run)
-        result = f"failed: {reason}"
-    done = outcome.finished + len(outcome.failed)
-    ahead = f"; about {duration(time_left(sweep.runs, left, folder, jobs))} left" if left else ""
-    say(f"[{done}/{len(sweep.runs)}] {run.title}: {result}{ahead}")
 
 
 def time_left(runs: Sequence[Run], left: Sequence[Run], folder: SweepFolder, jobs: int) -> float:
@@ -146,24 +136,21 @@ def time_left(runs: Sequence[Run], left: Sequence[Run], folder: SweepFolder, job
 
     The nearest relatives count: the same method on the same task, else the method, else the task, else any run.
     """
-    relations: list[Callable[[Run], Any]] = [
-        lambda run: (run.model, run.task, run.method),
-        lambda run: (run.model, run.method),
-        lambda run: (run.model, run.task),
-        lambda run: None,
-    ]
     pending = {run.folder for run in left}
-    known = [(run, folder.seconds(run)) for run in runs if run.folder not in pending]
-    times = [(run, seconds) for run, seconds in known if seconds is not None and folder.metrics(run) is not None]
+    times: dict[tuple[str | None, ...], list[float]] = {}
+    for run in runs:
+        seconds = folder.seconds(run)
+        if run.folder not in pending and seconds is not None and folder.metrics(run) is not None:
+            for kind in _relations(run):
+                times.setdefault(kind, []).append(seconds)
+    expected = sum(next((mean(times[kind]) for kind in _relations(run) if kind in times), 0.0) for run in left)
+    return expected / min(jobs, max(1, len(left)))
 
-    def expected(run: Run) -> float:
-        for relation in relations:
-            alike = [seconds for other, seconds in times if relation(other) == relation(run)]
-            if alike:
-                return mean(alike)
-        return 0.0
 
-    return sum(expected(run) for run in left) / min(jobs, max(1, len(left)))
+def _relations(run: Run) -> list[tuple[str | None, ...]]:
+    """What it shares with other runs, the nearest first."""
+    model, task, method = run.model, run.task, run.method
+    return [(model, task, method), (model, None, method), (model, task, None), ()]
 
 
 def thread_limits(jobs: int) -> dict[str, str]:

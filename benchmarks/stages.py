@@ -1,0 +1,88 @@
+"""What ``gpu.py`` runs, the most wanted first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "--maxfail=12", "--durations=5",
+          # A hint of a version that was not seen before is to be read; it is no failure here.
+          "-W", "default", "-o", "faulthandler_timeout=60")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One process.
+
+    Attributes:
+        command: what follows the interpreter.
+        limit: seconds that it may take; fewer if fewer are left.
+        packages: what it cannot run without.
+        memory: free GiB on the device, likewise.
+    """
+
+    name: str
+    what: str
+    command: tuple[str, ...]
+    limit: float
+    packages: tuple[str, ...] = ("torch",)
+    memory: float = 0.0
+
+
+def _script(name: str, what: str, line: str, limit: float, memory: float = 0.0) -> Stage:
+    """A benchmark; those that say how much memory they need load models."""
+    packages = ("torch", "transformers") if memory else ("torch",)
+    return Stage(name, what, tuple(f"benchmarks/{line}".split()), limit, packages, memory)
+
+
+def _step(shape: str, lengths: str, limit: float, memory: float) -> Stage:
+    what = f"a step over two forward passes and over the published loop, OPT-{shape.upper()}'s shape, 16 x {lengths.replace(' ', ', ')}"
+    line = f"step.py --device cuda --shapes {shape} --lengths {lengths}"
+    return _script(f"step-{shape}", what, line, limit, memory)
+
+
+STAGES = (
+    Stage(
+        "test-kernels",
+        "tests/test_noise_gpu.py: the bits of the definition from compiled kernels",
+        (*PYTEST, "tests/test_noise_gpu.py", "-k", "not interpret"),
+        110,
+        ("torch", "triton", "pytest"),
+    ),
+    Stage(
+        "test-steps",
+        "tests/test_cuda.py: steps, replay, Trainer, tensors past 2^31 elements",
+        (*PYTEST, "tests/test_cuda.py"),
+        110,
+        ("torch", "pytest"),
+    ),
+    _script(
+        "kernels",
+        "bits against the definition without pytest, speed against it, host time of a launch",
+        "kernels.py --device cuda",
+        70,
+    ),
+    _step("1.3b", "64 32 400", 70, 8),
+    _script(
+        "memory-1.3b",
+        "peak memory of a step, of inference and of Adam, OPT-1.3B's shape, 16 x 64",
+        "memory.py --device cuda --sizes 1.3b --dtypes bfloat16 --length 64",
+        60,
+        8,
+    ),
+    _script(
+        "sweep",
+        "a sweep over 100M weights against a multiply-add over the same memory",
+        "sweep.py --device cuda",
+        45,
+    ),
+    _step("13b", "32 64", 90, 32),
+    _step("6.7b", "32 64", 60, 18),
+    _step("125m", "32 64 400", 40, 4),
+    _script(
+        "profile",
+        "the kernels of a step and of a forward pass, OPT-1.3B's shape, 16 x 64",
+        "step.py --device cuda --shapes 1.3b --lengths 64 --profile --no-reference --rounds 3 --output profile-cuda",
+        40,
+        8,
+    ),
+)
