@@ -121,9 +121,6 @@ def test_drop_normalisation(text: str, expected: str, why: str) -> None:
     assert drop_normalize(text) == expected, why
 
 
-# --- real rows ---------------------------------------------------------------------------------------------------
-
-
 def test_every_answer_of_a_real_row_is_right(data_dir: Path) -> None:
     for row in read(data_dir / "drop" / "validation.jsonl"):
         spans = row["answers_spans"]["spans"]

@@ -189,17 +189,11 @@ def test_prompts_are_cut_on_the_left_and_counted_answers_and_marks_never(
             encoder(CHOICE, [EXAMPLE])
         return
     assert encoder(CHOICE, [EXAMPLE] * 2) == [Encoded(prompt, [[9], [10, 11]], (1,), example=EXAMPLE)] * 2
-    assert encoder.truncated == (0 if len(prompt) == 4 + bos else 2)
-
-
-def test_only_what_is_too_long_is_cut_and_counted() -> None:
-    short = Example("six", EXAMPLE.options, (0,), context=(0, 3))
-    encoder = Encoder(Words(), 5)
-    found = encoder(CHOICE, [short, EXAMPLE, short, EXAMPLE])
-    assert [len(e.prompt) for e in found] == [1, 3, 1, 3]
-    assert encoder.truncated == 2
-    encoder(CHOICE, [EXAMPLE])
-    assert encoder.truncated == 3
+    cut = len(prompt) < 4 + bos
+    assert encoder.truncated == 2 * cut
+    short = Example("four", EXAMPLE.options, (1,), context=(0, 4))
+    assert [len(found.prompt) for found in encoder(CHOICE, [short, EXAMPLE])] == [1 + bos, len(prompt)]
+    assert encoder.truncated == 3 * cut
 
 
 # --- cutting what is too long ------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ The options are the declared settings: one that is added and not listed here fai
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -103,16 +103,6 @@ def test_columns_come_by_name_as_lists(function: Any) -> None:
     assert Reward(function, "r")(EXAMPLES, COMPLETIONS) == [14.0, 15.0, 24.0]
 
 
-def test_what_does_not_apply_is_none() -> None:
-    """As TRL has it for data of several kinds."""
-
-    def of_the_old(completions: list[str], age: list[int], **columns: Any) -> list[float | None]:
-        return [float(len(c)) if a > 10 else None for c, a in zip(completions, age, strict=True)]
-
-    assert Reward(of_the_old, "r")(EXAMPLES, COMPLETIONS) == [None, 3.0, 10.0]
-    assert Reward(lambda completions: [None] * 3, "r")(EXAMPLES, COMPLETIONS) == [None] * 3
-
-
 def test_tokens_come_by_trls_name() -> None:
     ids = [[1, 2], [], [3]]
     rows = [Example(e.prompt, row={**e.row, "completion_ids": "a column", "trainer_state": 1}) for e in EXAMPLES]

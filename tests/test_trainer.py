@@ -254,14 +254,6 @@ def test_accumulation_equals_the_large_batch(tmp_path: Path, objective: Any, smo
 # --- settings ----------------------------------------------------------------------------------------------------
 
 
-def test_defaults_are_mezos(tmp_path: Path) -> None:
-    args = MeZOConfig(output_dir=str(tmp_path))
-    assert (args.learning_rate, args.eps, args.probes, args.direction) == ("auto", "auto", 1, "gaussian")
-    assert (args.lr_scheduler_type, args.per_device_train_batch_size) == ("constant", 16)
-    assert (args.max_grad_norm, args.weight_decay, args.clip_coefficient) == (0, 0, None)
-    assert (args.perturbation, args.max_skipped) == ("auto", 10)
-
-
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
@@ -370,29 +362,6 @@ def test_trials_of_a_search_are_runs_with_their_own_settings_and_folders(
     trainer.args.learning_rate = 1e-3
     trainer.train()  # with what was best
     assert {record.lr[0] for record in read_log(tmp_path / "steps.jsonl").records} == {1e-3}
-
-
-@pytest.mark.parametrize("given", ["auto", 1e-4])
-def test_a_search_uses_the_rates_that_it_reports(tmp_path: Path, given: Any) -> None:
-    optuna = pytest.importorskip("optuna")
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-
-    def space(trial: Any) -> dict[str, Any]:
-        return {"learning_rate": trial.suggest_float("learning_rate", 1e-5, 1e-3, log=True)}
-
-    class PruneSecond(optuna.pruners.BasePruner):
-        def prune(self, study: Any, trial: Any) -> bool:
-            return trial.number == 1
-
-    evaluated = {"eval_strategy": "steps", "eval_steps": 1}
-    trainer = searching(tmp_path, learning_rate=given, **evaluated)
-    best = trainer.hyperparameter_search(space, n_trials=3, backend="optuna", pruner=PruneSecond())
-    logs = [read_log(tmp_path / f"run-{number}" / "steps.jsonl") for number in range(3)]
-    assert [log.steps for log in logs] == [3, 1, 3]
-    rates = [{record.lr[0] for record in log.records} for log in logs]
-    assert rates[int(best.run_id)] == {best.hyperparameters["learning_rate"]}
-    assert len(set.union(*rates)) == 3
-    assert not list(tmp_path.rglob("base.bin"))
 
 
 def test_trainer_needs_a_mezo_config_and_a_mezo(tmp_path: Path) -> None:
