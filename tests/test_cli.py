@@ -427,25 +427,6 @@ def test_learning_rate_beyond_float32_ends_with_a_message(setting: Setting, tmp_
     assert re.search("learning rate|--lr", ran.err)
 
 
-@pytest.mark.parametrize(
-    ("task", "data", "words"),
-    [
-        ({"train": "none.jsonl"}, "", "no such data file"),
-        ({"prompt": "'{review} It was'"}, None, "no column 'review'.*it has text, label, reply"),
-        ({}, '{"text": "a", "label": 7}\n', "label '7' is not among the answers"),
-        ({"promt": "x"}, None, "unknown key 'promt'.*did you mean prompt"),
-    ],
-)
-def test_wrong_task_or_data(
-    setting: Setting, tmp_path: Path, task: dict[str, str], data: str | None, words: str
-) -> None:
-    path = write_task(tmp_path / "task", **task)
-    if data is not None:
-        (path.parent / "train.jsonl").write_text(data, encoding="utf-8")
-    with refused(tmp_path, words) as ran:
-        ran(cli(*setting.train(tmp_path / "run", task=path)))
-
-
 def test_bad_rows_are_counted_and_the_option_that_skips_them_is_named(setting: Setting, tmp_path: Path) -> None:
     path = write_task(tmp_path / "task")
     file = path.parent / "train.jsonl"

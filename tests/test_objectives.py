@@ -463,20 +463,6 @@ ASKED = [
 ]
 
 
-@pytest.mark.parametrize("count", [0, 1, 3, 6])
-def test_demonstrations_with_their_answers_stand_before_every_prompt(count: int) -> None:
-    encoder = Encoder(TOKENIZER, 1000, DEMONSTRATIONS[:count])
-    found = encoder(CHOICE, ASKED)
-    before = "".join(f"the film was slow {i} It was terrible\n\n" for i in range(count))
-    assert SEPARATOR == "\n\n"
-    for example, asked in zip(found, ASKED, strict=True):
-        assert unscored(example) == before + asked.prompt
-        assert answers(example) == list(asked.options)
-    assert (encoder.demonstrated, encoder.truncated) == (count, 0)
-    for example in encoder.calibrations(CHOICE, ASKED):
-        assert unscored(example) == before + "It was"
-
-
 def test_demonstration_shows_the_right_option_and_free_text_the_first_target() -> None:
     demonstration = worded("", "a", " It was", (" terrible", " great"))
     demonstration = Example(demonstration.prompt, demonstration.options, (1, 0), context=demonstration.context)
@@ -488,20 +474,24 @@ def test_demonstration_shows_the_right_option_and_free_text_the_first_target() -
 
 
 def test_as_many_demonstrations_as_fit_before_the_longest_stand_before_all() -> None:
-    """And no example loses a word to a demonstration."""
+    """With their answers; and no example loses a word to a demonstration."""
+    assert SEPARATOR == "\n\n"
     alone = Encoder(TOKENIZER, 1000)(CHOICE, ASKED)
     longest = max(input_length(example) for example in alone)
-    counts = []
-    for max_length in range(longest, longest + 120):
+    counts: list[int] = []
+    for max_length in [*range(longest, longest + 120), 1000]:
         encoder = Encoder(TOKENIZER, max_length, DEMONSTRATIONS)
         found = encoder(CHOICE, ASKED)
         assert encoder.truncated == 0
         assert max(input_length(example) for example in found) <= max_length
         n = encoder.demonstrated
-        counts.append(n)
         before = "".join(f"the film was slow {i} It was terrible\n\n" for i in range(6 - n, 6))
         for example, asked in zip(found, ASKED, strict=True):
             assert unscored(example) == before + asked.prompt
+            assert answers(example) == list(asked.options)
+        if n not in counts:
+            assert {unscored(example) for example in encoder.calibrations(CHOICE, ASKED)} == {before + "It was"}
+        counts.append(n)
         # One more would not have fitted.
         if n < 6:
             more = Encoder(TOKENIZER, 1000, DEMONSTRATIONS[5 - n :])(CHOICE, ASKED)

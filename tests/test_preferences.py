@@ -229,9 +229,7 @@ def test_rows_that_miss_something_are_named(
     task = write_pairs(tmp_path / "task", [*ROWS[:2], row])
     with pytest.raises(InputError, match=message):
         read_task(task).example(row, "row 3")
-    ran = cli("eval", "--model", tiny_folder, "--task", task, "--device", "cpu")
-    assert (ran.code, ran.out) == (2, "")
-    assert "test.jsonl, example 3" in ran.err
+    assert "test.jsonl, example 3" in message_of(*Setting(tiny_folder, task).eval())
 
 
 # --- the reference -----------------------------------------------------------------------------------------------

@@ -282,7 +282,7 @@ def test_what_has_no_meaning_is_refused_with_the_remedy_whenever_it_is_set(
     tmp_path: Path, name: str, value: Any, words: str
 ) -> None:
     with pytest.raises(ValueError, match=words):
-        trained(tmp_path, **{name: value})
+        (config if words.startswith("cannot honour") else trained)(tmp_path, **{name: value})
     trainer = make(tmp_path)
     setattr(trainer.args, name, value)
     with pytest.raises(ValueError, match=words):
