@@ -148,7 +148,7 @@ def classifier(family: str) -> Any:
         ({"bos_token": "<eos>", "unk_token": "<eos>"}, "<eos>"),
         ({"unk_token": None}, "<eos>"),
     ],
-    ids=["unknown", "one-for-all", "no-unknown"],
+    ids=str,
 )
 def test_padding_that_a_tokenizer_lacks_is_the_end_of_text_only_where_nothing_else_is_there(
     tmp_path: Path, special: dict[str, Any], pad: str
@@ -395,12 +395,7 @@ def test_adapters_begin_by_their_seed(mode: str, random_state_untouched: None) -
 @pytest.mark.parametrize(
     ("family", "mode", "options", "words"),
     [
-        (
-            "llama",
-            "loar",
-            {},
-            r"'loar' in its name; did you mean lora\? Names are model.embed_tokens.weight.*choose all",
-        ),
+        ("llama", "loar", {}, r"in its name; did you mean lora\? Names are model.embed_tokens.weight.*choose all"),
         ("llama", "q_porj", {}, r"did you mean q_proj\?"),
         ("llama", "(", {}, r"'\(' is no regular expression"),
         ("llama", "lora", {"lora_targets": ["q_porj"]}, r"no linear layer is called 'q_porj'; did you mean q_proj\?"),

@@ -533,30 +533,24 @@ def test_calibrations_leave_the_content_out() -> None:
 # --- evaluation --------------------------------------------------------------------------------------------------
 
 
+def measured(scores: torch.Tensor, examples: list[Encoded]) -> tuple[list[bool], dict[str, Any]]:
+    """Which of the examples are right by their scores, and what an evaluation of them gives."""
+    pairs = list(zip(scores, examples, strict=True))
+    right = [int(row.argmax()) == e.label for row, e in pairs]
+    loss = sum(-float(row.log_softmax(0)[e.label]) for row, e in pairs) / len(pairs)
+    accuracy = pytest.approx(sum(right) / len(pairs))
+    return right, {"accuracy": accuracy, "loss": pytest.approx(loss, abs=CLOSE["atol"]), "examples": len(pairs)}
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
 @every_layout
 def test_evaluation_of_answers_is_the_mean_over_examples(llama: Any, batch_size: int, layout: Layout | None) -> None:
     examples = [encoded(3 + i % 4, 1 + i % 3, 2, label=i % 2) for i in range(7)]
-    scores = naive_scores(llama, examples)
-    right = [int(row.argmax()) == e.label for row, e in zip(scores, examples, strict=True)]
-    losses = [-float(row.log_softmax(0)[e.label]) for row, e in zip(scores, examples, strict=True)]
+    right, expected = measured(naive_scores(llama, examples), examples)
     seen: list[tuple[int, int]] = []
-    outcomes: list[float] = []
-    result = evaluate(
-        llama,
-        TOKENIZER,
-        CHOICE,
-        examples,
-        batch_size=batch_size,
-        layout=layout,
-        outcomes=outcomes,
-        progress=lambda done, total: seen.append((done, total)),
-    )
-    assert result == {
-        "accuracy": sum(right) / 7,
-        "loss": pytest.approx(sum(losses) / 7, abs=CLOSE["atol"]),
-        "examples": 7,
-    }
+    how: dict[str, Any] = {"batch_size": batch_size, "layout": layout, "outcomes": (outcomes := [])}
+    how["progress"] = lambda done, total: seen.append((done, total))
+    assert evaluate(llama, TOKENIZER, CHOICE, examples, **how) == expected
     assert 0 < sum(right) < 7
     assert outcomes == right
     assert seen[-1] == (7, 7)
@@ -677,19 +671,12 @@ def test_calibration_by_hand(llama: Any, shots: int, batch_size: int, layout: La
     encoder = Encoder(TOKENIZER, 250, [shown(i) for i in range(shots)])
     examples, bare = encoder(CHOICE, asked), encoder.calibrations(CHOICE, asked)
     scores = naive_scores(llama, examples) - naive_scores(llama, bare).nan_to_num(neginf=0.0)
-    right = [int(row.argmax()) == e.label for row, e in zip(scores, examples, strict=True)]
-    losses = [-float(row.log_softmax(0)[e.label]) for row, e in zip(scores, examples, strict=True)]
-    outcomes: list[float] = []
-    found = evaluate(
-        llama, TOKENIZER, CHOICE, examples, batch_size=batch_size, layout=layout, calibrations=bare, outcomes=outcomes
-    )
-    assert found == {
-        "accuracy": pytest.approx(sum(right) / 6),
-        "loss": pytest.approx(sum(losses) / 6, abs=CLOSE["atol"]),
-        "examples": 6,
-    }
+    right, expected = measured(scores, examples)
+    how: dict[str, Any] = {"batch_size": batch_size, "layout": layout}
+    found = evaluate(llama, TOKENIZER, CHOICE, examples, **how, calibrations=bare, outcomes=(outcomes := []))
+    assert found == expected
     assert outcomes == right
-    without = evaluate(llama, TOKENIZER, CHOICE, examples, batch_size=batch_size, layout=layout)
+    without = evaluate(llama, TOKENIZER, CHOICE, examples, **how)
     assert abs(without["loss"] - found["loss"]) > 1e-3
 
 

@@ -508,12 +508,9 @@ def test_reward_of_none_adds_nothing(write: Write) -> None:
     found = objective(model, batch).tolist()
     assert found == [len(text) if is_short else -3 for text, is_short in zip(said, short, strict=True)]
     judged = [-len(text) for text, is_short in zip(said, short, strict=True) if is_short]
+    mean, std = pytest.approx(np.mean(judged)), pytest.approx(np.std(judged))
     assert objective.take_statistics() == {
-        f"{name}:of_short": {
-            "mean": pytest.approx(np.mean(judged)),
-            "std": pytest.approx(np.std(judged)),
-            "none": 4 - len(judged),
-        },
+        f"{name}:of_short": {"mean": mean, "std": std, "none": 4 - len(judged)},
         f"{name}:of_long": {"mean": 1.0, "std": 0.0, "none": len(judged)},
     }
 

@@ -134,16 +134,12 @@ def test_model_is_evaluated_without_dropout(tmp_path: Path) -> None:
     assert modes == {False}
 
 
-@pytest.mark.parametrize(
-    "objective",
-    [
-        lambda model, inputs: squares(model, inputs).mean().item(),
-        lambda model, inputs: squares(model, inputs).mean(),
-        squares,
-    ],
-    ids=["float", "scalar", "per-example"],
-)
-def test_objective_may_return_a_number_or_losses(tmp_path: Path, objective: Any) -> None:
+@pytest.mark.parametrize("kind", ["float", "scalar", "per-example"])
+def test_objective_may_return_a_number_or_losses(tmp_path: Path, kind: str) -> None:
+    def objective(model: Any, inputs: Any) -> Any:
+        losses = squares(model, inputs)
+        return {"float": losses.mean().item(), "scalar": losses.mean(), "per-example": losses}[kind]
+
     trainer = trained(tmp_path, objective=objective, max_steps=3)
     reference = trained(tmp_path / "reference", max_steps=3)
     support.assert_same_bits(trainer.model, support.snapshot(reference.model))
@@ -314,18 +310,6 @@ def test_one_of_several_processes_is_refused(tmp_path: Path, monkeypatch: pytest
 # --- hyperparameter search ---------------------------------------------------------------------------------------
 
 
-def searching(folder: Path, **changes: Any) -> MeZOTrainer:
-    settings = {"max_steps": 3, "objective": squares, "data": DATA, **changes}
-    objective, data = settings.pop("objective"), settings.pop("data")
-    return MeZOTrainer(
-        model_init=lambda: support.tiny_model(),
-        args=config(folder, **settings),
-        train_dataset=data,
-        eval_dataset=data[:4],
-        objective=objective,
-    )
-
-
 @pytest.mark.parametrize("given", ["auto", 1e-4])
 def test_trials_of_a_search_are_runs_with_their_own_settings_and_folders(
     tmp_path: Path, given: Any, monkeypatch: pytest.MonkeyPatch
@@ -333,7 +317,9 @@ def test_trials_of_a_search_are_runs_with_their_own_settings_and_folders(
     """As Trainer does it with any backend: a trial's values are put into the arguments when train() has begun."""
     # What describes a trial in reports knows those of installed backends alone.
     monkeypatch.setattr("transformers.integrations.hp_params", lambda trial: trial.params)
-    trainer = searching(tmp_path, learning_rate=given)
+    data = {"train_dataset": DATA, "eval_dataset": DATA[:4]}
+    args = config(tmp_path, learning_rate=given, max_steps=3)
+    trainer = MeZOTrainer(model_init=lambda: support.tiny_model(), args=args, objective=squares, **data)
     trainer.hp_search_backend = HPSearchBackend.OPTUNA
     trials = [{"learning_rate": 2.65e-05}, {"learning_rate": 3e-4, "seed": 5}, {"learning_rate": "auto", "probes": 2}]
     trainer.hp_space = lambda trial: trials[trial.number]
