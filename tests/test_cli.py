@@ -236,33 +236,30 @@ def test_killed_again_and_again(setting: Setting, tmp_path: Path) -> None:
     assert_ends_like_an_uninterrupted_run(setting, run)
 
 
-@pytest.mark.parametrize("saving", [{}, {"save_steps": 2}], ids=["log-alone", "checkpoints"])
-@pytest.mark.parametrize("steps", [0, 1, 3, 6])
+@pytest.mark.parametrize(
+    ("steps", "saving"),
+    [(None, {}), *((steps, saving) for steps in (0, 1, 3, 6) for saving in ({}, {"save_steps": 2}))],
+    ids=str,
+)
 def test_log_cut_after_any_step_resumes_to_the_same_bits(
-    setting: Setting, finished: Path, tmp_path: Path, steps: int, saving: dict[str, object]
+    setting: Setting, finished: Path, tmp_path: Path, steps: int | None, saving: dict[str, object]
 ) -> None:
-    """The folder as a kill leaves it right after a step was logged: no later file, and a log without an end."""
-    run = tmp_path / "run"
-    run.mkdir()
-    lines = (finished / "steps.jsonl").read_bytes().splitlines(keepends=True)
-    (run / "steps.jsonl").write_bytes(b"".join(lines[: 1 + steps]))
-    before = read(finished)["before"]
-    (run / "metrics.json").write_text(json.dumps({"before": before}))
-    done(*setting.resume(run, **saving))
-    assert weights(run) == weights(finished)
-    assert read_log(run / "steps.jsonl").end == read_log(finished / "steps.jsonl").end
+    """The folder as a kill leaves it right after a step was logged: no later file, and a log without an end.
 
-
-def test_killed_before_the_log_was_opened(setting: Setting, finished: Path, tmp_path: Path) -> None:
-    """The untuned model was measured, and nothing else done: one of the two ways to go on must work."""
+    Or before the log was opened: the untuned model was measured, and nothing else done.
+    """
     run = tmp_path / "run"
     run.mkdir()
     for name in ("metrics.json", "outcomes.json"):
-        before = json.loads((finished / name).read_text(encoding="utf-8"))["before"]
-        (run / name).write_text(json.dumps({"before": before}))
-    again = [cli(*arguments) for arguments in (setting.resume(run), setting.train(run))]
-    assert 0 in [ran.code for ran in again], [ran.err for ran in again]
+        (run / name).write_text(json.dumps({"before": read(finished / name)["before"]}))
+    if steps is None:
+        done(*setting.train(run))
+    else:
+        lines = (finished / "steps.jsonl").read_bytes().splitlines(keepends=True)
+        (run / "steps.jsonl").write_bytes(b"".join(lines[: 1 + steps]))
+        done(*setting.resume(run, **saving))
     assert weights(run) == weights(finished)
+    assert read_log(run / "steps.jsonl").end == read_log(finished / "steps.jsonl").end
 
 
 def test_resumed_run_may_not_change_its_settings(setting: Setting, copy: Path) -> None:

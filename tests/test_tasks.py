@@ -225,6 +225,10 @@ def task_text(**changes: str | None) -> str:
     return "".join(f"{key}: {value}\n" for key, value in lines.items() if value is not None)
 
 
+def pairs_text(**changes: str | None) -> str:
+    return task_text(**{"answers": None, "preference": "{chosen: good, rejected: bad}", **changes})
+
+
 def test_task_file_defaults(tmp_path: Path) -> None:
     task = get_task(str(write_task(tmp_path, task_text())))
     assert (task.name, task.label, task.metric, task.stop) == ("mine", "label", "accuracy", "\n")
@@ -310,6 +314,18 @@ def test_task_file_defaults(tmp_path: Path) -> None:
         (task_text(masked="{prompt: '{text} [MASK]', metric: accuracy}"), "masked: unknown key 'metric'"),
         (task_text(prompt="'{text} [MASK]'", answers=None, target="reply"), r"\[MASK\] needs answers"),
         (task_text(train=None, test=None, hub="{path: a/b, train: t, test: u, split: v}"), "hub: unknown key 'split'"),
+        (pairs_text(preference="{chosen: good}"), "preference must be {chosen: COLUMN, rejected: COLUMN}"),
+        (pairs_text(preference="good"), "preference must be {chosen: COLUMN, rejected: COLUMN}"),
+        (pairs_text(beta="0"), "beta must be a positive number, got 0: 0.1 is usual"),
+        (pairs_text(beta=".nan"), "beta must be a positive number, got nan"),
+        (pairs_text(beta="true"), "beta must be a positive number, got True"),
+        (pairs_text(beta="'0.1'"), "beta must be a positive number, got '0.1'"),
+        (pairs_text(label="good"), "give one of answers .* and preference, not several"),
+        (pairs_text(target="good"), "not several"),
+        (pairs_text(answers="{0: a, 1: b}"), "not several"),
+        (pairs_text(metric="f1"), "metric 'f1' does not suit it: choose accuracy"),
+        (pairs_text(loss="likelihood"), "loss 'likelihood' does not suit it: choose preference"),
+        (pairs_text(prompt="'{text} [MASK]'"), r"a prompt with \[MASK\] needs answers"),
     ],
     ids=lambda text: text.splitlines()[-1][:40] if "\n" in text else None,
 )
