@@ -668,6 +668,8 @@ def test_rows_that_cannot_be_used_are_counted_and_left_out_if_asked_for(tmp_path
         load_split(masked, "train", on_bad_row="skip")
     with pytest.raises(InputError, match="on_bad_row must be refuse or skip, got 'drop'"):
         load_split(task, "train", on_bad_row="drop")
+    clean = load_split(split_task(tmp_path), "train", on_bad_row="skip")
+    assert (list(clean.numbers), clean.skipped, clean.first_skipped) == (list(range(20)), 0, "")
 
 
 def test_a_row_that_is_not_drawn_is_not_judged(tmp_path: Path) -> None:
