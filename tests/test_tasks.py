@@ -18,7 +18,6 @@ from forwardtune.tasks import BadRowsError, Task, doubts, get_task, load_split, 
 from forwardtune.tasks.reader import read_task
 from forwardtune.tasks.rows import read_rows
 from forwardtune.tasks.template import columns_of
-from support_runs import write_jsonl
 
 ROWS = [{"text": f"review {i}, with a comma", "label": i % 2} for i in range(20)]
 
@@ -33,6 +32,11 @@ def make_task(prompt: str = "{text} It was", **changes: Any) -> Task:
 def write_task(folder: Path, text: str) -> Path:
     path = folder / "mine.yaml"
     path.write_text(text, encoding="utf-8")
+    return path
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
