@@ -18,7 +18,7 @@ export FORWARDTUNE_TEST_MODELS ?= $(abspath $(wildcard ../shared/models))
 # What pyproject.toml writes "numpy>=2.0", as numpy==2.0.
 LOWEST := .venv-lowest
 BOUNDS = grep -oE '"[A-Za-z0-9-]+>=[0-9.]+' pyproject.toml | sed 's/"//; s/>=/==/' | grep -v '^setuptools'
-DEPENDENT := $(patsubst %,tests/test_%.py,imports noise trainer models peft tasks cli baselines report)
+DEPENDENT := $(patsubst %,tests/test_%.py,imports noise trainer models tasks cli baselines report)
 
 .PHONY: setup demo test test-lowest lint format gpu mutants clean
 

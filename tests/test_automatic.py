@@ -18,7 +18,7 @@ from forwardtune.hf.trainer import MeZOTrainer
 from forwardtune.models import tune
 from forwardtune.search.budget import Plan
 from forwardtune.search.driver import RETURN_POINT
-from forwardtune.search.guard import FALL, RISE, SLIGHT
+from forwardtune.search.guard import FALL, RISE
 from forwardtune.search.notes import found
 from forwardtune.trajectory import LogError, read_log, replay
 from support_runs import QUIET, Kill, KilledError, log_lines
@@ -48,14 +48,8 @@ def make(
 ) -> MeZOTrainer:
     small = {"max_steps": STEPS, "per_device_train_batch_size": 4, "seed": 3}
     args = MeZOConfig(**{"output_dir": str(folder), **QUIET, **small, **changes})
-    trainer = MeZOTrainer(
-        model=support.tiny_model(),
-        args=args,
-        train_dataset=data[:16],
-        eval_dataset=data[16:],
-        objective=objective,
-        callbacks=list(callbacks),
-    )
+    split = {"train_dataset": data[:16], "eval_dataset": data[16:]}
+    trainer = MeZOTrainer(support.tiny_model(), args, objective=objective, callbacks=list(callbacks), **split)
     trainer.automatic.announce = lambda text: None
     return trainer
 
@@ -123,25 +117,19 @@ def test_the_rate_rises_and_falls_with_held_out_losses(tmp_path: Path) -> None:
     run(whole, data=DATA, max_steps=90)
     log = read_log(whole / "steps.jsonl")
     assert len(log.rollbacks) > 1
-    untuned, best, worse, better = math.inf, math.inf, [], []
+    best, backs = math.inf, []
     for note in log.notes:
         if "search" in note.content:
-            tried = dict(note.content["search"]["tried"])
-            untuned = tried[0.0]
-            best = min(untuned, tried[note.content["search"]["lr"]])
-        if "held_out" not in note.content:
-            continue
-        loss = float(note.content["held_out"])
-        if note.at == 90:  # no step follows
-            (better if loss < best else worse).append(note.at)
-            continue
-        before, after = log.records[note.at - 1].lr[0], log.records[note.at].lr[0]
-        slight = loss - best <= (SLIGHT * best if best == untuned else min(SLIGHT * best, (untuned - best) / 2))
-        assert after == pytest.approx(before * (RISE if loss < best else 1 if slight else 1 / FALL))
-        (better if loss < best else worse).append(note.at)
-        best = min(best, loss)
-    assert better
-    assert [back.at for back in log.rollbacks] == worse
+            best = min(loss for _, loss in note.content["search"]["tried"])
+        if "held_out" in note.content:
+            loss = float(note.content["held_out"])
+            worse, best = loss > best, min(loss, best)
+            backs += [note.at] * worse
+            if note.at < 90:  # else no step follows
+                factor = log.records[note.at].lr[0] / log.records[note.at - 1].lr[0]
+                assert any(factor == pytest.approx(one) for one in ([1, 1 / FALL] if worse else [RISE]))
+    assert 0 < len(backs) < sum("held_out" in note.content for note in log.notes)
+    assert [back.at for back in log.rollbacks] == backs
     assert replay(log, support.tiny_model()) == 90  # compares the digest
     for after in (log.rollbacks[0].at, log.rollbacks[0].at + 1, log.rollbacks[1].at + 2):
         folder = tmp_path / str(after)
@@ -218,19 +206,9 @@ def test_a_given_rate_that_diverges_is_warned_of_once_and_kept(
     [
         (1e-3, 100, False, None),
         (1e-12, 20, False, None),  # too short to be worth ten passes
-        (
-            1e-12,
-            100,
-            False,
-            r"is below the spacing of weights in float32, which keeps \d+% of a perturbation.*a larger",
-        ),
+        (1e-12, 100, False, r"is below the spacing of weights in float32, which keeps \d+% of a .*a larger eps"),
         # An adapter holds every perturbation, but what it adds is rounded in the model's dtype.
-        (
-            1e-6,
-            100,
-            True,
-            r"moves the loss by \de-\d\d, of which rounding in bfloat16 and float32 is up to \de-\d\d: choose",
-        ),
+        (1e-6, 100, True, r"moves the loss by \de-\d\d, .* rounding in bfloat16 and float32 is up to \de-\d\d: choose"),
     ],
 )
 def test_a_given_eps_below_the_noise_is_warned_of(
@@ -337,34 +315,6 @@ def test_a_run_that_ended_with_a_way_back_is_extended(tmp_path: Path) -> None:
     assert read_log(first.step_log).rollbacks[-1].at == 12
     trainer = run(tmp_path, resume=True, max_steps=24, **asked)
     assert replay(trainer.step_log, support.tiny_model()) == 24  # compares the digest
-
-
-@pytest.mark.parametrize("after", [0, 5, 12, 13, 31])
-def test_the_untuned_model_is_a_point_to_go_back_to(tmp_path: Path, after: int) -> None:
-    """Where nothing is better than the beginning, the run ends there, and a killed run knows of it too."""
-
-    class Reversed(TrainerCallback):
-        """Says that the loss rises, whatever it does."""
-
-        def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-            metrics["eval_loss"] = 1.0 + state.global_step
-
-    def runs(folder: Path, *callbacks: Any, resume: bool | None = None) -> MeZOTrainer:
-        trainer = make(folder, eval_strategy="steps", eval_steps=6, callbacks=callbacks)
-        callback = trainer.pop_callback(type(trainer.automatic))
-        trainer.add_callback(Reversed())
-        trainer.add_callback(callback)
-        trainer.train(resume_from_checkpoint=resume)
-        return trainer
-
-    trainer = runs(tmp_path / "whole")
-    log = read_log(trainer.step_log)
-    assert [(back.at, back.to) for back in log.rollbacks] == [(at, 0) for at in range(12, STEPS + 1, 6)]
-    support.assert_same_bits(trainer.model, support.snapshot(support.tiny_model()))
-    with pytest.raises(KilledError):
-        runs(tmp_path / "killed", Kill(after, at_begin=True))
-    runs(tmp_path / "killed", resume=True)
-    assert log_lines(tmp_path / "killed") == log_lines(tmp_path / "whole")
 
 
 def test_auto_and_numbers_come_from_a_command_line(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from forwardtune.cli.session import Session
 from forwardtune.trajectory import read_log, replay
-from support_runs import REVIEWS, cli, done, log_lines, process, read, write_jsonl
+from support_runs import REVIEWS, done, log_lines, process, read, write_jsonl
 
 STEPS, DEV = 60, 90
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +42,9 @@ def choices(count: int = 24, options: Sequence[Sequence[int]] = ((50,), (60,)), 
     return [Encoded(tokens(4 + i % 5, seed + i), answers, (label,)) for i, label in enumerate(labels)]
 
 
-def filled_masks(count: int = 24) -> list[Encoded]:
+def filled_masks(**how: Any) -> list[Encoded]:
     """The same with a mask in the middle (token 4 stands for it)."""
-    return [
-        Encoded([*example.prompt[:2], 4, *example.prompt[2:]], example.options, example.right, mask=2)
-        for example in choices(count)
-    ]
+    return [replace(e, prompt=[*e.prompt[:2], 4, *e.prompt[2:]], mask=2) for e in choices(**how)]
 
 
 @pytest.fixture(scope="module")
@@ -56,25 +55,23 @@ def llama() -> Any:
 # --- linear probing: the fit -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama", "llama_untied", "gpt2", "opt", "gemma3", "gpt_neox"])
+FAMILIES = ("llama", "llama_untied", "gpt2", "opt", "gemma3", "gpt_neox")
+ONE_TOKEN = [((50,), (60,)), ((50,), (60,), (70,))]
+SEVERAL = [((50, 51), (60, 61)), ((50, 51, 52), (50, 61))]
+
+
 @pytest.mark.parametrize(
-    "options",
-    [((50,), (60,)), ((50,), (60,), (70,)), ((50, 51), (60, 61)), ((50, 51, 52), (50, 61))],
-    ids=["two", "three", "two-tokens", "unlike-lengths"],
+    ("family", "options"),
+    [*product(FAMILIES, [*ONE_TOKEN, *SEVERAL]), *product(("bert", "roberta"), ONE_TOKEN)],
+    ids=str,
 )
 def test_separable_answers_are_separated(family: str, options: Sequence[Sequence[int]]) -> None:
-    model, train = sharp_model(family), choices(options=options)
-    before = evaluate(model, TOKENIZER, CHOICE, train)["accuracy"]
-    with probe(model, TOKENIZER, CHOICE, train, grid=WEAK):
-        assert evaluate(model, TOKENIZER, CHOICE, train)["accuracy"] == 1 > before
-
-
-@pytest.mark.parametrize("family", ["bert", "roberta"])
-def test_label_words_of_masked_models_are_separated(family: str) -> None:
-    model, train = sharp_model(family), filled_masks()
-    before = evaluate(model, TOKENIZER, MASKED, train)["accuracy"]
-    with probe(model, TOKENIZER, MASKED, train, grid=WEAK):
-        assert evaluate(model, TOKENIZER, MASKED, train)["accuracy"] == 1 > before
+    masked = family in ("bert", "roberta")
+    model, task = sharp_model(family), MASKED if masked else CHOICE
+    train = filled_masks(options=options) if masked else choices(options=options)
+    before = evaluate(model, TOKENIZER, task, train)["accuracy"]
+    with probe(model, TOKENIZER, task, train, grid=WEAK):
+        assert evaluate(model, TOKENIZER, task, train)["accuracy"] == 1 > before
 
 
 def test_free_text_is_learnt_by_heart(llama: Any) -> None:

@@ -43,14 +43,9 @@ def drawn_examples(seed: int, count: int = 12) -> list[Encoded]:
         prompt = draw.choice([1, 2, 3, 5, 8, 13, 21, 34])
         options = [draw.randint(1, 6) for _ in range(draw.choice([1, 2, 2, 2, 3, 5]))]
         scored = draw.randint(0, prompt - 1) if draw.random() < 0.3 else 0
-        examples.append(
-            Encoded(
-                tokens(prompt, 1000 * seed + i),
-                [tokens(n, 1000 * seed + 100 * i + j) for j, n in enumerate(options)],
-                (draw.randrange(len(options)),),
-                scored=scored,
-            )
-        )
+        texts = [tokens(n, 1000 * seed + 100 * i + j) for j, n in enumerate(options)]
+        right = (draw.randrange(len(options)),)
+        examples.append(Encoded(tokens(prompt, 1000 * seed + i), texts, right, scored=scored))
     return examples
 
 

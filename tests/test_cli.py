@@ -145,13 +145,6 @@ def test_export_is_small_and_replays_to_the_same_file(setting: Setting, finished
     assert weights(tmp_path / "rebuilt") == weights(finished)
 
 
-def test_replay_of_fewer_steps_is_the_shorter_run(setting: Setting, finished: Path, tmp_path: Path) -> None:
-    done(*setting.train(tmp_path / "short", steps=2))
-    log = finished / "steps.jsonl"
-    done("replay", log, "--model", setting.model, "--output-dir", tmp_path / "rebuilt", "--steps", 2)
-    assert weights(tmp_path / "rebuilt") == weights(tmp_path / "short")
-
-
 def test_inspect_describes_the_log(finished: Path) -> None:
     ran = done("inspect", finished / "steps.jsonl", "--json")
     facts = json.loads(ran.out)
@@ -179,13 +172,15 @@ def test_inspect_tells_a_torn_and_unfinished_log(copy: Path) -> None:
 
 
 def test_save_steps_leaves_checkpoints_that_load(setting: Setting, finished: Path, tmp_path: Path) -> None:
+    """And are what a replay of so many steps rebuilds."""
     run = tmp_path / "run"
     done(*setting.train(run, save_steps=2))
     assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
     assert weights(run) == weights(run / "checkpoint-6") == weights(finished)
-    model = AutoModelForCausalLM.from_pretrained(setting.model)
-    replay(run / "steps.jsonl", model, steps=2)
-    support.assert_same_bits(AutoModelForCausalLM.from_pretrained(run / "checkpoint-2"), support.snapshot(model))
+    rebuilt = tmp_path / "rebuilt"
+    done("replay", run / "steps.jsonl", "--model", setting.model, "--output-dir", rebuilt, "--steps", 2)
+    found = AutoModelForCausalLM.from_pretrained(run / "checkpoint-2")
+    support.assert_same_bits(found, support.snapshot(AutoModelForCausalLM.from_pretrained(rebuilt)))
 
 
 # --- interrupted and resumed -------------------------------------------------------------------------------------
@@ -241,33 +236,30 @@ def test_killed_again_and_again(setting: Setting, tmp_path: Path) -> None:
     assert_ends_like_an_uninterrupted_run(setting, run)
 
 
-@pytest.mark.parametrize("saving", [{}, {"save_steps": 2}], ids=["log-alone", "checkpoints"])
-@pytest.mark.parametrize("steps", [0, 1, 3, 6])
+@pytest.mark.parametrize(
+    ("steps", "saving"),
+    [(None, {}), *((steps, saving) for steps in (0, 1, 3, 6) for saving in ({}, {"save_steps": 2}))],
+    ids=str,
+)
 def test_log_cut_after_any_step_resumes_to_the_same_bits(
-    setting: Setting, finished: Path, tmp_path: Path, steps: int, saving: dict[str, object]
+    setting: Setting, finished: Path, tmp_path: Path, steps: int | None, saving: dict[str, object]
 ) -> None:
-    """The folder as a kill leaves it right after a step was logged: no later file, and a log without an end."""
-    run = tmp_path / "run"
-    run.mkdir()
-    lines = (finished / "steps.jsonl").read_bytes().splitlines(keepends=True)
-    (run / "steps.jsonl").write_bytes(b"".join(lines[: 1 + steps]))
-    before = read(finished)["before"]
-    (run / "metrics.json").write_text(json.dumps({"before": before}))
-    done(*setting.resume(run, **saving))
-    assert weights(run) == weights(finished)
-    assert read_log(run / "steps.jsonl").end == read_log(finished / "steps.jsonl").end
+    """The folder as a kill leaves it right after a step was logged: no later file, and a log without an end.
 
-
-def test_killed_before_the_log_was_opened(setting: Setting, finished: Path, tmp_path: Path) -> None:
-    """The untuned model was measured, and nothing else done: one of the two ways to go on must work."""
+    Or before the log was opened: the untuned model was measured, and nothing else done.
+    """
     run = tmp_path / "run"
     run.mkdir()
     for name in ("metrics.json", "outcomes.json"):
-        before = json.loads((finished / name).read_text(encoding="utf-8"))["before"]
-        (run / name).write_text(json.dumps({"before": before}))
-    again = [cli(*arguments) for arguments in (setting.resume(run), setting.train(run))]
-    assert 0 in [ran.code for ran in again], [ran.err for ran in again]
+        (run / name).write_text(json.dumps({"before": read(finished / name)["before"]}))
+    if steps is None:
+        done(*setting.train(run))
+    else:
+        lines = (finished / "steps.jsonl").read_bytes().splitlines(keepends=True)
+        (run / "steps.jsonl").write_bytes(b"".join(lines[: 1 + steps]))
+        done(*setting.resume(run, **saving))
     assert weights(run) == weights(finished)
+    assert read_log(run / "steps.jsonl").end == read_log(finished / "steps.jsonl").end
 
 
 def test_resumed_run_may_not_change_its_settings(setting: Setting, copy: Path) -> None:
@@ -430,25 +422,6 @@ def test_learning_rate_beyond_float32_ends_with_a_message(setting: Setting, tmp_
     ran = cli(*setting.train(tmp_path / "run", lr=1e300))
     assert ran.code in (1, 2)
     assert re.search("learning rate|--lr", ran.err)
-
-
-@pytest.mark.parametrize(
-    ("task", "data", "words"),
-    [
-        ({"train": "none.jsonl"}, "", "no such data file"),
-        ({"prompt": "'{review} It was'"}, None, "no column 'review'.*it has text, label, reply"),
-        ({}, '{"text": "a", "label": 7}\n', "label '7' is not among the answers"),
-        ({"promt": "x"}, None, "unknown key 'promt'.*did you mean prompt"),
-    ],
-)
-def test_wrong_task_or_data(
-    setting: Setting, tmp_path: Path, task: dict[str, str], data: str | None, words: str
-) -> None:
-    path = write_task(tmp_path / "task", **task)
-    if data is not None:
-        (path.parent / "train.jsonl").write_text(data, encoding="utf-8")
-    with refused(tmp_path, words) as ran:
-        ran(cli(*setting.train(tmp_path / "run", task=path)))
 
 
 def test_bad_rows_are_counted_and_the_option_that_skips_them_is_named(setting: Setting, tmp_path: Path) -> None:

@@ -58,9 +58,6 @@ def scales(measured: list[Any]) -> list[float]:
     return [round(math.log(scale.eps, ROOT)) for scale in measured]
 
 
-# --- what stays ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("perturbation", ["auto", "scratch", "copy"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_nothing_changes(dtype, perturbation, random_state_untouched):
@@ -107,9 +104,6 @@ def test_a_scale_that_is_none_is_refused(eps):
     assert closure.calls == 0
 
 
-# --- what is measured ------------------------------------------------------------------------------------------------
-
-
 def test_the_coefficients_are_derivatives_along_directions():
     """Of a linear loss: exactly, whatever the scale, with a signal of 2 eps c and no noise but rounding."""
     _, optimizer, closure = weights(lambda w: (w * torch.linspace(0, 1, 64)).double().sum())
@@ -154,18 +148,6 @@ def test_bfloat16_with_a_minute_scale_is_seen_as_rounding():
     assert [scale.eps for scale in measured] == pytest.approx([1e-6 * ROOT**i for i in range(len(measured))])
 
 
-# --- what is chosen --------------------------------------------------------------------------------------------------
-
-
-def test_a_curved_loss_makes_it_smaller():
-    """cos(100 w) turns around every 0.03: the scale must be well below that."""
-    _, optimizer, closure = weights(lambda w: (100 * w).double().cos().sum())
-    measured = choose_eps(optimizer, closure, 1e-1, most=6)
-    assert scales(measured) == [-2, -3, -4, -6, -5]  # the last but one agreed with the chosen one
-    assert all(scale.is_clear for scale in measured)
-    assert closure.calls == 10 * len(measured)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_curvature_is_not_taken_for_rounding(dtype):
     """Where the model is strongly curved and hardly steep, a larger scale would only hide the slope."""
@@ -190,47 +172,43 @@ def test_the_scale_that_is_chosen_in_bfloat16_gives_the_slope():
     assert chosen.kept > 0.9
 
 
-def test_a_loss_that_is_hardly_curved_keeps_the_start():
-    _, optimizer, closure = weights(lambda w: (100 * w).double().cos().sum())
-    assert scales(choose_eps(optimizer, closure, 1e-3)) == [-7, -6]
+def cosine(w):
+    """Turns around every 0.03: the scale must be well below that."""
+    return (100 * w).double().cos().sum()
 
 
-@pytest.mark.parametrize("most", [1, 2, 3, 5])
-def test_a_flat_loss_keeps_the_start(most):
-    """As accuracies may be: no scale moves them, so nothing speaks against the first."""
-    _, optimizer, closure = weights(lambda w: torch.tensor(0.25))
-    measured = choose_eps(optimizer, closure, 1e-3, most=most)
-    assert len(measured) == most
-    assert measured[-1].eps == 1e-3
-    assert (measured[-1].signal, measured[-1].noise, measured[-1].is_clear) == (0.0, 0.0, False)
-    assert closure.calls == 10 * most
+def breaking(value, inside=None):
+    """A loss that is no number where a weight is far out; rounding is not what is wrong there."""
+    return lambda w: torch.tensor(value) if w.abs().max() >= 1.2 else w.double().sum() if inside is None else inside
 
 
-@pytest.mark.parametrize("broken", [math.nan, math.inf])
-def test_a_scale_at_which_the_model_breaks_makes_it_smaller(broken):
-    """Rounding is not what is wrong there, and a larger scale would be no better."""
-    loss = lambda w: w.double().sum() if w.abs().max() < 1.2 else torch.tensor(broken)  # noqa: E731
+@pytest.mark.parametrize(
+    ("loss", "start", "most", "expected", "clear"),
+    [
+        (cosine, 1e-1, 6, [-2, -3, -4, -6, -5], [1, 1, 1, 1, 1]),  # the last but one agreed with the chosen one
+        (cosine, 1e-3, None, [-7, -6], [1, 1]),  # hardly curved
+        (breaking(math.nan), 1.0, 5, [0, -1, -2], [0, 0, 1]),
+        (breaking(math.inf), 1.0, 5, [0, -1, -2], [0, 0, 1]),
+        (breaking(math.nan), 1.0, 2, [0, -1], [0, 0]),
+        (breaking(math.nan, torch.tensor(1.0)), 1e-2, 9, [-3, -2, -1, -4], [0, 0, 0, 0]),  # it does not grow into it
+        # Flat, as accuracies may be: no scale moves it, so nothing speaks against the first.
+        *((lambda w: torch.tensor(0.25), 1e-3, most, None, [0] * most) for most in (1, 2, 3, 5)),
+    ],
+)
+def test_what_is_chosen(loss, start, most, expected, clear):
     _, optimizer, closure = weights(loss)
-    measured = choose_eps(optimizer, closure, 1.0, most=5)
-    assert scales(measured) == [0, -1, -2]
-    assert [scale.is_finite for scale in measured] == [False, False, True]
-    assert not any(scale.is_clear for scale in measured[:-1])
-    assert scales(choose_eps(optimizer, closure, 1.0, most=2)) == [0, -1]
-
-
-def test_it_does_not_grow_into_where_the_model_breaks():
-    loss = lambda w: torch.tensor(1.0 if w.abs().max() < 1.2 else math.nan)  # noqa: E731
-    _, optimizer, closure = weights(loss)
-    measured = choose_eps(optimizer, closure, 1e-2, most=9)
-    assert scales(measured) == [-3, -2, -1, -4]
-    assert not measured[-2].is_finite
-    assert measured[-1].eps == 1e-2
+    measured = choose_eps(optimizer, closure, start, **({} if most is None else {"most": most}))
+    assert [scale.is_clear for scale in measured] == [bool(one) for one in clear]
+    assert closure.calls == sum(scale.evaluations for scale in measured) == 10 * len(measured)
+    if expected is None:
+        assert {(scale.signal, scale.noise) for scale in measured} == {(0.0, 0.0)}
+        assert measured[-1].eps == start
+    else:
+        assert scales(measured) == expected
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 4])
 def test_no_more_scales_are_measured_than_may_be(most):
     for loss in (lambda w: (1000 * w).double().cos().sum(), lambda w: w.double().sum(), lambda w: w.bfloat16().sum()):
         _, optimizer, closure = weights(loss)
-        measured = choose_eps(optimizer, closure, 1e-2, most=most)
-        assert 1 <= len(measured) <= most
-        assert closure.calls == sum(scale.evaluations for scale in measured)
+        assert 1 <= len(choose_eps(optimizer, closure, 1e-2, most=most)) <= most

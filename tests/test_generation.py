@@ -54,9 +54,6 @@ def llama() -> Any:
     return speaker()
 
 
-# --- the likeliest tokens ----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("mode", ["all", "lora", "prefix"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_text_is_the_likeliest_token_time_after_time(family: str, mode: str) -> None:
@@ -189,9 +186,6 @@ def test_what_the_models_folder_says_of_decoding_is_left_aside(llama: Any) -> No
         setattr(model.generation_config, name, value)
     assert generate(model, TOKENIZER, TASK, PROMPTS) == expected
     assert generate(model, TOKENIZER, TASK, PROMPTS, sampling=Sampling(1.0, 4)) == sampled
-
-
-# --- drawn tokens ------------------------------------------------------------------------------------------------
 
 
 def test_seed_decides_what_is_drawn(llama: Any, random_state_untouched: None) -> None:

@@ -34,9 +34,6 @@ def after(steps: int, losses: Iterator[float]) -> Guard:
     return guard
 
 
-# --- divergence ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("deviation", [0.01, 0.1, 0.3, 1.0])
 def test_noise_alone_is_hardly_ever_an_alarm(deviation):
     """200 runs of 500 steps in which nothing happens: at most one goes back."""
@@ -136,16 +133,10 @@ def test_what_is_an_alarm(runs, alarming):
     assert all(bool(alarms(Guard(LR), losses)) == alarming for losses in runs)
 
 
-# --- losses that are not finite --------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
 def test_eight_losses_in_a_row_that_are_no_number_are_a_divergence(loss):
     assert alarms(after(20, normal(0)), [loss] * WINDOW) == [WINDOW]
     assert alarms(after(3, normal(0)), [loss] * WINDOW) == [WINDOW]  # even if hardly any was one before
-
-
-# --- held-out losses -------------------------------------------------------------------------------------------------
 
 
 def test_the_rate_rises_while_losses_fall():
@@ -223,9 +214,6 @@ def test_going_back_clears_the_window_of_both_kinds():
     assert guard.measured(22, 0.6).why == "worse"
     assert alarms(guard, [9.0] * (WINDOW - 1)) == []
     assert alarms(guard, [9.0]) == [1]
-
-
-# --- state -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_guard_that_is_told_the_same_decides_the_same():

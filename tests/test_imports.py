@@ -8,7 +8,6 @@ import itertools
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -72,38 +71,45 @@ EXTRA = {"sklearn", "matplotlib", "pandas", "seaborn"}
 MODULES = sorted(path.relative_to(SOURCE) for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")
 
 
+def named(path: Path) -> str:
+    """``trajectory/log.py`` -> ``forwardtune.trajectory.log``."""
+    return ".".join(("forwardtune", *path.with_suffix("").parts)).removesuffix(".__init__")
+
+
+FILES = {named(path): path for path in [Path("__init__.py"), *MODULES]}
+
+
+def imports(path: Path, *, typing: bool = True) -> set[str]:
+    """Dotted names of everything that a file imports, at the top or inside a function, for type checkers alone or not."""
+    tree = ast.parse((SOURCE / path).read_text())
+    for node in ast.walk(tree):
+        if not typing and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            node.body = []
+    package = ("forwardtune", *path.parts[:-1])
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            base = ".".join((*above, *filter(None, [node.module])))
+            # `from . import log` imports a module if there is one of that name, else something out of the package.
+            found |= {inner if (inner := f"{base}.{alias.name}") in FILES else base for alias in node.names}
+    return found
+
+
 def part_of(module: Path) -> str:
     """``trajectory/log.py`` -> ``trajectory``, ``rules.py`` -> ``rules``."""
     return module.parts[0].removesuffix(".py")
-
-
-def imports(module: Path) -> Iterator[tuple[int, str]]:
-    """Level and dotted name of everything that a file imports, at the top or inside a function."""
-    for node in ast.walk(ast.parse((SOURCE / module).read_text())):
-        if isinstance(node, ast.Import):
-            yield from ((0, alias.name) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            names = [alias.name for alias in node.names] if node.module is None else [node.module]
-            yield from ((node.level, name) for name in names)
-
-
-def inner_imports(module: Path) -> set[str]:
-    """Parts of forwardtune that a file imports."""
-    package = ("forwardtune", *module.parts[:-1])
-    found = set()
-    for level, name in imports(module):
-        parts = (*package[: len(package) - level + 1], *name.split(".")) if level else tuple(name.split("."))
-        if parts[0] == "forwardtune":
-            found.add(parts[1] if len(parts) > 1 else "__init__")
-    return found
 
 
 @pytest.mark.parametrize("module", MODULES, ids=str)
 def test_lower_layers_do_not_import_upper_ones(module):
     own = part_of(module)
     assert own in RANK, f"{module} has no place in LAYERS"
+    inner = {name.split(".")[1] for name in imports(module) if name.startswith("forwardtune.")} - {own}
     # `from .. import __version__`, read by an edge, is no dependency on an upper layer.
-    upward = {other for other in inner_imports(module) - {own, "__version__"} if RANK[other] >= RANK[own]}
+    upward = {other for other in inner if RANK[other] >= RANK[own]}
     assert not upward, f"{module} imports {upward}"
 
 
@@ -112,13 +118,13 @@ def test_lower_layers_do_not_import_upper_ones(module):
 )
 def test_the_core_needs_torch_alone(module):
     allowed = NEEDS[module.as_posix() if module.as_posix() in NEEDS else part_of(module)] | STANDARD
-    outside = {name.split(".")[0] for level, name in imports(module) if not level} - allowed
+    outside = {name.split(".")[0] for name in imports(module)} - allowed - {"forwardtune"}
     assert not outside
 
 
 @pytest.mark.parametrize("module", [m for m in MODULES if part_of(m) != "paper"], ids=str)
 def test_the_packages_of_the_extra_serve_the_paper_alone(module):
-    assert not {name.split(".")[0] for _, name in imports(module)} & EXTRA
+    assert not {name.split(".")[0] for name in imports(module)} & EXTRA
 
 
 def test_the_core_runs_with_torch_alone(tmp_path):
@@ -231,33 +237,6 @@ def test_the_names_without_torch_are_those_of_the_classes():
 # --- cycles ----------------------------------------------------------------------------------------------------------
 
 
-def named(path: Path) -> str:
-    """``trajectory/log.py`` -> ``forwardtune.trajectory.log``."""
-    return ".".join(("forwardtune", *path.with_suffix("").parts)).removesuffix(".__init__")
-
-
-def dependencies(path: Path) -> set[str]:
-    """The modules of forwardtune that a file imports anywhere, but for those that type checkers alone see."""
-    tree = ast.parse((SOURCE / path).read_text())
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            node.body = []
-    package = ("forwardtune", *path.parts[:-1])
-    found = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            above = package[: len(package) - node.level + 1] if node.level else ()
-            base = ".".join((*above, *filter(None, [node.module])))
-            # `from . import log` imports a module if there is one of that name, else something out of the package.
-            found |= {inner if (inner := f"{base}.{alias.name}") in FILES else base for alias in node.names}
-    return found & FILES.keys()
-
-
-FILES = {named(path): path for path in [Path("__init__.py"), *MODULES]}
-
-
 def cycles(graph: dict[str, set[str]]) -> set[frozenset[str]]:
     """Groups of modules in which each leads to each other."""
 
@@ -280,7 +259,7 @@ def cycles(graph: dict[str, set[str]]) -> set[frozenset[str]]:
 
 def test_no_modules_import_each_other():
     """Not even inside functions, nor by a detour."""
-    assert not cycles({name: dependencies(path) for name, path in FILES.items()})
+    assert not cycles({name: imports(path, typing=False) & FILES.keys() for name, path in FILES.items()})
 
 
 def test_a_cycle_is_found():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,6 @@ import pytest
 
 from forwardtune.errors import InputError
 from forwardtune.tasks.metrics import TEXT_METRICS, drop_normalize, kin, score
-from support_runs import read
 
 
 @pytest.mark.parametrize("metric", TEXT_METRICS)
@@ -121,7 +121,8 @@ def test_drop_normalisation(text: str, expected: str, why: str) -> None:
     assert drop_normalize(text) == expected, why
 
 
-# --- real rows ---------------------------------------------------------------------------------------------------
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def test_every_answer_of_a_real_row_is_right(data_dir: Path) -> None:

@@ -21,16 +21,13 @@ from forwardtune.errors import InputError
 from forwardtune.models import context_length, forward, load_model, model_kind, save_model, tune
 from forwardtune.models.loading import _require_no_offloading
 from forwardtune.models.prefix import _draw_tokens
-from support_runs import QUIET
+from support_runs import CLOSE, QUIET, sharp_model
 
 CAUSAL = ("opt", "gpt2", "llama", "mistral", "qwen3", "gemma3")
 MASKED = ("bert", "roberta")
 MODES = ("all", "lora", "prefix", "attn|attention")
 
 BART = {"layers": 1, "attention_heads": 2, "ffn_dim": 48}
-
-# Attention over a row of more keys adds in another order: a few hundred additions of numbers up to 1, in float32.
-CLOSE: dict[str, float] = {"rtol": 0.0, "atol": 1e-6}
 
 
 @pytest.fixture(scope="session")
@@ -151,7 +148,7 @@ def classifier(family: str) -> Any:
         ({"bos_token": "<eos>", "unk_token": "<eos>"}, "<eos>"),
         ({"unk_token": None}, "<eos>"),
     ],
-    ids=["unknown", "one-for-all", "no-unknown"],
+    ids=str,
 )
 def test_padding_that_a_tokenizer_lacks_is_the_end_of_text_only_where_nothing_else_is_there(
     tmp_path: Path, special: dict[str, Any], pad: str
@@ -231,8 +228,9 @@ def test_tuned_model_comes_back_as_it_was(
     assert optimizer.perturbation.name == "scratch"
     moved = {name for name, p in model.named_parameters() if not support.same_bits(p.data, before[name])}
     assert set() != moved <= trainable(model)
-    assert dtype != "float32" or moved == trainable(model)  # an update may round to nothing
-    assert not torch.equal(logits(model), untuned)
+    if dtype == "float32":  # elsewhere an update may round to nothing
+        assert moved == trainable(model)
+        assert not torch.equal(logits(model), untuned)
     assert logits(model).dtype == half
     again, _ = fresh()
     replay(tmp_path / "steps.jsonl", again)
@@ -345,22 +343,6 @@ def test_unquantised_weights_of_a_quantised_model_are_tuned_without_an_adapter(t
     assert not model._hf_peft_config_loaded
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_norms_of_a_quantised_checkpoint_are_tuned_and_saved(tmp_path: Path, saved: Callable[[str], str]) -> None:
-    pytest.importorskip("bitsandbytes")
-    eight_bit = transformers.BitsAndBytesConfig(load_in_8bit=True)
-    model = transformers.AutoModelForCausalLM.from_pretrained(saved("llama_untied"), quantization_config=eight_bit)
-    save_model(model, support.tokenizer(), tmp_path / "base")
-    model, tokenizer = load_model(str(tmp_path / "base"))
-    x, layer = support.token_batch(), model.model.layers[0].mlp.up_proj.weight
-    assert layer.dtype == torch.int8
-    untuned = model(x).logits
-    trained(tune(model, tokenizer, "norm"), tmp_path / "run")
-    save_model(model, tokenizer, tmp_path / "tuned")
-    assert torch.equal(load_model(str(tmp_path / "tuned"))[0](x).logits, model(x).logits)
-    assert not torch.equal(untuned, model(x).logits)
-
-
 def test_quantised_weights_are_no_target() -> None:
     model = support.tiny_model("llama_untied")
     model.lm_head.weight = torch.nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
@@ -397,30 +379,23 @@ def test_lora_is_that_of_the_paper(family: str, targets: set[str], random_state_
     support.assert_same_bits(tuned.unload(), untouched)
 
 
-def test_lora_settings_and_seed() -> None:
-    def adapters(**options: Any) -> dict[str, torch.Tensor]:
-        model = tune(support.tiny_model(), support.tokenizer(), "lora", **options)
+@pytest.mark.parametrize("mode", ["lora", "prefix"])
+def test_adapters_begin_by_their_seed(mode: str, random_state_untouched: None) -> None:
+    def adapters(seed: int) -> dict[str, torch.Tensor]:
+        model = tune(support.tiny_model(), support.tokenizer(), mode, seed=seed, prefix_length=3)
         return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
-    first, again, other = adapters(seed=3), adapters(seed=3), adapters(seed=4)
+    first, again, other = adapters(3), adapters(3), adapters(4)
     assert all(support.same_bits(first[name], again[name]) for name in first)
-    assert not any(support.same_bits(first[name], other[name]) for name in first if "lora_A" in name)
-    chosen = adapters(lora_rank=2, lora_targets=["down_proj"])
-    assert {tuple(p.shape) for p in chosen.values()} == {(2, 48), (32, 2)}
-    assert all("down_proj" in name for name in chosen)
-    model = tune(support.tiny_model(), support.tokenizer(), "lora", lora_rank=2, lora_alpha=3)
-    assert {module.scaling["default"] for module in model.modules() if hasattr(module, "lora_A")} == {1.5}
+    assert not any(support.same_bits(first[name], other[name]) for name in first if "lora_B" not in name)
+    if mode == "prefix":  # two layers, keys and values, two heads of eight
+        assert [tuple(p.shape) for p in first.values()] == [(3, 2 * 2 * 2 * 8)]
 
 
 @pytest.mark.parametrize(
     ("family", "mode", "options", "words"),
     [
-        (
-            "llama",
-            "loar",
-            {},
-            r"'loar' in its name; did you mean lora\? Names are model.embed_tokens.weight.*choose all",
-        ),
+        ("llama", "loar", {}, r"in its name; did you mean lora\? Names are model.embed_tokens.weight.*choose all"),
         ("llama", "q_porj", {}, r"did you mean q_proj\?"),
         ("llama", "(", {}, r"'\(' is no regular expression"),
         ("llama", "lora", {"lora_targets": ["q_porj"]}, r"no linear layer is called 'q_porj'; did you mean q_proj\?"),
@@ -459,16 +434,6 @@ def test_second_adapter_is_refused(mode: str) -> None:
 # --- prefixes ----------------------------------------------------------------------------------------------------
 
 
-def sharp_model(family: str) -> Any:
-    """A model whose attention looks at something in particular."""
-    model = support.tiny_model(family)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() > 1 and "embed" not in name:
-                parameter.mul_(4)
-    return model
-
-
 @pytest.mark.parametrize("family", [*CAUSAL, *MASKED, "gpt_neox", "mixtral"])
 def test_prefix_starts_as_real_tokens(family: str, random_state_untouched: None) -> None:
     model = sharp_model(family)
@@ -486,8 +451,7 @@ def test_prefix_starts_as_real_tokens(family: str, random_state_untouched: None)
     assert not torch.allclose(after, before, atol=1e-3, rtol=0)
     torch.testing.assert_close(after, given_cache, **CLOSE)
     if family not in MASKED:  # there the prefix would have seen the text, too
-        # Products of the whole row are added in another order than those of its end; the weights are up to 0.4.
-        torch.testing.assert_close(after, beside, rtol=0.0, atol=1e-5)
+        torch.testing.assert_close(after, beside, **CLOSE)
 
 
 def test_prefix_tokens_are_words_that_model_and_tokenizer_know() -> None:
@@ -505,17 +469,6 @@ def test_prefix_tokens_are_words_that_model_and_tokenizer_know() -> None:
     assert set(drawn()) == words
     model.resize_token_embeddings(400)  # more rows than tokens, as many models have
     assert set(drawn()) == words | {support.VOCABULARY}
-
-
-def test_prefix_settings_and_seed(random_state_untouched: None) -> None:
-    def weights(**options: Any) -> torch.Tensor:
-        model = tune(support.tiny_model(), support.tokenizer(), "prefix", **options)
-        (prefix,) = (p for p in model.parameters() if p.requires_grad)
-        return prefix.detach()
-
-    assert support.same_bits(weights(seed=1), weights(seed=1))
-    assert not support.same_bits(weights(seed=1), weights(seed=2))
-    assert weights(prefix_length=3).shape == (3, 2 * 2 * 2 * 8)  # two layers, keys and values, two heads of eight
 
 
 @pytest.mark.parametrize("family", [*CAUSAL, *MASKED])
@@ -559,8 +512,8 @@ def test_packed_rows_give_what_rows_by_themselves_give(family: str, boolean: boo
         return
     for part, tokens in ((a, first), (b, second)):
         alone = logits(model, input_ids=torch.cat([start, tokens], dim=1))
-        torch.testing.assert_close(packed[:, begin], alone[:, :6], rtol=0.0, atol=1e-5)
-        torch.testing.assert_close(packed[:, part], alone[:, 6:], rtol=0.0, atol=1e-5)
+        torch.testing.assert_close(packed[:, begin], alone[:, :6], **CLOSE)
+        torch.testing.assert_close(packed[:, part], alone[:, 6:], **CLOSE)
 
 
 @pytest.mark.parametrize("family", ["llama", "bert"])
@@ -622,6 +575,12 @@ def adapter(saved: Callable[[str], str], tmp_path: Path) -> Path:
             lambda f: edit_json(f / "adapter_config.json", base_model_name_or_path="./gone"),
             "adapts another model. gone: there is no such model folder. If that model moved, set base_model",
         ),
+        (
+            lambda f: edit_json(
+                f / "adapter_config.json", base_model_name_or_path=str(support.save_tiny_model(f / "other", "gpt2"))
+            ),
+            r"adapter in .* does not load on .*with its own base model",
+        ),
         (lambda f: (f / "adapter_model.safetensors").unlink(), "adapter in .* does not load on"),
         (lambda f: (f / "adapter_model.safetensors").write_bytes(b"no tensors"), "adapter in .* does not load on"),
         (
@@ -631,18 +590,11 @@ def adapter(saved: Callable[[str], str], tmp_path: Path) -> Path:
             "holds an adapter of type PROMPT_TUNING: use LoRA or prefix tuning",
         ),
     ],
-    ids=["torn", "unknown type", "no base", "base gone", "no weights", "no tensors", "prompt tuning"],
+    ids=["torn", "unknown type", "no base", "base gone", "other base", "no weights", "no tensors", "prompt tuning"],
 )
 def test_broken_adapter_is_refused(adapter: Path, spoil: Callable[[Path], Any], words: str) -> None:
     spoil(adapter)
     with pytest.raises(InputError, match=words):
-        load_model(str(adapter))
-
-
-@pytest.mark.parametrize("family", ["gpt2", "opt"])
-def test_adapter_of_another_model_is_refused(adapter: Path, saved: Callable[[str], str], family: str) -> None:
-    edit_json(adapter / "adapter_config.json", base_model_name_or_path=saved(family))
-    with pytest.raises(InputError, match=r"adapter in .* does not load on .*with its own base model"):
         load_model(str(adapter))
 
 
@@ -651,7 +603,7 @@ def test_adapter_of_another_model_is_refused(adapter: Path, saved: Callable[[str
 
 @pytest.mark.real_model
 @pytest.mark.parametrize("mode", ["lora", "prefix"])
-def test_adapter_of_the_story_model_learns_and_tells(models_dir: Path, tmp_path: Path, mode: str) -> None:
+def test_adapter_of_the_story_model_learns(models_dir: Path, tmp_path: Path, mode: str) -> None:
     model, tokenizer = load_model(str(models_dir / "stories260k"))
     story = tokenizer("The blue dog sang to the moon about cheese.", return_tensors="pt")["input_ids"]
     model = tune(model, tokenizer, mode)
@@ -670,19 +622,6 @@ def test_adapter_of_the_story_model_learns_and_tells(models_dir: Path, tmp_path:
     save_model(model, tokenizer, tmp_path)
     again, _ = load_model(str(tmp_path))
     assert torch.equal(forward(again, input_ids=story).logits, forward(model, input_ids=story).logits)
-
-    # Two prompts of different lengths, padded on the left, go on as each would by itself.
-    prompts = [tokenizer(text)["input_ids"] for text in ("Once upon a time, there", "The dog")]
-    width = max(map(len, prompts))
-    padded = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
-    told = model.generate(input_ids=padded, attention_mask=mask, **options)[:, width:]
-    for prompt, words in zip(prompts, told, strict=True):
-        alone = torch.tensor([prompt])
-        for _ in range(12):
-            alone = torch.cat([alone, logits(model, input_ids=alone)[:, -1:].argmax(-1)], dim=1)
-        assert words.tolist() == alone[0, len(prompt) :].tolist()
 
 
 @pytest.mark.real_model

@@ -189,17 +189,11 @@ def test_prompts_are_cut_on_the_left_and_counted_answers_and_marks_never(
             encoder(CHOICE, [EXAMPLE])
         return
     assert encoder(CHOICE, [EXAMPLE] * 2) == [Encoded(prompt, [[9], [10, 11]], (1,), example=EXAMPLE)] * 2
-    assert encoder.truncated == (0 if len(prompt) == 4 + bos else 2)
-
-
-def test_only_what_is_too_long_is_cut_and_counted() -> None:
-    short = Example("six", EXAMPLE.options, (0,), context=(0, 3))
-    encoder = Encoder(Words(), 5)
-    found = encoder(CHOICE, [short, EXAMPLE, short, EXAMPLE])
-    assert [len(e.prompt) for e in found] == [1, 3, 1, 3]
-    assert encoder.truncated == 2
-    encoder(CHOICE, [EXAMPLE])
-    assert encoder.truncated == 3
+    cut = len(prompt) < 4 + bos
+    assert encoder.truncated == 2 * cut
+    short = Example("four", EXAMPLE.options, (1,), context=(0, 4))
+    assert [len(found.prompt) for found in encoder(CHOICE, [short, EXAMPLE])] == [1 + bos, len(prompt)]
+    assert encoder.truncated == 3 * cut
 
 
 # --- cutting what is too long ------------------------------------------------------------------------------------
@@ -469,20 +463,6 @@ ASKED = [
 ]
 
 
-@pytest.mark.parametrize("count", [0, 1, 3, 6])
-def test_demonstrations_with_their_answers_stand_before_every_prompt(count: int) -> None:
-    encoder = Encoder(TOKENIZER, 1000, DEMONSTRATIONS[:count])
-    found = encoder(CHOICE, ASKED)
-    before = "".join(f"the film was slow {i} It was terrible\n\n" for i in range(count))
-    assert SEPARATOR == "\n\n"
-    for example, asked in zip(found, ASKED, strict=True):
-        assert unscored(example) == before + asked.prompt
-        assert answers(example) == list(asked.options)
-    assert (encoder.demonstrated, encoder.truncated) == (count, 0)
-    for example in encoder.calibrations(CHOICE, ASKED):
-        assert unscored(example) == before + "It was"
-
-
 def test_demonstration_shows_the_right_option_and_free_text_the_first_target() -> None:
     demonstration = worded("", "a", " It was", (" terrible", " great"))
     demonstration = Example(demonstration.prompt, demonstration.options, (1, 0), context=demonstration.context)
@@ -494,20 +474,24 @@ def test_demonstration_shows_the_right_option_and_free_text_the_first_target() -
 
 
 def test_as_many_demonstrations_as_fit_before_the_longest_stand_before_all() -> None:
-    """And no example loses a word to a demonstration."""
+    """With their answers; and no example loses a word to a demonstration."""
+    assert SEPARATOR == "\n\n"
     alone = Encoder(TOKENIZER, 1000)(CHOICE, ASKED)
     longest = max(input_length(example) for example in alone)
-    counts = []
-    for max_length in range(longest, longest + 120):
+    counts: list[int] = []
+    for max_length in [*range(longest, longest + 120), 1000]:
         encoder = Encoder(TOKENIZER, max_length, DEMONSTRATIONS)
         found = encoder(CHOICE, ASKED)
         assert encoder.truncated == 0
         assert max(input_length(example) for example in found) <= max_length
         n = encoder.demonstrated
-        counts.append(n)
         before = "".join(f"the film was slow {i} It was terrible\n\n" for i in range(6 - n, 6))
         for example, asked in zip(found, ASKED, strict=True):
             assert unscored(example) == before + asked.prompt
+            assert answers(example) == list(asked.options)
+        if n not in counts:
+            assert {unscored(example) for example in encoder.calibrations(CHOICE, ASKED)} == {before + "It was"}
+        counts.append(n)
         # One more would not have fitted.
         if n < 6:
             more = Encoder(TOKENIZER, 1000, DEMONSTRATIONS[5 - n :])(CHOICE, ASKED)
@@ -549,30 +533,24 @@ def test_calibrations_leave_the_content_out() -> None:
 # --- evaluation --------------------------------------------------------------------------------------------------
 
 
+def measured(scores: torch.Tensor, examples: list[Encoded]) -> tuple[list[bool], dict[str, Any]]:
+    """Which of the examples are right by their scores, and what an evaluation of them gives."""
+    pairs = list(zip(scores, examples, strict=True))
+    right = [int(row.argmax()) == e.label for row, e in pairs]
+    loss = sum(-float(row.log_softmax(0)[e.label]) for row, e in pairs) / len(pairs)
+    accuracy = pytest.approx(sum(right) / len(pairs))
+    return right, {"accuracy": accuracy, "loss": pytest.approx(loss, abs=CLOSE["atol"]), "examples": len(pairs)}
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
 @every_layout
 def test_evaluation_of_answers_is_the_mean_over_examples(llama: Any, batch_size: int, layout: Layout | None) -> None:
     examples = [encoded(3 + i % 4, 1 + i % 3, 2, label=i % 2) for i in range(7)]
-    scores = naive_scores(llama, examples)
-    right = [int(row.argmax()) == e.label for row, e in zip(scores, examples, strict=True)]
-    losses = [-float(row.log_softmax(0)[e.label]) for row, e in zip(scores, examples, strict=True)]
+    right, expected = measured(naive_scores(llama, examples), examples)
     seen: list[tuple[int, int]] = []
-    outcomes: list[float] = []
-    result = evaluate(
-        llama,
-        TOKENIZER,
-        CHOICE,
-        examples,
-        batch_size=batch_size,
-        layout=layout,
-        outcomes=outcomes,
-        progress=lambda done, total: seen.append((done, total)),
-    )
-    assert result == {
-        "accuracy": sum(right) / 7,
-        "loss": pytest.approx(sum(losses) / 7, abs=CLOSE["atol"]),
-        "examples": 7,
-    }
+    how: dict[str, Any] = {"batch_size": batch_size, "layout": layout, "outcomes": (outcomes := [])}
+    how["progress"] = lambda done, total: seen.append((done, total))
+    assert evaluate(llama, TOKENIZER, CHOICE, examples, **how) == expected
     assert 0 < sum(right) < 7
     assert outcomes == right
     assert seen[-1] == (7, 7)
@@ -693,19 +671,12 @@ def test_calibration_by_hand(llama: Any, shots: int, batch_size: int, layout: La
     encoder = Encoder(TOKENIZER, 250, [shown(i) for i in range(shots)])
     examples, bare = encoder(CHOICE, asked), encoder.calibrations(CHOICE, asked)
     scores = naive_scores(llama, examples) - naive_scores(llama, bare).nan_to_num(neginf=0.0)
-    right = [int(row.argmax()) == e.label for row, e in zip(scores, examples, strict=True)]
-    losses = [-float(row.log_softmax(0)[e.label]) for row, e in zip(scores, examples, strict=True)]
-    outcomes: list[float] = []
-    found = evaluate(
-        llama, TOKENIZER, CHOICE, examples, batch_size=batch_size, layout=layout, calibrations=bare, outcomes=outcomes
-    )
-    assert found == {
-        "accuracy": pytest.approx(sum(right) / 6),
-        "loss": pytest.approx(sum(losses) / 6, abs=CLOSE["atol"]),
-        "examples": 6,
-    }
+    right, expected = measured(scores, examples)
+    how: dict[str, Any] = {"batch_size": batch_size, "layout": layout}
+    found = evaluate(llama, TOKENIZER, CHOICE, examples, **how, calibrations=bare, outcomes=(outcomes := []))
+    assert found == expected
     assert outcomes == right
-    without = evaluate(llama, TOKENIZER, CHOICE, examples, batch_size=batch_size, layout=layout)
+    without = evaluate(llama, TOKENIZER, CHOICE, examples, **how)
     assert abs(without["loss"] - found["loss"]) > 1e-3
 
 

@@ -5,7 +5,6 @@ The options are the declared settings: one that is added and not listed here fai
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +17,7 @@ import support
 from forwardtune import config
 from forwardtune.cli import methods
 from forwardtune.cli.callbacks import DevWatcher
-from forwardtune.cli.session import Session
+from forwardtune.cli.session import Session, open_session
 from forwardtune.hf.config import MeZOConfig
 from forwardtune.hf.trainer import MeZOTrainer
 from forwardtune.paper.baselines import AdamTrainer
@@ -213,3 +212,13 @@ def test_option_reaches_what_is_built(built: dict[str, Built], folder: Path, nam
     if built[name].log:
         written = built[name].log[option]
         assert written == (str(folder / str(value)) if option in ("model", "task", "data_dir") else value)
+
+
+def test_seed_draws_the_examples(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+
+    def drawn(seed: int) -> list[str]:
+        options = config.Train(model="MODEL", task="mine.yaml", device="cpu", train_examples=7, seed=seed)
+        return [e.example.row["text"] for e in open_session(options, "train").splits["train"]]
+
+    assert drawn(0) == drawn(0) != drawn(1)

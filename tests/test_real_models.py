@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from forwardtune.objectives import option_cross_entropy
 from forwardtune.tasks import get_task, load_split
 from forwardtune.tasks.encoding import Encoder
 from forwardtune.trajectory import StepLog, replay
+from support_runs import inputs_of
 
 pytestmark = pytest.mark.real_model
 
@@ -35,9 +37,6 @@ def smollm() -> tuple[Any, Any]:
 def story_loss(model: Any, tokenizer: Any) -> Callable[[], torch.Tensor]:
     tokens = tokenizer(STORY, return_tensors="pt")["input_ids"]
     return lambda: model(input_ids=tokens, labels=tokens).loss
-
-
-# --- a small story model -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -60,9 +59,6 @@ def test_story_model_is_estimated_untouched_and_replayed_bit_for_bit(
     base, _ = load_model(folder, dtype=dtype)
     assert replay(tmp_path / "steps.jsonl", base) == 4
     support.assert_same_bits(base, support.snapshot(model))
-
-
-# --- the embedded model ------------------------------------------------------------------------------------------
 
 
 def test_embedded_model_is_what_it_says(smollm: tuple[Any, Any]) -> None:
@@ -114,23 +110,6 @@ def test_saved_folder_is_an_ordinary_checkpoint(smollm: tuple[Any, Any], tmp_pat
     assert load_model(str(tmp_path))[0].dtype == torch.bfloat16
 
 
-def test_embedded_model_is_evaluated_on_real_data(smollm: tuple[Any, Any], data_dir: Path) -> None:
-    model, tokenizer = smollm
-    task = get_task("sst2")
-    examples = Encoder(tokenizer, 256)(task, load_split(task, "test", data_dir=data_dir, limit=8).examples)
-    assert [tokenizer.decode(option) for option in examples[0].options] == [" terrible", " great"]
-    layout = find_layout(model, tokenizer, examples)
-    assert layout.shared
-    assert layout.packed
-    result = evaluate(model, tokenizer, task, examples, batch_size=3)
-    assert result["examples"] == 8
-    assert result["accuracy"] * 8 == round(result["accuracy"] * 8)
-    plain = evaluate(model, tokenizer, task, examples, batch_size=1, layout=plain_layout(model, tokenizer))
-    # bfloat16 logits of size 16 are rounded to 2**-4; a loss is a difference of two, and the mean is of eight.
-    assert result["loss"] == pytest.approx(plain["loss"], abs=2**-4)
-    assert 0 < result["loss"] < 4
-
-
 def test_embedded_model_honours_positions_and_masks(smollm: tuple[Any, Any]) -> None:
     """Answers of several tokens, which share their prompt only if the model does."""
     model, tokenizer = smollm
@@ -141,29 +120,26 @@ def test_embedded_model_honours_positions_and_masks(smollm: tuple[Any, Any]) -> 
     assert find_layout(model, tokenizer, examples).shared
 
 
-def test_embedded_model_learns_in_context_with_demonstrations_processed_once(
-    smollm: tuple[Any, Any], data_dir: Path
-) -> None:
+@pytest.mark.parametrize("shots", [0, 8])
+def test_embedded_model_is_evaluated_on_real_data(smollm: tuple[Any, Any], data_dir: Path, shots: int) -> None:
+    """As in rows apart; demonstrations are processed once."""
     model, tokenizer = smollm
     task = get_task("sst2")
-    demonstrations = load_split(task, "train", data_dir=data_dir, limit=8).examples
-    encoder = Encoder(tokenizer, 512, demonstrations)
-    test = load_split(task, "test", data_dir=data_dir, limit=12).examples
-    examples, bare = encoder(task, test), encoder.calibrations(task, test)
-    assert encoder.demonstrated == 8
-    seen: dict[bool, int] = {}
-    losses = {}
-    for plain in (True, False):
-        numbers: list[int] = []
-        hook = model.get_input_embeddings().register_forward_pre_hook(
-            lambda _, args, numbers=numbers: numbers.append(args[0].numel())
-        )
-        try:
-            layout = plain_layout(model, tokenizer) if plain else None
-            losses[plain] = evaluate(model, tokenizer, task, examples, calibrations=bare, layout=layout)["loss"]
-        finally:
-            hook.remove()
-        seen[plain] = sum(numbers)
-    # As above; a calibrated score is the difference of two.
-    assert losses[False] == pytest.approx(losses[True], abs=2**-3)
-    assert seen[False] < seen[True] / 2
+    encoder = Encoder(tokenizer, 512, load_split(task, "train", data_dir=data_dir, limit=8).examples[:shots])
+    test = load_split(task, "test", data_dir=data_dir, limit=8).examples
+    examples, bare = encoder(task, test), encoder.calibrations(task, test) if shots else None
+    assert encoder.demonstrated == shots
+    assert [tokenizer.decode(option) for option in examples[0].options] == [" terrible", " great"]
+    found, seen = [], []
+    for layout in (find_layout(model, tokenizer, examples), plain_layout(model, tokenizer)):
+        with inputs_of(model) as shapes:
+            found.append(evaluate(model, tokenizer, task, examples, calibrations=bare, layout=layout, batch_size=3))
+        seen.append(sum(math.prod(shape) for shape in shapes))
+    result, plain = found
+    assert result["examples"] == 8
+    assert result["accuracy"] * 8 == round(result["accuracy"] * 8)
+    # bfloat16 logits of size 16 are rounded to 2**-4; a loss is a difference of two (calibrated: of four), and the mean is
+    # of eight.
+    assert result["loss"] == pytest.approx(plain["loss"], abs=2**-3 if shots else 2**-4)
+    assert 0 < result["loss"] < 4
+    assert not shots or seen[0] < seen[1] / 2

@@ -63,15 +63,9 @@ def test_what_belongs_to_a_setting_is_taken_beside_it(command: str) -> None:
         needed = {other: values[-1] for other, values in one.only.items()}
         value = next((choice for choice in one.choices or () if choice != "none"), one.default)
         beside = {"normalize": {"probes": 2}, "patience": {"eval_steps": 2}}.get(name, {})
-        describe(
-            command,
-            {
-                **ABSENT,
-                **beside,
-                **needed,
-                name: one.read("1m" if name == "time_budget" else "1") if value is None and one.read else value,
-            },
-        )
+        if value is None and one.read:
+            value = one.read("1m" if name == "time_budget" else "1")
+        describe(command, {**ABSENT, **beside, **needed, name: value})
 
 
 def test_a_message_has_the_names_that_the_user_knows() -> None:

@@ -87,45 +87,48 @@ class Judge:
         return [bonus + score for score in plain(["Q0:", "Q1:", "Q2:"], completions, name, age)]
 
 
+def with_tokens(completions: list[str], **columns: Any) -> list[int]:
+    assert columns.keys() == {"prompts", "completion_ids", "name", "age"}  # the data's own of that name is not given
+    return [len(ids) for ids in columns["completion_ids"]]
+
+
+def curriculum(completions: list[str], trainer_state: Any = None, log_extra: Any = None) -> list[float]:
+    """What only TRL's trainer can give may be left out."""
+    assert trainer_state is log_extra is None
+    return [1.0] * len(completions)
+
+
+def eat(completions: list[str]) -> list[float]:
+    """Disturbs what the next function is given."""
+    return [float(len(completions.pop(0))) for _ in range(3)]
+
+
 @pytest.mark.parametrize(
-    "function",
+    ("function", "ids", "expected"),
     [
-        plain,
-        everything,
-        Judge(),
-        functools.partial(Judge(), bonus=0.0),
-        lambda completions, name, **rest: plain(rest["prompts"], completions, name, rest["age"]),
-        lambda age, completions: [len(c) + a + i for i, (c, a) in enumerate(zip(completions, age, strict=True))],
+        (plain, None, [14.0, 15.0, 24.0]),
+        (plain, [[1, 2], [], [3]], [14.0, 15.0, 24.0]),  # does not take them
+        (everything, None, [14.0, 15.0, 24.0]),
+        (Judge(), None, [14.0, 15.0, 24.0]),
+        (functools.partial(Judge(), bonus=0.0), None, [14.0, 15.0, 24.0]),
+        (
+            lambda completions, name, **rest: plain(rest["prompts"], completions, name, rest["age"]),
+            None,
+            [14.0, 15.0, 24.0],
+        ),
+        (lambda age, completions: [a + len(c) for c, a in zip(completions, age, strict=True)], None, [14, 14, 22]),
+        (lambda completions, completion_ids: [len(i) for i in completion_ids], [[1, 2], [], [3]], [2, 0, 1]),
+        (with_tokens, [[1, 2], [], [3]], [2, 0, 1]),
+        (curriculum, None, [1, 1, 1]),
+        (eat, None, [4, 3, 10]),
     ],
-    ids=["named", "kwargs", "object", "partial", "some-and-kwargs", "some-in-another-order"],
 )
-def test_columns_come_by_name_as_lists(function: Any) -> None:
-    assert Reward(function, "r")(EXAMPLES, COMPLETIONS) == [14.0, 15.0, 24.0]
-
-
-def test_what_does_not_apply_is_none() -> None:
-    """As TRL has it for data of several kinds."""
-
-    def of_the_old(completions: list[str], age: list[int], **columns: Any) -> list[float | None]:
-        return [float(len(c)) if a > 10 else None for c, a in zip(completions, age, strict=True)]
-
-    assert Reward(of_the_old, "r")(EXAMPLES, COMPLETIONS) == [None, 3.0, 10.0]
-    assert Reward(lambda completions: [None] * 3, "r")(EXAMPLES, COMPLETIONS) == [None] * 3
-
-
-def test_tokens_come_by_trls_name() -> None:
-    ids = [[1, 2], [], [3]]
-    rows = [Example(e.prompt, row={**e.row, "completion_ids": "a column", "trainer_state": 1}) for e in EXAMPLES]
-    lengths = Reward(lambda completions, completion_ids: [len(i) for i in completion_ids], "r")
-    assert lengths(rows, COMPLETIONS, ids) == [2, 0, 1]
-
-    def everything(completions: list[str], **columns: Any) -> list[int]:
-        assert columns.keys() == {"prompts", "completion_ids", "name", "age"}
-        assert columns["completion_ids"] is not ids
-        return [0, 0, 0]
-
-    assert Reward(everything, "r")(rows, COMPLETIONS, ids) == [0, 0, 0]
-    assert Reward(plain, "r")(EXAMPLES, COMPLETIONS, ids) == [14.0, 15.0, 24.0]  # does not take them
+def test_columns_come_by_name_as_lists(function: Any, ids: Any, expected: list[float]) -> None:
+    rows = EXAMPLES
+    if ids is not None:
+        rows = [Example(e.prompt, row={**e.row, "completion_ids": "a column", "trainer_state": 1}) for e in EXAMPLES]
+    assert Reward(function, "r")(rows, COMPLETIONS, ids) == expected
+    assert COMPLETIONS == ["zero", "one", "the second"]
 
 
 async def later(completions: list[str]) -> list[float]:
@@ -178,22 +181,6 @@ def test_what_was_not_written_as_a_reward_or_needs_trls_trainer_is_refused(funct
     """It might do anything with the columns."""
     with pytest.raises(InputError, match=f"^reward mine:f {message}"):
         Reward(function, "mine:f")
-
-
-def test_what_only_trls_trainer_can_give_may_be_left_out() -> None:
-    def curriculum(completions: list[str], trainer_state: Any = None, log_extra: Any = None) -> list[float]:
-        assert trainer_state is log_extra is None
-        return [1.0] * len(completions)
-
-    assert Reward(curriculum, "r")(EXAMPLES, COMPLETIONS) == [1.0] * 3
-
-
-def test_function_may_not_disturb_what_the_next_one_is_given() -> None:
-    def eat(completions: list[str]) -> list[float]:
-        return [float(len(completions.pop(0))) for _ in range(3)]
-
-    assert Reward(eat, "r")(EXAMPLES, COMPLETIONS) == [4, 3, 10]
-    assert len(COMPLETIONS) == 3
 
 
 @pytest.mark.parametrize(
@@ -518,12 +505,9 @@ def test_reward_of_none_adds_nothing(write: Write) -> None:
     found = objective(model, batch).tolist()
     assert found == [len(text) if is_short else -3 for text, is_short in zip(said, short, strict=True)]
     judged = [-len(text) for text, is_short in zip(said, short, strict=True) if is_short]
+    mean, std = pytest.approx(np.mean(judged)), pytest.approx(np.std(judged))
     assert objective.take_statistics() == {
-        f"{name}:of_short": {
-            "mean": pytest.approx(np.mean(judged)),
-            "std": pytest.approx(np.std(judged)),
-            "none": 4 - len(judged),
-        },
+        f"{name}:of_short": {"mean": mean, "std": std, "none": 4 - len(judged)},
         f"{name}:of_long": {"mean": 1.0, "std": 0.0, "none": len(judged)},
     }
 

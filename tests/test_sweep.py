@@ -415,8 +415,8 @@ def test_time_left_is_judged_by_the_nearest_relatives(bench: Bench) -> None:
     for ended, seconds in ((runs[0], 10.0), (runs[2], 100.0)):
         bench.folder.begin(ended)
         bench.folder.of(ended).mkdir()
-        (bench.folder.of(done) / "metrics.json").write_text('{"test": {}}')
-        bench.folder.end(done, seconds, keep_model=True)
+        (bench.folder.of(ended) / "metrics.json").write_text('{"test": {}}')
+        bench.folder.end(ended, seconds, keep_model=True)
     left = [each for each in runs if each not in (runs[0], runs[2])]
     assert time_left(runs, left, bench.folder, jobs=1) == 3 * 10 + 3 * 100
     assert time_left(runs, left, bench.folder, jobs=2) == (3 * 10 + 3 * 100) / 2

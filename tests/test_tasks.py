@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -13,11 +14,10 @@ from typing import Any
 import pytest
 
 from forwardtune.errors import InputError
-from forwardtune.tasks import BadRowsError, Example, Task, doubts, get_task, load_split, load_splits
+from forwardtune.tasks import BadRowsError, Task, doubts, get_task, load_split, load_splits
 from forwardtune.tasks.reader import read_task
 from forwardtune.tasks.rows import read_rows
 from forwardtune.tasks.template import columns_of
-from support_runs import write_jsonl
 
 ROWS = [{"text": f"review {i}, with a comma", "label": i % 2} for i in range(20)]
 
@@ -32,6 +32,11 @@ def make_task(prompt: str = "{text} It was", **changes: Any) -> Task:
 def write_task(folder: Path, text: str) -> Path:
     path = folder / "mine.yaml"
     path.write_text(text, encoding="utf-8")
+    return path
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
@@ -66,22 +71,61 @@ def test_embedded_reviews_are_balanced_plain_and_unique() -> None:
 # --- templates ---------------------------------------------------------------------------------------------------
 
 
+FREE: dict[str, Any] = {"answers": None, "label": "text", "metric": "f1"}
+FILTERED = "{a|upper_first}? {b|lower_first} {c|without_stop} {d|without_stop} {c|without_stop|lower_first}"
+
+
 @pytest.mark.parametrize(
-    ("prompt", "value", "expected"),
+    ("prompt", "changes", "row", "expected"),
     [
-        ("{text} It was", "  fine \n", "fine It was"),
-        ("{text} It was", "a {label} of {{braces}} {", "a {label} of {{braces}} { It was"),
-        ("{text} It was", "%s %(text)s {0} \\1 \\g<1>", "%s %(text)s {0} \\1 \\g<1> It was"),
-        ("{{text}} {text}", "fine", "{text} fine"),
-        ("{text} or {text}?", "a", "a or a?"),
-        ("{text} }} {{", "a", "a } {"),
-        ("{text}", 7, "7"),
-        ("{text}", False, "False"),
-        ("{text}", 0, "0"),
+        # A template is plain substitution of stripped values.
+        ("{text} It was", {}, {"text": "  fine \n"}, {"prompt": "fine It was"}),
+        ("{text} It was", {}, {"text": "a {label} of {{braces}} {"}, {"prompt": "a {label} of {{braces}} { It was"}),
+        ("{text} a", {}, {"text": "%s %(text)s {0} \\1 \\g<1>"}, {"prompt": "%s %(text)s {0} \\1 \\g<1> a"}),
+        ("{{text}} {text}", {}, {"text": "fine"}, {"prompt": "{text} fine"}),
+        ("{text} or {text}?", {}, {"text": "a"}, {"prompt": "a or a?"}),
+        ("{text} }} {{", {}, {"text": "a"}, {"prompt": "a } {"}),
+        ("{text}", {}, {"text": 7}, {"prompt": "7"}),
+        ("{text}", {}, {"text": False}, {"prompt": "False"}),
+        ("{text}", {}, {"text": 0}, {"prompt": "0"}),
+        # Filters change one letter or the final stop; replacements their column alone, and may hold placeholders.
+        (
+            FILTERED,
+            {},
+            {"a": "was it McDonald's", "b": "It was Ann", "c": "He left .", "d": "Inc. won.."},
+            {"prompt": "Was it McDonald's? it was Ann He left Inc. won. he left"},
+        ),
+        ("{a} {b}", {"replace": {"a": {"X": "<{b}>", "Y": "-"}}}, {"a": "X Y Z", "b": "X"}, {"prompt": "<X> - Z X"}),
+        # Answers are joined by one space unless the prompt ends in white space, and may be columns.
+        ("{text} It was", {}, {"text": "a"}, {"options": (" terrible", " great")}),
+        ("{text}\n", {}, {"text": "a"}, {"options": ("terrible", "great")}),
+        ("{text} ", {}, {"text": "a"}, {"options": ("terrible", "great")}),
+        ("{text} It was", FREE, {"text": "a"}, {"target": " a", "options": ()}),
+        ("{text}\n", FREE, {"text": "a"}, {"target": "a", "options": ()}),
+        (
+            "{text} because ",
+            {"answers": {"0": "{first|lower_first}", "1": "it {second}"}},
+            {"text": "A", "first": "It rained.", "second": "shone"},
+            {"options": ("it rained.", "it shone"), "right": (1,), "targets": (), "context": (0, 1)},
+        ),
+        # For masked models they are bare words.
+        ("{text} It was [MASK].", {}, {"text": "a"}, {"prompt": "a It was [MASK].", "options": ("terrible", "great")}),
+        # The prompt without content is its own last words, or what the task says.
+        ("{text} It was", {}, {"text": "a"}, {"calibration": "It was"}),
+        ("{text} It was", {"calibration": "{kind} was"}, {"text": "a", "kind": "film"}, {"calibration": "film was"}),
+        ("{text} It was", {"calibration": ""}, {"text": "a"}, {"calibration": ""}),
+        ("{text} {{x}} {text}\n {{y}}", {}, {"text": "a"}, {"calibration": "{y}"}),
+        # The context is the first column, unless the task names another.
+        ("Say {a}, {b}, {a}.", {}, {"a": "premise", "b": "other one"}, {"context": (4, 11)}),
+        ("Say {a}, {b}, {a}.", {"context": "b"}, {"a": "premise", "b": "other one"}, {"context": (13, 22)}),
     ],
 )
-def test_template_is_plain_substitution_of_stripped_values(prompt: str, value: Any, expected: str) -> None:
-    assert make_task(prompt).example({"text": value, "label": 1}, "row 1").prompt == expected
+def test_what_a_row_becomes(prompt: str, changes: Any, row: dict[str, Any], expected: dict[str, Any]) -> None:
+    task, row = make_task(prompt, **changes), {"label": 1, **row}
+    example = task.example(row, "row 1")
+    assert {name: getattr(example, name) for name in expected} == expected
+    assert example.row == row
+    assert task.fixed_answers == ("first" not in row and "answers" not in changes)
 
 
 @pytest.mark.parametrize(
@@ -99,14 +143,6 @@ def test_braces_that_are_hardly_a_column_are_told_from_a_missing_one(prompt: str
     message = _failure(make_task(prompt).example, {"text": "a", "label": 1}, "row 1")
     assert "row 1 has no column" in message
     assert ("are written {{ and }}" in message) == hint
-
-
-@pytest.mark.parametrize(("prompt", "joint"), [("{text} It was", " "), ("{text}\n", ""), ("{text} ", "")])
-def test_answers_are_joined_by_one_space_unless_the_prompt_ends_in_white_space(prompt: str, joint: str) -> None:
-    row = {"text": "a", "label": "1"}
-    assert make_task(prompt).example(row, "").options == (f"{joint}terrible", f"{joint}great")
-    free = make_task(prompt, answers=None, label="text", metric="f1").example(row, "")
-    assert (free.target, free.options) == (f"{joint}a", ())
 
 
 @pytest.mark.parametrize(
@@ -158,12 +194,6 @@ def _failure(do: Callable[..., object], *arguments: Any, **options: Any) -> str:
     return ""
 
 
-def test_filters_change_one_letter_or_the_final_stop() -> None:
-    row = {"a": "was it McDonald's", "b": "It was Ann", "c": "He left .", "d": "Inc. won..", "label": 1}
-    task = make_task("{a|upper_first}? {b|lower_first} {c|without_stop} {d|without_stop} {c|without_stop|lower_first}")
-    assert task.example(row, "").prompt == "Was it McDonald's? it was Ann He left Inc. won. he left"
-
-
 def test_column_may_be_inside_another_one() -> None:
     row = {"answers": {"text": [" a ", "b", "a"], "start": [1]}, "a.b": "dotted", "q": "why"}
     task = make_task("{a.b} {q}", label="answers.text", answers=None, metric="f1")
@@ -173,20 +203,6 @@ def test_column_may_be_inside_another_one() -> None:
         make_task("{q}", label="answers.txt", answers=None, metric="f1").example(row, "row 1")
     with pytest.raises(InputError, match=r"'answers\.text' is empty"):
         task.example({**row, "answers": {"text": []}}, "row 1")
-
-
-def test_replacements_are_made_in_their_column_alone_and_may_hold_placeholders() -> None:
-    task = make_task("{a} {b}", replace={"a": {"X": "<{b}>", "Y": "-"}})
-    assert task.example({"a": "X Y Z", "b": "X", "label": 0}, "").prompt == "<X> - Z X"
-
-
-def test_answers_may_be_columns() -> None:
-    task = make_task("{text} because ", answers={"0": "{first|lower_first}", "1": "it {second}"})
-    assert not task.fixed_answers
-    row = {"text": "A", "first": "It rained.", "second": "shone", "label": 1}
-    assert task.example(row, "") == Example(
-        "A because ", ("it rained.", "it shone"), (1,), (), context=(0, 1), calibration="because ", row=row
-    )
 
 
 def test_each_entry_of_a_list_may_be_an_option() -> None:
@@ -203,33 +219,6 @@ def test_each_entry_of_a_list_may_be_an_option() -> None:
         task.example({**row, "parts": "A"}, "row 1")
 
 
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({}, "It was"),
-        ({"calibration": "{kind} was"}, "film was"),
-        ({"calibration": ""}, ""),
-        ({"prompt": "{text} {{x}} {text}\n {{y}}"}, "{y}"),
-    ],
-)
-def test_prompt_without_content_is_its_own_last_words_or_what_the_task_says(changes: Any, expected: str) -> None:
-    task = make_task(**changes)
-    assert task.example({"text": "a", "kind": "film", "label": 1}, "").calibration == expected
-
-
-@pytest.mark.parametrize(("context", "expected"), [(None, "premise"), ("b", "other one")])
-def test_context_is_the_first_column_unless_the_task_names_another(context: str | None, expected: str) -> None:
-    row = {"a": "premise", "b": "other one", "label": 0}
-    example = make_task("Say {a}, {b}, {a}.", context=context).example(row, "")
-    assert example.prompt[slice(*example.context)] == expected
-    assert example.context[0] == example.prompt.index(expected)
-
-
-def test_task_for_masked_models_fills_the_mask_with_bare_words() -> None:
-    example = make_task("{text} It was [MASK].").example({"text": "a", "label": 1}, "")
-    assert (example.prompt, example.options) == ("a It was [MASK].", ("terrible", "great"))
-
-
 # --- task files --------------------------------------------------------------------------------------------------
 
 GOOD = {"prompt": "'{text} It was'", "answers": "{0: terrible, 1: great}", "train": "train.csv", "test": "test.csv"}
@@ -238,6 +227,10 @@ GOOD = {"prompt": "'{text} It was'", "answers": "{0: terrible, 1: great}", "trai
 def task_text(**changes: str | None) -> str:
     lines = {**GOOD, **changes}
     return "".join(f"{key}: {value}\n" for key, value in lines.items() if value is not None)
+
+
+def pairs_text(**changes: str | None) -> str:
+    return task_text(**{"answers": None, "preference": "{chosen: good, rejected: bad}", **changes})
 
 
 def test_task_file_defaults(tmp_path: Path) -> None:
@@ -325,6 +318,18 @@ def test_task_file_defaults(tmp_path: Path) -> None:
         (task_text(masked="{prompt: '{text} [MASK]', metric: accuracy}"), "masked: unknown key 'metric'"),
         (task_text(prompt="'{text} [MASK]'", answers=None, target="reply"), r"\[MASK\] needs answers"),
         (task_text(train=None, test=None, hub="{path: a/b, train: t, test: u, split: v}"), "hub: unknown key 'split'"),
+        (pairs_text(preference="{chosen: good}"), "preference must be {chosen: COLUMN, rejected: COLUMN}"),
+        (pairs_text(preference="good"), "preference must be {chosen: COLUMN, rejected: COLUMN}"),
+        (pairs_text(beta="0"), "beta must be a positive number, got 0: 0.1 is usual"),
+        (pairs_text(beta=".nan"), "beta must be a positive number, got nan"),
+        (pairs_text(beta="true"), "beta must be a positive number, got True"),
+        (pairs_text(beta="'0.1'"), "beta must be a positive number, got '0.1'"),
+        (pairs_text(label="good"), "give one of answers .* and preference, not several"),
+        (pairs_text(target="good"), "not several"),
+        (pairs_text(answers="{0: a, 1: b}"), "not several"),
+        (pairs_text(metric="f1"), "metric 'f1' does not suit it: choose accuracy"),
+        (pairs_text(loss="likelihood"), "loss 'likelihood' does not suit it: choose preference"),
+        (pairs_text(prompt="'{text} [MASK]'"), r"a prompt with \[MASK\] needs answers"),
     ],
     ids=lambda text: text.splitlines()[-1][:40] if "\n" in text else None,
 )
@@ -386,6 +391,7 @@ def test_task_that_is_not_there(tmp_path: Path) -> None:
         ({"text": "", "label": 1}, "'text' is empty"),
         ({"text": " \n", "label": 1}, "'text' is empty"),
         ({"text": None, "label": 1}, "'text' is empty"),
+        ({"text": math.nan, "label": 1}, "'text' is empty"),
         ({"text": "a"}, "no column 'label'"),
         ({"text": "a", "label": 2}, r"label '2' is not among the answers.*0, 1"),
         ({"text": "a", "label": None}, "'label' is empty"),
@@ -468,12 +474,6 @@ def test_quotation_marks_in_tab_separated_lines(tmp_path: Path) -> None:
     assert [row["text"] for row in rows] == ['"To be', 'or not"', 'a "quoted" word', '"one" and "two"', '"', "", ""]
     (tmp_path / "b.tsv").write_text('text\tlabel\n"a\tb"\t1\n"c\nd"\t0\n', encoding="utf-8")
     assert read_rows(tmp_path / "b.tsv") == [{"text": "a\tb", "label": "1"}, {"text": "c\nd", "label": "0"}]
-
-
-def test_nan_is_an_empty_cell(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('{"text": NaN, "label": 1}')
-    with pytest.raises(InputError, match="example 1: column 'text' is empty"):
-        load(tmp_path / "a.jsonl")
 
 
 def test_missing_data(tmp_path: Path) -> None:
@@ -672,6 +672,8 @@ def test_rows_that_cannot_be_used_are_counted_and_left_out_if_asked_for(tmp_path
         load_split(masked, "train", on_bad_row="skip")
     with pytest.raises(InputError, match="on_bad_row must be refuse or skip, got 'drop'"):
         load_split(task, "train", on_bad_row="drop")
+    clean = load_split(split_task(tmp_path), "train", on_bad_row="skip")
+    assert (list(clean.numbers), clean.skipped, clean.first_skipped) == (list(range(20)), 0, "")
 
 
 def test_a_row_that_is_not_drawn_is_not_judged(tmp_path: Path) -> None:
