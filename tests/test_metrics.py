@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from forwardtune.errors import InputError
-from forwardtune.tasks.metrics import TEXT_METRICS, drop_normalize, kin, score
+from forwardtune.tasks.metrics import TEXT_METRICS, drop_normalize, related, score
 
 
 def scores(metric: str, *pairs: tuple[Any, Any]) -> list[float]:
@@ -40,8 +40,8 @@ def test_answers_that_are_no_list_or_none_at_all_are_refused(metric: str, truths
 
 
 def test_f1_and_exact_match_by_the_same_rules_are_kin() -> None:
-    assert kin("f1") == kin("exact_match") == ("f1", "exact_match")
-    assert kin("drop_f1") == kin("drop_exact_match") == ("drop_f1", "drop_exact_match")
+    assert related("f1") == related("exact_match") == ("f1", "exact_match")
+    assert related("drop_f1") == related("drop_exact_match") == ("drop_f1", "drop_exact_match")
 
 
 def test_unknown_metric_is_refused_with_the_nearest() -> None:

@@ -252,7 +252,7 @@ def _term(factor: str | None, name: str, specification: str, task: Task) -> Term
                 "give a task without answers"
             )
         return Term(weight, name, load_reward(name, weight))
-    suits = ["accuracy"] if not task.free_text else list(metrics.kin(task.metric)) if task.label else []
+    suits = ["accuracy"] if not task.free_text else list(metrics.related(task.metric)) if task.label else []
     suits += ["loss"] if task.loss != "none" else []
     if name not in suits:
         raise InputError(

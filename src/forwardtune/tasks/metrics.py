@@ -47,7 +47,7 @@ def score(metric: str, prediction: Answer, truths: Sequence[Answer]) -> float:
     return max(_SCORERS[metric](prediction, truth) for truth in truths)
 
 
-def kin(metric: str) -> tuple[str, ...]:
+def related(metric: str) -> tuple[str, ...]:
     """The metrics by the same rules: F1 and exact match go together."""
     return tuple(name for name in _SCORERS if name.startswith("drop_") == metric.startswith("drop_"))
 
