@@ -80,7 +80,9 @@ def forward(model: Any, **inputs: Any) -> Any:
     mask = inputs.get("attention_mask")
     if mask is None:
         mask = torch.ones(rows, length, dtype=torch.int64, device=inputs["input_ids"].device)
-    inputs["attention_mask"] = torch.cat([_all_visible(mask, count), mask], dim=-1)
+    additive = mask.dim() == 4 and mask.dtype != torch.bool
+    visible = mask.new_full((*mask.shape[:-1], count), 0 if additive else 1)
+    inputs["attention_mask"] = torch.cat([visible, mask], dim=-1)
     if inputs.get("position_ids") is not None:
         inputs["position_ids"] = inputs["position_ids"] + count
     return model.base_model(**inputs, past_key_values=cache)
@@ -95,7 +97,7 @@ def prefix_length(model: Any) -> int:
 
 def _window(model: Any) -> int | None:
     """How many tokens a token sees, itself among them, if that holds in every layer."""
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])
     window = getattr(config, "sliding_window", None)
     return None if window is None or kinds != {"sliding_attention"} else int(window)
@@ -115,13 +117,6 @@ def _warn_beyond(model: Any, args: Any, inputs: dict[str, Any], *, window: int, 
             UserWarning,
             stacklevel=1,  # one place, so that it is said once
         )
-
-
-def _all_visible(mask: Tensor, count: int) -> Tensor:
-    """So many more columns of a mask, for what every token may see."""
-    shape = (*mask.shape[:-1], count)
-    additive = mask.dim() == 4 and mask.dtype != torch.bool
-    return mask.new_zeros(shape) if additive else mask.new_ones(shape)
 
 
 def _draw_tokens(model: Any, tokenizer: Any, count: int, seed: int) -> Tensor:
