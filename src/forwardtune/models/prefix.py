@@ -17,9 +17,7 @@ def add_prefix(model: Any, tokenizer: Any, length: int, seed: int) -> Any:
     """Wrap the model with a tunable prefix that starts as the keys and values of real tokens, in float32.
 
     The tokens are drawn from the vocabulary without its special tokens, and go through the model once. There is no
-    reparametrisation: the keys and values are the weights. Source: MeZO, appendix E.5.
-
-    Where all layers have a sliding window, a text beyond it does not see the prefix. The model then warns of such a text.
+    reparametrisation: the keys and values are the weights (MeZO, appendix E.5). Where all layers have a sliding window, a text beyond it does not see the prefix. The model then warns of such a text.
 
     Raises:
         InputError: the model's attention takes no keys and values from outside.
@@ -63,12 +61,9 @@ def forward(model: Any, **inputs: Any) -> Any:
     prefix as its cache, as ``peft`` does, and every token sees all of the prefix.
 
     Args:
-        inputs: ``input_ids`` (rows, length); optionally ``attention_mask``, (rows, length) or
-            (rows, 1, length, length), the latter boolean or additive, ``position_ids`` (rows, length), counted as if
-            there were no prefix, and whatever else the model takes.
-
-    Returns:
-        The model's output; its logits have shape (rows, length, vocabulary).
+        inputs: ``input_ids`` (rows, length); optionally ``attention_mask``, (rows, length) or (rows, 1, length, length),
+            the latter boolean or additive, ``position_ids`` (rows, length), counted as if there were no prefix, and
+            whatever else the model takes.
     """
     count = prefix_length(model)
     if not count or not model.has_active_enabled_adapter:
@@ -141,8 +136,8 @@ def _keys_and_values(model: Any, tokens: Tensor) -> Tensor:
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
         reason = f" ({type(error).__name__}: {error})"
     kept: list[Any] = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
-    alike = bool(kept) and all(tensor is not None and tensor.shape == kept[0].shape for tensor in kept)
-    if reason or not alike or kept[0].shape[2] != len(tokens):
+    shapes = {getattr(tensor, "shape", None) for tensor in kept}
+    if reason or len(shapes) != 1 or None in shapes or kept[0].shape[2] != len(tokens):
         raise InputError(
             f"{type(model).__name__} cannot be tuned by a prefix: its layers do not all take keys and values of one "
             f"shape from outside{reason}. Choose lora, all, or a pattern of parameter names"

@@ -59,18 +59,15 @@ def tune(
     Args:
         model: from :func:`load_model`, or any such model without an adapter.
         tokenizer: its tokenizer; ``prefix`` draws tokens from it.
-        lora_rank: width of A and B.
-        lora_alpha: factor of ``B A``, in units of 1/rank.
         lora_targets: last parts of the names of the modules to adapt; by default those that ``peft`` adapts in this
             architecture, else the query and value projections by their usual names.
-        prefix_length: positions of the prefix.
         seed: of A, or of the tokens that the prefix starts from.
 
     Raises:
         InputError: a pattern or a target that matches nothing, a LoRA target whose weight is tied, a size that is not
             positive, a model that has an adapter already, or one that the mode cannot tune.
 
-    Source: MeZO, appendix E.5: rank 8, alpha 16, 5 prefix tokens.
+    Defaults are the MeZO paper's, appendix E.5.
     """
     if is_adapted(model):
         raise InputError("the model has an adapter already: give the base model, or merge the adapter and save that")

@@ -1,19 +1,5 @@
 """Which rows are for training, development and testing: the rules that a task file can choose.
 
-==============  ============================================================================================================
-rule            what it draws
-==============  ============================================================================================================
-``forwardtune`` development and training rows in an order drawn by the seed, development first. Where the training data are
-                short, development takes at most a quarter of them, unless as many remain for training. Test rows are the
-                same for every seed. ``per_class`` needs that many rows of every class.
-``mezo``        as the code of the MeZO paper draws them from rows in the order of the source (numpy's ``RandomState``).
-                Causal models (section 3.1): ``permutation(rows)`` by the seed; the first ``train + dev`` are taken, and the
-                last ``dev`` of these are for development, however few that leaves for training; test rows are the first of
-                another ``permutation`` by the same seed. ``per_class``, masked models (section 3.2): rows are shuffled by
-                the seed; of each class the first k are for training and the next k for development, as many as there are;
-                test rows are the first after a shuffle by 42.
-==============  ============================================================================================================
-
 A rule names rows by their places in the source, counted without those that have no label.
 """
 
@@ -28,9 +14,7 @@ import numpy as np
 from ..errors import InputError, warn
 from .task import Task
 
-# Of the default rule: runs with several seeds can be compared on the same examples.
 _TEST_SEED = 0
-# Of the paper's masked models.
 _MASKED_TEST_SEED = 42
 
 
@@ -46,7 +30,11 @@ class Wanted:
 
 
 class Default:
-    """The rule ``forwardtune``."""
+    """The rule ``forwardtune``: development and training rows in an order drawn by the seed, development first.
+
+    Where the training data are short, development takes at most a quarter of them, unless as many remain for training.
+    ``per_class`` needs that many rows of every class. Test rows are the same for every seed, so that runs can be compared.
+    """
 
     name = "forwardtune"
 
@@ -79,7 +67,14 @@ class Default:
 
 
 class MeZO:
-    """The rule ``mezo``."""
+    """The rule ``mezo``: as the code of the MeZO paper draws them from rows in the order of the source.
+
+    Causal models (section 3.1): ``permutation(rows)`` by the seed, with numpy's ``RandomState``; the first ``train + dev``
+    are taken, and the last ``dev`` of these are for development, however few that leaves for training; test rows are the
+    first of another ``permutation`` by the same seed. ``per_class``, masked models (section 3.2): rows are shuffled by the
+    seed; of each class the first k are for training and the next k for development, as many as there are; test rows are
+    the first after a shuffle by 42.
+    """
 
     name = "mezo"
 

@@ -41,25 +41,17 @@ Replacements = Mapping[str, Mapping[str, str]]
 
 
 class Fields:
-    """The values of one row, as templates see them.
+    """The values of one row, as templates see them; ``where`` and ``task`` name row and task in messages.
 
-    Args:
-        row: column -> value. ``a.b`` names key ``b`` of a column ``a`` that holds a mapping.
-        where: names the row in messages.
-        task: names the task in messages.
-        replace: column -> {text: text in its place}; the new text may hold placeholders itself.
+    ``a.b`` is key ``b`` of a column ``a`` that holds a mapping. The texts that ``replace`` puts in the place of others may
+    hold placeholders themselves.
     """
 
     def __init__(self, row: Row, where: str, task: str, replace: Replacements | None = None) -> None:
-        self._row, self._where, self._task = row, where, task
-        self._replace = replace or {}
+        self._row, self._where, self._task, self._replace = row, where, task, replace or {}
 
     def value(self, column: str) -> Any:
-        """The value of a column.
-
-        Raises:
-            RowError: the row has no such column, or it is empty.
-        """
+        """The value of a column. Raises RowError if there is none, or it is empty."""
         value: Any = self._row
         for key in [column] if column in self._row else column.split("."):
             if not isinstance(value, Mapping) or key not in value:
@@ -74,11 +66,7 @@ class Fields:
         return value
 
     def text(self, column: str, option: str | None = None) -> str:
-        """The value of a column as text, stripped, with the task's replacements made.
-
-        Raises:
-            RowError: the column holds a conversation.
-        """
+        """The value of a column as text, stripped and with replacements. Raises RowError for a conversation, too."""
         value = self.value(column)
         if isinstance(value, list) and isinstance(value[0], Mapping) and "content" in value[0]:
             raise RowError(
@@ -112,12 +100,7 @@ class Fields:
 
 
 def columns_of(template: str) -> list[str]:
-    """The columns that a template names, in their order; an escaped brace names none.
-
-    Raises:
-        ValueError: a placeholder without a name, with a quotation mark or a line break in it, or with a filter that does
-            not exist.
-    """
+    """The columns that a template names, in their order. Raises ValueError for what names none, and unknown filters."""
     columns = []
     for _, placeholder in _parts(template):
         if placeholder is None:

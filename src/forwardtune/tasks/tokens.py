@@ -71,12 +71,9 @@ def word_starts(text: str) -> list[int]:
 def least(candidates: Sequence[int], fits: Callable[[int], bool], guess: float) -> int | None:
     """The smallest of the sorted candidates that fits; None if none does.
 
-    It is sought in steps that double from the guess on, then by bisection: cheap where candidates far smaller than the
-    result are dear to try, as texts are of which too little was cut.
-
-    Args:
-        fits: true from the result on.
-        guess: share of the candidates that lies below the result, about.
+    ``fits`` is true from the result on, and ``guess`` is about which share of the candidates lies below it. It is sought
+    in steps that double from the guess on, then by bisection: cheap where candidates far smaller than the result are dear
+    to try, as texts are of which too little was cut.
     """
     low, high = -1, len(candidates)  # what does not fit, and what does
     place, step = max(0, min(len(candidates) - 1, int(guess * len(candidates)))), 1
