@@ -46,12 +46,7 @@ def through_cache(
 ) -> Pair:
     """The model and tokenizer of a GGUF file: loaded from the cache, or else converted and, if they fit, kept there.
 
-    Args:
-        file: the GGUF file.
-        dtype: of the weights.
-        convert: does it without the cache.
-        load: reads an entry, a Hugging Face folder.
-        announce: told when something is converted.
+    ``convert`` does it without the cache, ``load`` reads an entry, and ``announce`` is told when something is converted.
     """
     entry = None
     with suppress(OSError, metadata.PackageNotFoundError):  # then converting says what is wrong

@@ -42,12 +42,9 @@ class TaskObjective:
     reward that is None for an example adds nothing to its sum, as in TRL.
 
     Args:
-        specification: terms joined by ``+``, each with a factor or without: ``accuracy + 0.1 * loss``,
-            ``rewards:brevity``. Names are ``loss``, ``accuracy``, ``f1``, ``exact_match``, ``drop_f1``,
-            ``drop_exact_match``, and ``module:function`` or ``path/to/file.py:function`` for a function in TRL's
-            signature.
-        task: what is tuned for.
-        tokenizer: the model's.
+        specification: terms joined by ``+``, each with a factor or without: ``accuracy + 0.1 * loss``. Names are ``loss``,
+            ``accuracy``, ``f1``, ``exact_match``, ``drop_f1``, ``drop_exact_match``, and ``module:function`` or
+            ``path/to/file.py:function`` for a function in TRL's signature.
         sampling: how texts are generated; the seed is combined with the step's number.
         sample_steps: keep what was written at every so many steps, for :meth:`take_samples`; None keeps nothing.
 
@@ -88,14 +85,9 @@ class TaskObjective:
         self._recording = False
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        """The objective of every example, float32, shape (batch,).
+        """The objective of every example, float32, shape (batch,). Raises RewardError if a reward function failed.
 
-        Args:
-            batch: from :func:`forwardtune.evaluation.prepare`, with ``examples``, the encoded examples, where text is
-                generated.
-
-        Raises:
-            RewardError: a reward function failed.
+        ``batch`` is from :func:`forwardtune.evaluation.prepare`, with the encoded ``examples`` where text is generated.
         """
         sampling = replace(self._sampling, seed=((self._sampling.seed * 1_000_003) + self._step) * 1009 + self._part)
         measured = _Measured(model, batch, self.task, self._tokenizer, sampling)

@@ -34,10 +34,7 @@ class Reward:
     data from anywhere, and a function that was not written as a reward may do anything with them:
     ``subprocess.getoutput(cmd)`` would run a column called ``cmd``.
 
-    Args:
-        function: the function.
-        name: for messages and logs.
-        weight: its factor in a sum of several.
+    ``name`` is for messages and logs, and ``weight`` its factor in a sum of several.
 
     Raises:
         InputError: the function cannot be called like that: it does not take ``completions`` by name, is of the standard
@@ -61,11 +58,7 @@ class Reward:
         self._columns = [one for one in required if one not in _OWN]
 
     def require(self, columns: Iterable[str]) -> None:
-        """Check that a row has the columns that the function takes without a default.
-
-        Raises:
-            RewardError: it lacks one.
-        """
+        """Check that a row has the columns that the function takes without a default. Raises RewardError if not."""
         known = [str(column) for column in columns if column not in _OWN]
         for name in self._columns:
             if name not in known:
@@ -82,9 +75,6 @@ class Reward:
     ) -> list[float | None]:
         """The reward of each completion; None where the function does not judge it.
 
-        Args:
-            completion_ids: tokens of the completions, for functions that take them.
-
         Raises:
             RewardError: the function raised, or did not return one finite number, or None, for each completion.
         """
@@ -99,7 +89,7 @@ class Reward:
             columns["completion_ids"] = [list(ids) for ids in completion_ids]
         if self._taken is not None:
             columns = {key: values for key, values in columns.items() if key in self._taken}
-        first = f"the first of them {completions[0]!r:.200}"
+        first = f"the first of them {next(iter(completions), '')!r:.200}"
         try:
             returned = self._function(**columns)
             is_list = isinstance(returned, Iterable) and not isinstance(returned, (str, bytes, Mapping))

@@ -40,11 +40,7 @@ class Split:
 
     @cached_property
     def examples(self) -> list[Example]:
-        """The rows as the task words them.
-
-        Raises:
-            BadRowsError: a row that the task cannot use.
-        """
+        """The rows as the task words them. Raises BadRowsError: a row that the task cannot use."""
         tried = self._tried(self.task)
         bad = [error for error in tried if isinstance(error, RowError)]
         if bad:

@@ -58,12 +58,7 @@ class Encoder:
     demonstrated: int = field(default=0, init=False)  # how many demonstrations fitted beside the longest example
 
     def __call__(self, task: Task, examples: Sequence[Example]) -> list[Encoded]:
-        """Encode the examples of a task.
-
-        Warns:
-            UserWarning: data hold text, such as ``</s>``, that the tokenizer reads as a control token. Control tokens of
-                the task's prompt are meant, and so are those of a text that begins with one: a conversation that was
-                written out.
+        """Encode the examples of a task. Data that hold text that the tokenizer reads as a control token are warned of.
 
         Raises:
             InputError: nothing of a context would be left, a tokenizer without a mask token for a masked task, or a

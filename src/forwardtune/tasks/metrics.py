@@ -30,10 +30,7 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 def score(metric: str, prediction: Answer, truths: Sequence[Answer]) -> float:
     """How well a prediction agrees with the true answer that it agrees with best, from 0 to 1.
 
-    Args:
-        metric: one of ``TEXT_METRICS``.
-        prediction: the text. For the metrics of DROP it may be several texts, one a span.
-        truths: the alternative true answers; for the metrics of DROP each may be several texts, one a span.
+    ``metric`` is one of ``TEXT_METRICS``. For those of DROP each answer may be several texts, one a span.
 
     Raises:
         InputError: an unknown metric, or no true answer.

@@ -193,32 +193,25 @@ def _replacements(value: Any, key: str) -> dict[str, dict[str, str]]:
     if not isinstance(value, dict) or not all(isinstance(pairs, dict) for pairs in value.values()):
         raise _WrongError("replace must be {column: {text: text in its place}}")
     replace = {str(column): {str(old): str(new) for old, new in pairs.items()} for column, pairs in value.items()}
-    for column, pairs in replace.items():
-        for new in pairs.values():
-            again = [name for name in columns_of(_template(new, f"{key}: {column}")) if name in replace]
-            if again:
+    for column, new in ((column, new) for column, pairs in replace.items() for new in pairs.values()):
+        for name in columns_of(_template(new, f"{key}: {column}")):
+            if name in replace:
                 raise _WrongError(
-                    f"replace: the new text for {column} names {again[0]}, which is replaced itself: name another column"
+                    f"replace: the new text for {column} names {name}, which is replaced itself: name another column"
                 )
     return replace
 
 
-# What the keys hold that are read one by one, and the rest: a task file has no others.
+# What the keys hold that are read one by one.
 _READERS: dict[str, Callable[[Any, str], Any]] = {
-    "name": _text,
-    "prompt": _template,
+    **dict.fromkeys(("name", "label", "target", "context", "stop"), _text),
+    **dict.fromkeys(("prompt", "calibration"), _template),
+    **dict.fromkeys(("dev_examples", "max_new_tokens"), _whole),
     "answers": _answers,
     "options": _options,
-    "label": _text,
-    "unlabelled": lambda value, key: str(value),
-    "target": _text,
     "preference": _preference,
     "beta": _positive,
+    "unlabelled": lambda value, key: str(value),
     "replace": _replacements,
-    "context": _text,
-    "calibration": _template,
-    "dev_examples": _whole,
-    "stop": _text,
-    "max_new_tokens": _whole,
 }
 _FILES = ("train", "dev", "test")

@@ -45,11 +45,7 @@ class Default:
     def train_and_dev(
         self, task: Task, labels: Sequence[str], source: str, wanted: Wanted
     ) -> tuple[list[int], list[int]]:
-        """Places of the training and of the development rows.
-
-        Args:
-            labels: of all rows, as text.
-            source: names the data in messages.
+        """Places of the training and of the development rows, by the labels of all; ``source`` is for messages.
 
         Raises:
             InputError: the data do not hold what is asked for.
@@ -127,13 +123,9 @@ def sample(task: Task, split: str, count: int, limit: int, seed: int) -> list[in
     return random.Random(f"{seed} {task.name} {split}").sample(range(count), limit)
 
 
-# A label with its answer, and how many rows have it.
-_Class = tuple[tuple[str, str], int]
-
-
 def _of_each_class(
     task: Task, labels: Sequence[str], order: Sequence[int], wanted: Wanted
-) -> tuple[list[int], list[int], list[_Class]]:
+) -> tuple[list[int], list[int], list[tuple[tuple[str, str], int]]]:
     """The first k of each class in the order, the next k if development rows are wanted, and the classes with fewer."""
     if task.answers is None:
         raise InputError(f"task {task.name} has no classes to draw examples of: leave per_class out", "per_class")

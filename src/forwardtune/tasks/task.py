@@ -86,11 +86,7 @@ class Task:
         return [self] if self.masked is None else [self, self.masked]
 
     def worded_for(self, kind: str) -> Task:
-        """The task as it is put to a ``causal`` or a ``masked`` model.
-
-        Raises:
-            InputError: it is not worded for that kind.
-        """
+        """The task as it is put to a ``causal`` or a ``masked`` model. Raises InputError if it is not worded for it."""
         for wording in self.wordings:
             if wording.kind == kind:
                 return wording
@@ -105,8 +101,8 @@ class Task:
     def label_of(self, value: Any) -> str:
         """A label value as the answers spell it; as it is if they do not know it.
 
-        1, 1.0, "1.0" and true are the same label, and so are 0, 0.0 and false: a data frame with a gap turns whole numbers
-        into fractions. Where the answers tell them apart, they are different.
+        1, 1.0, "1.0" and true are the same label (a data frame with a gap turns whole numbers into fractions), unless the
+        answers tell them apart.
         """
         text = str(value).strip()
         if self.answers is None or text in self.answers:
