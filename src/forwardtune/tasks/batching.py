@@ -51,32 +51,37 @@ def collate(batch: Sequence[Encoded], layout: Layout) -> dict[str, Tensor]:
     rows = _rows(_sequences(batch, starts, layout.shared), layout.packed)
     length = max(sum(sequence.length for sequence, _ in row) for row in rows)
     blocks = layout.context > 0 or any(len(row) > 1 for row in rows)
-    # Token, position, which sequence of the row it belongs to, and which of its options: 0 is padding, and the prompt.
-    cells: list[tuple[int, int, int, int]] = []
+    # Of every place: token, position, which sequence of the row it belongs to (0 is padding), which option (0: prompt).
+    ids, positions, owners, branches = columns = [list[int]() for _ in range(4)]
     answers: list[tuple[int, int, int]] = []  # place of what predicts a token, the token, its option's slot
     for row in rows:
-        end = len(cells) + length
+        end = len(ids) + length
         for which, (sequence, slots) in enumerate(row, start=1):
-            prompt, scored, begin = sequence.prompt, sequence.scored, len(cells)
-            behind = begin + len(prompt)
-            cells += [(token, i, which, 0) for i, token in enumerate(prompt)]
+            prompt, scored, begin = sequence.prompt, sequence.scored, len(ids)
+            n, behind = len(prompt), begin + len(prompt)
+            ids += prompt
+            positions += range(n)
+            branches += [0] * n
             for branch, (option, slot) in enumerate(zip(sequence.options, slots, strict=True), start=1):
                 if sequence.mask is not None:
                     predictors, predicted = [begin + sequence.mask], option
                 else:
-                    inner = range(len(cells), len(cells) + len(option) - 1)
-                    predictors = [*range(behind - 1 - scored, behind), *inner]
-                    predicted = prompt[len(prompt) - scored :] + option
-                    cells += [(token, i, which, branch) for i, token in enumerate(option[:-1], start=len(prompt))]
-                    blocks = blocks or (branch > 1 and len(option) > 1)
+                    inputs = len(option) - 1
+                    predictors = [*range(behind - 1 - scored, behind), *range(len(ids), len(ids) + inputs)]
+                    predicted = prompt[n - scored :] + option
+                    ids += option[:-1]
+                    positions += range(n, n + inputs)
+                    branches += [branch] * inputs
+                    blocks = blocks or (branch > 1 and inputs > 0)
                 answers += [(place, token, slot) for place, token in zip(predictors, predicted, strict=True)]
-        cells += [(layout.pad, 0, 0, 0)] * (end - len(cells))
-    ids, positions, owners, branches = torch.tensor(cells).view(len(rows), length, 4).permute(2, 0, 1).contiguous()
+            owners += [which] * (len(ids) - len(owners))
+        for column, pad in zip(columns, (layout.pad, 0, 0, 0), strict=True):
+            column += [pad] * (end - len(column))
     places = {place: i for i, place in enumerate(dict.fromkeys(place for place, _, _ in answers))}
     numbered = torch.tensor([(places[place], token, slot) for place, token, slot in answers], dtype=torch.int64)
     logit_rows, tokens, slots_of = numbered.view(-1, 3).T.contiguous()
-    inputs = {
-        "input_ids": ids,
+    collated = {
+        "input_ids": torch.tensor(ids).view(-1, length),
         "positions": torch.tensor(list(places), dtype=torch.int64),
         "logit_rows": logit_rows,
         "tokens": tokens,
@@ -87,13 +92,14 @@ def collate(batch: Sequence[Encoded], layout: Layout) -> dict[str, Tensor]:
         "labels": torch.tensor([example.label for example in batch]),
     }
     if all(example.reference is not None for example in batch):
-        inputs["reference"] = torch.tensor([example.reference for example in batch])
+        collated["reference"] = torch.tensor([example.reference for example in batch])
     if blocks:
-        inputs["position_ids"] = positions + layout.first_position + layout.context
-        inputs["attention_mask"] = _block_mask(owners, branches, layout)
+        places_in, owner, branch_of = (torch.tensor(column).view(-1, length) for column in columns[1:])
+        collated["position_ids"] = places_in + layout.first_position + layout.context
+        collated["attention_mask"] = _block_mask(owner, branch_of, layout)
     elif not layout.causal:
-        inputs["attention_mask"] = (owners > 0).long()
-    return inputs
+        collated["attention_mask"] = (torch.tensor(owners).view(-1, length) > 0).long()
+    return collated
 
 
 # A prompt with the options behind it that share it, and their slots.
