@@ -194,7 +194,7 @@ def _some(names: Sequence[str]) -> str:
 def _wrapping(seed: int) -> Iterator[None]:
     """Inside, torch's CPU generator starts from the seed; afterwards it is as it was. Other devices' are not touched."""
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        # What peft asks of transformers is theirs to settle.
+        # What peft asks of transformers is none of the user's business.
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
         torch.default_generator.manual_seed(seed)
         yield

@@ -28,17 +28,15 @@ class Reward:
 
     ``prompts`` and ``completions`` are lists of texts, ``completion_ids`` lists of their tokens, and every column of the
     data is a list as long. What the function does not take is left out. None is the reward of a completion that the
-    function does not judge.
+    function does not judge. ``name`` is for messages and logs, and ``weight`` its factor in a sum of several.
 
     The function must name ``completions`` among its parameters and must not be one of the standard library. Columns are
     data from anywhere, and a function that was not written as a reward may do anything with them:
     ``subprocess.getoutput(cmd)`` would run a column called ``cmd``.
 
-    ``name`` is for messages and logs, and ``weight`` its factor in a sum of several.
-
     Raises:
-        InputError: the function cannot be called like that: it does not take ``completions`` by name, is of the standard
-            library, is a coroutine, or wants what TRL's trainer alone has.
+        InputError: the function does not take ``completions`` by name, is of the standard library, is a coroutine, or
+            wants what TRL's trainer alone has.
     """
 
     def __init__(self, function: RewardFunction, name: str, weight: float = 1.0) -> None:
