@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import itertools
+import re
 import subprocess
 import sys
 import textwrap
@@ -168,6 +169,11 @@ def test_every_public_name_exists():
     assert set(forwardtune.__all__) <= set(dir(forwardtune))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         forwardtune.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if part_of(m) in ("tasks", "objectives", "models")], ids=str)
+def test_what_people_use_from_python_names_no_option_of_the_command_line(module):
+    assert not re.findall(r"(?<!pip install )--[a-z][a-z-]*", (SOURCE / module).read_text())
 
 
 # --- what start-up imports -------------------------------------------------------------------------------------------

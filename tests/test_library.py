@@ -430,7 +430,7 @@ def test_as_many_of_each_class_as_there_are(data_dir: Path) -> None:
         splits = load_splits(get_task("cb"), data_dir=data_dir, per_class=20)
     assert Counter(example.label for example in splits["train"].examples) == {0: 20, 1: 20, 2: there[2]}
     assert Counter(example.label for example in splits["dev"].examples) == {0: 20, 1: 20}
-    with pytest.raises(InputError, match=r"cb.train\.jsonl holds \d+ examples of class 0 .*lower --per-class to \d+$"):
+    with pytest.raises(InputError, match=r"cb.train\.jsonl holds \d+ examples of class 0 .*lower per_class to \d+$"):
         load_splits(get_task("cb"), data_dir=data_dir, per_class=200)  # nothing is left to measure
     with pytest.raises(InputError, match="task record has no classes"):
         load_splits(get_task("record"), data_dir=data_dir, per_class=1)

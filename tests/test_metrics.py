@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from forwardtune.errors import InputError
-from forwardtune.tasks.metrics import TEXT_METRICS, drop_normalize, kin, score
+from forwardtune.tasks.metrics import TEXT_METRICS, drop_normalize, related, score
 
 
 @pytest.mark.parametrize("metric", TEXT_METRICS)
@@ -25,8 +25,8 @@ def test_what_all_metrics_share(metric: str) -> None:
 
 
 def test_f1_and_exact_match_by_the_same_rules_are_kin() -> None:
-    assert kin("f1") == kin("exact_match") == ("f1", "exact_match")
-    assert kin("drop_f1") == kin("drop_exact_match") == ("drop_f1", "drop_exact_match")
+    assert related("f1") == related("exact_match") == ("f1", "exact_match")
+    assert related("drop_f1") == related("drop_exact_match") == ("drop_f1", "drop_exact_match")
     with pytest.raises(InputError, match=r"unknown metric 'drop_f'.*did you mean drop_f1"):
         score("drop_f", "a", ["a"])
 

@@ -254,7 +254,7 @@ def test_context_is_cut_on_the_left_by_whole_words(
         encoder = Encoder(TOKENIZER, max_length)
         if not any(fits):
             refused += 1
-            with pytest.raises(InputError, match=r"leaves no room for its context.*raise --max-length"):
+            with pytest.raises(InputError, match=r"leaves no room for its context.*raise max_length"):
                 encoder(task, [example])
             continue
         (found,) = encoder(task, [example])
@@ -427,7 +427,7 @@ def test_masks_that_cannot_be_filled_are_refused() -> None:
         Encoder(tokenizer, 100)(rare, [example])
     with pytest.raises(InputError, match=r"needs a mask token.*masked model"):
         Encoder(TOKENIZER, 100)(MASKED, [example])
-    with pytest.raises(InputError, match=r"demonstrations are for causal models: leave --shots out"):
+    with pytest.raises(InputError, match=r"demonstrations are for causal models: leave demonstrations out"):
         Encoder(tokenizer, 100, [example])(MASKED, [example])
     with pytest.raises(InputError, match="cannot be calibrated"):
         Encoder(tokenizer, 100).calibrations(MASKED, [example])

@@ -173,7 +173,7 @@ ASYNC, NO_JUDGE = (
         (subprocess.getoutput, "is getoutput of the standard library's module 'subprocess'.*of your own"),
         (functools.partial(subprocess.getoutput, encoding="utf-8"), "is getoutput of the standard library"),
         (subprocess.Popen, "is Popen of the standard library"),
-        (exec, "is exec of the standard library's module 'builtins'"),
+        (exec, "is exec of the standard library: 'builtins'"),
         (dict, "is dict of the standard library"),
     ],
 )

@@ -619,7 +619,7 @@ def test_so_many_of_each_class(tmp_path: Path) -> None:
         load_splits(task, per_class=4)
     assert len(load_splits(task, per_class=6, dev_examples=0)["train"]) == 12
     free = split_task(tmp_path, answers=None, label="text", metric="f1")
-    with pytest.raises(InputError, match=r"no classes.*leave --per-class out"):
+    with pytest.raises(InputError, match=r"no classes.*leave per_class out"):
         load_splits(free, per_class=2)
 
 
@@ -730,7 +730,7 @@ def test_rows_that_two_splits_share_are_told(tmp_path: Path) -> None:
 
 
 def test_hub_out_of_reach_is_one_message_with_the_way_out() -> None:
-    with pytest.raises(InputError, match=r"could not be loaded from the hub.*--data-dir") as caught:
+    with pytest.raises(InputError, match=r"could not be loaded from the hub.*data_dir") as caught:
         load_split(get_task("sst2"), "train")
     assert "stanfordnlp/sst2" in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1

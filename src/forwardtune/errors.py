@@ -12,7 +12,15 @@ _BETWEEN = {"forwardtune", "torch", "contextlib", "transformers", "accelerate", 
 
 
 class InputError(ValueError):
-    """Something that the user gave cannot be used. The message is one line or a few, and ends with the remedy."""
+    """Something that the user gave cannot be used. The message is one line or a few, and ends with the remedy.
+
+    Args:
+        argument: of Python, which the remedy names: the command line says its option there.
+    """
+
+    def __init__(self, message: str, argument: str | None = None) -> None:
+        super().__init__(message)
+        self.argument = argument
 
 
 class LogError(ValueError):

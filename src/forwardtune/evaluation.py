@@ -68,7 +68,7 @@ def evaluate(
     Returns:
         ``{"accuracy": ..., "loss": ..., "examples": ...}`` for a choice, for preferences with a reference also
         ``margin_accuracy``, the share whose margin over the reference is positive; for free text, decoded greedily, the task's
-        metric with its kin (``f1`` and ``exact_match``), ``loss`` and ``examples``.
+        metric with what follows the same rules (``f1`` and ``exact_match``), ``loss`` and ``examples``.
     """
     model.eval()
     layout = find_layout(model, tokenizer, examples) if layout is None else layout
@@ -296,7 +296,7 @@ def _measure_text(
         ]
     if not task.label:
         return measured
-    for name in metrics.kin(task.metric):
+    for name in metrics.related(task.metric):
         pairs = zip(written.texts, batch, strict=True)
         measured[name] = [metrics.score(name, text, example.texts) for text, example in pairs]
     return measured

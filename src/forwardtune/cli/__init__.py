@@ -7,6 +7,7 @@ wrong, 130 stopped by Ctrl-C.
 from __future__ import annotations
 
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -27,7 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(run(options) or 0)
     except (NonFiniteLossError, LogWriteError) as error:
         return _fail(error, 1)
-    except (InputError, LogError) as error:
+    except InputError as error:
+        return _fail(_with_option(error), 2)
+    except LogError as error:
         return _fail(error, 2)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
@@ -48,6 +51,19 @@ def say(text: str = "") -> None:
         sys.stderr.flush()
     else:
         print(text, file=sys.stderr, flush=True)
+
+
+# Arguments of Python whose option is called otherwise.
+_OPTIONS = {"demonstrations": "shots", "calibrations": "calibrate"}
+
+
+def _with_option(error: InputError) -> str:
+    """The message with the option in the place of the argument that its remedy names: ``x=2`` becomes ``--x 2``."""
+    before, name, after = str(error).rpartition(error.argument or "\0")
+    if not name:
+        return str(error)
+    option = _OPTIONS.get(name, name).replace("_", "-")
+    return f"{before}--{option}" + re.sub(r"^=('?)(\w+)\1", r" \2", after)
 
 
 def _fail(error: object, code: int) -> int:

@@ -23,7 +23,7 @@ from ..models import context_length, load_model, model_kind
 from ..noise import load_kernels
 from ..objectives import Reward, logits_at, option_likelihoods
 from ..objectives.mixture import parse
-from ..tasks import BadRowsError, Split, Task, doubts, get_task, load_splits
+from ..tasks import Split, Task, doubts, get_task, load_splits
 from ..tasks.batching import Layout
 from ..tasks.encoding import Encoded, Encoder
 from ..trajectory import Log
@@ -218,10 +218,7 @@ def open_session(
 def _load_splits(task: Task, options: Any, wanted: Sequence[str]) -> dict[str, Split]:
     """The splits, with a line for what was left out of them and for what makes them doubtful."""
     names = ("data_dir", "train_examples", "dev_examples", "test_examples", "per_class", "seed", "on_bad_row")
-    try:
-        splits = load_splits(task, only=wanted, **{name: getattr(options, name) for name in names})
-    except BadRowsError as error:
-        raise InputError(f"{error.told}: --on-bad-row skip leaves such rows out") from None
+    splits = load_splits(task, only=wanted, **{name: getattr(options, name) for name in names})
     for split in {split.source: split for split in splits.values()}.values():  # train and dev may have one source
         if split.skipped:
             say(f"{split.skipped} rows of {split.source} are left out, the first because of: {split.first_skipped}")

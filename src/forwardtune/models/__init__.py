@@ -9,13 +9,6 @@ from .prefix import forward
 from .tuning import tune
 
 __all__ = [
-    "EMBEDDED_MODEL",
-    "Kind",
-    "context_length",
-    "forward",
-    "load_model",
-    "model_kind",
-    "require_device",
-    "save_model",
+    "EMBEDDED_MODEL", "Kind", "context_length", "forward", "load_model", "model_kind", "require_device", "save_model",
     "tune",
-]
+]  # fmt: skip

@@ -46,30 +46,22 @@ def through_cache(
 ) -> Pair:
     """The model and tokenizer of a GGUF file: loaded from the cache, or else converted and, if they fit, kept there.
 
-    Args:
-        file: the GGUF file.
-        dtype: of the weights.
-        convert: does it without the cache.
-        load: reads an entry, a Hugging Face folder.
-        announce: told when something is converted.
+    ``convert`` does it without the cache, ``load`` reads an entry, and ``announce`` is told when something is converted.
     """
-    root = cache_folder()
-    key = None
+    entry = None
     with suppress(OSError, metadata.PackageNotFoundError):  # then converting says what is wrong
+        root = cache_folder()
         if root is not None and 2 * file.stat().st_size <= _MOST_BYTES:  # converted weights take twice as much, or more
-            key = _key(file, dtype)
-    if root is None or key is None:
+            entry = root / f"gguf-{_key(file, dtype)}"
+    if entry is None:
         announce(f"  converting {file.name}")
         return convert()
-    entry = root / f"gguf-{key}"
     if _is_whole(entry):
-        try:
-            model, tokenizer = load(entry)
+        with suppress(Exception):  # another process may just have removed it
+            pair = load(entry)
             os.utime(entry / _MANIFEST)
-            return model, tokenizer
-        except Exception:  # another process may just have removed it
-            pass
-    announce(f"  converting {file.name}; the result is kept in {root} (FORWARDTUNE_CACHE=off keeps nothing)")
+            return pair
+    announce(f"  converting {file.name}; the result is kept in {entry.parent} (FORWARDTUNE_CACHE=off keeps nothing)")
     model, tokenizer = convert()
     with suppress(OSError):  # a full disk, or a folder that cannot be written: there is no cache then
         _keep(model, tokenizer, entry)
@@ -101,15 +93,12 @@ def _digest(file: Path) -> str:
 
 def _is_whole(entry: Path) -> bool:
     """Whether the entry is there with the bits that it was written with; what is damaged is removed."""
-    if not entry.is_dir():
-        return False
-    try:
+    with suppress(OSError):
         digests = read_json(entry / _MANIFEST)
         if digests and digests == _digests(entry):
             return True
-    except OSError:
-        pass
-    _remove(entry)
+    if entry.is_dir():
+        _remove(entry)
     return False
 
 
@@ -150,13 +139,11 @@ def _gives_the_same(folder: Path, model: Any, tokenizer: Any) -> bool:
                 if tensor.dtype != stored.dtype or not torch.equal(_bytes(tensor), _bytes(stored)):
                     return False
                 addresses.add(tensor.data_ptr())
-    tied = all(tensor.data_ptr() in addresses for tensor in left.values())
-    again = AutoTokenizer.from_pretrained(folder)
     return (
-        tied
+        all(tensor.data_ptr() in addresses for tensor in left.values())  # the rest are tied to what was stored
         and _plain(AutoConfig.from_pretrained(folder)) == _plain(model.config)
         and GenerationConfig.from_pretrained(folder).to_dict() == model.generation_config.to_dict()
-        and _described(again) == _described(tokenizer)
+        and _described(AutoTokenizer.from_pretrained(folder)) == _described(tokenizer)
     )
 
 
@@ -164,26 +151,19 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
-def _plain(config: Any) -> dict[str, Any]:
-    return {
-        key: str(value)
-        for key, value in config.to_dict().items()
-        if key not in ("_name_or_path", "transformers_version")
-    }
+def _plain(config: Any) -> dict[str, str]:
+    own = ("_name_or_path", "transformers_version")
+    return {key: str(value) for key, value in config.to_dict().items() if key not in own}
 
 
-def _described(tokenizer: Any) -> tuple[Any, ...]:
-    return (
-        type(tokenizer),
-        tokenizer.backend_tokenizer.to_str(),
-        {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
-        tokenizer.chat_template,
-        tokenizer.model_max_length,
-        tokenizer.padding_side,
-        tokenizer.truncation_side,
-        tokenizer.model_input_names,
-        tokenizer.clean_up_tokenization_spaces,
-    )
+def _described(tokenizer: Any) -> list[Any]:
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    names = (
+        "chat_template", "model_max_length", "padding_side", "truncation_side", "model_input_names",
+        "clean_up_tokenization_spaces",
+    )  # fmt: skip
+    values = [getattr(tokenizer, name) for name in names]
+    return [type(tokenizer), tokenizer.backend_tokenizer.to_str(), special, *values]
 
 
 def _make_room(root: Path, size: int) -> None:

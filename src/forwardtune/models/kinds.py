@@ -18,10 +18,8 @@ _REMEDY = "give a causal language model (GPT, Llama, Qwen, Gemma, OPT ...) or a 
 def model_kind(model: Any) -> Kind:
     """What a loaded language model predicts: ``causal`` the next token, ``masked`` the token behind a mask.
 
-    It is read off the name of the model's class, below any adapter.
-
-    Raises:
-        InputError: a model of another kind, such as T5 or a classifier.
+    It is read off the name of the model's class, below any adapter. Raises InputError for a model of another kind, such as
+    T5 or a classifier.
     """
     base = base_model(model)
     if getattr(base.config, "is_encoder_decoder", False):
@@ -33,13 +31,9 @@ def model_kind(model: Any) -> Kind:
 
 
 def checkpoint_kind(config: Any) -> Kind:
-    """The kind of a checkpoint, by the class that it was saved from, or else by what its type of model can be.
+    """The kind of a checkpoint, by its configuration: the class that it was saved from, or else what its type can be.
 
-    Args:
-        config: its ``transformers`` configuration.
-
-    Raises:
-        InputError: it is of another kind.
+    Raises InputError if it is of another kind.
     """
     from transformers.models.auto import modeling_auto
 

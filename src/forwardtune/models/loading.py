@@ -7,6 +7,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -85,76 +86,79 @@ def require_device(device: str) -> None:
     except RuntimeError:
         raise InputError(f"unknown device {device!r}: use cpu, cuda, cuda:1, mps, auto ...") from None
     if (kind == "cuda" and not torch.cuda.is_available()) or (kind == "mps" and not torch.backends.mps.is_available()):
-        raise InputError(f"this torch sees no {kind} device: use --device cpu, or install a torch build for {kind}")
+        raise InputError(
+            f"this torch sees no {kind} device: install a torch build for {kind}, or use device='cpu'", "device"
+        )
 
 
 def context_length(model: Any) -> int:
     """The longest input that the model's configuration and its prefix allow."""
     base = base_model(model)
-    config = base.config.get_text_config() if hasattr(base.config, "get_text_config") else base.config
+    config = base.config.get_text_config()
     length = int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 1 << 20)
-    return length - _reserved_positions(base, length) - prefix_length(model)
-
-
-def _reserved_positions(model: Any, length: int) -> int:
-    """How many of the learned positions are not for tokens: RoBERTa and its kin count from behind the padding's."""
-    for module in model.modules():
+    for module in base.modules():
         is_positions = isinstance(module, nn.Embedding) and module.num_embeddings == length
-        if is_positions and module is not model.get_input_embeddings() and module.padding_idx is not None:
-            return int(module.padding_idx) + 1
-    return 0
+        if is_positions and module is not base.get_input_embeddings() and module.padding_idx is not None:
+            length -= int(module.padding_idx) + 1  # RoBERTa and its like count from behind the padding's position
+            break
+    return length - prefix_length(model)
 
 
 def _load_base(name: str, dtype: str, device: str, announce: Callable[[str], object]) -> tuple[Any, Any]:
-    where, options = _locate(name)
-    if not options:
+    where, gguf = _locate(name)
+    if gguf is None:
         model, tokenizer = _read(name, where, dtype, device)
     else:
         dtype = "float32" if dtype == "auto" else dtype
 
         def convert() -> tuple[Any, Any]:
             with _parsed_once():
-                return _read(name, where, dtype, device, **options)
+                return _read(name, where, dtype, device, gguf_file=gguf)
 
         if device == "auto":
             model, tokenizer = convert()
         else:
-            file = Path(where, options["gguf_file"])
-            model, tokenizer = through_cache(
-                file, dtype, convert, lambda folder: _read(name, str(folder), dtype, device), announce
-            )
-            _align(model)
+            read = partial(_read, name, dtype=dtype, device=device)
+            model, tokenizer = through_cache(Path(where, gguf), dtype, convert, read, announce)
+            # Tensors go where torch would put them: NumPy and mapped files align them otherwise, and kernels may choose by that.
+            for tensor in (*model.parameters(), *model.buffers()):
+                tensor.data = tensor.data.clone()
         model.config._name_or_path = name
         tokenizer.name_or_path = tokenizer.init_kwargs["name_or_path"] = where
     model.name_or_path = name  # what an adapter remembers as its base
     if tokenizer.pad_token_id is None:
         # Collators take padding out of the labels: with the end of text in its place nothing would be taught to end.
-        tokenizer.pad_token = tokenizer.unk_token if tokenizer.unk_token != tokenizer.bos_token else None
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
+        unknown = tokenizer.unk_token if tokenizer.unk_token != tokenizer.bos_token else None
+        tokenizer.pad_token = tokenizer.eos_token if unknown is None else unknown
     return (model if device == "auto" else model.to(device)).eval(), tokenizer
 
 
-def _read(name: str, where: str, dtype: str, device: str, **options: str) -> tuple[Any, Any]:
-    """Have ``transformers`` load a base model; ``options`` name the GGUF file if it is one."""
+def _read(name: str, where: str | Path, dtype: str, device: str, **gguf: str) -> tuple[Any, Any]:
+    """Have ``transformers`` load a base model; ``gguf`` names the GGUF file if it is one."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
     try:
         # The configuration comes first: one file, where a tokenizer or a model would look for many.
-        kind = "causal" if options else checkpoint_kind(AutoConfig.from_pretrained(where))
-        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+        kind = "causal" if gguf else checkpoint_kind(AutoConfig.from_pretrained(where))
+        tokenizer = AutoTokenizer.from_pretrained(where, **gguf)
         model, info = {"causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM}[kind].from_pretrained(
             where,
             dtype=DTYPES.get(dtype, "auto"),
             output_loading_info=True,
             **({"device_map": "auto"} if device == "auto" else {}),
-            **options,
+            **gguf,
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise InputError(f"model {name!r} could not be loaded: {_reason(error)}") from None
-    _require_all_weights(name, model, info["missing_keys"])
+    # Weights that the checkpoint lacks, such as a head, were made up at random.
+    random = sorted({key for key, _ in model.named_parameters(remove_duplicate=False)} & set(info["missing_keys"]))
+    if random:
+        raise InputError(
+            f"model {name!r} lacks {len(random)} weights of {type(model).__name__} ({', '.join(random[:3])} ...): "
+            "give a checkpoint that was saved with its language modelling head"
+        )
     _require_no_offloading(name, model)
-    if options:
+    if gguf:
         # The weights are ordinary ones now. Neither Trainer nor a saved checkpoint should take them for quantised.
         model.hf_quantizer.remove_quantization_config(model)
         model.__dict__.pop("is_quantized", None)  # which ordinary models do not have
@@ -162,12 +166,6 @@ def _read(name: str, where: str, dtype: str, device: str, **options: str) -> tup
             if hasattr(getattr(module, "config", None), "_is_quantized"):
                 module.config._is_quantized = False
     return model, tokenizer
-
-
-def _align(model: Any) -> None:
-    """Put the tensors where torch would: NumPy and mapped files align them otherwise, and kernels may choose by that."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data = tensor.data.clone()
 
 
 _converting = threading.Lock()
@@ -230,16 +228,6 @@ def _load_adapted(folder: Path, dtype: str, device: str, announce: Callable[[str
     return model.requires_grad_(False).eval(), tokenizer
 
 
-def _require_all_weights(name: str, model: Any, missing: set[str]) -> None:
-    """Raise InputError if weights were made up at random because the checkpoint lacks them, such as a missing head."""
-    random = sorted({key for key, _ in model.named_parameters(remove_duplicate=False)} & set(missing))
-    if random:
-        raise InputError(
-            f"model {name!r} lacks {len(random)} weights of {type(model).__name__} ({', '.join(random[:3])} ...): "
-            "give a checkpoint that was saved with its language modelling head"
-        )
-
-
 def _require_no_offloading(name: str, model: Any) -> None:
     """Raise InputError if weights were left on disk or in memory that no layer can reach by itself."""
     count = sum(parameter.is_meta for parameter in model.parameters())
@@ -250,24 +238,22 @@ def _require_no_offloading(name: str, model: Any) -> None:
         )
 
 
-def _locate(name: str) -> tuple[str, dict[str, Any]]:
-    if name == EMBEDDED_MODEL:
-        file = _embedded_file()
-        return str(file.parent), {"gguf_file": file.name}
-    path = Path(name).expanduser()
+def _locate(name: str) -> tuple[str, str | None]:
+    """Where a model is: a folder, and the GGUF file in it if it is one; or a name of the hub."""
+    path = _embedded_file() if name == EMBEDDED_MODEL else Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
             raise InputError(f"{path}: there is no such model file")
-        return str(path.parent), {"gguf_file": path.name}
+        return str(path.parent), path.name
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise InputError(f"{path} is not a model folder: it has no config.json")
-        return str(path), {}
+        return str(path), None
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise InputError(f"{path}: there is no such model folder")
     if "/" not in name and (hint := nearest(name, [EMBEDDED_MODEL])):
         raise InputError(f"unknown model {name!r}{hint}")
-    return name, {}
+    return name, None
 
 
 def _embedded_file() -> Path:

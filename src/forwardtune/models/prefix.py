@@ -17,9 +17,7 @@ def add_prefix(model: Any, tokenizer: Any, length: int, seed: int) -> Any:
     """Wrap the model with a tunable prefix that starts as the keys and values of real tokens, in float32.
 
     The tokens are drawn from the vocabulary without its special tokens, and go through the model once. There is no
-    reparametrisation: the keys and values are the weights. Source: MeZO, appendix E.5.
-
-    Where all layers have a sliding window, a text beyond it does not see the prefix. The model then warns of such a text.
+    reparametrisation: the keys and values are the weights (MeZO, appendix E.5). Where all layers have a sliding window, a text beyond it does not see the prefix. The model then warns of such a text.
 
     Raises:
         InputError: the model's attention takes no keys and values from outside.
@@ -63,12 +61,9 @@ def forward(model: Any, **inputs: Any) -> Any:
     prefix as its cache, as ``peft`` does, and every token sees all of the prefix.
 
     Args:
-        inputs: ``input_ids`` (rows, length); optionally ``attention_mask``, (rows, length) or
-            (rows, 1, length, length), the latter boolean or additive, ``position_ids`` (rows, length), counted as if
-            there were no prefix, and whatever else the model takes.
-
-    Returns:
-        The model's output; its logits have shape (rows, length, vocabulary).
+        inputs: ``input_ids`` (rows, length); optionally ``attention_mask``, (rows, length) or (rows, 1, length, length),
+            the latter boolean or additive, ``position_ids`` (rows, length), counted as if there were no prefix, and
+            whatever else the model takes.
     """
     count = prefix_length(model)
     if not count or not model.has_active_enabled_adapter:
@@ -80,7 +75,9 @@ def forward(model: Any, **inputs: Any) -> Any:
     mask = inputs.get("attention_mask")
     if mask is None:
         mask = torch.ones(rows, length, dtype=torch.int64, device=inputs["input_ids"].device)
-    inputs["attention_mask"] = torch.cat([_all_visible(mask, count), mask], dim=-1)
+    additive = mask.dim() == 4 and mask.dtype != torch.bool
+    visible = mask.new_full((*mask.shape[:-1], count), 0 if additive else 1)
+    inputs["attention_mask"] = torch.cat([visible, mask], dim=-1)
     if inputs.get("position_ids") is not None:
         inputs["position_ids"] = inputs["position_ids"] + count
     return model.base_model(**inputs, past_key_values=cache)
@@ -95,7 +92,7 @@ def prefix_length(model: Any) -> int:
 
 def _window(model: Any) -> int | None:
     """How many tokens a token sees, itself among them, if that holds in every layer."""
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])
     window = getattr(config, "sliding_window", None)
     return None if window is None or kinds != {"sliding_attention"} else int(window)
@@ -115,13 +112,6 @@ def _warn_beyond(model: Any, args: Any, inputs: dict[str, Any], *, window: int, 
             UserWarning,
             stacklevel=1,  # one place, so that it is said once
         )
-
-
-def _all_visible(mask: Tensor, count: int) -> Tensor:
-    """So many more columns of a mask, for what every token may see."""
-    shape = (*mask.shape[:-1], count)
-    additive = mask.dim() == 4 and mask.dtype != torch.bool
-    return mask.new_zeros(shape) if additive else mask.new_ones(shape)
 
 
 def _draw_tokens(model: Any, tokenizer: Any, count: int, seed: int) -> Tensor:
@@ -146,8 +136,8 @@ def _keys_and_values(model: Any, tokens: Tensor) -> Tensor:
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
         reason = f" ({type(error).__name__}: {error})"
     kept: list[Any] = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
-    alike = bool(kept) and all(tensor is not None and tensor.shape == kept[0].shape for tensor in kept)
-    if reason or not alike or kept[0].shape[2] != len(tokens):
+    shapes = {getattr(tensor, "shape", None) for tensor in kept}
+    if reason or len(shapes) != 1 or None in shapes or kept[0].shape[2] != len(tokens):
         raise InputError(
             f"{type(model).__name__} cannot be tuned by a prefix: its layers do not all take keys and values of one "
             f"shape from outside{reason}. Choose lora, all, or a pattern of parameter names"

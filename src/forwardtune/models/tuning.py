@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ..errors import InputError, nearest, warn
 from .kinds import is_adapted, model_kind
@@ -18,18 +19,13 @@ from .prefix import add_prefix
 MODES = ("all", "lora", "prefix")
 
 # How libraries name the query and value projections, or the one that holds both, where peft has no default.
-_PROJECTIONS = (
-    ("q_proj", "v_proj"),
-    ("query", "value"),
-    ("query_proj", "value_proj"),
-    ("q_lin", "v_lin"),
-    ("query_key_value",),
-    ("qkv_proj",),
-    ("Wqkv",),
-    ("c_attn",),
-    ("attn_qkv",),
-    ("q", "v"),
-)
+_PROJECTIONS = tuple(
+    names.split()
+    for names in (
+        "q_proj v_proj", "query value", "query_proj value_proj", "q_lin v_lin", "query_key_value", "qkv_proj", "Wqkv",
+        "c_attn", "attn_qkv", "q v",
+    )
+)  # fmt: skip
 
 
 def tune(
@@ -63,18 +59,15 @@ def tune(
     Args:
         model: from :func:`load_model`, or any such model without an adapter.
         tokenizer: its tokenizer; ``prefix`` draws tokens from it.
-        lora_rank: width of A and B.
-        lora_alpha: factor of ``B A``, in units of 1/rank.
         lora_targets: last parts of the names of the modules to adapt; by default those that ``peft`` adapts in this
             architecture, else the query and value projections by their usual names.
-        prefix_length: positions of the prefix.
         seed: of A, or of the tokens that the prefix starts from.
 
     Raises:
         InputError: a pattern or a target that matches nothing, a LoRA target whose weight is tied, a size that is not
             positive, a model that has an adapter already, or one that the mode cannot tune.
 
-    Source: MeZO, appendix E.5: rank 8, alpha 16, 5 prefix tokens.
+    Defaults are the MeZO paper's, appendix E.5.
     """
     if is_adapted(model):
         raise InputError("the model has an adapter already: give the base model, or merge the adapter and save that")
@@ -111,11 +104,10 @@ def _select(model: nn.Module, pattern: str) -> None:
             f"{_some([name for name, _ in named])}: choose {', '.join(MODES)}, or a pattern that is found in one"
         )
     for names in _tied(model):
-        named_by = [name for name in names if expression.search(name)]
-        if named_by and len(named_by) < len(names):
-            others = " and ".join(name for name in names if name not in named_by)
+        named_by, others = ([n for n in names if bool(expression.search(n)) == found] for found in (True, False))
+        if named_by and others:
             warn(
-                f"{' and '.join(named_by)} is tied to {others}, one tensor in both places: it is tuned in both",
+                f"{' and '.join(named_by)} is tied to {' and '.join(others)}, one tensor in both places: it is tuned in both"
             )
     for name, parameter in named:
         if id(parameter) in chosen and not parameter.is_floating_point():
@@ -128,29 +120,11 @@ def _select(model: nn.Module, pattern: str) -> None:
 
 def _add_lora(model: Any, rank: int, alpha: float, targets: Sequence[str] | None, seed: int) -> Any:
     import peft
-    from transformers.pytorch_utils import Conv1D
 
     if rank < 1 or not 0 < alpha < float("inf"):
         raise InputError(f"LoRA needs a positive rank and alpha, got {rank} and {alpha}: 8 and 16 are usual")
     wanted = _lora_targets(model, targets)
-    _refuse_tied(model, _matching(model, wanted))
-    settings: dict[str, Any] = {
-        # There is no task of masked language modelling in peft; without one the model is called as it is.
-        "task_type": "CAUSAL_LM" if model_kind(model) == "causal" else None,
-        "r": rank,
-        # Other readers of adapter_config.json expect an integer.
-        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
-        "lora_dropout": 0.0,
-        "target_modules": wanted,
-        "fan_in_fan_out": any(isinstance(module, Conv1D) for module in _matching(model, wanted)),
-    }
-    model.requires_grad_(False)
-    with _wrapping(seed):
-        return peft.get_peft_model(model, peft.LoraConfig(**settings))
-
-
-def _refuse_tied(model: nn.Module, layers: Sequence[nn.Module]) -> None:
-    """Raise InputError if a layer's weight stands elsewhere too: an adapter that is merged into it would move both."""
+    layers = _matching(model, wanted)
     weights = {id(layer.weight) for layer in layers}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for names in _tied(model):
@@ -160,6 +134,20 @@ def _refuse_tied(model: nn.Module, layers: Sequence[nn.Module]) -> None:
                 "moving the other. Leave it out of the LoRA targets, or untie the weights (tie_word_embeddings=False in "
                 "the model's configuration, and a copy of the tensor) and save that model first"
             )
+    config = peft.LoraConfig(
+        # There is no task of masked language modelling in peft; without one the model is called as it is.
+        task_type="CAUSAL_LM" if model_kind(model) == "causal" else None,
+        r=rank,
+        lora_alpha=int(alpha)
+        if alpha == int(alpha)
+        else alpha,  # other readers of adapter_config.json expect an integer
+        lora_dropout=0.0,
+        target_modules=wanted,
+        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in layers),
+    )
+    model.requires_grad_(False)
+    with _wrapping(seed):
+        return peft.get_peft_model(model, config)
 
 
 def _tied(model: nn.Module) -> list[list[str]]:
@@ -174,39 +162,26 @@ def _lora_targets(model: nn.Module, given: Sequence[str] | None) -> list[str] | 
     """Which modules get LoRA: those given, peft's default for the architecture, or the usual names."""
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
 
-    layers = [name for name, module in model.named_modules() if _is_linear(module)]
-    if given is not None:
-        for target in given:
-            if not _matching(model, [target]):
-                parts = {name.rpartition(".")[2] for name in layers}
-                raise InputError(
-                    f"no linear layer is called {target!r}{nearest(target, parts) or '.'} Layers are {_some(layers)}: "
-                    "give the last parts of such names as LoRA targets"
-                )
-        if given:
-            return list(given)
-    default = DEFAULTS.get(getattr(model.config, "model_type", ""))
-    if default is not None:
+    layers = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    advice = f"Layers are {_some(layers)}: give the last parts of such names as LoRA targets"
+    for target in given or ():
+        if not _matching(model, [target]):
+            near = nearest(target, {name.rpartition(".")[2] for name in layers}) or "."
+            raise InputError(f"no linear layer is called {target!r}{near} {advice}")
+    default = given or DEFAULTS.get(getattr(model.config, "model_type", ""))
+    if default:
         return default if isinstance(default, str) else list(default)
     for usual in _PROJECTIONS:
         if all(_matching(model, [name]) for name in usual):
-            return list(usual)
-    raise InputError(
-        f"no query and value projections were found in {type(model).__name__}. Layers are {_some(layers)}: "
-        "give the last parts of such names as LoRA targets"
-    )
+            return usual
+    raise InputError(f"no query and value projections were found in {type(model).__name__}. {advice}")
 
 
-def _matching(model: nn.Module, targets: list[str] | str) -> list[nn.Module]:
+def _matching(model: nn.Module, targets: list[str] | str) -> list[Any]:
     """The linear layers that peft would adapt for these targets."""
     pattern = targets if isinstance(targets, str) else rf"(.*\.)?({'|'.join(map(re.escape, targets))})"
-    return [module for name, module in model.named_modules() if _is_linear(module) and re.fullmatch(pattern, name)]
-
-
-def _is_linear(module: nn.Module) -> bool:
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, (nn.Linear, Conv1D))
+    linear = (module for module in model.named_modules() if isinstance(module[1], (nn.Linear, Conv1D)))
+    return [layer for name, layer in linear if re.fullmatch(pattern, name)]
 
 
 def _some(names: Sequence[str]) -> str:
@@ -219,7 +194,7 @@ def _some(names: Sequence[str]) -> str:
 def _wrapping(seed: int) -> Iterator[None]:
     """Inside, torch's CPU generator starts from the seed; afterwards it is as it was. Other devices' are not touched."""
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        # What peft asks of transformers is theirs to settle.
+        # What peft asks of transformers is none of the user's business.
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
         torch.default_generator.manual_seed(seed)
         yield

@@ -19,22 +19,7 @@ from .mixture import TaskObjective
 from .rewards import Reward, RewardError, load_reward
 
 __all__ = [
-    "GREEDY",
-    "Context",
-    "Reward",
-    "RewardError",
-    "Sampling",
-    "TaskObjective",
-    "Written",
-    "generate",
-    "load_reward",
-    "logits_at",
-    "option_cross_entropy",
-    "option_likelihoods",
-    "option_scores",
-    "preference_margins",
-    "score_loss",
-    "target_likelihood",
-    "task_scores",
-    "write",
-]
+    "GREEDY", "Context", "Reward", "RewardError", "Sampling", "TaskObjective", "Written", "generate", "load_reward",
+    "logits_at", "option_cross_entropy", "option_likelihoods", "option_scores", "preference_margins", "score_loss",
+    "target_likelihood", "task_scores", "write",
+]  # fmt: skip

@@ -35,13 +35,11 @@ class Context:
 class Sampling:
     """How the next token is chosen.
 
-    Attributes:
-        temperature: 0 takes the likeliest token; otherwise tokens are drawn from ``softmax(logits / temperature)``.
-        seed: of the draws. The same seed gives the same draws at both points of a probe, so that their difference is
-            that of the weights. torch's global random state is left alone.
+    The same seed gives the same draws at both points of a probe, so that their difference is that of the weights. torch's
+    global random state is left alone.
     """
 
-    temperature: float = 0.0
+    temperature: float = 0.0  # 0 takes the likeliest token; otherwise they are drawn from softmax(logits / temperature)
     seed: int = 0
 
 
@@ -50,15 +48,10 @@ GREEDY = Sampling()
 
 @dataclass(frozen=True)
 class Written:
-    """What a model wrote, one entry for each prompt.
+    """What a model wrote, one entry for each prompt."""
 
-    Attributes:
-        texts: up to the stop string, stripped.
-        tokens: as they were written, the stop string's among them; without the end-of-text token and padding.
-    """
-
-    texts: list[str]
-    tokens: list[list[int]]
+    texts: list[str]  # up to the stop string, stripped
+    tokens: list[list[int]]  # the stop string's among them; without the end-of-text token and padding
 
 
 # What a model's own generation_config.json may ask for otherwise: we want its distribution as it is.
@@ -86,11 +79,7 @@ def write(
     context: Context | None = None,
     sampling: Sampling = GREEDY,
 ) -> Written:
-    """Continuations of tokenised prompts, up to the task's stop string.
-
-    Args:
-        context: what all prompts begin with, if it was processed already.
-    """
+    """Continuations of tokenised prompts; ``context`` is what all of them begin with, if it was processed already."""
     width, pad = max(map(len, prompts)), padding_id(tokenizer)
     known = 0 if context is None else len(context.tokens)
     # Padding stands on the left, but behind what is common to all.
@@ -111,8 +100,8 @@ def write(
             pad_token_id=pad,
             **{"do_sample": False, **_PLAIN, **options},
         )
-    ends = {*_listed(model.generation_config.eos_token_id), *_listed(tokenizer.eos_token_id)}
-    ends |= {*_listed(tokenizer.pad_token_id)}
+    own_ends = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, tokenizer.pad_token_id, *(own_ends if isinstance(own_ends, list) else [own_ends])}
     # Behind the stop string stands padding or, if the model has no end-of-text token, what it wrote while others went on.
     rows = [row[: stop.ended.get(i)] for i, row in enumerate(out[:, width:].tolist())]
     tokens = [list(takewhile(lambda token: token not in ends, row)) for row in rows]
@@ -120,25 +109,18 @@ def write(
     return Written([(text.split(task.stop)[0] if task.stop else text).strip() for text in texts], tokens)
 
 
-def _listed(tokens: int | list[int] | None) -> list[int]:
-    return tokens if isinstance(tokens, list) else [] if tokens is None else [tokens]
-
-
 class _Stop(StoppingCriteria):
     """Ends a row when the text that it wrote holds the stop string.
 
     ``StopStringCriteria`` of transformers looks tokens up by their own texts, and fails on a vocabulary whose tokens read
     otherwise one after the other, such as words that are joined by spaces. Here the end of what was written is decoded.
-
-    Attributes:
-        ended: row -> how many tokens it wrote up to the stop string, the string's own among them.
     """
 
     def __init__(self, tokenizer: Any, stop: str, begin: int) -> None:
         self._tokenizer, self._stop, self._begin = tokenizer, stop, begin
         # A token reads as a byte at least; the first ones may read otherwise than behind others.
         self._tail = len(stop.encode()) + 4
-        self.ended: dict[int, int] = {}
+        self.ended: dict[int, int] = {}  # row -> how many tokens it wrote, up to the stop string and with it
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:
         written = input_ids.shape[1] - self._begin

@@ -18,13 +18,8 @@ from ..tasks import Task
 def option_scores(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     """Length-normalised log-likelihood of every option, ``(1/T) sum_t log p(option_t | prompt, option_<t)``.
 
-    Args:
-        batch: from :func:`forwardtune.evaluation.prepare`.
-
-    Returns:
-        float32, shape (batch, most options), -inf where an example has fewer options.
-
-    Source: MeZO, appendix E.3.
+    ``batch`` is from :func:`forwardtune.evaluation.prepare`. The scores are float32, shape (batch, most options), -inf
+    where an example has fewer options. Source: MeZO, appendix E.3.
     """
     total, length = option_likelihoods(model, batch)
     return (total / length)[batch["options"].clamp(min=0)].masked_fill(batch["options"] < 0, float("-inf"))
@@ -33,8 +28,7 @@ def option_scores(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
 def option_likelihoods(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """Log-likelihood of every option, ``sum_t log p(option_t | prompt, option_<t)``, and its length in tokens.
 
-    Returns:
-        Both float32, shape (options of all examples,), in the order of ``batch["slots"]``.
+    Both are float32, shape (options of all examples,), in the order of ``batch["slots"]``.
     """
     logits = logits_at(model, batch)
     rows, tokens, slots = batch["logit_rows"], batch["tokens"], batch["slots"]
@@ -78,9 +72,7 @@ def preference_margins(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     """How much more the model prefers the chosen text than its reference does, shape (batch,).
 
     ``[log p(chosen) - log p_ref(chosen)] - [log p(rejected) - log p_ref(rejected)]``, likelihoods of whole texts. The
-    reference's are in ``batch["reference"]``, shape (batch, 2); without it they are 0.
-
-    Source: Rafailov et al., "Direct Preference Optimization", NeurIPS 2023, equation 7.
+    reference's are in ``batch["reference"]``, shape (batch, 2); without it they are 0. Source: Rafailov et al., "Direct Preference Optimization", NeurIPS 2023, equation 7.
     """
     total, _ = option_likelihoods(model, batch)
     chosen, rejected = (total[batch["options"][:, i]] for i in (0, 1))
@@ -101,16 +93,13 @@ def logits_at(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     whose = examples_at(batch["examples_at"]) if "examples_at" in batch else nullcontext()
     with whose, _head_sees_only(model, batch["positions"]) as selected:
         logits = forward(model, **inputs).logits
-    if selected:
-        return logits.squeeze(0).float()
-    return logits.flatten(0, 1)[batch["positions"]].float()
+    return (logits.squeeze(0) if selected else logits.flatten(0, 1)[batch["positions"]]).float()
 
 
 @contextmanager
 def _head_sees_only(model: nn.Module, positions: Tensor) -> Iterator[bool]:
     """Inside, the vocabulary head works on those positions of the flattened batch; yields False if there is no head."""
-    find_head: Any = getattr(model, "get_output_embeddings", None)
-    head = find_head() if find_head is not None else None
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     if head is None:
         yield False
         return

@@ -22,16 +22,10 @@ from .rewards import Reward, load_reward
 
 @dataclass(frozen=True)
 class Term:
-    """One part of an objective.
+    """One part of an objective. ``loss`` is lowered, everything else is raised."""
 
-    Attributes:
-        weight: its factor, positive. ``loss`` is lowered, everything else is raised.
-        name: ``loss``, ``accuracy``, a metric of generated text, or the reward's name.
-        reward: the function, for a reward.
-    """
-
-    weight: float
-    name: str
+    weight: float  # its factor, positive
+    name: str  # loss, accuracy, a metric of generated text, or the reward's name
     reward: Reward | None = None
 
     @property
@@ -48,12 +42,9 @@ class TaskObjective:
     reward that is None for an example adds nothing to its sum, as in TRL.
 
     Args:
-        specification: terms joined by ``+``, each with a factor or without: ``accuracy + 0.1 * loss``,
-            ``rewards:brevity``. Names are ``loss``, ``accuracy``, ``f1``, ``exact_match``, ``drop_f1``,
-            ``drop_exact_match``, and ``module:function`` or ``path/to/file.py:function`` for a function in TRL's
-            signature.
-        task: what is tuned for.
-        tokenizer: the model's.
+        specification: terms joined by ``+``, each with a factor or without: ``accuracy + 0.1 * loss``. Names are ``loss``,
+            ``accuracy``, ``f1``, ``exact_match``, ``drop_f1``, ``drop_exact_match``, and ``module:function`` or
+            ``path/to/file.py:function`` for a function in TRL's signature.
         sampling: how texts are generated; the seed is combined with the step's number.
         sample_steps: keep what was written at every so many steps, for :meth:`take_samples`; None keeps nothing.
 
@@ -71,11 +62,11 @@ class TaskObjective:
     ) -> None:
         self.task, self.specification = task, specification
         self.terms = parse(specification, task)
-        self._tokenizer, self._sampling, self._step = tokenizer, sampling, -1
-        self._part, self._recording = 0, True
+        self._rewards = {term.name for term in self.terms if term.reward is not None}
+        self._tokenizer, self._sampling, self._sample_steps = tokenizer, sampling, sample_steps
+        self._step, self._part, self._recording, self._warned = -1, 0, True, False
         self._seen: dict[str, list[float]] = {}
         self._samples: list[dict[str, Any]] = []
-        self._sample_steps, self._warned = sample_steps, False
 
     @property
     def generates(self) -> bool:
@@ -87,46 +78,34 @@ class TaskObjective:
 
         Statistics are kept unless :meth:`end_step` was called after it.
         """
-        self._step, self._part = step, part
-        self._recording = True
+        self._step, self._part, self._recording = step, part, True
 
     def end_step(self) -> None:
         """Say that what is evaluated from now on, such as development examples, is no part of a step."""
         self._recording = False
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        """The objective of every example, float32, shape (batch,).
+        """The objective of every example, float32, shape (batch,). Raises RewardError if a reward function failed.
 
-        Args:
-            batch: from :func:`forwardtune.evaluation.prepare`, with ``examples``, the encoded examples, where text is
-                generated.
-
-        Raises:
-            RewardError: a reward function failed.
+        ``batch`` is from :func:`forwardtune.evaluation.prepare`, with the encoded ``examples`` where text is generated.
         """
         sampling = replace(self._sampling, seed=((self._sampling.seed * 1_000_003) + self._step) * 1009 + self._part)
         measured = _Measured(model, batch, self.task, self._tokenizer, sampling)
-        total: Tensor | None = None
+        parts: list[Tensor] = []
         values_of: dict[str, list[float]] = {}
         for term in self.terms:
-            if term.name == "loss":
-                values = measured.losses
-                part = term.weight * values
-            else:
-                values = measured.raised(term)
-                part = -term.weight * values
-                if term.reward is not None:  # a reward is finite, or NaN where the function gave None
-                    part = part.nan_to_num(nan=0.0)
+            values = measured.values(term)
+            part = (term.weight if term.name == "loss" else -term.weight) * values
+            # A reward is finite, or NaN where the function gave None.
+            parts.append(part if term.reward is None else part.nan_to_num(nan=0.0))
             values_of[term.name] = values.detach().tolist()
-            total = part if total is None else total + part
-        assert total is not None
-        self._say_what_is_not_judged(values_of)
+        self._warn_of_what_is_not_judged(values_of)
         if self._recording:
             for name, seen in values_of.items():
                 self._seen.setdefault(name, []).extend(seen)
             if self._sample_steps and self.generates and (self._step + 1) % self._sample_steps == 0:
                 self._samples = measured.samples(values_of)
-        return total
+        return sum(parts[1:], parts[0])
 
     def take_statistics(self) -> dict[str, dict[str, float]]:
         """Mean and standard deviation of every term over the examples evaluated since the last call.
@@ -134,83 +113,81 @@ class TaskObjective:
         Where a reward was None for some of them, both are of the others (NaN if there are none), and ``none`` counts them.
         """
         seen, self._seen = self._seen, {}
-        rewards = {term.name for term in self.terms if term.reward is not None}
-        return {name: _statistics(values, name in rewards) for name, values in seen.items()}
+        statistics = {}
+        for name, values in seen.items():
+            known = [value for value in values if name not in self._rewards or not math.isnan(value)]
+            tensor = torch.tensor(known or [math.nan], dtype=torch.float64)
+            statistics[name] = {"mean": float(tensor.mean()), "std": float(tensor.std(correction=0))}
+            if len(known) < len(values):
+                statistics[name]["none"] = len(values) - len(known)
+        return statistics
 
     def take_samples(self) -> list[dict[str, Any]]:
         """Prompts, completions and terms of the step's last evaluation, if it is a step to keep."""
         samples, self._samples = self._samples, []
         return samples
 
-    def _say_what_is_not_judged(self, values_of: dict[str, list[float]]) -> None:
-        if self._warned or any(term.reward is None for term in self.terms):
+    def _warn_of_what_is_not_judged(self, values_of: dict[str, list[float]]) -> None:
+        if self._warned or len(self._rewards) < len(self.terms):
             return
-        idle = sum(all(map(math.isnan, values)) for values in zip(*values_of.values(), strict=True))
+        of_examples = list(zip(*values_of.values(), strict=True))
+        idle = sum(all(map(math.isnan, values)) for values in of_examples)
         if idle:
             self._warned = True
             warn(
-                f"objective {self.specification!r}: all rewards are None for {idle} of {len(values_of[self.terms[0].name])} "
-                "completions. They count as 0 and teach nothing: leave such examples out of the data, or add a reward "
-                "for them",
+                f"objective {self.specification!r}: all rewards are None for {idle} of {len(of_examples)} completions. They "
+                "count as 0 and teach nothing: leave such examples out of the data, or add a reward for them"
             )
 
 
-def _statistics(values: list[float], none_is_nan: bool) -> dict[str, float]:
-    known = [value for value in values if not math.isnan(value)] if none_is_nan else values
-    found = {"mean": math.nan, "std": math.nan}
-    if known:
-        tensor = torch.tensor(known, dtype=torch.float64)
-        found = {"mean": float(tensor.mean()), "std": float(tensor.std(correction=0))}
-    return found if len(known) == len(values) else {**found, "none": len(values) - len(known)}
-
-
+@dataclass
 class _Measured:
     """What was computed of one minibatch at one point."""
 
-    def __init__(self, model: Any, batch: Mapping[str, Any], task: Task, tokenizer: Any, sampling: Sampling) -> None:
-        self._model, self._batch, self._task = model, batch, task
-        self._tokenizer, self._sampling = tokenizer, sampling
+    model: Any
+    batch: Mapping[str, Any]
+    task: Task
+    tokenizer: Any
+    sampling: Sampling
 
     @cached_property
     def _scores(self) -> Tensor:
-        return task_scores(self._model, self._batch, self._task)
-
-    @cached_property
-    def losses(self) -> Tensor:
-        return score_loss(self._task, self._scores, self._batch["labels"])
+        return task_scores(self.model, self.batch, self.task)
 
     @cached_property
     def _written(self) -> Written:
-        examples: Sequence[Encoded] = self._batch["examples"]
+        examples: Sequence[Encoded] = self.batch["examples"]
         prompts = [example.prompt[: len(example.prompt) - example.scored] for example in examples]
-        return write(self._model, self._tokenizer, self._task, prompts, sampling=self._sampling)
+        return write(self.model, self.tokenizer, self.task, prompts, sampling=self.sampling)
 
     def samples(self, values_of: dict[str, list[float]]) -> list[dict[str, Any]]:
         """A line for each example: its prompt, its completion, and the value of every term."""
-        rows = zip(self._batch["examples"], self._written.texts, *values_of.values(), strict=True)
+        rows = zip(self.batch["examples"], self._written.texts, *values_of.values(), strict=True)
         return [
             {"prompt": e.example.prompt, "completion": text, "objective": dict(zip(values_of, values, strict=True))}
             for e, text, *values in rows
         ]
 
-    def raised(self, term: Term) -> Tensor:
-        """Values of a term that is raised, shape (batch,); NaN where a reward is None."""
+    def values(self, term: Term) -> Tensor:
+        """Values of a term, shape (batch,); NaN where a reward is None."""
+        if term.name == "loss":
+            return score_loss(self.task, self._scores, self.batch["labels"])
         if term.name == "accuracy":
-            if self._task.preference is not None:
+            if self.task.preference is not None:
                 return (self._scores > 0).float()
             chosen = self._scores.argmax(dim=1)
-            if "examples" not in self._batch:
-                return (chosen == self._batch["labels"]).float()
-            right = [float(c in e.right) for c, e in zip(chosen.tolist(), self._batch["examples"], strict=True)]
+            if "examples" not in self.batch:
+                return (chosen == self.batch["labels"]).float()
+            right = [float(c in e.right) for c, e in zip(chosen.tolist(), self.batch["examples"], strict=True)]
             return torch.tensor(right, device=chosen.device)
-        examples: Sequence[Encoded] = self._batch["examples"]
+        examples: Sequence[Encoded] = self.batch["examples"]
         if term.reward is not None:
             given = term.reward([e.example for e in examples], self._written.texts, self._written.tokens)
             values = [math.nan if value is None else value for value in given]
         else:
             pairs = zip(self._written.texts, examples, strict=True)
             values = [metrics.score(term.name, text, example.texts) for text, example in pairs]
-        return torch.tensor(values, dtype=torch.float32, device=self._model.device)  # where the losses are
+        return torch.tensor(values, dtype=torch.float32, device=self.model.device)  # where the losses are
 
 
 _TERM = re.compile(r"(?:([0-9.eE+-]+)\s*\*\s*)?([\w.]+(?::\w+)?|.+\.py:\w+)")
@@ -252,7 +229,7 @@ def _term(factor: str | None, name: str, specification: str, task: Task) -> Term
                 "give a task without answers"
             )
         return Term(weight, name, load_reward(name, weight))
-    suits = ["accuracy"] if not task.free_text else list(metrics.kin(task.metric)) if task.label else []
+    suits = ["accuracy"] if not task.free_text else list(metrics.related(task.metric)) if task.label else []
     suits += ["loss"] if task.loss != "none" else []
     if name not in suits:
         raise InputError(

@@ -28,50 +28,35 @@ class Reward:
 
     ``prompts`` and ``completions`` are lists of texts, ``completion_ids`` lists of their tokens, and every column of the
     data is a list as long. What the function does not take is left out. None is the reward of a completion that the
-    function does not judge.
+    function does not judge. ``name`` is for messages and logs, and ``weight`` its factor in a sum of several.
 
     The function must name ``completions`` among its parameters and must not be one of the standard library. Columns are
     data from anywhere, and a function that was not written as a reward may do anything with them:
     ``subprocess.getoutput(cmd)`` would run a column called ``cmd``.
 
-    Args:
-        function: the function.
-        name: for messages and logs.
-        weight: its factor in a sum of several.
-
     Raises:
-        InputError: the function cannot be called like that: it does not take ``completions`` by name, is of the standard
-            library, is a coroutine, or wants what TRL's trainer alone has.
+        InputError: the function does not take ``completions`` by name, is of the standard library, is a coroutine, or
+            wants what TRL's trainer alone has.
     """
 
     def __init__(self, function: RewardFunction, name: str, weight: float = 1.0) -> None:
-        self.name = name
-        self.weight = weight
-        self._function = function
+        self.name, self.weight, self._function = name, weight, function
         call = getattr(function, "__call__", None)  # noqa: B004  # of an object, whose method may be the coroutine
         if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call):
             raise InputError(f"reward {name} is an async function, which is not awaited here: give a plain function")
         parameters = _parameters(function, name)
-        foreign = [p.name for p in parameters if p.name in _FOREIGN and p.default is inspect.Parameter.empty]
-        if foreign:
+        required = [p.name for p in parameters if p.kind in _BY_NAME and p.default is p.empty]
+        if foreign := [one for one in required if one in _FOREIGN]:
             raise InputError(
                 f"reward {name} takes {foreign[0]}, which TRL's trainer alone has: give it a default, such as "
                 f"{foreign[0]}=None, and do without it there"
             )
-        takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+        takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
         self._taken = None if takes_all else {p.name for p in parameters}
-        self._columns = [
-            p.name
-            for p in parameters
-            if p.kind in _BY_NAME and p.default is inspect.Parameter.empty and p.name not in _OWN
-        ]
+        self._columns = [one for one in required if one not in _OWN]
 
     def require(self, columns: Iterable[str]) -> None:
-        """Check that a row has the columns that the function takes without a default.
-
-        Raises:
-            RewardError: it lacks one.
-        """
+        """Check that a row has the columns that the function takes without a default. Raises RewardError if not."""
         known = [str(column) for column in columns if column not in _OWN]
         for name in self._columns:
             if name not in known:
@@ -88,9 +73,6 @@ class Reward:
     ) -> list[float | None]:
         """The reward of each completion; None where the function does not judge it.
 
-        Args:
-            completion_ids: tokens of the completions, for functions that take them.
-
         Raises:
             RewardError: the function raised, or did not return one finite number, or None, for each completion.
         """
@@ -105,6 +87,7 @@ class Reward:
             columns["completion_ids"] = [list(ids) for ids in completion_ids]
         if self._taken is not None:
             columns = {key: values for key, values in columns.items() if key in self._taken}
+        first = f"the first of them {next(iter(completions), '')!r:.200}"
         try:
             returned = self._function(**columns)
             is_list = isinstance(returned, Iterable) and not isinstance(returned, (str, bytes, Mapping))
@@ -114,13 +97,12 @@ class Reward:
             hint = " (completions are texts here, not lists of messages)" if _expects_messages(error) else ""
             raise RewardError(
                 f"reward {self.name} raised {type(error).__name__}: {error}{hint}. It was given {len(completions)} "
-                f"completions, the first of them {completions[0]!r:.200}: mend the function, then resume the run"
+                f"completions, {first}: mend the function, then resume the run"
             ) from error
         if not is_list or len(rewards) != len(completions):
             found = f"{len(rewards)} rewards" if is_list else f"{returned!r:.100}"
             raise RewardError(
-                f"reward {self.name} returned {found} for {len(completions)} completions, the first of them "
-                f"{completions[0]!r:.200}: return a list with a number, or None, for each completion"
+                f"reward {self.name} returned {found} for {len(completions)} completions, {first}: {_WANTED}"
             )
         return [self._number(reward, completion) for reward, completion in zip(rewards, completions, strict=True)]
 
@@ -134,8 +116,7 @@ class Reward:
             value = float(value)
         except (TypeError, ValueError, RuntimeError, OverflowError):
             raise RewardError(
-                f"reward {self.name} returned {reward!r:.100}, which is not a number, for {completion!r:.200}: return a "
-                "list with a number, or None, for each completion"
+                f"reward {self.name} returned {reward!r:.100}, which is not a number, for {completion!r:.200}: {_WANTED}"
             ) from None
         if not math.isfinite(value):
             raise RewardError(
@@ -145,12 +126,11 @@ class Reward:
         return value
 
 
+_WANTED = "return a list with a number, or None, for each completion"
 # Columns that TRL's signature has a meaning of its own for.
 _OWN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
 # Of these, what only TRL's trainer could give.
 _FOREIGN = _OWN[3:]
-
-
 # How a parameter can be given by its name.
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
@@ -160,12 +140,8 @@ def _parameters(function: RewardFunction, name: str) -> list[inspect.Parameter]:
     whole: Any = function
     while isinstance(whole, functools.partial):
         whole = whole.func
-    home = getattr(whole, "__module__", None) or type(whole).__module__
-    if _is_standard(home):
-        raise InputError(
-            f"reward {name} is {getattr(whole, '__name__', whole)} of the standard library's module {home!r}, which was "
-            "not written to judge completions: give a function of your own, in a module with another name"
-        )
+    module = getattr(whole, "__module__", None) or type(whole).__module__
+    _require_own(module, f"reward {name} is {getattr(whole, '__name__', whole)} of the standard library")
     try:
         parameters = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):  # some builtins have none
@@ -178,15 +154,19 @@ def _parameters(function: RewardFunction, name: str) -> list[inspect.Parameter]:
     return parameters
 
 
-def _is_standard(module: str) -> bool:
-    """Whether a module is one of the standard library, by its name."""
-    return module.partition(".")[0] in sys.stdlib_module_names
+def _require_own(module: str, what: str) -> None:
+    """Raise InputError if a module, by its name, is one of the standard library."""
+    if module.partition(".")[0] in sys.stdlib_module_names:
+        raise InputError(
+            f"{what}: {module!r} is a module of the standard library, whose functions were not written to judge "
+            "completions: give a function of your own, in a module with another name"
+        )
 
 
 def _expects_messages(error: Exception) -> bool:
     # text["content"], and text[0] of an empty one.
-    told = ("string indices must be integers", "string index out of range")
-    return isinstance(error, (TypeError, IndexError)) and str(error).startswith(told)
+    said = ("string indices must be integers", "string index out of range")
+    return isinstance(error, (TypeError, IndexError)) and str(error).startswith(said)
 
 
 def load_reward(name: str, weight: float = 1.0) -> Reward:
@@ -201,11 +181,8 @@ def load_reward(name: str, weight: float = 1.0) -> Reward:
     if not where or not function_name:
         raise InputError(f"{name!r} is not a reward: give it as module:function, such as rewards:brevity")
     is_file = where.endswith(".py")
-    if not is_file and _is_standard(where):  # importing is running, so it comes after this
-        raise InputError(
-            f"reward {name}: {where!r} is a module of the standard library, whose functions were not written to judge "
-            "completions: give a function of your own, in a module with another name"
-        )
+    if not is_file:
+        _require_own(where, f"reward {name}")  # importing is running, so it comes after this
     if is_file and not Path(where).is_file():
         raise InputError(f"reward {name}: there is no file {where}: check the path, which is relative to {Path.cwd()}")
     folder = str(Path(where).resolve().parent if is_file else Path.cwd())
@@ -213,11 +190,10 @@ def load_reward(name: str, weight: float = 1.0) -> Reward:
     try:
         module = _import_file(Path(where)) if is_file else importlib.import_module(where)
     except ImportError as error:
-        advice = (
-            "" if is_file else f"run the command where {where}.py is, give its path as {where}.py:{function_name}, or "
-        )
+        elsewhere = f"run the command where {where}.py is, give its path as {where}.py:{function_name}, or "
         raise InputError(
-            f"reward {name}: module {where!r} could not be imported ({error}): {advice}install what is missing"
+            f"reward {name}: module {where!r} could not be imported ({error}): {'' if is_file else elsewhere}install what "
+            "is missing"
         ) from None
     except Exception as error:  # whatever the user's module does
         raise InputError(
@@ -228,24 +204,22 @@ def load_reward(name: str, weight: float = 1.0) -> Reward:
     function = getattr(module, function_name, None)
     if not callable(function):
         known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise InputError(f"reward {name}: module {where!r} has no function {function_name!r}"
-                         f"{nearest(function_name, known) or '; it has ' + ', '.join(known)}")  # fmt: skip
+        near = nearest(function_name, known) or f"; it has {', '.join(known)}"
+        raise InputError(f"reward {name}: module {where!r} has no function {function_name!r}{near}")
     return Reward(function, name, weight)
 
 
 def _import_file(path: Path) -> Any:
     """The module in a file, imported once, which no other module of the file's name stands in for."""
     name = f"{path.stem}@{path.resolve()}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look themselves up there
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)  # dataclasses look themselves up there
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]

@@ -10,13 +10,5 @@ from .reader import get_task, task_names
 from .task import Example, Task
 
 __all__ = [
-    "BadRowsError",
-    "Example",
-    "Split",
-    "Task",
-    "doubts",
-    "get_task",
-    "load_split",
-    "load_splits",
-    "task_names",
-]
+    "BadRowsError", "Example", "Split", "Task", "doubts", "get_task", "load_split", "load_splits", "task_names",
+]  # fmt: skip

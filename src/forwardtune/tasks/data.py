@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,79 +14,60 @@ from .splits import RULES, Wanted, sample
 from .task import Example, Task, same_label
 from .template import RowError
 
-#: What can be done about rows that a task cannot use.
-
 
 class BadRowsError(InputError):
-    """Rows that a task cannot use.
-
-    Attributes:
-        first: what is wrong with the first of them.
-        count, total: how many there are, of how many.
-    """
+    """Rows that a task cannot use: what is wrong with the ``first``, and the ``count`` of them among ``total``."""
 
     def __init__(self, first: str, count: int, total: int) -> None:
         self.first, self.count, self.total = first, count, total
-        super().__init__(f"{self.told}: on_bad_row='skip' leaves such rows out")
-
-    @property
-    def told(self) -> str:
-        """The message without a remedy for all of them."""
-        return f"{self.first} ({self.count} of {self.total} examples cannot be used)"
+        super().__init__(
+            f"{first} ({count} of {total} examples cannot be used): on_bad_row='skip' leaves such rows out",
+            "on_bad_row",
+        )
 
 
 @dataclass(frozen=True)
 class Split:
-    """The examples of one split.
-
-    Attributes:
-        task: what they are examples of.
-        rows: the chosen rows.
-        numbers: their places in the source, from 0.
-        source: where they come from, for people.
-        available: how many there were to choose from.
-        skipped: how many rows of the source were left out because the task cannot use them.
-        first_skipped: what is wrong with the first of them.
-    """
+    """The examples of one split."""
 
     task: Task
-    rows: Sequence[Row]
-    numbers: Sequence[int]
-    source: str
-    available: int
-    skipped: int = 0
-    first_skipped: str = ""
+    rows: Sequence[Row]  # those that were chosen
+    numbers: Sequence[int]  # their places in the source, from 0
+    source: str  # where they come from, for people
+    available: int  # how many there were to choose from
+    skipped: int = 0  # how many rows of the source were left out because the task cannot use them
+    first_skipped: str = ""  # what is wrong with the first of them
 
     @cached_property
     def examples(self) -> list[Example]:
-        """The rows as the task words them.
+        """The rows as the task words them. Raises BadRowsError: a row that the task cannot use."""
+        tried = self._tried(self.task)
+        bad = [error for error in tried if isinstance(error, RowError)]
+        if bad:
+            raise BadRowsError(str(bad[0]), len(bad), len(self))
+        return [example for example in tried if isinstance(example, Example)]
 
-        Raises:
-            BadRowsError: a row that the task cannot use.
-        """
-        try:
-            return [self.task.example(row, place) for row, place in self._placed()]
-        except RowError as error:
-            bad = sum(_what_is_wrong(self.task, row, place) is not None for row, place in self._placed())
-            raise BadRowsError(str(error), bad, len(self)) from None
-
-    def _placed(self) -> Iterator[tuple[Row, str]]:
-        """Every row with its place in the source, for messages."""
-        return ((row, f"{self.source}, example {i + 1}") for row, i in zip(self.rows, self.numbers, strict=True))
+    def _tried(self, wording: Task) -> list[Example | RowError]:
+        """Every row as an example, or what is wrong with it."""
+        tried: list[Example | RowError] = []
+        for row, number in zip(self.rows, self.numbers, strict=True):
+            try:
+                tried.append(wording.example(row, f"{self.source}, example {number + 1}"))
+            except RowError as error:
+                tried.append(error.with_traceback(None))
+        return tried
 
     def without_bad_rows(self) -> Split:
         """The rows that the task can use in all of its wordings."""
-        wrong = [
-            next(filter(None, (_what_is_wrong(wording, row, place) for wording in self.task.wordings)), None)
-            for row, place in self._placed()
-        ]
+        of_rows = zip(*map(self._tried, self.task.wordings), strict=True)
+        wrong = [next((str(one) for one in tried if isinstance(one, RowError)), None) for tried in of_rows]
         bad = [message for message in wrong if message is not None]
         if not bad:
             return self
         if len(bad) == len(self):
             raise InputError(f"the task can use none of the {len(self)} examples of {self.source}. {bad[0]}")
-        kept = [i for i, message in enumerate(wrong) if message is None]
-        return replace(_take(self, kept), available=len(kept), skipped=len(bad), first_skipped=bad[0])
+        kept = _take(self, [i for i, message in enumerate(wrong) if message is None])
+        return replace(kept, available=len(kept), skipped=len(bad), first_skipped=bad[0])
 
     def worded_for(self, kind: str) -> Split:
         """The split as it is put to a ``causal`` or a ``masked`` model."""
@@ -111,10 +92,7 @@ def load_split(
 ) -> Split:
     """All ``train``, ``dev`` or ``test`` data of a task, or ``limit`` of them drawn by ``seed`` without replacement.
 
-    ``on_bad_row`` is as in :func:`load_splits`.
-
-    Raises:
-        InputError: as :func:`load_splits`.
+    ``data_dir`` and ``on_bad_row`` are as in :func:`load_splits`, and so is what is raised.
     """
     whole = _load(task, split, data_dir, on_bad_row)
     if limit is not None and limit < len(whole):
@@ -185,19 +163,18 @@ def _load(task: Task, split: str, data_dir: str | Path | None, on_bad_row: str) 
     """All labelled rows of a task's data, with labels as its answers spell them."""
     if on_bad_row not in ON_BAD_ROW:
         raise InputError(f"on_bad_row must be {' or '.join(ON_BAD_ROW)}, got {on_bad_row!r}")
-    if data_dir is not None:
-        path = _in_folder(task, split, Path(data_dir))
-        rows, source = read_rows(path), str(path)
-    elif task.hub is not None:
-        rows, source = _from_hub(task, split), f"{task.hub['path']} ({task.hub[split]})"
-    elif split in task.files:
-        rows, source = read_rows(task.files[split]), str(task.files[split])
+    if data_dir is None and task.hub is not None:
+        rows, source = _from_hub(task.hub, split), f"{task.hub['path']} ({task.hub[split]})"
     else:
-        raise InputError(f"task {task.name} has no {split} file: add '{split}: FILE' to its task file")
-    if (known_as := (task.hub or {}).get("label")) is not None:
-        rows = [_labelled(row, task.label, known_as) for row in rows]
+        path = task.files.get(split) if data_dir is None else _in_folder(task, split, Path(data_dir))
+        if path is None:
+            raise InputError(f"task {task.name} has no {split} file: add '{split}: FILE' to its task file")
+        rows, source = read_rows(path), str(path)
     rows = [_with_label(row, task) for row in rows]
-    labelled = [i for i, row in enumerate(rows) if not _is_unlabelled(row, task)]
+    unlabelled = task.unlabelled
+    labelled = [
+        i for i, row in enumerate(rows) if unlabelled is None or not same_label(str(row.get(task.label)), unlabelled)
+    ]
     if not labelled:
         raise InputError(f"{source} holds no example")
     whole = Split(task, [rows[i] for i in labelled], labelled, source, len(labelled))
@@ -205,30 +182,13 @@ def _load(task: Task, split: str, data_dir: str | Path | None, on_bad_row: str) 
 
 
 def _with_label(row: Row, task: Task) -> Row:
-    """The row with its label as the task's answers spell it."""
+    """The row with its label under the task's name for it, as the task's answers spell it."""
+    known_as = (task.hub or {}).get("label")
+    if known_as in row and task.label not in row:
+        row = {**row, task.label: row[known_as]}
     value = row.get(task.label)
     label = task.label_of(value)
     return {**row, task.label: label} if value is not None and label != str(value).strip() else row
-
-
-def _is_unlabelled(row: Row, task: Task) -> bool:
-    return task.unlabelled is not None and same_label(str(row.get(task.label)), task.unlabelled)
-
-
-def _what_is_wrong(task: Task, row: Row, place: str) -> str | None:
-    try:
-        task.example(row, place)
-    except RowError as error:
-        return str(error)
-    return None
-
-
-def _labelled(row: Row, label: str, known_as: str) -> Row:
-    """The row with its label under the task's name for it; true and false are 1 and 0."""
-    if label in row or known_as not in row:
-        return row
-    value = row[known_as]
-    return {**row, label: int(value) if isinstance(value, bool) else value}
 
 
 def _in_folder(task: Task, split: str, folder: Path) -> Path:
@@ -247,18 +207,17 @@ def _in_folder(task: Task, split: str, folder: Path) -> Path:
     raise InputError(f"no {split} data for task {task.name} in {folder}: looked for {', '.join(map(str, tried))}")
 
 
-def _from_hub(task: Task, split: str) -> list[Row]:
-    assert task.hub is not None
+def _from_hub(hub: Mapping[str, str], split: str) -> list[Row]:
     try:
         import datasets
     except ImportError:
         raise InputError("data sets of the hub need the datasets package: pip install datasets") from None
     try:
-        data = datasets.load_dataset(task.hub["path"], task.hub.get("name"), split=task.hub[split])
+        return list(datasets.load_dataset(hub["path"], hub.get("name"), split=hub[split]))
     except Exception as error:  # the hub's client has many errors of its own
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"data set {task.hub['path']} could not be loaded from the hub ({reason}): check the network, or give a "
-            "local copy with --data-dir"
+            f"data set {hub['path']} could not be loaded from the hub ({reason}): check the network, or give a local copy "
+            "with data_dir",
+            "data_dir",
         ) from None
-    return list(data)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import Any
 
 from ..errors import InputError, warn
@@ -20,28 +21,16 @@ _MANY_CHARACTERS = 32
 
 @dataclass(frozen=True)
 class Encoded:
-    """One example in tokens.
+    """One example in tokens."""
 
-    Attributes:
-        prompt: tokens of the prompt, possibly cut; for a masked model the whole input.
-        options: tokens of every continuation (the answer options, or the target text alone), or the one token that
-            fills the mask.
-        right: which options are right; training takes the first.
-        texts: the target texts, for scoring free text.
-        scored: so many of the prompt's last tokens are part of every option: options that begin alike.
-        mask: place of the mask in the prompt; None for causal models.
-        example: what was encoded.
-        reference: log-likelihoods of the chosen and the rejected text under the reference model.
-    """
-
-    prompt: list[int]
-    options: list[list[int]]
-    right: tuple[int, ...] = (0,)
-    texts: tuple[str, ...] = ()
-    scored: int = 0
-    mask: int | None = None
-    example: Example = _NOTHING
-    reference: tuple[float, float] | None = None
+    prompt: list[int]  # possibly cut; for a masked model the whole input
+    options: list[list[int]]  # every continuation (the answers, or the target alone), or the token that fills the mask
+    right: tuple[int, ...] = (0,)  # which options are right; training takes the first
+    texts: tuple[str, ...] = ()  # the target texts, for scoring free text
+    scored: int = 0  # so many of the prompt's last tokens are part of every option: options that begin alike
+    mask: int | None = None  # place of the mask in the prompt; None for causal models
+    example: Example = _NOTHING  # what was encoded
+    reference: tuple[float, float] | None = None  # log-likelihoods of a preference's texts under the reference model
 
     @property
     def label(self) -> int:
@@ -58,39 +47,25 @@ class Encoded:
 class Encoder:
     """Turns examples into tokens.
 
-    Args:
-        tokenizer: a Hugging Face tokenizer.
-        max_length: longest input. What is too long is cut on the left of the example's context, word by word; question
-            and answers stay whole.
-        demonstrations: examples with their right answers, put before every prompt (in-context learning).
-
-    ``truncated`` counts the prompts that were cut; ``demonstrated`` is the number of demonstrations that fitted beside
-    the longest example: all examples get the same ones.
+    What is too long is cut on the left of the example's context, word by word; question and answers stay whole.
+    Demonstrations are examples that are put with their right answers before every prompt (in-context learning).
     """
 
     tokenizer: Any
-    max_length: int
+    max_length: int  # longest input
     demonstrations: Sequence[Example] = ()
-    truncated: int = field(default=0, init=False)
-    demonstrated: int = field(default=0, init=False)
+    truncated: int = field(default=0, init=False)  # how many prompts were cut
+    demonstrated: int = field(default=0, init=False)  # how many demonstrations fitted beside the longest example
 
     def __call__(self, task: Task, examples: Sequence[Example]) -> list[Encoded]:
-        """Encode the examples of a task.
-
-        Warns:
-            UserWarning: data hold text, such as ``</s>``, that the tokenizer reads as a control token. Control tokens of
-                the task's prompt are meant, and so are those of a text that begins with one: a conversation that was
-                written out.
+        """Encode the examples of a task. Data that hold text that the tokenizer reads as a control token are warned of.
 
         Raises:
             InputError: nothing of a context would be left, a tokenizer without a mask token for a masked task, or a
                 label word of several tokens.
         """
         self._warn_of_control_tokens(task, examples)
-        if task.kind == "masked":
-            return self._filled_masks(task, examples)
-        preamble = self._preamble(task, examples)
-        return [self._continuations(task, example, preamble, i) for i, example in enumerate(examples, start=1)]
+        return self._filled_masks(task, examples) if task.kind == "masked" else self._continued(task, examples)
 
     def calibrations(self, task: Task, examples: Sequence[Example]) -> list[Encoded]:
         """The same examples with their prompts' content left out, after the same demonstrations.
@@ -100,40 +75,30 @@ class Encoder:
         """
         if task.free_text or task.preference is not None or task.kind == "masked":
             raise InputError(
-                f"task {task.name} cannot be calibrated, only a choice between continuations can: leave --calibrate out"
+                f"task {task.name} cannot be calibrated, only a choice between continuations can: leave calibrations out",
+                "calibrations",
             )
-        preamble = self._preamble(task, examples)
-        bare = [
-            Example(example.calibration, example.options, example.right, context=(0, 0), calibration="")
-            for example in examples
-        ]
+        bare = [Example(example.calibration, example.options, example.right) for example in examples]
         if not all(example.prompt.strip() for example in bare):
             raise InputError(
                 f"task {task.name} has no prompt without content: add 'calibration: TEXT' to its task file"
             )
-        return [self._continuations(task, example, preamble, i) for i, example in enumerate(bare, start=1)]
+        return self._continued(task, bare, self._preamble(task, examples))
 
     @cached_property
     def _texts(self) -> Tokens:
         return Tokens(self.tokenizer)
 
-    def _far_too_long(self, text: str) -> int:
-        """About how many tokens a text has, if its end alone has far more than fit; 0 if it must be looked at in whole."""
-        end = text[-_MANY_CHARACTERS * self.max_length :]
-        count = len(self._texts.open(end)) if len(end) < len(text) else 0
-        return count * len(text) // len(end) if count > 2 * self.max_length else 0
-
     def _warn_of_control_tokens(self, task: Task, examples: Sequence[Example]) -> None:
         answers = " ".join([*(task.answers or {}).values(), *(task.options or ())[1:]])
-        found: dict[str, int] = {}
+        written = set(self._texts.control(answers))
+        found: Counter[str] = Counter()
         count = 0
         for example in examples:
-            written = set(self._texts.control(answers))
             tokens = self._texts.from_data(example.prompt, task.prompt)
             for text in (*example.options, *example.targets):
                 tokens |= {*self._texts.control(text)} - written
-            for token in tokens:
-                found[token] = found.get(token, 0) + 1
+            found.update(tokens)
             count += bool(tokens)
         if count:
             warn(
@@ -142,42 +107,61 @@ class Encoder:
                 "text, reword it in the data",
             )
 
-    # --- causal models ------------------------------------------------------------------------------------------------
+    # --- cutting ------------------------------------------------------------------------------------------------------
 
-    def _continuations(self, task: Task, example: Example, preamble: str, number: int) -> Encoded:
-        texts = _continuations_of(task, example)
-        start, end = (place + len(preamble) for place in example.context)
-        whole = preamble + example.prompt
+    def _fitting(
+        self, task: Task, number: int, text: str, context: tuple[int, int], encode: Callable[[str], Encoded]
+    ) -> Encoded:
+        """The text in tokens, with as little as needed cut off the left of its context (start and end)."""
+        start, end = context
 
-        def encode(cut: int) -> Encoded:
-            return self._split(task, whole[:start] + whole[start + cut :], example, texts, number)
+        def encode_cut(cut: int) -> Encoded:
+            return encode(text[:start] + text[start + cut :])
 
-        total = self._far_too_long(whole)
+        total = self._far_too_long(text)
         if not total:
-            encoded = encode(0)
+            encoded = encode(text)
             if _input_length(encoded, task) <= self.max_length:
                 return encoded
             total = len(encoded.prompt)
         self.truncated += 1
-        places = word_starts(whole[start:end])
-        cut = least(
-            places,
-            lambda cut: _input_length(encode(cut), task) <= self.max_length,
-            _excess(total, self.max_length, end - start, len(whole)),
+        places = word_starts(text[start:end])
+        # About which share of the context must go, of so many characters of a text of so many tokens.
+        excess = max(0, total - self.max_length) / total * len(text) / max(1, end - start)
+        cut = least(places, lambda cut: _input_length(encode_cut(cut), task) <= self.max_length, excess)
+        if cut is not None:
+            return encode_cut(cut)
+        encoded = encode_cut(places[-1] if places else 0)
+        answers = _input_length(encoded, task) - len(encoded.prompt)
+        raise InputError(
+            f"task {task.name}, example {number}: an input of {self.max_length} tokens leaves no room for its context "
+            f"beside the rest of the prompt{f' and answers of {answers} tokens' if answers else ''}: choose a model with "
+            "a longer context, or raise max_length",
+            "max_length",
         )
-        if cut is None:
-            encoded = encode(places[-1] if places else 0)
-            raise InputError(
-                f"task {task.name}, example {number}: an input of {self.max_length} tokens leaves no room for its "
-                f"context beside the rest of the prompt and answers of {_input_length(encoded, task) - len(encoded.prompt)}"
-                " tokens: raise --max-length, or choose a model with a longer context"
-            )
-        return encode(cut)
 
-    def _split(self, task: Task, prompt: str, example: Example, texts: Sequence[str], number: int) -> Encoded:
+    def _far_too_long(self, text: str) -> int:
+        """About how many tokens a text has, if its end alone has far more than fit; 0 if it must be looked at in whole."""
+        end = text[-_MANY_CHARACTERS * self.max_length :]
+        count = len(self._texts.open(end)) if len(end) < len(text) else 0
+        return count * len(text) // len(end) if count > 2 * self.max_length else 0
+
+    # --- causal models ------------------------------------------------------------------------------------------------
+
+    def _continued(self, task: Task, examples: Sequence[Example], preamble: str | None = None) -> list[Encoded]:
+        preamble = self._preamble(task, examples) if preamble is None else preamble
+        encoded = []
+        for number, example in enumerate(examples, start=1):
+            start, end = (place + len(preamble) for place in example.context)
+            encode = partial(self._split, task, example, number)
+            encoded.append(self._fitting(task, number, preamble + example.prompt, (start, end), encode))
+        return encoded
+
+    def _split(self, task: Task, example: Example, number: int, prompt: str) -> Encoded:
         # Prompt and answer are tokenised together, as the model saw text in training. What all continuations share is
         # the prompt; a token that spans the border counts as part of the answers.
         alone = self._texts.open(prompt)
+        texts = (example.target + task.stop,) if example.targets else example.options
         if not texts:
             return Encoded(alone, [], example=example)
         whole = [self._texts.open(prompt + text) for text in texts]
@@ -201,63 +185,48 @@ class Encoder:
         texts = [
             demo.prompt + (demo.options[demo.label] if demo.options else demo.target) for demo in self.demonstrations
         ]
-        if not texts:
-            return ""
-        longest = max(
-            _input_length(self._continuations_uncut(task, example, i), task) for i, example in enumerate(examples, 1)
-        )
+        longest = self._longest(task, examples, "") if texts else 0
         while texts:
             preamble = SEPARATOR.join(texts) + SEPARATOR
             # A vocabulary may part a prompt's first word otherwise behind a line break, so the quick sum is verified.
-            if len(self._texts.open(preamble)) + longest <= self.max_length and all(
-                _input_length(self._continuations_uncut(task, example, i, preamble), task) <= self.max_length
-                for i, example in enumerate(examples, 1)
-            ):
-                break
+            quick = len(self._texts.open(preamble)) + longest
+            if quick <= self.max_length and self._longest(task, examples, preamble) <= self.max_length:
+                self.demonstrated = len(texts)
+                return preamble
             texts = texts[1:]
-        self.demonstrated = len(texts)
-        return preamble if texts else ""
+        self.demonstrated = 0
+        return ""
 
-    def _continuations_uncut(self, task: Task, example: Example, number: int, preamble: str = "") -> Encoded:
-        return self._split(task, preamble + example.prompt, example, _continuations_of(task, example), number)
+    def _longest(self, task: Task, examples: Sequence[Example], preamble: str) -> int:
+        uncut = (
+            self._split(task, example, i, preamble + example.prompt) for i, example in enumerate(examples, start=1)
+        )
+        return max(_input_length(encoded, task) for encoded in uncut)
 
     # --- masked models ------------------------------------------------------------------------------------------------
 
     def _filled_masks(self, task: Task, examples: Sequence[Example]) -> list[Encoded]:
-        if self.tokenizer.mask_token_id is None:
+        mask = self.tokenizer.mask_token_id
+        if mask is None:
             raise InputError(f"task {task.name} needs a mask token, and this tokenizer has none: choose a masked model")
         if self.demonstrations:
-            raise InputError("demonstrations are for causal models: leave --shots out")
+            raise InputError("demonstrations are for causal models: leave demonstrations out", "demonstrations")
         assert task.answers is not None
         words = [self._word(task, text) for text in task.answers.values()]
-        return [self._filled_mask(task, example, words, i) for i, example in enumerate(examples, start=1)]
+        filled = []
+        for number, example in enumerate(examples, start=1):
 
-    def _filled_mask(self, task: Task, example: Example, words: list[list[int]], number: int) -> Encoded:
-        start, end = example.context
+            def encode(text: str, example: Example = example) -> Encoded:
+                tokens = self._texts.closed(text.replace(MASK, self.tokenizer.mask_token))
+                return Encoded(tokens, words, example.right, mask=0, example=example)
 
-        def encode(cut: int) -> list[int]:
-            text = example.prompt[:start] + example.prompt[start + cut :]
-            return self._texts.closed(text.replace(MASK, self.tokenizer.mask_token))
-
-        total = self._far_too_long(example.prompt)
-        tokens = [] if total else encode(0)
-        if total or len(tokens) > self.max_length:
-            self.truncated += 1
-            cut = least(
-                word_starts(example.prompt[start:end]),
-                lambda cut: len(encode(cut)) <= self.max_length,
-                _excess(total or len(tokens), self.max_length, end - start, len(example.prompt)),
-            )
-            if cut is None:
+            encoded = self._fitting(task, number, example.prompt, example.context, encode)
+            if encoded.prompt.count(mask) != 1:
                 raise InputError(
-                    f"task {task.name}, example {number}: an input of {self.max_length} tokens leaves no room for its "
-                    "context beside the rest of the prompt: raise --max-length, or choose a model with a longer context"
+                    f"task {task.name}, example {number}: its text has a mask token of its own: drop the row"
                 )
-            tokens = encode(cut)
-        if tokens.count(self.tokenizer.mask_token_id) != 1:
-            raise InputError(f"task {task.name}, example {number}: its text has a mask token of its own: drop the row")
-        mask = tokens.index(self.tokenizer.mask_token_id)
-        return Encoded(tokens, words, example.right, mask=mask, example=example)
+            filled.append(replace(encoded, mask=encoded.prompt.index(mask)))
+        return filled
 
     def _word(self, task: Task, text: str) -> list[int]:
         """The one token of a label word. Byte-level vocabularies know most words with the space before them."""
@@ -272,22 +241,12 @@ class Encoder:
         )
 
 
-def _continuations_of(task: Task, example: Example) -> tuple[str, ...]:
-    """What may follow a prompt: its options, its target, or nothing that is known."""
-    if example.options or not example.targets:
-        return example.options
-    return (example.target + task.stop,)
-
-
 def _input_length(encoded: Encoded, task: Task) -> int:
     """Tokens of the longest sequence that the model sees: the prompt with the longest option, or what is generated."""
+    if encoded.mask is not None:
+        return len(encoded.prompt)
     longest = max(map(len, encoded.options), default=0)
     return len(encoded.prompt) + max(longest, task.max_new_tokens if task.free_text else 0)
-
-
-def _excess(tokens: int, max_length: int, context: int, whole: int) -> float:
-    """About which share of the context must go, of so many characters of a text of so many tokens."""
-    return max(0, tokens - max_length) / tokens * whole / max(1, context)
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -3,12 +3,10 @@
 Both know several true answers to a question (of several annotators), and the best agreement counts. In DROP an answer
 may itself consist of several spans, which must all be given.
 
-The column ``answers_spans`` of the hub's DROP (``ucinlp/drop``) is a flat list: ``spans`` and their ``types``, without
-a border between annotators or between the spans of one answer. In the rows of the official development set (the hub's
-``validation``) they are mostly what several annotators answered ("3", "4"), and the spans of one answer may be joined
-in one text ("A and B"). So every span is an alternative answer, as in the code of the MeZO paper: ``score("drop_f1",
-prediction, row["answers_spans"]["spans"])``. A row of the hub's ``train`` has one annotator: several spans there are
-the parts of one answer, and can be scored as such: ``score("drop_f1", prediction, [tuple(spans)])``.
+The column ``answers_spans`` of the hub's DROP (``ucinlp/drop``) is a flat list, without a border between annotators or
+between the spans of one answer. In its ``validation`` they are mostly what several annotators answered, so every span is
+an alternative answer, as in the code of the MeZO paper: ``score("drop_f1", prediction, row["answers_spans"]["spans"])``.
+A row of ``train`` has one annotator: several spans there are the parts of one answer: ``[tuple(spans)]``.
 """
 
 from __future__ import annotations
@@ -32,10 +30,7 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 def score(metric: str, prediction: Answer, truths: Sequence[Answer]) -> float:
     """How well a prediction agrees with the true answer that it agrees with best, from 0 to 1.
 
-    Args:
-        metric: one of ``TEXT_METRICS``.
-        prediction: the text. For the metrics of DROP it may be several texts, one a span.
-        truths: the alternative true answers; for the metrics of DROP each may be several texts, one a span.
+    ``metric`` is one of ``TEXT_METRICS``. For those of DROP each answer may be several texts, one a span.
 
     Raises:
         InputError: an unknown metric, or no true answer.
@@ -47,7 +42,7 @@ def score(metric: str, prediction: Answer, truths: Sequence[Answer]) -> float:
     return max(_SCORERS[metric](prediction, truth) for truth in truths)
 
 
-def kin(metric: str) -> tuple[str, ...]:
+def related(metric: str) -> tuple[str, ...]:
     """The metrics by the same rules: F1 and exact match go together."""
     return tuple(name for name in _SCORERS if name.startswith("drop_") == metric.startswith("drop_"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,28 +16,14 @@ from .yaml_file import read_yaml
 
 LIBRARY = Path(__file__).parent / "library"
 
-# A task file's keys, and those of its part for masked models.
-_WORDING = ("prompt", "answers", "context", "replace")
-_KEYS = (
-    "name", *_WORDING, "options", "label", "unlabelled", "target", "preference", "beta", "metric", "loss", "calibration", "train", "dev", "test", "hub",
-    "dev_examples", "splits", "stop", "max_new_tokens", "masked",
-)  # fmt: skip
 # What a task may have its model answer, with the metrics and losses that suit it; the first is the default.
-_METRICS = {
-    "answers": CHOICE_METRICS,
-    "options": CHOICE_METRICS,
-    "target": TEXT_METRICS,
-    "preference": CHOICE_METRICS,
-    "nothing": ("reward",),
+_KINDS: dict[str, dict[str, tuple[str, ...]]] = {
+    "answers": {"metric": CHOICE_METRICS, "loss": ("cross_entropy", "likelihood")},
+    "options": {"metric": CHOICE_METRICS, "loss": ("cross_entropy", "likelihood")},
+    "target": {"metric": TEXT_METRICS, "loss": ("likelihood",)},
+    "preference": {"metric": CHOICE_METRICS, "loss": ("preference",)},
+    "nothing": {"metric": ("reward",), "loss": ("none",)},  # what is generated is rewarded
 }
-_LOSSES = {
-    "answers": ("cross_entropy", "likelihood"),
-    "options": ("cross_entropy", "likelihood"),
-    "target": ("likelihood",),
-    "preference": ("preference",),
-    "nothing": ("none",),
-}
-_TEXTS = ("name", "label", "target", "metric", "context", "calibration", "train", "dev", "test", "stop")
 
 
 def task_names() -> list[str]:
@@ -79,52 +66,32 @@ class _WrongError(Exception):
 
 
 def _task(content: dict[str, Any], path: Path) -> Task:
-    _known(content, _KEYS)
-    for key in _TEXTS:
-        if not isinstance(content.get(key, ""), str):
-            raise _WrongError(f"{key} must be text, got {content[key]!r}: put it in quotes")
+    _known(content, (*_READERS, "metric", "loss", "splits", *_FILES, "hub", "masked"))
     masked = content.get("masked")
     if masked is not None:
         if not isinstance(masked, dict) or MASK not in str(masked.get("prompt", "")):
             raise _WrongError(
                 f"masked must hold a prompt with {MASK} in it, such as {{prompt: '{{text}} It was {MASK}.'}}"
             )
-        _known(masked, _WORDING, "masked: ")
+        _known(masked, ("prompt", "answers", "context", "replace"), "masked: ")
         if "prompt" not in content:  # worded for masked models alone
             return _task({**{k: v for k, v in content.items() if k != "masked"}, **masked}, path)
-    prompt = content.get("prompt")
-    if not isinstance(prompt, str) or not _template(prompt, "prompt"):
+    given = {key: read(content[key], key) for key, read in _READERS.items() if key in content}
+    columns = columns_of(given.get("prompt", ""))
+    if not columns:
         raise _WrongError('prompt must be text with at least one {column} in it, such as "{text} It was"')
+    context = given.get("context", columns[0])
+    if context not in columns:
+        raise _WrongError(f"context {context!r} is not a column of the prompt{nearest(context, columns)}")
     kind = _kind_of_answer(content)
-    if MASK in prompt and kind != "answers":
+    if MASK in given["prompt"] and kind != "answers":
         raise _WrongError(f"a prompt with {MASK} needs answers that fill the mask")
-    metric, loss = (_one_of(content, key, known[kind]) for key, known in (("metric", _METRICS), ("loss", _LOSSES)))
-    context = content.get("context")
-    if context is not None and context not in _template(prompt, "prompt"):
-        raise _WrongError(
-            f"context {context!r} is not a column of the prompt{nearest(context, _template(prompt, 'prompt'))}"
-        )
-    _template(content.get("calibration", ""), "calibration")
-    task = Task(
-        name=content.get("name", path.stem),
-        prompt=prompt,
-        label=_label(content, kind),
-        answers=_answers(content) if kind == "answers" else None,
-        options=_options(content) if kind == "options" else None,
-        preference=_preference(content) if kind == "preference" else None,
-        beta=_beta(content),
-        metric=metric,
-        loss=loss,
-        unlabelled=str(content["unlabelled"]) if "unlabelled" in content else None,
-        replace=_replacements(content.get("replace", {})),
-        context=context,
-        calibration=content.get("calibration"),
-        dev_examples=_whole(content, "dev_examples", 500, 0),
-        splits=_one_of(content, "splits", tuple(RULES)),
-        stop=content.get("stop", "\n"),
-        max_new_tokens=_whole(content, "max_new_tokens", 50, 1),
-        **_source(content, path),
-    )
+    for key, known in {**_KINDS[kind], "splits": tuple(RULES)}.items():
+        given[key] = content.get(key, known[0])
+        if given[key] not in known:
+            raise _WrongError(f"{key} {given[key]!r} does not suit it: choose {' or '.join(known)}")
+    given["label"] = given.pop("target", given.get("label", "label" if kind in ("answers", "options") else ""))
+    task = Task(**{"name": path.stem, "answers": None, **given, **_source(content, path)})
     if masked is None:
         return task
     shared = {k: v for k, v in content.items() if k not in ("masked", "context", "calibration", "replace")}
@@ -132,8 +99,7 @@ def _task(content: dict[str, Any], path: Path) -> Task:
 
 
 def _kind_of_answer(content: dict[str, Any]) -> str:
-    """``answers``, ``options``, ``target``, ``preference``, or ``nothing``: what is generated is rewarded."""
-    kinds = [kind for kind in _METRICS if kind in content]
+    kinds = [kind for kind in _KINDS if kind in content]
     if len(kinds) > 1 or {"label", "target"} <= set(content) or {"label", "preference"} <= set(content):
         raise _WrongError(
             "give one of answers (with label), options (with label), target (free text) and preference, not several"
@@ -143,105 +109,109 @@ def _kind_of_answer(content: dict[str, Any]) -> str:
     return kinds[0] if kinds else "nothing"
 
 
-def _one_of(content: dict[str, Any], key: str, known: tuple[str, ...]) -> str:
-    value = content.get(key, known[0])
-    if value not in known:
-        raise _WrongError(f"{key} {value!r} does not suit it: choose {' or '.join(known)}")
-    return str(value)
-
-
-def _label(content: dict[str, Any], kind: str) -> str:
-    if kind == "target":
-        return str(content["target"])
-    return str(content.get("label", "label")) if kind in ("answers", "options") else ""
-
-
-def _options(content: dict[str, Any]) -> tuple[str, str]:
-    options = content["options"]
-    if not isinstance(options, dict) or set(options) != {"each", "text"}:
-        raise _WrongError('options must be {each: COLUMN, text: TEMPLATE}, such as {each: entities, text: "{option}"}')
-    _template(options["text"], "options")
-    return str(options["each"]), options["text"]
-
-
-def _preference(content: dict[str, Any]) -> tuple[str, str]:
-    columns = content["preference"]
-    if not isinstance(columns, dict) or set(columns) != {"chosen", "rejected"}:
-        raise _WrongError("preference must be {chosen: COLUMN, rejected: COLUMN}")
-    return str(columns["chosen"]), str(columns["rejected"])
-
-
-def _beta(content: dict[str, Any]) -> float:
-    value = content.get("beta", 0.1)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-        raise _WrongError(f"beta must be a positive number, got {value!r}: 0.1 is usual")
-    return float(value)
-
-
-def _answers(content: dict[str, Any]) -> dict[str, str]:
-    answers = content.get("answers")
-    if not isinstance(answers, dict) or len({str(value) for value in answers}) < max(2, len(answers)):
-        raise _WrongError(
-            "answers must map at least two different label values to texts, such as {0: terrible, 1: great}"
-        )
-    for value, text in answers.items():
-        if isinstance(text, str) and not text.strip():
-            raise _WrongError(f"the answer for {value!r} is empty: give the text that the model is to say")
-        if not isinstance(text, str):
-            raise _WrongError(
-                f"the answer for {value!r} is {text!r}, not text: put it in quotes (YAML reads no as false)"
-            )
-        _template(text, f"the answer for {value!r}")
-    answers = {str(value): text.strip() for value, text in answers.items()}
-    if len(set(answers.values())) < len(answers):
-        raise _WrongError("two answers have the same text, so the model could not tell them apart")
-    return answers
-
-
 def _source(content: dict[str, Any], path: Path) -> dict[str, Any]:
-    files = {split: path.parent / content[split] for split in ("train", "dev", "test") if split in content}
+    files = {split: path.parent / _text(content[split], split) for split in _FILES if split in content}
     hub = content.get("hub")
     if (hub is None) == (not files):
         raise _WrongError("give either files (train: and test:) or a data set of the hub (hub:)")
-    if hub is not None:
-        if not (isinstance(hub, dict) and {"path", "train", "test"} <= set(hub)):
-            raise _WrongError("hub must be {path: ..., train: ..., test: ...}, with name: ... for a configuration")
-        _known(hub, ("path", "name", "train", "dev", "test", "label"), "hub: ")
-    return {"files": files, "hub": {key: str(value) for key, value in hub.items()} if hub else None}
-
-
-def _replacements(content: Any) -> dict[str, dict[str, str]]:
-    if not isinstance(content, dict) or not all(isinstance(pairs, dict) for pairs in content.values()):
-        raise _WrongError("replace must be {column: {text: text in its place}}")
-    replace = {str(column): {str(old): str(new) for old, new in pairs.items()} for column, pairs in content.items()}
-    for column, pairs in replace.items():
-        for new in pairs.values():
-            again = [name for name in _template(new, f"replace: {column}") if name in replace]
-            if again:
-                raise _WrongError(
-                    f"replace: the new text for {column} names {again[0]}, which is replaced itself: name another column"
-                )
-    return replace
-
-
-def _template(text: Any, what: str) -> list[str]:
-    """The columns of a template."""
-    if not isinstance(text, str):
-        raise _WrongError(f"{what} must be text, got {text!r}: put it in quotes")
-    try:
-        return columns_of(text)
-    except ValueError as error:
-        raise _WrongError(f"{what} {error}") from None
-
-
-def _whole(content: dict[str, Any], key: str, default: int, least: int) -> int:
-    value = content.get(key, default)
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise _WrongError(f"{key} must be a whole number of at least {least}, got {value!r}")
-    return value
+    if hub is None:
+        return {"files": files}
+    if not (isinstance(hub, dict) and {"path", "train", "test"} <= set(hub)):
+        raise _WrongError("hub must be {path: ..., train: ..., test: ...}, with name: ... for a configuration")
+    _known(hub, ("path", "name", *_FILES, "label"), "hub: ")
+    return {"hub": {key: str(value) for key, value in hub.items()}}
 
 
 def _known(content: dict[str, Any], known: tuple[str, ...], where: str = "") -> None:
     for key in content:
         if key not in known:
             raise _WrongError(f"{where}unknown key {key!r} (known: {', '.join(known)}){nearest(str(key), known)}")
+
+
+# --- values, by key ---------------------------------------------------------------------------------------------------
+
+
+def _text(value: Any, key: str) -> str:
+    if not isinstance(value, str):
+        raise _WrongError(f"{key} must be text, got {value!r}: put it in quotes")
+    return value
+
+
+def _template(value: Any, key: str) -> str:
+    try:
+        columns_of(_text(value, key))
+    except ValueError as error:
+        raise _WrongError(f"{key} {error}") from None
+    return str(value)
+
+
+def _whole(value: Any, key: str) -> int:
+    least = 1 if key == "max_new_tokens" else 0
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise _WrongError(f"{key} must be a whole number of at least {least}, got {value!r}")
+    return value
+
+
+def _positive(value: Any, key: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        raise _WrongError(f"{key} must be a positive number, got {value!r}: 0.1 is usual")
+    return float(value)
+
+
+def _options(value: Any, key: str) -> tuple[str, str]:
+    if not isinstance(value, dict) or set(value) != {"each", "text"}:
+        raise _WrongError('options must be {each: COLUMN, text: TEMPLATE}, such as {each: entities, text: "{option}"}')
+    return str(value["each"]), _template(value["text"], key)
+
+
+def _preference(value: Any, key: str) -> tuple[str, str]:
+    if not isinstance(value, dict) or set(value) != {"chosen", "rejected"}:
+        raise _WrongError("preference must be {chosen: COLUMN, rejected: COLUMN}")
+    return str(value["chosen"]), str(value["rejected"])
+
+
+def _answers(value: Any, key: str) -> dict[str, str]:
+    if not isinstance(value, dict) or len({str(label) for label in value}) < max(2, len(value)):
+        raise _WrongError(
+            "answers must map at least two different label values to texts, such as {0: terrible, 1: great}"
+        )
+    for label, text in value.items():
+        if not isinstance(text, str):
+            raise _WrongError(
+                f"the answer for {label!r} is {text!r}, not text: put it in quotes (YAML reads no as false)"
+            )
+        if not text.strip():
+            raise _WrongError(f"the answer for {label!r} is empty: give the text that the model is to say")
+        _template(text, f"the answer for {label!r}")
+    answers = {str(label): text.strip() for label, text in value.items()}
+    if len(set(answers.values())) < len(answers):
+        raise _WrongError("two answers have the same text, so the model could not tell them apart")
+    return answers
+
+
+def _replacements(value: Any, key: str) -> dict[str, dict[str, str]]:
+    if not isinstance(value, dict) or not all(isinstance(pairs, dict) for pairs in value.values()):
+        raise _WrongError("replace must be {column: {text: text in its place}}")
+    replace = {str(column): {str(old): str(new) for old, new in pairs.items()} for column, pairs in value.items()}
+    for column, new in ((column, new) for column, pairs in replace.items() for new in pairs.values()):
+        for name in columns_of(_template(new, f"{key}: {column}")):
+            if name in replace:
+                raise _WrongError(
+                    f"replace: the new text for {column} names {name}, which is replaced itself: name another column"
+                )
+    return replace
+
+
+# What the keys hold that are read one by one.
+_READERS: dict[str, Callable[[Any, str], Any]] = {
+    **dict.fromkeys(("name", "label", "target", "context", "stop"), _text),
+    **dict.fromkeys(("prompt", "calibration"), _template),
+    **dict.fromkeys(("dev_examples", "max_new_tokens"), _whole),
+    "answers": _answers,
+    "options": _options,
+    "preference": _preference,
+    "beta": _positive,
+    "unlabelled": lambda value, key: str(value),
+    "replace": _replacements,
+}
+_FILES = ("train", "dev", "test")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -12,9 +13,11 @@ from ..errors import InputError
 
 Row = dict[str, Any]
 
+#: How a data file may end, the likeliest first.
+SUFFIXES = (".jsonl", ".csv", ".json", ".tsv")
 # What cells may be separated by, the likeliest first. The first line decides.
-_CSV_DELIMITERS = (",", ";", "\t", "|")
-_TSV_DELIMITERS = ("\t", ",", ";", "|")
+_DELIMITERS = {".csv": ",;\t|", ".tsv": "\t,;|"}
+_NAMES = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -28,14 +31,14 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         InputError: a missing or malformed file, or one that names a column twice.
     """
-    reader = _READERS.get(path.suffix.lower())
-    if reader is None:
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
         raise InputError(
             f"{path}: data files are JSON Lines (.jsonl) or CSV (.csv), a JSON array (.json) or tab-separated (.tsv)"
         )
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            return reader(path, file)
+            return _table(path, file, _DELIMITERS[suffix]) if suffix in _DELIMITERS else _json(path, file)
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such data file") from None
     except UnicodeDecodeError:
@@ -47,27 +50,22 @@ def read_rows(path: Path) -> list[Row]:
 def _json(path: Path, file: TextIO) -> list[Row]:
     first = next((line for line in file if line.strip()), "")
     file.seek(0)
-    return list(_json_array(path, file.read()) if first.lstrip().startswith("[") else _json_lines(path, file))
-
-
-def _json_array(path: Path, text: str) -> Iterator[Row]:
-    entries = _decode(text, f"{path} begins like a JSON array and is none", "one array of objects is expected")
-    for number, row in enumerate(entries, start=1):
-        if not isinstance(row, dict):
-            raise InputError(f"{path}, entry {number} is not a JSON object with named columns")
-        yield row
-
-
-def _json_lines(path: Path, lines: Iterable[str]) -> Iterator[Row]:
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        row = _decode(
-            line, f"{path}, line {number} is not JSON", "one object a line is expected, or one array of objects"
+    if first.lstrip().startswith("["):
+        array = _decode(file.read(), f"{path} begins like a JSON array and is none", "one array of objects is expected")
+        entries = ((f"entry {number}", entry) for number, entry in enumerate(array, start=1))
+    else:
+        expected = "one object a line is expected, or one array of objects"
+        entries = (
+            (f"line {number}", _decode(line, f"{path}, line {number} is not JSON", expected))
+            for number, line in enumerate(file, start=1)
+            if line.strip()
         )
+    rows = []
+    for where, row in entries:
         if not isinstance(row, dict):
-            raise InputError(f"{path}, line {number} is not a JSON object with named columns")
-        yield row
+            raise InputError(f"{path}, {where} is not a JSON object with named columns")
+        rows.append(row)
+    return rows
 
 
 def _decode(text: str, wrong: str, expected: str) -> Any:
@@ -81,49 +79,27 @@ def _decode(text: str, wrong: str, expected: str) -> Any:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> Row:
-    row = dict(pairs)
-    if len(row) < len(pairs):  # the last one would win
-        raise ValueError(_twice(name for name, _ in pairs))
-    return row
+    if twice := _twice(name for name, _ in pairs):  # the last one would win
+        raise ValueError(twice)
+    return dict(pairs)
 
 
 def _constant(name: str) -> float | None:
     return None if name == "NaN" else float(name.replace("Infinity", "inf"))
 
 
-def _comma_separated(path: Path, file: TextIO) -> list[Row]:
-    return _table(path, file, _CSV_DELIMITERS)
-
-
-def _tab_separated(path: Path, file: TextIO) -> list[Row]:
-    return _table(path, file, _TSV_DELIMITERS)
-
-
-_READERS: dict[str, Callable[[Path, TextIO], list[Row]]] = {
-    ".jsonl": _json,
-    ".json": _json,
-    ".csv": _comma_separated,
-    ".tsv": _tab_separated,
-}
-
-#: How a data file may end, the likeliest first.
-SUFFIXES = (".jsonl", ".csv", ".json", ".tsv")
-
-
-def _table(path: Path, file: TextIO, delimiters: tuple[str, ...]) -> list[Row]:
+def _table(path: Path, file: TextIO, delimiters: str) -> list[Row]:
     csv.field_size_limit(2**31 - 1)  # the default refuses cells of more than 128 KiB
     lines = file.readlines()
     first = next(filter(_is_filled, lines), "")
     delimiter = next((one for one in delimiters if len(next(csv.reader([first], delimiter=one))) > 1), delimiters[0])
     tabs = {line.count("\t") for line in lines if _is_filled(line)}
-    if delimiter == "\t" and len(tabs) == 1:
-        cells = _plain_cells(lines)
-    else:
-        cells = _quoted_cells(path, lines, delimiter)
+    plain = delimiter == "\t" and len(tabs) == 1
+    cells = _plain_cells(lines) if plain else _quoted_cells(path, lines, delimiter)
     _, names = next(cells, (0, []))
     names = [name.strip() for name in names]
-    if len(set(names) - {""}) < len(names) - names.count(""):
-        raise InputError(f"{path}: {_twice(filter(None, names))}")
+    if twice := _twice(filter(None, names)):
+        raise InputError(f"{path}: {twice}")
     rows = []
     for number, row in cells:
         if len(row) != len(names):
@@ -133,9 +109,6 @@ def _table(path: Path, file: TextIO, delimiters: tuple[str, ...]) -> list[Row]:
             )
         rows.append(dict(zip(names, row, strict=True)))
     return rows
-
-
-_NAMES = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 
 
 def _quoted_cells(path: Path, lines: list[str], delimiter: str) -> Iterator[tuple[int, list[str]]]:
@@ -167,6 +140,6 @@ def _unquoted(cell: str) -> str:
 
 
 def _twice(names: Iterable[str]) -> str:
-    seen: set[str] = set()
-    name = next(name for name in names if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-    return f"{name!r} is the name of two columns: rename or remove one"
+    """What to say of a name that is there twice; nothing if there is none."""
+    name = next((name for name, count in Counter(names).items() if count > 1), None)
+    return "" if name is None else f"{name!r} is the name of two columns: rename or remove one"

@@ -1,26 +1,11 @@
 """Which rows are for training, development and testing: the rules that a task file can choose.
 
-==============  ============================================================================================================
-rule            what it draws
-==============  ============================================================================================================
-``forwardtune`` development and training rows in an order drawn by the seed, development first. Where the training data are
-                short, development takes at most a quarter of them, unless as many remain for training. Test rows are the
-                same for every seed. ``per_class`` needs that many rows of every class.
-``mezo``        as the code of the MeZO paper draws them from rows in the order of the source (numpy's ``RandomState``).
-                Causal models (section 3.1): ``permutation(rows)`` by the seed; the first ``train + dev`` are taken, and the
-                last ``dev`` of these are for development, however few that leaves for training; test rows are the first of
-                another ``permutation`` by the same seed. ``per_class``, masked models (section 3.2): rows are shuffled by
-                the seed; of each class the first k are for training and the next k for development, as many as there are;
-                test rows are the first after a shuffle by 42.
-==============  ============================================================================================================
-
 A rule names rows by their places in the source, counted without those that have no label.
 """
 
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,9 +14,7 @@ import numpy as np
 from ..errors import InputError, warn
 from .task import Task
 
-# Of the default rule: runs with several seeds can be compared on the same examples.
 _TEST_SEED = 0
-# Of the paper's masked models.
 _MASKED_TEST_SEED = 42
 
 
@@ -47,7 +30,11 @@ class Wanted:
 
 
 class Default:
-    """The rule ``forwardtune``."""
+    """The rule ``forwardtune``: development and training rows in an order drawn by the seed, development first.
+
+    Where the training data are short, development takes at most a quarter of them, unless as many remain for training.
+    ``per_class`` needs that many rows of every class. Test rows are the same for every seed, so that runs can be compared.
+    """
 
     name = "forwardtune"
 
@@ -58,11 +45,7 @@ class Default:
     def train_and_dev(
         self, task: Task, labels: Sequence[str], source: str, wanted: Wanted
     ) -> tuple[list[int], list[int]]:
-        """Places of the training and of the development rows.
-
-        Args:
-            labels: of all rows, as text.
-            source: names the data in messages.
+        """Places of the training and of the development rows, by the labels of all; ``source`` is for messages.
 
         Raises:
             InputError: the data do not hold what is asked for.
@@ -70,25 +53,24 @@ class Default:
         order = list(range(len(labels)))
         random.Random(f"{wanted.seed} {task.name} train").shuffle(order)
         if wanted.per_class is not None:
-            return self._of_each_class(task, labels, order, source, wanted)
-        short = len(labels) < 2 * wanted.dev
-        share = min(wanted.dev, len(labels) // 4) if short else wanted.dev
+            train, dev, short = _of_each_class(task, labels, order, wanted)
+            if short:
+                raise _too_few(source, *short[0], wanted)
+            return train, dev
+        scarce = len(labels) < 2 * wanted.dev
+        share = min(wanted.dev, len(labels) // 4) if scarce else wanted.dev
         return order[share : share + wanted.train], order[:share]
-
-    def _of_each_class(
-        self, task: Task, labels: Sequence[str], order: Sequence[int], source: str, wanted: Wanted
-    ) -> tuple[list[int], list[int]]:
-        train, dev = _of_each_class(task, labels, order, wanted)
-        k, parts = wanted.per_class or 0, 2 if wanted.dev else 1
-        there = Counter(labels)
-        for label, text in (task.answers or {}).items():
-            if there[label] < parts * k:
-                raise InputError(_too_few(source, there[label], label, text, wanted))
-        return train, dev
 
 
 class MeZO:
-    """The rule ``mezo``."""
+    """The rule ``mezo``: as the code of the MeZO paper draws them from rows in the order of the source.
+
+    Causal models (section 3.1): ``permutation(rows)`` by the seed, with numpy's ``RandomState``; the first ``train + dev``
+    are taken, and the last ``dev`` of these are for development, however few that leaves for training; test rows are the
+    first of another ``permutation`` by the same seed. ``per_class``, masked models (section 3.2): rows are shuffled by the
+    seed; of each class the first k are for training and the next k for development, as many as there are; test rows are
+    the first after a shuffle by 42.
+    """
 
     name = "mezo"
 
@@ -103,19 +85,14 @@ class MeZO:
         self, task: Task, labels: Sequence[str], source: str, wanted: Wanted
     ) -> tuple[list[int], list[int]]:
         """As of :class:`Default`."""
-        if wanted.per_class is not None:
-            train, dev = _of_each_class(task, labels, _shuffled(len(labels), wanted.seed), wanted)
-            there = Counter(labels)
-            for label, text in (task.answers or {}).items():
-                if not there[label] or (wanted.dev and not dev):
-                    raise InputError(_too_few(source, there[label], label, text, wanted))
-            k, parts = wanted.per_class, 2 if wanted.dev else 1
-            if short := [
-                f"{there[label]} of {text}" for label, text in (task.answers or {}).items() if there[label] < parts * k
-            ]:
-                _say(
-                    f"task {task.name}: {source} has only {', '.join(short)}; training takes up to {k}, development what is left"
-                )
+        if (k := wanted.per_class) is not None:
+            train, dev, short = _of_each_class(task, labels, _shuffled(len(labels), wanted.seed), wanted)
+            for label, there in short:
+                if not there or (wanted.dev and not dev):
+                    raise _too_few(source, label, there, wanted)
+            if short:
+                few = ", ".join(f"{there} of {text}" for (_, text), there in short)
+                warn(f"task {task.name}: {source} has only {few}; training takes up to {k}, development what is left")
             return train, dev
         taken: list[int] = _state(wanted.seed).permutation(len(labels)).tolist()[: wanted.train + wanted.dev]
         border = max(0, len(taken) - wanted.dev)
@@ -123,10 +100,11 @@ class MeZO:
             raise InputError(
                 f"task {task.name} draws its splits as the MeZO paper does, which sets {wanted.dev} examples aside for "
                 f"development and leaves none of the {len(labels)} in {source} to train on: ask for fewer "
-                f"(dev_examples={len(labels) // 4}), or use a task file without 'splits: {self.name}'"
+                f"(dev_examples={len(labels) // 4}), or use a task file without 'splits: {self.name}'",
+                "dev_examples",
             )
         if border < min(wanted.train, wanted.dev):
-            _say(
+            warn(
                 f"task {task.name} draws its splits as the MeZO paper does: of the {len(labels)} examples in {source}, "
                 f"{border} are for training and {wanted.dev} for development"
             )
@@ -147,29 +125,26 @@ def sample(task: Task, split: str, count: int, limit: int, seed: int) -> list[in
 
 def _of_each_class(
     task: Task, labels: Sequence[str], order: Sequence[int], wanted: Wanted
-) -> tuple[list[int], list[int]]:
-    """The first k of each class in the order, and the next k if development rows are wanted."""
+) -> tuple[list[int], list[int], list[tuple[tuple[str, str], int]]]:
+    """The first k of each class in the order, the next k if development rows are wanted, and the classes with fewer."""
     if task.answers is None:
-        raise InputError(f"task {task.name} has no classes to draw examples of: leave --per-class out")
+        raise InputError(f"task {task.name} has no classes to draw examples of: leave per_class out", "per_class")
     k = wanted.per_class or 0
-    members: dict[str, list[int]] = {label: [] for label in task.answers}
-    for i in order:
-        if labels[i] in members:
-            members[labels[i]].append(i)
-    dev = k if wanted.dev else 0
-    return [i for of in members.values() for i in of[:k]], [i for of in members.values() for i in of[k : k + dev]]
+    border = k + (k if wanted.dev else 0)
+    members = {label: [i for i in order if labels[i] == label] for label in task.answers}
+    train = [i for of_class in members.values() for i in of_class[:k]]
+    dev = [i for of_class in members.values() for i in of_class[k:border]]
+    counts = zip(task.answers.items(), map(len, members.values()), strict=True)
+    return train, dev, [(answer, there) for answer, there in counts if there < border]
 
 
-def _too_few(source: str, there: int, label: str, text: str, wanted: Wanted) -> str:
+def _too_few(source: str, answer: tuple[str, str], there: int, wanted: Wanted) -> InputError:
     k, dev = wanted.per_class, wanted.per_class if wanted.dev else 0
-    return (
-        f"{source} holds {there} examples of class {label} ({text}), and {k} for training and {dev} for development are "
-        f"asked for: lower --per-class to {there // 2 if dev else there}"
+    return InputError(
+        f"{source} holds {there} examples of class {answer[0]} ({answer[1]}), and {k} for training and {dev} for "
+        f"development are asked for: lower per_class to {there // 2 if dev else there}",
+        "per_class",
     )
-
-
-def _say(what: str) -> None:
-    warn(what)
 
 
 def _shuffled(count: int, seed: int) -> list[int]:

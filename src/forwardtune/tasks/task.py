@@ -16,25 +16,15 @@ MASK = "[MASK]"
 
 @dataclass(frozen=True)
 class Example:
-    """One example of a task, as text.
+    """One example of a task, as text. Training takes the first of the right options, or of the targets."""
 
-    Attributes:
-        prompt: what the model reads. For a masked model it holds ``[MASK]``.
-        options: the possible continuations, or fillings of the mask; empty for free text.
-        right: which options are right; training takes the first.
-        targets: texts to produce, for free text, each as good; training takes the first.
-        context: start and end of the part of the prompt that may be cut on the left if the prompt is too long.
-        calibration: the prompt without content, for surface-form-competition calibration.
-        row: the columns that it was made of.
-    """
-
-    prompt: str
-    options: tuple[str, ...] = ()
-    right: tuple[int, ...] = ()
-    targets: tuple[str, ...] = ()
-    context: tuple[int, int] = (0, 0)
-    calibration: str = ""
-    row: Mapping[str, Any] = field(default_factory=dict)
+    prompt: str  # for a masked model it holds [MASK]
+    options: tuple[str, ...] = ()  # the possible continuations, or fillings of the mask; empty for free text
+    right: tuple[int, ...] = ()  # which options are right
+    targets: tuple[str, ...] = ()  # texts to produce, for free text, each as good
+    context: tuple[int, int] = (0, 0)  # start and end of the part of the prompt that may be cut on the left
+    calibration: str = ""  # the prompt without content, for surface-form-competition calibration
+    row: Mapping[str, Any] = field(default_factory=dict)  # the columns that it was made of
 
     @property
     def label(self) -> int:
@@ -51,55 +41,29 @@ class Example:
 class Task:
     """A declaration: where the examples are, how one becomes a prompt, what the answers are, what is measured.
 
-    Attributes:
-        name: what the task is called.
-        prompt: template with ``{column}`` placeholders. With ``[MASK]`` in it, it is for masked models.
-        label: column of the label or, without answers, of the target text or texts; empty where there is neither, and
-            what is generated is rewarded.
-        answers: label value (as text) -> template of a continuation; None where there are none.
-        options: ``(column, template)``: one option for each entry of a column that holds a list, called ``{option}`` in
-            the template; the label column then holds the right entries. None for other tasks.
-        loss: what is lowered: ``cross_entropy`` over the options' scores; ``likelihood``, the negative mean
-            log-likelihood of the right option's, or the target's, tokens; ``preference`` of one text to another; or
-            ``none``.
-        preference: columns of the chosen and the rejected text, for ``preference``.
-        beta: how far a preferred text may move the model from its reference (DPO's beta).
-        metric: ``accuracy`` for options and preferences; ``f1``, ``exact_match``, ``drop_f1`` or ``drop_exact_match`` for
-            free text; ``reward`` where there is no target.
-        unlabelled: label value of rows that have no label and are left out.
-        replace: column -> {text: text in its place}.
-        context: the column that may be cut on the left when a prompt is too long.
-        calibration: template of the prompt without content (appendix E.1 of the MeZO paper calls it SFC).
-        files: split (``train``, ``dev``, ``test``) -> path of a JSON Lines or CSV file.
-        hub: ``{"path": ..., "name": ..., "train": ..., "test": ...}`` of a hub data set, with ``"label"`` if the label
-            column has another name there.
-        dev_examples: size of the development split that is taken from the training data.
-        splits: the rule that draws the splits (:mod:`.splits`): ``forwardtune`` or ``mezo``.
-        stop: free text ends here.
-        max_new_tokens: longest free text that is generated.
-        masked: the same task worded for masked models, if this one is worded for causal models and there is one.
+    ``docs/tasks.md`` says what the keys of a task file mean, which these are.
     """
 
     name: str
-    prompt: str
-    label: str
-    answers: Mapping[str, str] | None
-    metric: str
-    loss: str = "cross_entropy"
-    options: tuple[str, str] | None = None
-    preference: tuple[str, str] | None = None
-    beta: float = 0.1
-    unlabelled: str | None = None
-    replace: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    context: str | None = None
-    calibration: str | None = None
-    files: Mapping[str, Path] = field(default_factory=dict)
-    hub: Mapping[str, str] | None = None
+    prompt: str  # template with {column} placeholders
+    label: str  # column of the label, or of the target texts; empty where what is generated is rewarded
+    answers: Mapping[str, str] | None  # label value (as text) -> template of a continuation
+    metric: str  # accuracy; for free text one of metrics.TEXT_METRICS, or reward where there is no target
+    loss: str = "cross_entropy"  # or likelihood, preference, none
+    options: tuple[str, str] | None = None  # column that holds a list, template with {option} of one of its entries
+    preference: tuple[str, str] | None = None  # columns of the chosen and the rejected text
+    beta: float = 0.1  # how far a preferred text may move the model from its reference (DPO)
+    unlabelled: str | None = None  # label value of rows that are left out
+    replace: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # column -> {text: text in its place}
+    context: str | None = None  # the column that may be cut on the left; by default the prompt's first
+    calibration: str | None = None  # template of the prompt without content; by default the prompt's last words
+    files: Mapping[str, Path] = field(default_factory=dict)  # split (train, dev, test) -> data file
+    hub: Mapping[str, str] | None = None  # path, name, label column and splits of a data set of the hub
     dev_examples: int = 500
-    splits: str = "forwardtune"
-    stop: str = "\n"
+    splits: str = "forwardtune"  # the rule that draws them (:mod:`.splits`)
+    stop: str = "\n"  # free text ends here
     max_new_tokens: int = 50
-    masked: Task | None = None
+    masked: Task | None = None  # the same task worded for masked models, if this one is for causal models
 
     @property
     def kind(self) -> str:
@@ -122,29 +86,23 @@ class Task:
         return [self] if self.masked is None else [self, self.masked]
 
     def worded_for(self, kind: str) -> Task:
-        """The task as it is put to a ``causal`` or a ``masked`` model.
-
-        Raises:
-            InputError: it is not worded for that kind.
-        """
+        """The task as it is put to a ``causal`` or a ``masked`` model. Raises InputError if it is not worded for it."""
         for wording in self.wordings:
             if wording.kind == kind:
                 return wording
-        if kind == "causal":
-            raise InputError(
-                f"task {self.name} has a prompt for masked models alone, and this model is causal: choose a masked "
-                f"model such as roberta-large, or write a task file whose prompt has no {MASK}"
-            )
+        remedies = {
+            "causal": f"choose a masked model such as roberta-large, or write a task file whose prompt has no {MASK}",
+            "masked": f"choose a causal model, or write a task file with {MASK} in its prompt",
+        }
         raise InputError(
-            f"task {self.name} has a prompt for causal models alone, and this model is masked: choose a causal model, "
-            f"or write a task file with {MASK} in its prompt"
+            f"task {self.name} has a prompt for {self.kind} models alone, and this model is {kind}: {remedies[kind]}"
         )
 
     def label_of(self, value: Any) -> str:
         """A label value as the answers spell it; as it is if they do not know it.
 
-        1, 1.0, "1.0" and true are the same label, and so are 0, 0.0 and false: a data frame with a gap turns whole numbers
-        into fractions. Where the answers tell them apart, they are different.
+        1, 1.0, "1.0" and true are the same label (a data frame with a gap turns whole numbers into fractions), unless the
+        answers tell them apart.
         """
         text = str(value).strip()
         if self.answers is None or text in self.answers:
@@ -161,46 +119,47 @@ class Task:
         fields = Fields(row, where, self.name, self.replace)
         pieces = fields.pieces(self.prompt)
         prompt = "".join(text for text, _ in pieces)
-        cut = self.context or next(iter(columns_of(self.prompt)))
-        context = (0, 0)
-        for i, (text, column) in enumerate(pieces):
+        cut, start, context = self.context or columns_of(self.prompt)[0], 0, (0, 0)
+        for text, column in pieces:
             if column == cut:
-                start = sum(len(earlier) for earlier, _ in pieces[:i])
                 context = (start, start + len(text))
                 break
-        joint = "" if self.kind == "masked" or prompt[-1:].isspace() else " "
+            start += len(text)
         calibration = tail_of(self.prompt).lstrip() if self.calibration is None else fields.fill(self.calibration)
+        joint = "" if self.kind == "masked" or prompt[-1:].isspace() else " "
+        options, right, targets = self._answers_of(fields, where)
+        options, targets = (tuple(joint + text for text in texts) for texts in (options, targets))
+        return Example(prompt, options, right, targets, context, calibration, row)
+
+    def _answers_of(self, fields: Fields, where: str) -> tuple[tuple[str, ...], tuple[int, ...], tuple[str, ...]]:
+        """The texts of a row's options and which of them are right, or its targets."""
         if self.preference is not None:
-            texts = tuple(joint + fields.text(column) for column in self.preference)
-            return Example(prompt, texts, (0,), (), context, calibration, row)
+            return tuple(map(fields.text, self.preference)), (0,), ()
         if self.free_text:
-            if not self.label:
-                return Example(prompt, context=context, row=row)
-            targets = fields.value(self.label)
+            targets = fields.value(self.label) if self.label else []
             targets = targets if isinstance(targets, (list, tuple)) else [targets]
-            texts = tuple(dict.fromkeys(joint + str(text).strip() for text in targets))
-            return Example(prompt, targets=texts, context=context, calibration=calibration, row=row)
+            return (), (), tuple(dict.fromkeys(str(text).strip() for text in targets))
         if self.options is not None:
             column, template = self.options
-            entries = [str(entry).strip() for entry in _list(fields.value(column), column, where)]
-            truths = {str(truth).strip() for truth in _list(fields.value(self.label), self.label, where)}
-            options = [fields.fill(template, entry) for entry in entries]
+            entries, truths = (_stripped(fields.value(name), name, where) for name in (column, self.label))
             right = tuple(i for i, entry in enumerate(entries) if entry in truths)
             if not right:
-                raise RowError(f"{where}: none of {sorted(truths)} is among the {len(entries)} entries of {column!r}")
-        else:
-            assert self.answers is not None
-            value = self.label_of(fields.value(self.label))
-            if value not in self.answers:
-                remedy = "add it to the answers, or drop the row"
-                if value.lower() in _YAML_BOOLEANS and {"True", "False"} & self.answers.keys():
-                    remedy = "YAML reads yes and no without quotes as true and false: put the labels of the answers in quotes"
                 raise RowError(
-                    f"{where}: label {value!r} is not among the answers of task {self.name} ({', '.join(self.answers)}): {remedy}"
+                    f"{where}: none of {sorted(set(truths))} is among the {len(entries)} entries of {column!r}"
                 )
-            options = [fields.fill(text) for text in self.answers.values()]
-            right = (list(self.answers).index(value),)
-        return Example(prompt, tuple(joint + text for text in options), right, (), context, calibration, row)
+            return tuple(fields.fill(template, entry) for entry in entries), right, ()
+        assert self.answers is not None
+        value = self.label_of(fields.value(self.label))
+        if value not in self.answers:
+            remedy = "add it to the answers, or drop the row"
+            if value.lower() in _YAML_BOOLEANS and {"True", "False"} & self.answers.keys():
+                remedy = (
+                    "YAML reads yes and no without quotes as true and false: put the labels of the answers in quotes"
+                )
+            raise RowError(
+                f"{where}: label {value!r} is not among the answers of task {self.name} ({', '.join(self.answers)}): {remedy}"
+            )
+        return tuple(map(fields.fill, self.answers.values())), (list(self.answers).index(value),), ()
 
 
 # What YAML takes for a truth value unless it stands in quotes.
@@ -214,8 +173,8 @@ def same_label(one: str, other: str) -> bool:
 
 def _number(label: str) -> str:
     """One spelling for labels that are the same number."""
-    label = label.strip()
-    text = {"true": "1", "false": "0"}.get(label.lower(), label)
+    text = label.strip()
+    text = {"true": "1", "false": "0"}.get(text.lower(), text)
     try:
         number = float(text)
     except ValueError:
@@ -223,7 +182,8 @@ def _number(label: str) -> str:
     return str(int(number)) if number.is_integer() else text
 
 
-def _list(value: Any, column: str, where: str) -> list[Any]:
+def _stripped(value: Any, column: str, where: str) -> list[str]:
+    """The entries of a column that holds a list, as text."""
     if not isinstance(value, (list, tuple)):
         raise RowError(f"{where}: column {column!r} must hold a list, not {value!r:.60}")
-    return list(value)
+    return [str(entry).strip() for entry in value]

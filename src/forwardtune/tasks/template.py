@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ..errors import InputError, nearest
@@ -14,6 +14,7 @@ class RowError(InputError):
 
 
 _PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
+_NAME = re.compile(r"\w[\w .-]*")  # what is hardly anything but a column's
 
 
 def _first_word_lowered(text: str) -> str:
@@ -40,32 +41,24 @@ Replacements = Mapping[str, Mapping[str, str]]
 
 
 class Fields:
-    """The values of one row, as templates see them.
+    """The values of one row, as templates see them; ``where`` and ``task`` name row and task in messages.
 
-    Args:
-        row: column -> value. ``a.b`` names key ``b`` of a column ``a`` that holds a mapping.
-        where: names the row in messages.
-        task: names the task in messages.
-        replace: column -> {text: text in its place}; the new text may hold placeholders itself.
+    ``a.b`` is key ``b`` of a column ``a`` that holds a mapping. The texts that ``replace`` puts in the place of others may
+    hold placeholders themselves.
     """
 
     def __init__(self, row: Row, where: str, task: str, replace: Replacements | None = None) -> None:
-        self._row, self._where, self._task = row, where, task
-        self._replace = replace or {}
+        self._row, self._where, self._task, self._replace = row, where, task, replace or {}
 
     def value(self, column: str) -> Any:
-        """The value of a column.
-
-        Raises:
-            RowError: the row has no such column, or it is empty.
-        """
+        """The value of a column. Raises RowError if there is none, or it is empty."""
         value: Any = self._row
         for key in [column] if column in self._row else column.split("."):
             if not isinstance(value, Mapping) or key not in value:
-                known = list(map(str, self._row))
+                known, braces = list(map(str, self._row)), "" if _NAME.fullmatch(column) else _BRACES
                 raise RowError(
                     f"{self._where} has no column {column!r}, which task {self._task} needs (it has "
-                    f"{', '.join(known)}){nearest(column, known)}{_BRACES if _is_no_name(column) else ''}"
+                    f"{', '.join(known)}){nearest(column, known)}{braces}"
                 )
             value = value[key]
         if value is None or (isinstance(value, str) and not value.strip()) or value == []:
@@ -73,11 +66,7 @@ class Fields:
         return value
 
     def text(self, column: str, option: str | None = None) -> str:
-        """The value of a column as text, stripped, with the task's replacements made.
-
-        Raises:
-            RowError: the column holds a conversation.
-        """
+        """The value of a column as text, stripped and with replacements. Raises RowError for a conversation, too."""
         value = self.value(column)
         if isinstance(value, list) and isinstance(value[0], Mapping) and "content" in value[0]:
             raise RowError(
@@ -97,43 +86,30 @@ class Fields:
     def pieces(self, template: str, option: str | None = None) -> list[tuple[str, str | None]]:
         """The filled template in pieces: (text, column that it comes from, None for the template's own words)."""
         pieces: list[tuple[str, str | None]] = []
-        end = 0
-        for match in _PLACEHOLDER.finditer(template):
-            pieces.append((template[end : match.start()], None))
-            end = match.end()
-            if match[1] is None:
-                pieces.append((match[0][0], None))
-            elif match[1] == "option" and option is not None:
+        for words, placeholder in _parts(template):
+            pieces.append((words, None))
+            if placeholder == "option" and option is not None:
                 pieces.append((option, "option"))
-            else:
-                column, *filters = match[1].split("|")
+            elif placeholder is not None:
+                column, *filters = placeholder.split("|")
                 text = self.text(column, option)
                 for name in filters:
                     text = FILTERS[name](text)
                 pieces.append((text, column))
-        return [*pieces, (template[end:], None)]
-
-
-def _is_no_name(column: str) -> bool:
-    return re.fullmatch(r"\w[\w .-]*", column) is None
+        return pieces
 
 
 def columns_of(template: str) -> list[str]:
-    """The columns that a template names, in their order; an escaped brace names none.
-
-    Raises:
-        ValueError: a placeholder without a name, with a quotation mark or a line break in it, or with a filter that does
-            not exist.
-    """
+    """The columns that a template names, in their order. Raises ValueError for what names none, and unknown filters."""
     columns = []
-    for match in _PLACEHOLDER.finditer(template):
-        if match[1] is None:
+    for _, placeholder in _parts(template):
+        if placeholder is None:
             continue
-        column, *filters = match[1].split("|")
+        column, *filters = placeholder.split("|")
         if not column:
             raise ValueError("has a {} without the name of a column: name one, or write {{}} for braces")
-        if '"' in match[1] or "\n" in match[1]:
-            raise ValueError(f"has {match[0]!r}, which names no column{_BRACES}")
+        if '"' in placeholder or "\n" in placeholder:
+            raise ValueError(f"has {'{' + placeholder + '}'!r}, which names no column{_BRACES}")
         for name in filters:
             if name not in FILTERS:
                 raise ValueError(
@@ -145,5 +121,19 @@ def columns_of(template: str) -> list[str]:
 
 def tail_of(template: str) -> str:
     """The template's own words behind its last placeholder."""
-    end = max((match.end() for match in _PLACEHOLDER.finditer(template) if match[1] is not None), default=0)
-    return template[end:].replace("{{", "{").replace("}}", "}")
+    *_, (words, _) = _parts(template)
+    return words
+
+
+def _parts(template: str) -> Iterator[tuple[str, str | None]]:
+    """The template's own words, and what stands in the braces behind them; None at the end."""
+    words, end = "", 0
+    for match in _PLACEHOLDER.finditer(template):
+        words += template[end : match.start()]
+        end = match.end()
+        if match[1] is None:  # an escaped brace
+            words += match[0][0]
+        else:
+            yield words, match[1]
+            words = ""
+    yield words + template[end:], None

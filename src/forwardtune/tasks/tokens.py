@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 
 class Tokens:
-    """A tokenizer's view of texts that are parts of a longer one.
+    """A Hugging Face tokenizer's view of texts that are parts of a longer one.
 
     A tokenizer may open and close every text with marks (BOS, EOS). A text that begins with the opening marks, as a
     conversation does that ``apply_chat_template(..., tokenize=False)`` wrote out, is not opened a second time.
-
-    Args:
-        tokenizer: a Hugging Face tokenizer.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -73,12 +71,9 @@ def word_starts(text: str) -> list[int]:
 def least(candidates: Sequence[int], fits: Callable[[int], bool], guess: float) -> int | None:
     """The smallest of the sorted candidates that fits; None if none does.
 
-    It is sought in steps that double from the guess on, then by bisection: cheap where candidates far smaller than the
-    result are dear to try, as texts are of which too little was cut.
-
-    Args:
-        fits: true from the result on.
-        guess: share of the candidates that lies below the result, about.
+    ``fits`` is true from the result on, and ``guess`` is about which share of the candidates lies below it. It is sought
+    in steps that double from the guess on, then by bisection: cheap where candidates far smaller than the result are dear
+    to try, as texts are of which too little was cut.
     """
     low, high = -1, len(candidates)  # what does not fit, and what does
     place, step = max(0, min(len(candidates) - 1, int(guess * len(candidates)))), 1
@@ -88,10 +83,5 @@ def least(candidates: Sequence[int], fits: Callable[[int], bool], guess: float) 
         else:
             low, place = place, place + step
         step *= 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        if fits(candidates[middle]):
-            high = middle
-        else:
-            low = middle
-    return candidates[high] if high < len(candidates) else None
+    place = bisect_left(candidates, True, low + 1, high, key=fits)
+    return candidates[place] if place < len(candidates) else None

@@ -11,11 +11,7 @@ from ..errors import InputError
 
 
 def read_yaml(path: Path, what: str, holds: str) -> dict[str, Any]:
-    """The mapping in a YAML file.
-
-    Args:
-        what: the kind of file, for messages.
-        holds: keys that it should have, for messages.
+    """The mapping in a YAML file. ``what`` it is and keys that it ``holds`` are for messages.
 
     Raises:
         InputError: the file cannot be read, is not YAML, names a key twice, or holds something other than a mapping.
@@ -29,7 +25,7 @@ def read_yaml(path: Path, what: str, holds: str) -> dict[str, Any]:
     try:
         content = yaml.load(text, _Loader)
     except (yaml.YAMLError, TypeError) as error:
-        raise InputError(f"{path} is not valid YAML: {_told(error, text)}") from None
+        raise InputError(f"{path} is not valid YAML: {_reason(error, text)}") from None
     if not isinstance(content, dict):
         raise InputError(f"{path} must hold keys such as {holds}")
     return content
@@ -48,7 +44,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _told(error: Exception, text: str) -> str:
+def _reason(error: Exception, text: str) -> str:
     """What is wrong where, in one line. Text without quotes, such as ``prompt: Review: {text}``, is the usual reason."""
     mark = getattr(error, "problem_mark", None)
     if mark is None:
