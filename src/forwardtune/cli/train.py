@@ -79,11 +79,8 @@ def run(parsed: argparse.Namespace) -> int:
         methods.keep_first(session.model, folder / methods.INITIAL)
     outcomes: dict[str, list[float]] = read_json(folder / OUTCOMES) if log else {}
     if not options.no_before and ("before" not in metrics or "before" not in outcomes):
-        outcomes = {"before": []}
-        before: list[str] = []
-        metrics = {"before": session.evaluate("before", outcomes=outcomes["before"], completions=before)}
-        if options.log_completions:
-            write_lines(folder / COMPLETIONS, _samples(session, 0, before, outcomes["before"]))
+        before, outcomes["before"] = _measure(session, folder, "before", 0)
+        metrics = {"before": before}
         write_json(folder / METRICS, metrics)
         write_json(folder / OUTCOMES, outcomes)
     # What the step log records beside the options.
@@ -91,31 +88,24 @@ def run(parsed: argparse.Namespace) -> int:
     if "dev" in session.splits:
         whole = len(session.splits["dev"])
         measured = log.header["run"].get(_MEASURED, whole) if log else measured_examples(options, options.steps, whole)
-        session.thin("dev", measured)
+        session.limit("dev", measured)
         if measured < whole:
             described[_MEASURED] = measured
-    if options.eval_steps is None:
-        options.eval_steps = evaluation_steps(options, options.steps)
+    options.eval_steps = evaluation_steps(options, options.steps)
     inference_peak = session.inference_peak()
     trained = methods.METHODS[options.method](session, folder, log, {**settings(options), **described})
     if trained is None:
         return 130
-    if trained.facts["skipped_steps"] == trained.facts["steps"]:
+    steps = trained.facts["steps"]
+    if trained.facts["skipped_steps"] == steps:
         raise NonFiniteLossError(
-            f"the loss or the step was not finite in all {trained.facts['steps']} steps: nothing was learnt. Lower the "
-            "learning rate (--lr)"
+            f"the loss or the step was not finite in all {steps} steps: nothing was learnt. Lower the learning rate (--lr)"
         )
-    outcomes["after"] = []
     metrics = {
         **session.facts("train", options.method),
         **({"before": metrics["before"]} if "before" in metrics else {}),
     }
-    after: list[str] = []
-    metrics["test"] = session.evaluate("after", outcomes=outcomes["after"], completions=after)
-    if options.log_completions:
-        step = trained.facts.get("best_step", trained.facts["steps"])
-        kept = [line for line in read_lines(folder / COMPLETIONS) if (line["step"], line["split"]) != (step, "test")]
-        write_lines(folder / COMPLETIONS, [*kept, *_samples(session, step, after, outcomes["after"])])
+    metrics["test"], outcomes["after"] = _measure(session, folder, "after", trained.facts.get("best_step", steps))
     if "before" in outcomes:
         metrics["sign_test"] = sign_test(outcomes["before"], outcomes["after"])
     metrics.update(trained.facts, inference_peak_memory_bytes=inference_peak)
@@ -124,6 +114,23 @@ def run(parsed: argparse.Namespace) -> int:
     write_json(folder / OUTCOMES, outcomes)
     write_json(folder / METRICS, metrics)
     return _report(metrics, folder, options.method, parsed.json)
+
+
+def _measure(session: Session, folder: Path, what: str, step: int) -> tuple[dict[str, float], list[float]]:
+    """Measure the test split after so many steps: as a whole, and by example. Keeps what was written for the first of them."""
+    outcomes: list[float] = []
+    texts: list[str] = []
+    measured = session.evaluate(what, outcomes=outcomes, completions=texts)
+    if session.options.log_completions:
+        own: dict[str, Any] = {"step": step, "split": "test"}
+        kept = [line for line in read_lines(folder / COMPLETIONS) if not own.items() <= line.items()]
+        judged = zip(session.splits["test"][:_SAMPLES], texts, outcomes, strict=False)
+        new = [
+            {**own, "prompt": e.example.prompt, "completion": text, "objective": {session.metric: value}}
+            for e, text, value in judged
+        ]
+        write_lines(folder / COMPLETIONS, [*kept, *new])
+    return measured, outcomes
 
 
 def _steps(session: Session, began: float) -> int:
@@ -140,21 +147,6 @@ def _steps(session: Session, began: float) -> int:
     session.deadline = began + options.time_budget - last * cost.evaluation
     say(f"{cost.step:.2f} s a step: {steps} steps fit the {duration(left)} that are left")
     return steps
-
-
-def _samples(session: Session, step: int, texts: list[str], outcomes: list[float]) -> list[dict[str, Any]]:
-    """What was written for the first test examples, and how it was judged."""
-    examples = session.splits["test"][:_SAMPLES]
-    return [
-        {
-            "step": step,
-            "split": "test",
-            "prompt": e.example.prompt,
-            "completion": text,
-            "objective": {session.metric: value},
-        }
-        for e, text, value in zip(examples, texts, outcomes, strict=False)
-    ]
 
 
 def _is_done(options: Train, log: Log, metrics: dict[str, Any]) -> bool:
@@ -185,10 +177,7 @@ def _resumed(asked: dict[str, Any], folder: Path) -> tuple[Log, dict[str, Any]]:
     settled = {}
     for name, one in options_of(Train).items():
         recorded, wanted = header.get(name), asked.get(name)
-        if one.free:
-            settled[name] = recorded if wanted is None else wanted
-            continue
-        if one.is_place:
+        if one.is_place and not one.free:
             recorded = _absolute({name: recorded})[name]
             if recorded is not None and Path(recorded).is_absolute() and not Path(recorded).exists():
                 if wanted is None:
@@ -197,12 +186,12 @@ def _resumed(asked: dict[str, Any], folder: Path) -> tuple[Log, dict[str, Any]]:
                     )
                 if Path(wanted).name == Path(recorded).name:
                     recorded = wanted  # it was moved; a model is known by the digest of its weights
-        if wanted is not None and wanted != recorded:
+        if wanted is not None and wanted != recorded and not one.free:
             raise InputError(
                 f"the run in {folder} has {flag(name)} {recorded}, not {wanted}: leave the option out to "
                 "resume it, or start another run in another folder"
             )
-        settled[name] = recorded
+        settled[name] = recorded if wanted is None else wanted
     recorded, rule = header.get(_RULE, DEFAULT_RULE), get_task(settled["task"]).splits
     if recorded != rule:
         raise InputError(
@@ -214,13 +203,12 @@ def _resumed(asked: dict[str, Any], folder: Path) -> tuple[Log, dict[str, Any]]:
 
 def _absolute(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings, in which what is a file or a folder here has a path that holds anywhere."""
-    named = (EMBEDDED_MODEL, *task_names())
-    places = {
-        name: Path(value).expanduser()
-        for name, value in settings.items()
-        if options_of(Train)[name].is_place and value is not None and value not in named
-    }
-    return {**settings, **{name: os.path.abspath(path) for name, path in places.items() if path.exists()}}
+    absolute = dict(settings)
+    for name, value in settings.items():
+        if options_of(Train)[name].is_place and value not in (None, EMBEDDED_MODEL, *task_names()):
+            path = Path(value).expanduser()
+            absolute[name] = os.path.abspath(path) if path.exists() else value
+    return absolute
 
 
 def _report(metrics: dict[str, Any], folder: Path, method: str, as_json: bool) -> int:
