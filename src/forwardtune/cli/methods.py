@@ -21,6 +21,7 @@ from .. import memory
 from ..config import Train, arguments
 from ..errors import InputError
 from ..evaluation import training_objective
+from ..method.record import StepRecord
 from ..models import load_model, tune
 from ..objectives import Sampling, TaskObjective
 from ..tasks.batching import collate
@@ -204,13 +205,21 @@ def make_trainer(
     return trainer
 
 
+def weights_of(log: Log) -> int:
+    """How many weights are tuned."""
+    return sum(math.prod(tensor["shape"]) for tensor in log.header["tensors"])
+
+
+def unchanged_share(log: Log, steps: Sequence[StepRecord]) -> float | None:
+    """The mean share of the weights that these steps of a log left at the same stored value."""
+    return sum(step.unchanged for step in steps) / (weights_of(log) * len(steps)) if steps else None
+
+
 def _advise_on_rounding(log: Log) -> None:
     """Say what helps, if most of what the updates would have changed was too small for the weights' dtype."""
     taken = [record for record in log.records if not record.skipped and not record.flat]
-    tensors = log.header["tensors"]
-    weights = sum(math.prod(tensor["shape"]) for tensor in tensors)
-    share = sum(record.unchanged for record in taken) / (weights * len(taken)) if taken else 0.0
-    dtypes = sorted({tensor["dtype"] for tensor in tensors})
+    share = unchanged_share(log, taken) or 0.0
+    dtypes = sorted({tensor["dtype"] for tensor in log.header["tensors"]})
     # Half precision rounds at random, which loses nothing on average but adds noise; float32 rounds to the nearest.
     if share > (_MANY_ROUNDED if dtypes == ["float32"] else _NEARLY_ALL_ROUNDED):
         say(
