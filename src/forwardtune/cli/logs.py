@@ -13,7 +13,7 @@ from ..models import load_model, save_model
 from ..trajectory import export_trajectory, read_log, replay
 from ..trajectory.export import read_trajectory
 from ..trajectory.updates import standing, trajectory_of
-from . import methods, say
+from . import say, tuned
 from .methods import unchanged_share, weights_of
 from .results import new_folder
 from .session import bar, reach
@@ -36,7 +36,7 @@ def run_replay(options: argparse.Namespace) -> None:
     dtype = dtypes.pop() if len(dtypes) == 1 and not adapted else run.dtype
     model, tokenizer = load_model(options.model, dtype=dtype, device=options.device)
     if adapted:
-        model = methods.prepare_model(model, tokenizer, options=run, first=Path(options.log).parent / methods.INITIAL)
+        model = tuned.prepare_model(model, tokenizer, options=run, first=Path(options.log).parent / tuned.INITIAL)
     with bar(len(trajectory.header["tensors"]), "replaying", "tensor") as progress:
         steps = replay(trajectory, model, steps=options.steps, progress=reach(progress))
     save_model(model, tokenizer, folder)

@@ -14,7 +14,7 @@ import torch
 from .. import memory
 from ..config import STEPS
 from ..durations import duration
-from . import methods, say
+from . import say, tuned
 from .costs import Cost, measure, seconds_of_run, steps_of_budget, steps_within
 from .options import ask, flag
 from .results import plain
@@ -28,7 +28,7 @@ def run(parsed: argparse.Namespace) -> int:
     began = time.monotonic()
     asked = ask(parsed, "plan")
     options = asked.describe()
-    prepare_model = partial(methods.prepare_model, options=options, first=None)
+    prepare_model = partial(tuned.prepare_model, options=options, first=None)
     session = open_session(options, "train", "dev", "test", prepare_model=prepare_model)
     cost = measure(session)
     wanted = options.steps or STEPS

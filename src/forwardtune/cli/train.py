@@ -21,7 +21,7 @@ from ..processes import require_one_process
 from ..tasks import get_task, task_names
 from ..tasks.splits import DEFAULT_RULE
 from ..trajectory import Log, read_log
-from . import methods, say
+from . import methods, say, tuned
 from .costs import evaluation_steps, measure, measured_examples, steps_of_budget
 from .options import ask, flag
 from .results import (
@@ -63,20 +63,20 @@ def run(parsed: argparse.Namespace) -> int:
     if log is None:
         # A run that was killed before its first step leaves its first evaluation behind, and nothing else.
         begun = not read_json(folder / METRICS).keys() - {"before"}
-        leftovers = (METRICS, OUTCOMES, COMPLETIONS, methods.INITIAL, "steps.jsonl.lock") if begun else ()
+        leftovers = (METRICS, OUTCOMES, COMPLETIONS, tuned.INITIAL, "steps.jsonl.lock") if begun else ()
         new_folder(folder, leftovers=leftovers, resumable=True)
     metrics = read_json(folder / METRICS) if log else {}
     if log and "test" in metrics and log.end and _is_done(options, log, metrics):
         say(f"the run in {folder} is complete after {log.steps} steps: nothing to do (more --steps would extend it)")
         return _report(metrics, folder, options.method, parsed.json)
 
-    prepare = partial(methods.prepare_model, options=options, first=folder / methods.INITIAL if log else None)
+    prepare = partial(tuned.prepare_model, options=options, first=folder / tuned.INITIAL if log else None)
     session = open_session(options, "train", "dev", "test", prepare_model=prepare, resumed=log)
     if options.steps is None:
         options.steps = _steps(session, began)  # before anything is evaluated: the time may be too short
     folder.mkdir(parents=True, exist_ok=True)
     if options.tune in ("lora", "prefix") and log is None:
-        methods.keep_first(session.model, folder / methods.INITIAL)
+        tuned.keep_first(session.model, folder / tuned.INITIAL)
     outcomes: dict[str, list[float]] = read_json(folder / OUTCOMES) if log else {}
     if not options.no_before and ("before" not in metrics or "before" not in outcomes):
         before, outcomes["before"] = _measure(session, folder, "before", 0)
