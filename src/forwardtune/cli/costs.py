@@ -20,7 +20,6 @@ from .. import memory
 from ..config import AUTO, Train
 from ..durations import duration
 from ..errors import InputError
-from ..evaluation import evaluate
 from ..method.estimators import get_estimator
 from ..method.rule import History, Rule
 from ..noise import Count, Noise, Update
@@ -75,17 +74,16 @@ def measure(session: Session) -> Cost:
     def estimate(examples: Any) -> None:
         trainer.training_step(model, trainer.data_collator(examples))
 
-    train_split = session.splits["train"]
     memory.reset_peak(device)
-    estimate(sorted(train_split, key=lambda example: example.length)[-options.batch_size :])
+    estimate(session.longest)
     peak = memory.peak(device)
     optimizer.step()
     peak += sum(m.numel() * m.element_size() for moments in optimizer.history.moments.values() for m in moments)
     fill_window(optimizer)
-    draw = random.Random(options.seed)
+    draw, train = random.Random(options.seed), session.splits["train"]
     steps, updates = [], []
     for _ in range(_TIMED):
-        examples = draw.sample(train_split, min(options.batch_size, len(train_split)))
+        examples = draw.sample(train, min(options.batch_size, len(train)))
         rehearsed.seconds = rehearsed.seconds_beside = 0.0
         began = _clock(device)
         estimate(examples)
@@ -94,15 +92,7 @@ def measure(session: Session) -> Cost:
         updates.append(rehearsed.seconds)
     examples = session.splits["test"][:_EXAMPLES]
     began = time.perf_counter()
-    evaluate(
-        model,
-        session.tokenizer,
-        session.task,
-        examples,
-        batch_size=options.batch_size,
-        layout=session.layout,
-        rewards=session.rewards,
-    )
+    session.measure(examples)
     return Cost(median(steps), median(updates), (time.perf_counter() - began) / len(examples), now, inference, peak)
 
 

@@ -65,20 +65,22 @@ class Session:
         Args:
             kept: what :func:`~forwardtune.evaluation.evaluate` is to fill: ``outcomes``, ``completions``.
         """
-        examples = self.splits[split]
+        examples, calibrations = self.splits[split], self.calibrations if split == "test" else None
         with bar(len(examples), what, "example") as progress:
-            return evaluate(
-                self.model,
-                self.tokenizer,
-                self.task,
-                examples,
-                batch_size=self.options.batch_size,
-                layout=self.layout,
-                calibrations=self.calibrations if split == "test" else None,
-                rewards=self.rewards,
-                progress=reach(progress),
-                **kept,
-            )
+            return self.measure(examples, calibrations=calibrations, progress=reach(progress), **kept)
+
+    def measure(self, examples: Sequence[Encoded], **how: Any) -> dict[str, float]:
+        """The task's metric and loss on examples; ``how`` goes to :func:`~forwardtune.evaluation.evaluate`."""
+        return evaluate(
+            self.model,
+            self.tokenizer,
+            self.task,
+            examples,
+            batch_size=self.options.batch_size,
+            layout=self.layout,
+            rewards=self.rewards,
+            **how,
+        )
 
     def limit(self, split: str, count: int) -> None:
         """Keep so many examples of a split, spread over it."""
@@ -107,11 +109,15 @@ class Session:
             **({"skipped_rows": self.skipped} if self.skipped else {}),
         }
 
-    def inference_peak(self) -> int:
-        """Peak memory of one forward pass over the longest minibatch that can be drawn, in bytes."""
+    @property
+    def longest(self) -> list[Encoded]:
+        """The longest minibatch that can be drawn."""
         split = self.splits.get("train", self.splits["test"])
-        longest = sorted(split, key=lambda example: example.length)[-self.options.batch_size :]
-        batch = prepare(self.model, self.tokenizer, longest, self.layout)
+        return sorted(split, key=lambda example: example.length)[-self.options.batch_size :]
+
+    def inference_peak(self) -> int:
+        """Peak memory of one forward pass over the longest minibatch, in bytes."""
+        batch = prepare(self.model, self.tokenizer, self.longest, self.layout)
         memory.reset_peak(self.model.device)
         with torch.no_grad():
             logits_at(self.model, batch)

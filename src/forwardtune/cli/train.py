@@ -56,10 +56,10 @@ def run(parsed: argparse.Namespace) -> int:
     if asked.output_dir is None:
         raise InputError("the following arguments are required: --output-dir, here or in the file of --config")
     folder, log = Path(asked.output_dir), None
-    settled = _absolute(asked.settings)  # the log may be read in another folder
+    given = _absolute(asked.settings)  # the log may be read in another folder
     if parsed.resume:
-        log, settled = _resumed(settled, folder)
-    options = asked.describe(settled, resumed=parsed.resume)
+        log, given = _resumed(given, folder)
+    options = asked.describe(given, resumed=parsed.resume)
     if log is None:
         # A run that was killed before its first step leaves its first evaluation behind, and nothing else.
         begun = not read_json(folder / METRICS).keys() - {"before"}
@@ -174,7 +174,7 @@ def _resumed(asked: dict[str, Any], folder: Path) -> tuple[Log, dict[str, Any]]:
             f"the run in {folder} is rewarded by {objective}, which is code, and is not imported because a log names it. "
             f"If you know it, name it again: {resume_command(folder, objective)}"
         )
-    settled = {}
+    run = {}
     for name, one in options_of(Train).items():
         recorded, wanted = header.get(name), asked.get(name)
         if one.is_place and not one.free:
@@ -191,14 +191,14 @@ def _resumed(asked: dict[str, Any], folder: Path) -> tuple[Log, dict[str, Any]]:
                 f"the run in {folder} has {flag(name)} {recorded}, not {wanted}: leave the option out to "
                 "resume it, or start another run in another folder"
             )
-        settled[name] = recorded if wanted is None else wanted
-    recorded, rule = header.get(_RULE, DEFAULT_RULE), get_task(settled["task"]).splits
+        run[name] = recorded if wanted is None else wanted
+    recorded, rule = header.get(_RULE, DEFAULT_RULE), get_task(run["task"]).splits
     if recorded != rule:
         raise InputError(
-            f"the run in {folder} has splits drawn by the rule {recorded}, and task {settled['task']} now says {rule}: resume "
+            f"the run in {folder} has splits drawn by the rule {recorded}, and task {run['task']} now says {rule}: resume "
             f"it with a task file that says 'splits: {recorded}', or start another run in another folder"
         )
-    return log, settled
+    return log, run
 
 
 def _absolute(settings: dict[str, Any]) -> dict[str, Any]:

@@ -167,8 +167,8 @@ def with_defaults(command: str, given: Mapping[str, Any]) -> Any:
 
 def recorded(run: Any) -> Train:
     """The description that a step log's header has; what it does not say is default."""
-    told = run if isinstance(run, dict) else {}
-    described: Train = with_defaults("train", {name: told[name] for name in options(Train) if name in told})
+    known = run if isinstance(run, dict) else {}
+    described: Train = with_defaults("train", {name: known[name] for name in options(Train) if name in known})
     return described
 
 
