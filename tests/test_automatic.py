@@ -13,6 +13,8 @@ import torch
 from transformers import HfArgumentParser, TrainerCallback
 
 import support
+from forwardtune.hf import automatic
+from forwardtune.hf.automatic import held_out
 from forwardtune.hf.config import MeZOConfig
 from forwardtune.hf.trainer import MeZOTrainer
 from forwardtune.models import tune
@@ -79,9 +81,9 @@ def test_the_loss_falls_with_no_setting_at_all(whole: Path) -> None:
     assert facts["learning_rate"]["first"] > 0
     assert not (whole / RETURN_POINT).exists()
     trainer = make(whole / "unused")
-    before = trainer.held_out(2)()
+    before = held_out(trainer, 2)()
     assert replay(log, trainer.model) == STEPS
-    assert trainer.held_out(2)() < 0.8 * before
+    assert held_out(trainer, 2)() < 0.8 * before
 
 
 def test_the_first_steps_are_estimated_at_the_base_weights(whole: Path) -> None:
@@ -226,7 +228,7 @@ def test_a_given_eps_below_the_noise_is_warned_of(
 
 def test_the_check_of_a_given_eps_changes_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(tmp_path / "checked", learning_rate=1e-4, eps=1e-3, max_steps=100)
-    monkeypatch.setattr(MeZOTrainer, "can_hold_out", False)
+    monkeypatch.setattr(automatic, "can_hold_out", lambda trainer: False)
     run(tmp_path / "not", learning_rate=1e-4, eps=1e-3, max_steps=100)
     assert log_lines(tmp_path / "checked") == log_lines(tmp_path / "not")
 
@@ -252,7 +254,7 @@ def test_held_out_examples_come_from_all_of_the_data(tmp_path: Path, rows: int, 
 
     trainer = make(tmp_path, objective=look)
     trainer.eval_dataset = [{"input_ids": [row] * 6, "labels": [row] * 6} for row in range(rows)]
-    measure = trainer.held_out(batches)
+    measure = held_out(trainer, batches)
     measure()
     first = list(seen)
     measure()

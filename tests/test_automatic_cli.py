@@ -63,7 +63,7 @@ def test_twenty_measurements_of_some_examples_and_the_best_weights_stay(whole: P
 @pytest.mark.parametrize("count", [1, 64, 89, 90, 200])
 def test_development_examples_are_taken_from_all_of_the_split(count: int) -> None:
     session = Session(None, None, None, {"dev": list(range(DEV))}, None, argparse.Namespace())  # type: ignore[arg-type]
-    session.thin("dev", count)
+    session.limit("dev", count)
     kept = session.splits["dev"]
     assert len(kept) == min(count, DEV)
     gaps = [after - before for before, after in itertools.pairwise([*kept, DEV])]

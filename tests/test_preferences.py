@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 import support
 from forwardtune.cli import session as sessions
-from forwardtune.cli.methods import prepare_model
 from forwardtune.cli.session import open_session
+from forwardtune.cli.tuned import prepare_model
 from forwardtune.config import Train
 from forwardtune.errors import InputError
 from forwardtune.evaluation import evaluate, plain_layout, prepare

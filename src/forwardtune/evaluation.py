@@ -12,16 +12,7 @@ import torch
 from torch import Tensor
 
 from .models import model_kind
-from .objectives import (
-    Context,
-    Reward,
-    Written,
-    option_scores,
-    score_loss,
-    target_likelihood,
-    task_scores,
-    write,
-)
+from .objectives import Context, Reward, Written, option_scores, score_loss, target_likelihood, task_scores, write
 from .tasks import Task, metrics
 from .tasks.batching import Layout, collate
 from .tasks.encoding import Encoded
@@ -48,9 +39,7 @@ def evaluate(
     outcomes: list[float] | None = None,
     completions: list[str] | None = None,
 ) -> dict[str, float]:
-    """The task's metric and mean loss.
-
-    What all prompts have in common at their beginning, such as demonstrations, is processed once.
+    """The task's metric and mean loss. What all prompts begin with, such as demonstrations, is processed once.
 
     Args:
         examples: encoded examples of the task.
@@ -71,22 +60,19 @@ def evaluate(
         metric with what follows the same rules (``f1`` and ``exact_match``), ``loss`` and ``examples``.
     """
     model.eval()
-    layout = find_layout(model, tokenizer, examples) if layout is None else layout
+    layout = layout or find_layout(model, tokenizer, examples)
     context = _common_context(model, tokenizer, examples, layout)
     bare = None if calibrations is None else _common_context(model, tokenizer, calibrations, layout)
     known: dict[str, list[float]] = {}
     by_length = sorted(range(len(examples)), key=lambda i: examples[i].length)
     measurements: dict[str, list[float | None]] = {}
-    judged = "reward" if rewards else task.metric
-    by_example, texts = [0.0] * len(examples), [""] * len(examples)
+    texts: list[str] = []
     for lo in range(0, len(examples), batch_size):
         numbers = by_length[lo : lo + batch_size]
         batch = [examples[i] for i in numbers]
         if task.free_text:
-            prompts = [example.prompt for example in batch]
-            written = write(model, tokenizer, task, prompts, context)
-            for i, text in zip(numbers, written.texts, strict=True):
-                texts[i] = text
+            written = write(model, tokenizer, task, [example.prompt for example in batch], context)
+            texts += written.texts
             measured = _measure_text(task, batch, written, rewards)
             if task.label:
                 measured["loss"] = target_likelihood(model, _inputs(model, batch, layout, context)).tolist()
@@ -97,15 +83,17 @@ def evaluate(
             measured = _measure_choice(task, batch, scores)
         for name, values in measured.items():
             measurements.setdefault(name, []).extend(values)
-            if name == judged:
-                for i, value in zip(numbers, values, strict=True):
-                    by_example[i] = value or 0.0
         if progress is not None:
             progress(lo + len(batch), len(examples))
+
+    def in_order(values: Sequence[Any]) -> list[Any]:
+        return [value for _, value in sorted(zip(by_length, values, strict=True), key=lambda pair: pair[0])]
+
     if outcomes is not None:
-        outcomes[:] = by_example
+        judged = measurements.get("reward" if rewards else task.metric, [0.0] * len(examples))
+        outcomes[:] = [value or 0.0 for value in in_order(judged)]
     if completions is not None and task.free_text:
-        completions[:] = texts
+        completions[:] = in_order(texts)
     return {**{name: _mean(values) for name, values in measurements.items()}, "examples": len(examples)}
 
 
@@ -263,16 +251,12 @@ def _measure_choice(task: Task, batch: Sequence[Encoded], scores: Tensor) -> dic
     losses = score_loss(task, scores, labels).tolist()
     if task.preference is not None:
         # Whether the model itself prefers the chosen text, and whether it does so more than its reference.
+        margins = scores.tolist()
         references = [example.reference or (0.0, 0.0) for example in batch]
-        own = [
-            margin + chosen - rejected for margin, (chosen, rejected) in zip(scores.tolist(), references, strict=True)
-        ]
-        measured: dict[str, list[float | None]] = {
-            "accuracy": [float(margin > 0) for margin in own],
-            "loss": losses,
-        }
+        own = [margin + chosen - rejected for margin, (chosen, rejected) in zip(margins, references, strict=True)]
+        measured: dict[str, list[float | None]] = {"accuracy": [float(margin > 0) for margin in own], "loss": losses}
         if all(example.reference is not None for example in batch):
-            measured["margin_accuracy"] = [float(margin > 0) for margin in scores.tolist()]
+            measured["margin_accuracy"] = [float(margin > 0) for margin in margins]
         return measured
     chosen = scores.argmax(dim=1).tolist()
     right: list[float | None] = [float(option in example.right) for option, example in zip(chosen, batch, strict=True)]

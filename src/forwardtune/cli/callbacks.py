@@ -1,4 +1,4 @@
-"""What goes on beside the steps: the progress bar, Ctrl-C, the clock, the objective's terms, and the development set."""
+"""A run of either method, and what goes on beside its steps: the progress bar, Ctrl-C, the clock, the development set."""
 
 from __future__ import annotations
 
@@ -6,20 +6,24 @@ import math
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
+from .. import memory
 from ..config import AUTO
 from ..objectives import TaskObjective
 from . import say
 from .results import COMPLETIONS, TERMS, add_lines, read_lines, write_lines
 from .session import Session, bar
 
+_DEV = "dev.jsonl"
 # The loss of a minibatch jumps about: the bar shows the mean of so many.
 _WINDOW = 20
 # After so many steps one sees whether an objective moves anything: from this share on that moved nothing, advice is given.
@@ -209,3 +213,78 @@ class DevWatcher(TrainerCallback):
         loss = line["dev"].get("loss")
         fallen = -loss if loss is not None and math.isfinite(loss) else -math.inf
         return (fallen, 0.0) if self._metric == "loss" else (line["dev"][self._metric], fallen)
+
+
+@dataclass
+class Trained:
+    """What came of tuning: facts for ``metrics.json``, and the course of the run, a line for each step."""
+
+    facts: dict[str, Any]
+    history: list[dict[str, Any]]
+
+
+class Run:
+    """A trainer's run, with a progress bar, Ctrl-C, the clock and the development split.
+
+    Args:
+        folder: where the measurements of the development split are kept.
+        last, held: as :class:`Monitor` wants them.
+        measured: what :class:`DevWatcher` is to call.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        trainer: Any,
+        folder: Path,
+        *,
+        last: Callable[[], Any],
+        held: Callable[[], bool] = lambda: False,
+        **measured: Callable[..., object],
+    ) -> None:
+        self._session, self._trainer, self._peak = session, trainer, 0
+        self._monitor = Monitor(session, last, held)
+        self.dev = DevWatcher(session, folder / _DEV, self._monitor, **measured) if "dev" in session.splits else None
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(self._monitor)
+        if self.dev is not None:
+            trainer.add_callback(self.dev)
+
+    def train(self, done: int = 0, **how: Any) -> None:
+        """Train until the end or Ctrl-C; so many steps were done before."""
+        memory.reset_peak(self._session.model.device)
+        with self._monitor.watch(done):
+            self._trainer.train(**how)
+        self._peak = memory.peak(self._session.model.device)
+
+    @property
+    def _stopped(self) -> str | None:
+        """What ended the run early as it was told to."""
+        return "patience" if self.dev is not None and self.dev.gave_up else "time" if self._monitor.is_over else None
+
+    @property
+    def was_interrupted(self) -> bool:
+        """Whether Ctrl-C ended the run."""
+        return self._trainer.state.global_step < self._session.options.steps and self._stopped is None
+
+    def facts(self, steps: Sequence[Any]) -> dict[str, Any]:
+        """What ``metrics.json`` says of these steps."""
+        seconds, best = sum(step.seconds for step in steps), self.dev.best if self.dev else None
+        return {
+            "seconds": seconds,
+            "seconds_per_step": seconds / max(1, len(steps)),
+            "peak_memory_bytes": self._peak,
+            "steps": len(steps),
+            "skipped_steps": sum(step.skipped for step in steps),
+            **({} if self._stopped is None else {"stopped": self._stopped}),
+            **({} if best is None else {"dev": best["dev"], "best_step": best["step"]}),
+        }
+
+    def history(self, steps: Sequence[Any], terms: Sequence[dict[str, Any]] = ()) -> list[dict[str, Any]]:
+        """A line for each step with its loss and the seconds so far, then the measurements on the dev split."""
+        seconds = [0.0, *accumulate(step.seconds for step in steps)]
+        lines = [{"step": i, "seconds": seconds[i], "loss": step.loss} for i, step in enumerate(steps, start=1)]
+        for line in terms:
+            lines[line["step"] - 1]["objective"] = line["objective"]
+        measured = self.dev.lines if self.dev else []
+        return lines + [{"step": m["step"], "seconds": seconds[m["step"]], "dev": m["dev"]} for m in measured]

@@ -6,9 +6,10 @@ import math
 import random
 import tempfile
 import time
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import count, pairwise
+from itertools import count
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,7 +20,6 @@ from .. import memory
 from ..config import AUTO, Train
 from ..durations import duration
 from ..errors import InputError
-from ..evaluation import evaluate
 from ..method.estimators import get_estimator
 from ..method.rule import History, Rule
 from ..noise import Count, Noise, Update
@@ -73,17 +73,16 @@ def measure(session: Session) -> Cost:
     def estimate(examples: Any) -> None:
         trainer.training_step(model, trainer.data_collator(examples))
 
-    train_split = session.splits["train"]
     memory.reset_peak(device)
-    estimate(sorted(train_split, key=lambda example: example.length)[-options.batch_size :])
+    estimate(session.longest)
     peak = memory.peak(device)
     optimizer.step()
     peak += sum(m.numel() * m.element_size() for moments in optimizer.history.moments.values() for m in moments)
     fill_window(optimizer)
-    draw = random.Random(options.seed)
+    draw, train = random.Random(options.seed), session.splits["train"]
     steps, updates = [], []
     for _ in range(_TIMED):
-        examples = draw.sample(train_split, min(options.batch_size, len(train_split)))
+        examples = draw.sample(train, min(options.batch_size, len(train)))
         rehearsed.seconds = rehearsed.seconds_beside = 0.0
         began = _clock(device)
         estimate(examples)
@@ -92,10 +91,7 @@ def measure(session: Session) -> Cost:
         updates.append(rehearsed.seconds)
     examples = session.splits["test"][:_EXAMPLES]
     began = time.perf_counter()
-    evaluate(
-        model, session.tokenizer, session.task, examples,
-        batch_size=options.batch_size, layout=session.layout, rewards=session.rewards,
-    )  # fmt: skip
+    session.measure(examples)
     return Cost(median(steps), median(updates), (time.perf_counter() - began) / len(examples), now, inference, peak)
 
 
@@ -134,9 +130,8 @@ class Rehearsed(Rule):
         times.append(_clock(weight.device))
         weight.copy_(kept)
         times.append(_clock(weight.device))
-        before, moved, after = (end - begin for begin, end in pairwise(times))
-        self.seconds += moved
-        self.seconds_beside += before + after
+        self.seconds += times[2] - times[1]
+        self.seconds_beside += times[1] - times[0] + times[3] - times[2]
         return unchanged
 
 
@@ -167,13 +162,7 @@ def seconds_of_run(steps: int, cost: Cost, session: Session) -> float:
 
 def steps_within(seconds: float, cost: Cost, session: Session) -> int:
     """The most steps of a run that takes no longer than that; 0 if not even one does."""
-    least, most = 0, 1
-    while seconds_of_run(most, cost, session) <= seconds:
-        least, most = most, 2 * most
-    while most - least > 1:
-        middle = (least + most) // 2
-        least, most = (middle, most) if seconds_of_run(middle, cost, session) <= seconds else (least, middle)
-    return least
+    return bisect_right(range(1, 2**40), seconds, key=lambda steps: seconds_of_run(steps, cost, session))
 
 
 def steps_of_budget(left: float, cost: Cost, session: Session) -> int:
@@ -187,19 +176,15 @@ def steps_of_budget(left: float, cost: Cost, session: Session) -> int:
     if options.lr == AUTO:
         least = next(n for n in count(1) if _plan(n, options).searches)
     if steps < least:
+        # A tenth more, as times differ from run to run.
         needed = options.time_budget - left + seconds_of_run(least, cost, session)
         why = f"finding a learning rate takes {least} steps or more" if least > 1 else "that is none"
         raise InputError(
             f"--time-budget {duration(options.time_budget)} leaves room for {steps} steps of {cost.step:.2f} s beside loading "
-            f"and evaluating, and {why}: give --time-budget {_rounded_up(needed)}s or more"
+            f"and evaluating, and {why}: give --time-budget {math.ceil(1.1 * needed)}s or more"
             + (", or a learning rate (--lr)" if least > 1 else "")
         )
     return steps
-
-
-def _rounded_up(seconds: float) -> int:
-    """A tenth more, in whole seconds: times differ from run to run."""
-    return math.ceil(1.1 * seconds)
 
 
 def _plan(steps: int, options: Train) -> Plan:

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import json
+from pathlib import Path
 from typing import Any
 
 from .. import memory
 from ..errors import InputError
 from ..paper.extra import PROBING, require
 from .options import ask
-from .results import conclude, new_folder
+from .results import METRICS, new_folder, plain, write_json
 from .session import Session, open_session
 
 
 def run_eval(parsed: argparse.Namespace) -> None:
     """Evaluate and print one JSON object on stdout."""
-    options = ask(parsed, "eval").describe()
-    _new(parsed)
+    options = _described(parsed, "eval")
     session = open_session(options, "test", shots=options.shots, calibrate=options.calibrate)
     name = "icl" if options.shots else "zero-shot"
     metrics = session.facts("eval", f"{name}-calibrated" if options.calibrate else name)
     if options.shots:
         metrics["demonstrations"] = session.demonstrations
-    conclude(_measure(session, metrics), parsed)
+    _conclude(session, metrics, parsed)
 
 
 def run_probe(parsed: argparse.Namespace) -> None:
@@ -30,8 +31,7 @@ def run_probe(parsed: argparse.Namespace) -> None:
     from ..paper.baselines import probe
 
     require("linear probes", PROBING)
-    options = ask(parsed, "probe").describe()
-    _new(parsed)
+    options = _described(parsed, "probe")
     session = open_session(options, "train", "dev", "test")
     if session.task.preference is not None:  # its right text is always the first
         raise InputError(
@@ -51,17 +51,24 @@ def run_probe(parsed: argparse.Namespace) -> None:
         **few,
     ) as fitted:
         metrics["C"] = fitted.C
-        conclude(_measure(session, metrics), parsed)
+        _conclude(session, metrics, parsed)
 
 
-def _measure(session: Session, metrics: dict[str, Any]) -> dict[str, Any]:
+def _described(parsed: argparse.Namespace, command: str) -> Any:
+    options = ask(parsed, command).describe()
+    if parsed.output_dir:
+        new_folder(parsed.output_dir)
+    return options
+
+
+def _conclude(session: Session, metrics: dict[str, Any], parsed: argparse.Namespace) -> None:
+    """Measure the test split, write it to the run's folder, if it has one, and print it on stdout."""
     metrics["inference_peak_memory_bytes"] = session.inference_peak()
     memory.reset_peak(session.model.device)
     metrics["test"] = session.evaluate("evaluating")
     metrics["peak_memory_bytes"] = memory.peak(session.model.device)
-    return metrics
-
-
-def _new(parsed: argparse.Namespace) -> None:
     if parsed.output_dir:
-        new_folder(parsed.output_dir)
+        folder = Path(parsed.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / METRICS, metrics)
+    print(json.dumps(plain(metrics)))

@@ -13,7 +13,8 @@ from ..models import load_model, save_model
 from ..trajectory import export_trajectory, read_log, replay
 from ..trajectory.export import read_trajectory
 from ..trajectory.updates import standing, trajectory_of
-from . import methods, say
+from . import say, tuned
+from .methods import unchanged_share, weights_of
 from .results import new_folder
 from .session import bar, reach
 
@@ -35,7 +36,7 @@ def run_replay(options: argparse.Namespace) -> None:
     dtype = dtypes.pop() if len(dtypes) == 1 and not adapted else run.dtype
     model, tokenizer = load_model(options.model, dtype=dtype, device=options.device)
     if adapted:
-        model = methods.prepare_model(model, tokenizer, options=run, first=Path(options.log).parent / methods.INITIAL)
+        model = tuned.prepare_model(model, tokenizer, options=run, first=Path(options.log).parent / tuned.INITIAL)
     with bar(len(trajectory.header["tensors"]), "replaying", "tensor") as progress:
         steps = replay(trajectory, model, steps=options.steps, progress=reach(progress))
     save_model(model, tokenizer, folder)
@@ -47,8 +48,7 @@ def run_inspect(options: argparse.Namespace) -> None:
     """Verify a log and describe it."""
     log = read_log(options.log)
     losses = [record.loss for record in log.records if math.isfinite(record.loss)]
-    tensors = log.header["tensors"]
-    weights = sum(math.prod(tensor["shape"]) for tensor in tensors)
+    header, tensors = log.header, log.header["tensors"]
     taken = [record for record in log.records if not record.skipped]
     facts = {
         "intact": True,
@@ -62,24 +62,24 @@ def run_inspect(options: argparse.Namespace) -> None:
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,
         "seconds": round(sum(record.seconds for record in log.records), 3),
-        "unchanged_share": sum(record.unchanged for record in taken) / (weights * len(taken)) if taken else None,
+        "unchanged_share": unchanged_share(log, taken),
         "learning_rates": sorted({lr for record in log.records for lr in record.lr}),
-        "seed": log.header["seed"],
-        "direction": log.header["direction"],
-        "estimator": log.header["estimator"],
-        "eps": log.header["eps"],
-        "probes": log.header["probes"],
-        "normalize": log.header.get("normalize", "none"),
-        "rule": log.header["rule"],
-        "rule_settings": log.header.get("rule_settings", {}),
-        "weight_decay": [group["weight_decay"] for group in log.header["groups"]],
+        "seed": header["seed"],
+        "direction": header["direction"],
+        "estimator": header["estimator"],
+        "eps": header["eps"],
+        "probes": header["probes"],
+        "normalize": header.get("normalize", "none"),
+        "rule": header["rule"],
+        "rule_settings": header.get("rule_settings", {}),
+        "weight_decay": [group["weight_decay"] for group in header["groups"]],
         "tensors": len(tensors),
-        "weights": weights,
+        "weights": weights_of(log),
         "dtypes": sorted({tensor["dtype"] for tensor in tensors}),
-        "base_digest": log.header["base"],
+        "base_digest": header["base"],
         "tuned_digest": log.end["digest"] if log.end else None,
-        "versions": log.header["versions"],
-        "run": log.header["run"],
+        "versions": header["versions"],
+        "run": header["run"],
     }
     if options.json:
         print(json.dumps(facts))

@@ -8,92 +8,33 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from transformers import PrinterCallback, TrainerCallback
+from transformers import TrainerCallback
 
-from .. import memory
-from ..config import Train, arguments
+from ..config import arguments
 from ..errors import InputError
 from ..evaluation import training_objective
-from ..models import load_model, tune
+from ..method.record import StepRecord
+from ..models import load_model
 from ..objectives import Sampling, TaskObjective
 from ..tasks.batching import collate
 from ..tasks.encoding import Encoded
 from ..trajectory import Log, read_log, replay
 from . import say
-from .callbacks import DevWatcher, Monitor, ObjectiveLog, advise
+from .callbacks import ObjectiveLog, Run, Trained, advise
 from .results import TERMS, read_lines, resume_command
 from .session import Session
+from .tuned import INITIAL, prepare_model, tuned_weights
 
 if TYPE_CHECKING:
     from ..hf.trainer import MeZOTrainer
 
-#: The adapter that a run began with, so that its step log can be replayed anywhere.
-INITIAL = "initial.safetensors"
-_DEV = "dev.jsonl"
 _BEST = "best.pt"
 # From this share of weights on that an update left at the same stored value, mean over the steps, advice is given.
 _MANY_ROUNDED, _NEARLY_ALL_ROUNDED = 0.5, 0.999
-
-
-@dataclass
-class Trained:
-    """What came of tuning: facts for ``metrics.json``, and the course of the run, a line for each step."""
-
-    facts: dict[str, Any]
-    history: list[dict[str, Any]]
-
-
-# --- what is tuned ----------------------------------------------------------------------------------------------------
-
-
-def prepare_model(model: Any, tokenizer: Any, *, options: Train, first: Path | None) -> Any:
-    """The model with what is to be tuned. An adapter takes its first weights from the file, if there is one.
-
-    Raises:
-        InputError: Adam cannot tune it; or the file is damaged, or of another adapter.
-    """
-    model = tune(
-        model,
-        tokenizer,
-        options.tune,
-        lora_rank=options.lora_rank,
-        lora_alpha=options.lora_alpha,
-        lora_targets=[name for part in (options.lora_targets or "").split(",") if (name := part.strip())] or None,
-        prefix_length=options.prefix_length,
-        seed=options.seed,
-    )
-    tuned = _tuned(model)
-    say(f"tuning {sum(p.numel() for p in tuned.values()):,} weights in {len(tuned)} tensors ({options.tune})")
-    if options.method == "adam" and any(p.dtype == torch.float16 for p in tuned.values()):
-        raise InputError("Adam cannot tune float16 weights: choose --dtype float32 or bfloat16, or --tune lora")
-    if first is not None and first.is_file() and options.tune in ("lora", "prefix"):
-        try:
-            kept = load_file(first)
-        except SafetensorError as error:
-            raise InputError(f"{first} is damaged ({error}): restore the file of the run") from None
-        if {name: t.shape for name, t in kept.items()} != {name: p.shape for name, p in tuned.items()}:
-            raise InputError(f"{first} does not hold the first weights of this adapter: restore the file of the run")
-        for name, p in tuned.items():
-            p.copy_(kept[name])
-    return model
-
-
-def keep_first(model: Any, path: Path) -> None:
-    """Write the weights that an adapter starts from: random numbers or activations, which another machine may round
-    differently."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: p.contiguous() for name, p in _tuned(model).items()}, path)
-
-
-def _tuned(model: Any) -> dict[str, torch.Tensor]:
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
 # --- MeZO -------------------------------------------------------------------------------------------------------------
@@ -126,10 +67,10 @@ def _run_mezo(session: Session, folder: Path, log: Log | None, settings: dict[st
     automatic.measured_elsewhere = "dev" in session.splits and options.eval_steps is not None
     trainer.add_callback(ObjectiveLog(objective, folder, completions=bool(options.log_completions)))
     say(f"tuning for {options.steps} steps{f', {done} of them done' if done else ''}; steps go to {trainer.step_log}")
-    run = _Run(
+    run = Run(
         session,
         trainer,
-        folder / _DEV,
+        folder,
         last=lambda: trainer.mezo.last,
         held=lambda: trainer.mezo.held is not None,
         report=automatic.measured,
@@ -177,7 +118,7 @@ def make_trainer(
     options = session.options
     changes = arguments(options)
     if options.perturbation == "auto" and objective.generates:  # which reads every weight at each token
-        size = sum(p.numel() * p.element_size() for p in _tuned(session.model).values())
+        size = sum(p.numel() * p.element_size() for p in tuned_weights(session.model).values())
         say(
             f"text is generated at every evaluation: weights are perturbed in a copy, {size / 2**20:,.0f} MiB more memory"
         )
@@ -204,13 +145,21 @@ def make_trainer(
     return trainer
 
 
+def weights_of(log: Log) -> int:
+    """How many weights are tuned."""
+    return sum(math.prod(tensor["shape"]) for tensor in log.header["tensors"])
+
+
+def unchanged_share(log: Log, steps: Sequence[StepRecord]) -> float | None:
+    """The mean share of the weights that these steps of a log left at the same stored value."""
+    return sum(step.unchanged for step in steps) / (weights_of(log) * len(steps)) if steps else None
+
+
 def _advise_on_rounding(log: Log) -> None:
     """Say what helps, if most of what the updates would have changed was too small for the weights' dtype."""
     taken = [record for record in log.records if not record.skipped and not record.flat]
-    tensors = log.header["tensors"]
-    weights = sum(math.prod(tensor["shape"]) for tensor in tensors)
-    share = sum(record.unchanged for record in taken) / (weights * len(taken)) if taken else 0.0
-    dtypes = sorted({tensor["dtype"] for tensor in tensors})
+    share = unchanged_share(log, taken) or 0.0
+    dtypes = sorted({tensor["dtype"] for tensor in log.header["tensors"]})
     # Half precision rounds at random, which loses nothing on average but adds noise; float32 rounds to the nearest.
     if share > (_MANY_ROUNDED if dtypes == ["float32"] else _NEARLY_ALL_ROUNDED):
         say(
@@ -242,12 +191,12 @@ def train_adam(session: Session, folder: Path, log: Log | None, settings: dict[s
     steps = _AdamSteps(trainer)
     trainer.add_callback(steps)
     say(f"tuning for {options.steps} steps by backpropagation")
-    run = _Run(
+    run = Run(
         session,
         trainer,
-        folder / _DEV,
+        folder,
         last=lambda: steps.taken[-1],
-        improved=lambda model: torch.save(_tuned(model), best),
+        improved=lambda model: torch.save(tuned_weights(model), best),
     )
     try:
         run.train()
@@ -312,70 +261,3 @@ def _ingredients(session: Session, objective: Callable[[Any, Any], torch.Tensor]
         "processing_class": session.tokenizer,
         "objective": objective,
     }
-
-
-class _Run:
-    """A trainer's run, with a progress bar, Ctrl-C, the clock and the development split.
-
-    Args:
-        dev_file: where the measurements of the development split are kept.
-        last, held: as :class:`Monitor` wants them.
-        measured: what :class:`DevWatcher` is to call.
-    """
-
-    def __init__(
-        self,
-        session: Session,
-        trainer: Any,
-        dev_file: Path,
-        *,
-        last: Callable[[], Any],
-        held: Callable[[], bool] = lambda: False,
-        **measured: Callable[..., object],
-    ) -> None:
-        self._session, self._trainer, self._peak = session, trainer, 0
-        self._monitor = Monitor(session, last, held)
-        self.dev = DevWatcher(session, dev_file, self._monitor, **measured) if "dev" in session.splits else None
-        trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(self._monitor)
-        if self.dev is not None:
-            trainer.add_callback(self.dev)
-
-    def train(self, done: int = 0, **how: Any) -> None:
-        """Train until the end or Ctrl-C; so many steps were done before."""
-        memory.reset_peak(self._session.model.device)
-        with self._monitor.watch(done):
-            self._trainer.train(**how)
-        self._peak = memory.peak(self._session.model.device)
-
-    @property
-    def _stopped(self) -> str | None:
-        """What ended the run early as it was told to."""
-        return "patience" if self.dev is not None and self.dev.gave_up else "time" if self._monitor.is_over else None
-
-    @property
-    def was_interrupted(self) -> bool:
-        """Whether Ctrl-C ended the run."""
-        return self._trainer.state.global_step < self._session.options.steps and self._stopped is None
-
-    def facts(self, steps: Sequence[Any]) -> dict[str, Any]:
-        """What ``metrics.json`` says of these steps."""
-        seconds, best = sum(step.seconds for step in steps), self.dev.best if self.dev else None
-        return {
-            "seconds": seconds,
-            "seconds_per_step": seconds / max(1, len(steps)),
-            "peak_memory_bytes": self._peak,
-            "steps": len(steps),
-            "skipped_steps": sum(step.skipped for step in steps),
-            **({} if self._stopped is None else {"stopped": self._stopped}),
-            **({} if best is None else {"dev": best["dev"], "best_step": best["step"]}),
-        }
-
-    def history(self, steps: Sequence[Any], terms: Sequence[dict[str, Any]] = ()) -> list[dict[str, Any]]:
-        """A line for each step with its loss and the seconds so far, then the measurements on the dev split."""
-        seconds = [0.0, *accumulate(step.seconds for step in steps)]
-        lines = [{"step": i, "seconds": seconds[i], "loss": step.loss} for i, step in enumerate(steps, start=1)]
-        for line in terms:
-            lines[line["step"] - 1]["objective"] = line["objective"]
-        measured = self.dev.lines if self.dev else []
-        return lines + [{"step": m["step"], "seconds": seconds[m["step"]], "dev": m["dev"]} for m in measured]

@@ -8,47 +8,29 @@ from typing import Any, NoReturn
 
 from ..errors import nearest
 
-# What other tools call an option of ours.
+# An option of ours: what other tools call it.
 _ELSEWHERE = {
-    "adapter": "tune",
-    "bs": "batch-size",
-    "checkpoint-steps": "save-steps",
-    "data": "data-dir",
-    "dataset": "task",
-    "dataset-name": "task",
-    "epochs": "steps",
-    "epsilon": "eps",
-    "eval-every": "eval-steps",
-    "evaluation-steps": "eval-steps",
-    "learning-rate": "lr",
-    "lora-r": "lora-rank",
-    "lr-schedule": "lr-scheduler",
-    "lr-scheduler-type": "lr-scheduler",
-    "max-iters": "steps",
-    "max-seq-length": "max-length",
-    "max-steps": "steps",
-    "max-time": "time-budget",
-    "max-train-samples": "train-examples",
-    "model-id": "model",
-    "model-name": "model",
-    "model-name-or-path": "model",
-    "num-epochs": "steps",
-    "num-train-epochs": "steps",
-    "optim": "method",
-    "optimizer": "method",
-    "out": "output-dir",
-    "output": "output-dir",
-    "per-device-train-batch-size": "batch-size",
-    "r": "lora-rank",
-    "reward": "objective",
-    "reward-funcs": "objective",
-    "target-modules": "lora-targets",
-    "task-name": "task",
-    "torch-dtype": "dtype",
-    "train-batch-size": "batch-size",
-    "trainer": "method",
-    "wd": "weight-decay",
-    "zo-eps": "eps",
+    "batch-size": "bs per-device-train-batch-size train-batch-size",
+    "data-dir": "data",
+    "dtype": "torch-dtype",
+    "eps": "epsilon zo-eps",
+    "eval-steps": "eval-every evaluation-steps",
+    "lora-rank": "lora-r r",
+    "lora-targets": "target-modules",
+    "lr": "learning-rate",
+    "lr-scheduler": "lr-schedule lr-scheduler-type",
+    "max-length": "max-seq-length",
+    "method": "optim optimizer trainer",
+    "model": "model-id model-name model-name-or-path",
+    "objective": "reward reward-funcs",
+    "output-dir": "out output",
+    "save-steps": "checkpoint-steps",
+    "steps": "epochs max-iters max-steps num-epochs num-train-epochs",
+    "task": "dataset dataset-name task-name",
+    "time-budget": "max-time",
+    "train-examples": "max-train-samples",
+    "tune": "adapter",
+    "weight-decay": "wd",
 }
 
 
@@ -78,7 +60,7 @@ class Parser(argparse.ArgumentParser):
 def hint(given: str, known: Sequence[str]) -> str:
     """``"; did you mean --X?"`` for an option that is none of the known ones, or nothing."""
     name = given.lstrip("-").replace("_", "-").lower()
-    ours = f"--{_ELSEWHERE.get(name, name)}"
+    ours = f"--{next((ours for ours, others in _ELSEWHERE.items() if name in others.split()), name)}"
     if ours in known:
         beside = " (an epoch is training examples / batch size of them)" if name.endswith("epochs") else ""
         return f"; did you mean {ours}?{beside}"

@@ -14,7 +14,7 @@ import torch
 from .. import memory
 from ..config import STEPS
 from ..durations import duration
-from . import methods, say
+from . import say, tuned
 from .costs import Cost, measure, seconds_of_run, steps_of_budget, steps_within
 from .options import ask, flag
 from .results import plain
@@ -28,7 +28,7 @@ def run(parsed: argparse.Namespace) -> int:
     began = time.monotonic()
     asked = ask(parsed, "plan")
     options = asked.describe()
-    prepare_model = partial(methods.prepare_model, options=options, first=None)
+    prepare_model = partial(tuned.prepare_model, options=options, first=None)
     session = open_session(options, "train", "dev", "test", prepare_model=prepare_model)
     cost = measure(session)
     wanted = options.steps or STEPS
@@ -45,22 +45,13 @@ def run(parsed: argparse.Namespace) -> int:
         wanted = steps_of_budget(options.time_budget - (time.monotonic() - began), cost, session)
         facts["time_budget_seconds"] = options.time_budget
     facts["steps"], facts["seconds"] = wanted, seconds_of_run(wanted, cost, session)
-    _tell(facts, cost, session, _flags(asked.settings))
+    _tell(facts, cost, session, asked.settings)
     if parsed.json:
         print(json.dumps(plain(facts)))
     return 0
 
 
-def _flags(settings: dict[str, Any]) -> str:
-    """What the user gave, as it goes on to ``train``."""
-    parts = []
-    for name, value in settings.items():
-        if name not in ("steps", "time_budget"):
-            parts.append(flag(name) if value is True else f"{flag(name)} {shlex.quote(str(value))}")
-    return " ".join(parts)
-
-
-def _tell(facts: dict[str, Any], cost: Cost, session: Session, given: str) -> None:
+def _tell(facts: dict[str, Any], cost: Cost, session: Session, given: dict[str, Any]) -> None:
     mib, options, free = 2**20, session.options, facts["free_memory_bytes"]
     say()
     say(
@@ -72,7 +63,12 @@ def _tell(facts: dict[str, Any], cost: Cost, session: Session, given: str) -> No
     for span in _SPANS:
         say(f"  in {duration(span):>8}: {steps_within(span, cost, session):,} steps")
     say(f"{facts['steps']:,} steps take about {duration(facts['seconds'])}, evaluations included:")
+    flags = [
+        flag(name) if value is True else f"{flag(name)} {shlex.quote(str(value))}"
+        for name, value in given.items()
+        if name not in ("steps", "time_budget")
+    ]
     limit = f"--time-budget {options.time_budget:.0f}s" if options.time_budget else f"--steps {facts['steps']}"
-    say(f"  forwardtune train {given} {limit} --output-dir DIR")
+    say(f"  forwardtune train {' '.join(flags)} {limit} --output-dir DIR")
     if session.model.dtype == torch.float32:
         say("  --dtype bfloat16 halves the memory of the weights")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import shlex
@@ -28,15 +27,18 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 def write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
     """Write JSON Lines whole, or leave what was there."""
-    files.write_text(path, "".join(json.dumps(plain(line)) + "\n" for line in lines))
+    files.write_text(path, _text_of(lines))
 
 
 def add_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
     """Write JSON Lines behind what is in the file."""
-    text = "".join(json.dumps(plain(line)) + "\n" for line in lines)
-    if text:
+    if text := _text_of(lines):
         with open(path, "a", encoding="utf-8") as file:
             file.write(text)
+
+
+def _text_of(lines: Iterable[dict[str, Any]]) -> str:
+    return "".join(json.dumps(plain(line)) + "\n" for line in lines)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -82,25 +84,12 @@ def resume_command(folder: Path, objective: str) -> str:
     return f"forwardtune train --output-dir {shlex.quote(str(folder))} --resume{named}"
 
 
-def conclude(metrics: dict[str, Any], parsed: argparse.Namespace) -> None:
-    """Write what was measured to the run's folder, if it has one, and print it on stdout."""
-    if parsed.output_dir:
-        folder = Path(parsed.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / METRICS, metrics)
-    print(json.dumps(plain(metrics)))
-
-
 def table(columns: dict[str, dict[str, float]]) -> None:
     """Show measurements side by side: one column for each, one row for each quantity."""
     first = next(iter(columns.values()))
     heading = f"{first['examples']:.0f} test examples"
     say(f"{heading:24}" + "".join(f"{name:>12}" for name in columns))
     for name in first:
-        if name != "examples":
-            say(f"{name:24}" + "".join(f"{_number(column[name]):12.4f}" for column in columns.values()))
-
-
-def _number(value: float | None) -> float:
-    """What :func:`plain` wrote as null is NaN again."""
-    return math.nan if value is None else value
+        if name != "examples":  # what plain() wrote as null is NaN again
+            values = [math.nan if column[name] is None else column[name] for column in columns.values()]
+            say(f"{name:24}" + "".join(f"{value:12.4f}" for value in values))

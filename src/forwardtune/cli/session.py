@@ -54,46 +54,39 @@ class Session:
     calibrations: list[Encoded] | None = None
     truncated: int = 0
     demonstrations: int = 0
-    rewards: list[Reward] = field(default_factory=list)
-    sizes: dict[str, int] = field(default_factory=dict)
+    rewards: Sequence[Reward] = ()
     skipped: dict[str, int] = field(default_factory=dict)
     deadline: float | None = None
     cores: SharedCores | None = None
 
-    def evaluate(
-        self,
-        what: str,
-        split: str = "test",
-        outcomes: list[float] | None = None,
-        completions: list[str] | None = None,
-    ) -> dict[str, float]:
+    def evaluate(self, what: str, split: str = "test", **kept: list[Any]) -> dict[str, float]:
         """The task's metric and loss on a split, with a progress bar.
 
         Args:
-            outcomes: gets the metric by example.
-            completions: gets what the model wrote by example.
+            kept: what :func:`~forwardtune.evaluation.evaluate` is to fill: ``outcomes``, ``completions``.
         """
-        with bar(len(self.splits[split]), what, "example") as progress:
-            return evaluate(
-                self.model,
-                self.tokenizer,
-                self.task,
-                self.splits[split],
-                batch_size=self.options.batch_size,
-                layout=self.layout,
-                calibrations=self.calibrations if split == "test" else None,
-                rewards=self.rewards,
-                progress=reach(progress),
-                outcomes=outcomes,
-                completions=completions,
-            )
+        examples, calibrations = self.splits[split], self.calibrations if split == "test" else None
+        with bar(len(examples), what, "example") as progress:
+            return self.measure(examples, calibrations=calibrations, progress=reach(progress), **kept)
 
-    def thin(self, split: str, count: int) -> None:
+    def measure(self, examples: Sequence[Encoded], **how: Any) -> dict[str, float]:
+        """The task's metric and loss on examples; ``how`` goes to :func:`~forwardtune.evaluation.evaluate`."""
+        return evaluate(
+            self.model,
+            self.tokenizer,
+            self.task,
+            examples,
+            batch_size=self.options.batch_size,
+            layout=self.layout,
+            rewards=self.rewards,
+            **how,
+        )
+
+    def limit(self, split: str, count: int) -> None:
         """Keep so many examples of a split, spread over it."""
         whole = self.splits[split]
         if count < len(whole):
             self.splits[split] = [whole[i * len(whole) // count] for i in range(count)]
-            self.sizes[split] = count
             say(f"{split}: {count} of the examples are measured (--{split}-examples says how many)")
 
     @property
@@ -110,17 +103,21 @@ class Session:
             "task": self.task.name,
             "metric": self.metric,
             "settings": settings(self.options),
-            "splits": self.sizes,
+            "splits": {name: len(split) for name, split in self.splits.items()},
             "split_rule": self.task.splits,
             "truncated_prompts": self.truncated,
             **({"skipped_rows": self.skipped} if self.skipped else {}),
         }
 
-    def inference_peak(self) -> int:
-        """Peak memory of one forward pass over the longest minibatch that can be drawn, in bytes."""
+    @property
+    def longest(self) -> list[Encoded]:
+        """The longest minibatch that can be drawn."""
         split = self.splits.get("train", self.splits["test"])
-        longest = sorted(split, key=lambda example: example.length)[-self.options.batch_size :]
-        batch = prepare(self.model, self.tokenizer, longest, self.layout)
+        return sorted(split, key=lambda example: example.length)[-self.options.batch_size :]
+
+    def inference_peak(self) -> int:
+        """Peak memory of one forward pass over the longest minibatch, in bytes."""
+        batch = prepare(self.model, self.tokenizer, self.longest, self.layout)
         memory.reset_peak(self.model.device)
         with torch.no_grad():
             logits_at(self.model, batch)
@@ -181,7 +178,8 @@ def open_session(
         raise InputError("the prefix leaves no position of the model's context for text: lower --prefix-length")
     encoder = Encoder(tokenizer, min(options.max_length, room))
     if shots:
-        encoder.demonstrations = _demonstrations(splits["train"], shots, options.seed)
+        draw = random.Random(f"{options.seed} {task.name} demonstrations")
+        encoder.demonstrations = draw.sample(splits["train"].examples, shots)
     encoded = {}
     say(f"splits drawn by the rule {task.splits}{'' if options.per_class is None else ', of each class'}")
     for name in wanted:
@@ -192,27 +190,32 @@ def open_session(
         say(f"  {encoder.truncated} prompts were cut on the left of their context to {encoder.max_length} tokens")
     if shots:
         say(f"  {encoder.demonstrated} of {shots} demonstrations fit before the longest prompt")
+    some = next(iter(encoded.values()))
     if resumed is not None:
         from ..hf.log_keeper import noted_threads
 
         cores.follow(noted_threads(resumed, 0))
     elif options.device == "cpu":
-        first = prepare(model, tokenizer, next(iter(encoded.values()))[: options.batch_size])
+        first = prepare(model, tokenizer, some[: options.batch_size])
         with torch.no_grad():
             cores.look(lambda: logits_at(model, first))
     if task.preference is not None and prepare_model is not None:  # a model that was tuned before has no reference
         for name in encoded:
             encoded[name] = _with_reference(model, tokenizer, encoded[name], name, options.batch_size)
-    layout = find_layout(model, tokenizer, next(iter(encoded.values())))
-    session = Session(model, tokenizer, task, encoded, layout, options)
-    session.truncated, session.demonstrations = encoder.truncated, encoder.demonstrated
-    session.rewards = rewards
-    session.cores = cores if options.device == "cpu" else None
-    session.sizes = {name: len(split) for name, split in encoded.items()}
-    session.skipped = {name: split.skipped for name, split in splits.items() if split.skipped}
-    if calibrate:
-        session.calibrations = encoder.calibrations(task, splits["test"].examples)
-    return session
+    return Session(
+        model,
+        tokenizer,
+        task,
+        encoded,
+        find_layout(model, tokenizer, some),
+        options,
+        calibrations=encoder.calibrations(task, splits["test"].examples) if calibrate else None,
+        truncated=encoder.truncated,
+        demonstrations=encoder.demonstrated,
+        rewards=rewards,
+        skipped={name: split.skipped for name, split in splits.items() if split.skipped},
+        cores=cores if options.device == "cpu" else None,
+    )
 
 
 def _load_splits(task: Task, options: Any, wanted: Sequence[str]) -> dict[str, Split]:
@@ -258,11 +261,8 @@ def _with_reference(
         for lo in range(0, len(examples), batch_size):
             batch = examples[lo : lo + batch_size]
             inputs = prepare(model, tokenizer, batch, layout)
-            total, _ = option_likelihoods(model, inputs)
-            pairs = total[inputs["options"]].tolist()
-            done += [
-                replace(e, reference=(chosen, rejected)) for e, (chosen, rejected) in zip(batch, pairs, strict=True)
-            ]
+            pairs = option_likelihoods(model, inputs)[0][inputs["options"]].tolist()
+            done += [replace(e, reference=tuple(pair)) for e, pair in zip(batch, pairs, strict=True)]
             progress.update(len(batch))
     return done
 
@@ -274,19 +274,14 @@ def _dtype_of_run(folder: Path) -> str:
     return str(read_json(folder / METRICS).get("settings", {}).get("dtype", "auto"))
 
 
-def _demonstrations(train: Split, shots: int, seed: int) -> Sequence[Any]:
-    return random.Random(f"{seed} {train.task.name} demonstrations").sample(train.examples, shots)
-
-
 def bar(total: int, description: str, unit: str, initial: int = 0) -> Any:
     """A progress bar on stderr: speed and time left; rarely redrawn when nobody watches."""
-    interval = 0.2 if sys.stderr.isatty() else 10.0
     return tqdm(
         total=total,
         desc=description,
         unit=unit,
         initial=initial,
-        mininterval=interval,
+        mininterval=0.2 if sys.stderr.isatty() else 10.0,
         dynamic_ncols=True,
         file=sys.stderr,
     )

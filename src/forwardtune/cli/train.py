@@ -21,7 +21,7 @@ from ..processes import require_one_process
 from ..tasks import get_task, task_names
 from ..tasks.splits import DEFAULT_RULE
 from ..trajectory import Log, read_log
-from . import methods, say
+from . import methods, say, tuned
 from .costs import evaluation_steps, measure, measured_examples, steps_of_budget
 from .options import ask, flag
 from .results import (
@@ -56,34 +56,31 @@ def run(parsed: argparse.Namespace) -> int:
     if asked.output_dir is None:
         raise InputError("the following arguments are required: --output-dir, here or in the file of --config")
     folder, log = Path(asked.output_dir), None
-    settled = _absolute(asked.settings)  # the log may be read in another folder
+    given = _absolute(asked.settings)  # the log may be read in another folder
     if parsed.resume:
-        log, settled = _resumed(settled, folder)
-    options = asked.describe(settled, resumed=parsed.resume)
+        log, given = _resumed(given, folder)
+    options = asked.describe(given, resumed=parsed.resume)
     if log is None:
         # A run that was killed before its first step leaves its first evaluation behind, and nothing else.
         begun = not read_json(folder / METRICS).keys() - {"before"}
-        leftovers = (METRICS, OUTCOMES, COMPLETIONS, methods.INITIAL, "steps.jsonl.lock") if begun else ()
+        leftovers = (METRICS, OUTCOMES, COMPLETIONS, tuned.INITIAL, "steps.jsonl.lock") if begun else ()
         new_folder(folder, leftovers=leftovers, resumable=True)
     metrics = read_json(folder / METRICS) if log else {}
     if log and "test" in metrics and log.end and _is_done(options, log, metrics):
         say(f"the run in {folder} is complete after {log.steps} steps: nothing to do (more --steps would extend it)")
         return _report(metrics, folder, options.method, parsed.json)
 
-    prepare = partial(methods.prepare_model, options=options, first=folder / methods.INITIAL if log else None)
+    prepare = partial(tuned.prepare_model, options=options, first=folder / tuned.INITIAL if log else None)
     session = open_session(options, "train", "dev", "test", prepare_model=prepare, resumed=log)
     if options.steps is None:
         options.steps = _steps(session, began)  # before anything is evaluated: the time may be too short
     folder.mkdir(parents=True, exist_ok=True)
     if options.tune in ("lora", "prefix") and log is None:
-        methods.keep_first(session.model, folder / methods.INITIAL)
+        tuned.keep_first(session.model, folder / tuned.INITIAL)
     outcomes: dict[str, list[float]] = read_json(folder / OUTCOMES) if log else {}
     if not options.no_before and ("before" not in metrics or "before" not in outcomes):
-        outcomes = {"before": []}
-        before: list[str] = []
-        metrics = {"before": session.evaluate("before", outcomes=outcomes["before"], completions=before)}
-        if options.log_completions:
-            write_lines(folder / COMPLETIONS, _samples(session, 0, before, outcomes["before"]))
+        before, outcomes["before"] = _measure(session, folder, "before", 0)
+        metrics = {"before": before}
         write_json(folder / METRICS, metrics)
         write_json(folder / OUTCOMES, outcomes)
     # What the step log records beside the options.
@@ -91,31 +88,24 @@ def run(parsed: argparse.Namespace) -> int:
     if "dev" in session.splits:
         whole = len(session.splits["dev"])
         measured = log.header["run"].get(_MEASURED, whole) if log else measured_examples(options, options.steps, whole)
-        session.thin("dev", measured)
+        session.limit("dev", measured)
         if measured < whole:
             described[_MEASURED] = measured
-    if options.eval_steps is None:
-        options.eval_steps = evaluation_steps(options, options.steps)
+    options.eval_steps = evaluation_steps(options, options.steps)
     inference_peak = session.inference_peak()
     trained = methods.METHODS[options.method](session, folder, log, {**settings(options), **described})
     if trained is None:
         return 130
-    if trained.facts["skipped_steps"] == trained.facts["steps"]:
+    steps = trained.facts["steps"]
+    if trained.facts["skipped_steps"] == steps:
         raise NonFiniteLossError(
-            f"the loss or the step was not finite in all {trained.facts['steps']} steps: nothing was learnt. Lower the "
-            "learning rate (--lr)"
+            f"the loss or the step was not finite in all {steps} steps: nothing was learnt. Lower the learning rate (--lr)"
         )
-    outcomes["after"] = []
     metrics = {
         **session.facts("train", options.method),
         **({"before": metrics["before"]} if "before" in metrics else {}),
     }
-    after: list[str] = []
-    metrics["test"] = session.evaluate("after", outcomes=outcomes["after"], completions=after)
-    if options.log_completions:
-        step = trained.facts.get("best_step", trained.facts["steps"])
-        kept = [line for line in read_lines(folder / COMPLETIONS) if (line["step"], line["split"]) != (step, "test")]
-        write_lines(folder / COMPLETIONS, [*kept, *_samples(session, step, after, outcomes["after"])])
+    metrics["test"], outcomes["after"] = _measure(session, folder, "after", trained.facts.get("best_step", steps))
     if "before" in outcomes:
         metrics["sign_test"] = sign_test(outcomes["before"], outcomes["after"])
     metrics.update(trained.facts, inference_peak_memory_bytes=inference_peak)
@@ -124,6 +114,23 @@ def run(parsed: argparse.Namespace) -> int:
     write_json(folder / OUTCOMES, outcomes)
     write_json(folder / METRICS, metrics)
     return _report(metrics, folder, options.method, parsed.json)
+
+
+def _measure(session: Session, folder: Path, what: str, step: int) -> tuple[dict[str, float], list[float]]:
+    """Measure the test split after so many steps: as a whole, and by example. Keeps what was written for the first of them."""
+    outcomes: list[float] = []
+    texts: list[str] = []
+    measured = session.evaluate(what, outcomes=outcomes, completions=texts)
+    if session.options.log_completions:
+        own: dict[str, Any] = {"step": step, "split": "test"}
+        kept = [line for line in read_lines(folder / COMPLETIONS) if not own.items() <= line.items()]
+        judged = zip(session.splits["test"][:_SAMPLES], texts, outcomes, strict=False)
+        new = [
+            {**own, "prompt": e.example.prompt, "completion": text, "objective": {session.metric: value}}
+            for e, text, value in judged
+        ]
+        write_lines(folder / COMPLETIONS, [*kept, *new])
+    return measured, outcomes
 
 
 def _steps(session: Session, began: float) -> int:
@@ -140,21 +147,6 @@ def _steps(session: Session, began: float) -> int:
     session.deadline = began + options.time_budget - last * cost.evaluation
     say(f"{cost.step:.2f} s a step: {steps} steps fit the {duration(left)} that are left")
     return steps
-
-
-def _samples(session: Session, step: int, texts: list[str], outcomes: list[float]) -> list[dict[str, Any]]:
-    """What was written for the first test examples, and how it was judged."""
-    examples = session.splits["test"][:_SAMPLES]
-    return [
-        {
-            "step": step,
-            "split": "test",
-            "prompt": e.example.prompt,
-            "completion": text,
-            "objective": {session.metric: value},
-        }
-        for e, text, value in zip(examples, texts, outcomes, strict=False)
-    ]
 
 
 def _is_done(options: Train, log: Log, metrics: dict[str, Any]) -> bool:
@@ -182,13 +174,10 @@ def _resumed(asked: dict[str, Any], folder: Path) -> tuple[Log, dict[str, Any]]:
             f"the run in {folder} is rewarded by {objective}, which is code, and is not imported because a log names it. "
             f"If you know it, name it again: {resume_command(folder, objective)}"
         )
-    settled = {}
+    run = {}
     for name, one in options_of(Train).items():
         recorded, wanted = header.get(name), asked.get(name)
-        if one.free:
-            settled[name] = recorded if wanted is None else wanted
-            continue
-        if one.is_place:
+        if one.is_place and not one.free:
             recorded = _absolute({name: recorded})[name]
             if recorded is not None and Path(recorded).is_absolute() and not Path(recorded).exists():
                 if wanted is None:
@@ -197,30 +186,29 @@ def _resumed(asked: dict[str, Any], folder: Path) -> tuple[Log, dict[str, Any]]:
                     )
                 if Path(wanted).name == Path(recorded).name:
                     recorded = wanted  # it was moved; a model is known by the digest of its weights
-        if wanted is not None and wanted != recorded:
+        if wanted is not None and wanted != recorded and not one.free:
             raise InputError(
                 f"the run in {folder} has {flag(name)} {recorded}, not {wanted}: leave the option out to "
                 "resume it, or start another run in another folder"
             )
-        settled[name] = recorded
-    recorded, rule = header.get(_RULE, DEFAULT_RULE), get_task(settled["task"]).splits
+        run[name] = recorded if wanted is None else wanted
+    recorded, rule = header.get(_RULE, DEFAULT_RULE), get_task(run["task"]).splits
     if recorded != rule:
         raise InputError(
-            f"the run in {folder} has splits drawn by the rule {recorded}, and task {settled['task']} now says {rule}: resume "
+            f"the run in {folder} has splits drawn by the rule {recorded}, and task {run['task']} now says {rule}: resume "
             f"it with a task file that says 'splits: {recorded}', or start another run in another folder"
         )
-    return log, settled
+    return log, run
 
 
 def _absolute(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings, in which what is a file or a folder here has a path that holds anywhere."""
-    named = (EMBEDDED_MODEL, *task_names())
-    places = {
-        name: Path(value).expanduser()
-        for name, value in settings.items()
-        if options_of(Train)[name].is_place and value is not None and value not in named
-    }
-    return {**settings, **{name: os.path.abspath(path) for name, path in places.items() if path.exists()}}
+    absolute = dict(settings)
+    for name, value in settings.items():
+        if options_of(Train)[name].is_place and value not in (None, EMBEDDED_MODEL, *task_names()):
+            path = Path(value).expanduser()
+            absolute[name] = os.path.abspath(path) if path.exists() else value
+    return absolute
 
 
 def _report(metrics: dict[str, Any], folder: Path, method: str, as_json: bool) -> int:

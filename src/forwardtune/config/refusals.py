@@ -112,25 +112,16 @@ def refusals(command: str) -> tuple[Refusal, ...]:
     for name, one in declared.items():
         for other, values in one.only.items():
             belongs = " or ".join(f"<{other}> {value}" for value in values)
-            unlike = next(value for value in _other_values(declared[other]) if value not in values)
-            idle.append(
-                Refusal(
-                    f"<{name}> belongs to {belongs}: leave it out",
-                    partial(_is_idle, name, other, values),
-                    {other: unlike, name: _example(one)},
-                    commands,
-                )
+            unlike = next(
+                value for value in declared[other].choices or (declared[other].default,) if value not in values
             )
+            is_idle = partial(_is_idle, name, other, values)
+            example = {other: unlike, name: _example(one)}
+            idle.append(Refusal(f"<{name}> belongs to {belongs}: leave it out", is_idle, example, commands))
         if one.bounds is not None:
-            needed = {other: values[0] for other, values in one.only.items()}
-            beyond.append(
-                Refusal(
-                    f"<{name}> {one.bounds.words}{'' if one.bounds.words.endswith(',') else ','} got {{{name}}}",
-                    partial(_is_beyond, name, one.bounds),
-                    {**needed, name: one.bounds.wrong},
-                    commands,
-                )
-            )
+            template = f"<{name}> {one.bounds.words}{'' if one.bounds.words.endswith(',') else ','} got {{{name}}}"
+            example = {**{other: values[0] for other, values in one.only.items()}, name: one.bounds.wrong}
+            beyond.append(Refusal(template, partial(_is_beyond, name, one.bounds), example, commands))
         if one.required:
             missing.append(Refusal(f"<{name}> is missing", partial(_is_missing, name), {name: None}, commands))
     return (*idle, *beyond, *(row for row in _COMBINATIONS if command in row.commands), *missing)
@@ -147,10 +138,6 @@ def _is_beyond(name: str, bounds: Bounds, run: Any, given: frozenset[str]) -> bo
 
 def _is_missing(name: str, run: Any, given: frozenset[str]) -> bool:
     return not getattr(run, name)
-
-
-def _other_values(one: Option) -> tuple[str, ...]:
-    return one.choices or (one.default,)
 
 
 def _example(one: Option) -> Any:

@@ -27,27 +27,17 @@ class Data:
         None, "hub id, local folder, .gguf file, or smollm2-135m (embedded)", required=True, is_place=True
     )
     task: str | None = option(
-        None,
-        "a task of the package, such as sst2 or reviews, or a task file (.yaml)",
-        required=True,
-        is_place=True,
+        None, "a task of the package, such as sst2 or reviews, or a task file (.yaml)", required=True, is_place=True
     )
     data_dir: str | None = option(
-        None,
-        "folder with the task's data (.jsonl, .csv, .json, .tsv), instead of the hub",
-        is_place=True,
-        free=True,
+        None, "folder with the task's data (.jsonl, .csv, .json, .tsv), instead of the hub", is_place=True, free=True
     )
     dtype: str = option("auto", "auto (as stored), float32, bfloat16 or float16")
     device: str | None = option(
         None, "cpu, cuda, mps, or auto to spread over devices", shown="cuda if there is one", free=True
     )
     batch_size: int = option(
-        16,
-        "examples in a minibatch",
-        bounds=POSITIVE,
-        defaults={"adam": 8},
-        argument="per_device_train_batch_size",
+        16, "examples in a minibatch", bounds=POSITIVE, defaults={"adam": 8}, argument="per_device_train_batch_size"
     )
     max_length: int = option(2048, "longest input in tokens; contexts are cut on the left", bounds=POSITIVE)
     train_examples: int = option(1000, "training examples, drawn by the seed", bounds=POSITIVE)
@@ -89,9 +79,7 @@ class MeZOSettings:
         "spsa", "two-sided spsa, or one_sided (probes + 1 forward passes)", choices=names.ESTIMATORS
     )
     normalize: str = _of_mezo(
-        "none",
-        "units of loss differences over the probes: none, sigma (FZOO) or rank",
-        choices=names.NORMALIZATIONS,
+        "none", "units of loss differences over the probes: none, sigma (FZOO) or rank", choices=names.NORMALIZATIONS
     )
     rule: str = _of_mezo("sgd", "how coefficients move the weights", choices=names.RULES)
     momentum: float = option(0.9, "of the rule momentum", bounds=FRACTION, only={**_MEZO, "rule": ("momentum",)})
@@ -134,10 +122,7 @@ class Train(MeZOSettings, Data):
     lora_rank: int = option(8, "width of the LoRA matrices", bounds=POSITIVE, only={"tune": ("lora",)})
     lora_alpha: float = option(16.0, "scale of LoRA, times 1/rank", bounds=POSITIVE, only={"tune": ("lora",)})
     lora_targets: str | None = option(
-        None,
-        "names of the layers to adapt, by commas",
-        shown="query and value projections",
-        only={"tune": ("lora",)},
+        None, "names of the layers to adapt, by commas", shown="query and value projections", only={"tune": ("lora",)}
     )
     prefix_length: int = option(5, "positions of the prefix", bounds=POSITIVE, only={"tune": ("prefix",)})
     steps: int | None = option(None, "optimizer steps", shown=f"{STEPS}; adam: 5 epochs", bounds=POSITIVE, free=True)
@@ -150,10 +135,7 @@ class Train(MeZOSettings, Data):
         argument="learning_rate",
     )
     lr_scheduler: str = option(
-        "constant",
-        "course of the learning rate",
-        choices=names.LR_SCHEDULERS,
-        argument="lr_scheduler_type",
+        "constant", "course of the learning rate", choices=names.LR_SCHEDULERS, argument="lr_scheduler_type"
     )
     weight_decay: float = option(0.0, "decoupled, not on norms and biases", bounds=FINITE, argument="weight_decay")
     eval_steps: int | None = option(
@@ -192,8 +174,8 @@ def with_defaults(command: str, given: Mapping[str, Any]) -> Any:
 
 def recorded(run: Any) -> Train:
     """The description that a step log's header has; what it does not say is default."""
-    told = run if isinstance(run, dict) else {}
-    described: Train = with_defaults("train", {name: told[name] for name in options(Train) if name in told})
+    known = run if isinstance(run, dict) else {}
+    described: Train = with_defaults("train", {name: known[name] for name in options(Train) if name in known})
     return described
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.utils.data import DataLoader, Subset
 from transformers import TrainerCallback
-from transformers.trainer_utils import IntervalStrategy
+from transformers.trainer_utils import IntervalStrategy, has_length
 
 from ..config import AUTO
 from ..optimizer import MeZO
@@ -61,12 +64,12 @@ class Automatic(TrainerCallback):
         plan = plan_run(
             trainer.mezo,
             steps,
-            trainer.held_out,
+            partial(held_out, trainer),
             self.announce,
             find_lr=self.finds_lr,
             find_eps=trainer.args.eps == AUTO,
             model=trainer.model,
-            may_check=trainer.can_hold_out,
+            may_check=can_hold_out(trainer),
         )
         if self.finds_lr:
             require_room(self._point_path, trainer.mezo)
@@ -87,7 +90,7 @@ class Automatic(TrainerCallback):
             trainer.mezo,
             log,
             self._point_path,
-            trainer.held_out,
+            partial(held_out, trainer),
             scheduler=lambda: trainer.lr_scheduler,
             announce=self.announce,
             measures=not self.is_measured,
@@ -146,3 +149,45 @@ class Automatic(TrainerCallback):
         """The loss on held-out examples after a step was measured, lower is better; after step 0 that of the untuned model."""
         if self._driver is not None:
             self._driver.measured(step, loss)
+
+
+def _held_out_dataset(trainer: Any) -> Any:
+    dataset = trainer.eval_dataset if trainer.eval_dataset is not None else trainer.train_dataset
+    return next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
+
+
+def can_hold_out(trainer: Any) -> bool:
+    """Whether :func:`held_out` has a dataset from which examples can be chosen."""
+    return has_length(_held_out_dataset(trainer))
+
+
+def held_out(trainer: Any, batches: int) -> Callable[[], float]:
+    """A function that measures the loss of the present weights on so many minibatches of held-out examples.
+
+    They are spread over ``eval_dataset``, or else ``train_dataset``, and are the same every time; so are the random numbers of
+    an objective that samples.
+    """
+    dataset, size = _held_out_dataset(trainer), trainer.args.per_device_train_batch_size
+    if not has_length(dataset):
+        raise ValueError(
+            "learning_rate='auto' and eps='auto' measure held-out examples, and this dataset has no length: pass an "
+            "eval_dataset that has one, or give numbers"
+        )
+    count = len(dataset)
+    wanted = min(count, batches * size)
+    spread = Subset(dataset, [i * count // wanted for i in range(wanted)])
+    loader = DataLoader(spread, batch_size=size, collate_fn=trainer.get_eval_dataloader(spread).collate_fn)
+    inputs = [trainer._prepare_inputs(batch) for batch in loader]
+
+    @torch.no_grad()
+    def measure() -> float:
+        trainer.model.eval()
+        trainer.tell_objective("begin_step", 0, 0)
+        trainer.tell_objective("end_step")  # nothing of this belongs to a step's statistics
+        losses = []
+        for batch in inputs:
+            with trainer.compute_loss_context_manager():
+                losses.append(float(trainer.compute_loss(trainer.model, dict(batch))))
+        return math.fsum(losses) / len(losses)
+
+    return measure

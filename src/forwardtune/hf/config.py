@@ -58,10 +58,7 @@ class MeZOConfig(MeZOSettings, TrainingArguments):
                 self.fp16,
                 "fp16=True scales losses for gradients. Load the model in float16 (dtype=torch.float16) instead",
             ),
-            (
-                self.bf16_full_eval,
-                f"{full_eval} bfloat16 (dtype=torch.bfloat16), or set bf16=True to compute in it",
-            ),
+            (self.bf16_full_eval, f"{full_eval} bfloat16 (dtype=torch.bfloat16), or set bf16=True to compute in it"),
             (self.fp16_full_eval, f"{full_eval} float16 (dtype=torch.float16)"),
             (self.deepspeed, "DeepSpeed shards gradients and optimizer state, which MeZO does not have. Drop it"),
             (self.fsdp, "FSDP is not supported. Drop it, or spread a large model with device_map='auto'"),

@@ -45,5 +45,5 @@ def warn_of_missing_ends(inputs: Mapping[str, Any], tokenizer: Any) -> None:
         warn(
             f"padding and end of text are the same token ({tokenizer.eos_token}), and the data collator took it out of the "
             f"labels: none of the {int(ends.sum())} ends in the first minibatch is a target, so the model is not taught to "
-            "stop. Give the tokenizer another pad_token before the collator is made, such as its unk_token",
+            "stop. Give the tokenizer another pad_token before the collator is made, such as its unk_token"
         )

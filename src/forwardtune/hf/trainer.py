@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from inspect import signature
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 
@@ -170,9 +168,8 @@ class MeZOTrainer(Trainer):
         if self.state.global_step == 0 and self._part == 0:
             warn_of_missing_ends(inputs, getattr(self.data_collator, "tokenizer", self.processing_class))
         inputs = self._prepare_inputs(inputs)
-        self._tell_objective(
-            "begin_step", self.mezo.next_step, self._part
-        )  # both sides of a probe draw the same numbers
+        # Both sides of a probe draw the same random numbers.
+        self.tell_objective("begin_step", self.mezo.next_step, self._part)
         share = 1 if self._scaled_for_accumulation(num_items_in_batch) else self.current_gradient_accumulation_steps
         per_example = self.mezo.estimator.per_example
 
@@ -183,62 +180,21 @@ class MeZOTrainer(Trainer):
                 else:
                     loss = self.compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch) / share
             if self.mezo.checking:  # evaluations of the first step's self-check are no part of the step
-                self._tell_objective("take_statistics")
+                self.tell_objective("take_statistics")
             return loss
 
         try:
             loss = self.mezo.estimate(closure)
         finally:
-            self._tell_objective("end_step")
+            self.tell_objective("end_step")
         if self.cores is not None and self.accelerator.sync_gradients:  # the step's last microbatch
             with torch.no_grad():
                 self._keeper.changed_threads = self.cores.look(closure)
         return torch.tensor(loss, device=self.args.device)
 
-    def _tell_objective(self, method: str, *arguments: int) -> Any:
+    def tell_objective(self, method: str, *arguments: int) -> Any:
         """Call a method of the objective, if it has it."""
         return getattr(self._objective, method, lambda *arguments: None)(*arguments)
-
-    @property
-    def _held_out_dataset(self) -> Any:
-        dataset: Any = self.eval_dataset if self.eval_dataset is not None else self.train_dataset
-        return next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
-
-    @property
-    def can_hold_out(self) -> bool:
-        """Whether :meth:`held_out` has a dataset from which examples can be chosen."""
-        return has_length(self._held_out_dataset)
-
-    def held_out(self, batches: int) -> Callable[[], float]:
-        """A function that measures the loss of the present weights on so many minibatches of held-out examples.
-
-        They are spread over ``eval_dataset``, or else ``train_dataset``, and are the same every time; so are the random numbers of
-        an objective that samples.
-        """
-        dataset, size = self._held_out_dataset, self.args.per_device_train_batch_size
-        if not has_length(dataset):
-            raise ValueError(
-                "learning_rate='auto' and eps='auto' measure held-out examples, and this dataset has no length: pass an "
-                "eval_dataset that has one, or give numbers"
-            )
-        count = len(dataset)
-        wanted = min(count, batches * size)
-        spread = Subset(dataset, [i * count // wanted for i in range(wanted)])
-        loader = DataLoader(spread, batch_size=size, collate_fn=self.get_eval_dataloader(spread).collate_fn)
-        inputs = [self._prepare_inputs(batch) for batch in loader]
-
-        @torch.no_grad()
-        def measure() -> float:
-            self.model.eval()
-            self._tell_objective("begin_step", 0, 0)
-            self._tell_objective("end_step")  # nothing of this belongs to a step's statistics
-            losses = []
-            for batch in inputs:
-                with self.compute_loss_context_manager():
-                    losses.append(float(self.compute_loss(self.model, dict(batch))))
-            return math.fsum(losses) / len(losses)
-
-        return measure
 
     def _scaled_for_accumulation(self, num_items_in_batch: Tensor | int | None) -> bool:
         """Whether the loss is already a share of the whole accumulated batch, by Trainer's own rule."""
@@ -313,7 +269,7 @@ class MeZOTrainer(Trainer):
         if logs.pop("grad_norm", None) is not None and self.mezo.last is not None and not self.mezo.last.skipped:
             coefficients = self.mezo.last.present
             logs["projected_gradient"] = sum(map(abs, coefficients)) / len(coefficients)
-        for name, values in (self._tell_objective("take_statistics") or {}).items():
+        for name, values in (self.tell_objective("take_statistics") or {}).items():
             logs |= {f"objective/{name}/{key}": value for key, value in values.items()}
         if "train_runtime" in logs:  # the closing report comes before the best weights are loaded: the log ends here
             self._keeper.finish()
@@ -324,13 +280,13 @@ class MeZOTrainer(Trainer):
         super().create_model_card(*args, **kwargs)
         if not self.step_log.exists():
             return  # nothing was trained yet
-        best = (
-            self.args.load_best_model_at_end and not self.is_in_train and self.state.best_model_checkpoint is not None
-        )
-        log = read_log(self.step_log)
+        log, steps = read_log(self.step_log), None
+        if self.args.load_best_model_at_end and not self.is_in_train and self.state.best_model_checkpoint is not None:
+            steps = self.state.best_global_step
         card = Path(self.args.output_dir) / "README.md"
-        steps = self.state.best_global_step if best else log.steps
-        card.write_text(describe(card.read_text(encoding="utf-8"), log, steps), encoding="utf-8")
+        card.write_text(
+            describe(card.read_text(encoding="utf-8"), log, log.steps if steps is None else steps), encoding="utf-8"
+        )
 
     @property
     def run_folder(self) -> Path:

@@ -1,0 +1,61 @@
+"""What a run tunes: all weights, some, or an adapter, whose first weights are kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from ..config import Train
+from ..errors import InputError
+from ..models import tune
+from . import say
+
+#: The adapter that a run began with, so that its step log can be replayed anywhere.
+INITIAL = "initial.safetensors"
+
+
+def prepare_model(model: Any, tokenizer: Any, *, options: Train, first: Path | None) -> Any:
+    """The model with what is to be tuned. An adapter takes its first weights from the file, if there is one.
+
+    Raises:
+        InputError: Adam cannot tune it; or the file is damaged, or of another adapter.
+    """
+    model = tune(
+        model,
+        tokenizer,
+        options.tune,
+        lora_rank=options.lora_rank,
+        lora_alpha=options.lora_alpha,
+        lora_targets=[name for part in (options.lora_targets or "").split(",") if (name := part.strip())] or None,
+        prefix_length=options.prefix_length,
+        seed=options.seed,
+    )
+    tuned = tuned_weights(model)
+    say(f"tuning {sum(p.numel() for p in tuned.values()):,} weights in {len(tuned)} tensors ({options.tune})")
+    if options.method == "adam" and any(p.dtype == torch.float16 for p in tuned.values()):
+        raise InputError("Adam cannot tune float16 weights: choose --dtype float32 or bfloat16, or --tune lora")
+    if first is not None and first.is_file() and options.tune in ("lora", "prefix"):
+        try:
+            kept = load_file(first)
+        except SafetensorError as error:
+            raise InputError(f"{first} is damaged ({error}): restore the file of the run") from None
+        if {name: t.shape for name, t in kept.items()} != {name: p.shape for name, p in tuned.items()}:
+            raise InputError(f"{first} does not hold the first weights of this adapter: restore the file of the run")
+        for name, p in tuned.items():
+            p.copy_(kept[name])
+    return model
+
+
+def keep_first(model: Any, path: Path) -> None:
+    """Write the weights that an adapter starts from: random numbers or activations, which another machine may round
+    differently."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: p.contiguous() for name, p in tuned_weights(model).items()}, path)
+
+
+def tuned_weights(model: Any) -> dict[str, torch.Tensor]:
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
