@@ -30,8 +30,8 @@ from forwardtune.trajectory.export import read_trajectory
 from forwardtune.trajectory.format import seal, step_content
 from forwardtune.trajectory.log import cut_log
 from support import assert_same_bits, other_defaults, snapshot, train, trusted
-from support.command import python
 from support.logs import file_size_limit, json_lines, reseal
+from support.process import python
 
 
 def small_model(dtype: torch.dtype = torch.float32) -> nn.Sequential:
