@@ -16,7 +16,7 @@ def python(script: str, *arguments: object, without: tuple[str, ...] = (), **env
         env=inherited | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))} | environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert result.returncode == 0, result.stderr
     return result.stdout
