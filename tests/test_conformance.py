@@ -28,6 +28,7 @@ from forwardtune.trajectory import LogError, export_trajectory, read_log
 from forwardtune.trajectory.export import read_trajectory
 from forwardtune.trajectory.log import cut_log
 from support import DTYPES, HALF, assert_same_bits, same_bits, scripted, snapshot, train, trusted
+from support.logs import log_lines
 
 # --- the tables ------------------------------------------------------------------------------------------------------
 
@@ -860,71 +861,49 @@ def test_the_header_names_the_method(tmp_path):
     }  # fmt: skip
 
 
-def test_an_export_holds_learning_rates_once_where_they_are_constant(tmp_path):
-    from safetensors.torch import load_file, save_file
+LEARNS, SKIPS = (1.0, 0.5, 2.0, 0.5, 0.25, 1.0), (math.nan,) * 6
+EXPORTED = {  # rule, groups, weight decay, learning rates, losses, shapes of what is kept beside the sizes
+    "sgd": ("sgd", 1, 0.0, [0.5] * 3, LEARNS, {}),
+    "sgd, decayed": ("sgd", 2, 0.5, [0.5] * 3, LEARNS, {"decay": (2, 1)}),
+    "sgd, nothing taken": ("sgd", 2, 0.5, [0.5] * 3, SKIPS, {}),
+    "sign": ("sign", 1, 0.0, [0.5] * 3, LEARNS, {"lr": (1, 1)}),
+    "sign, decayed": ("sign", 2, 0.5, [0.5] * 3, LEARNS, {"decay": (2, 1), "lr": (2, 1)}),
+    "sign, nothing taken": ("sign", 2, 0.5, [0.5] * 3, SKIPS, {"lr": (2, 1)}),
+    "sign, halved": ("sign", 1, 0.0, [0.1, 0.1, 0.05], LEARNS, {"lr": (1, 3)}),
+    "sign, changing": ("sign", 1, 0.0, [0.1, 0.05, 0.03], LEARNS, {"lr": (1, 3)}),
+}
 
-    sizes = []
-    courses = {
-        "constant": [0.1] * 5,
-        "halved": [0.1] * 3 + [0.05] * 2,
-        "changing": [0.1 / (1 + step) for step in range(5)],
-    }
-    for name, rates in courses.items():
-        model = Quadratic()
-        optimizer = MeZO(model, rule=Momentum(0.5, window=3), lr=0.1, perturbation="copy", weight_decay=0.5)
-        with StepLog(tmp_path / f"{name}.jsonl", optimizer):
-            for step in range(5):
-                optimizer.param_groups[0]["lr"] = rates[step]
-                optimizer.step(model if step != 2 else lambda: math.nan)
-        exported = tmp_path / f"{name}.safetensors"
-        export_trajectory(read_log(tmp_path / f"{name}.jsonl"), exported)
-        tensors = load_file(exported)
-        sizes.append(tuple(tensors["lr"].shape))
-        assert tensors["lr"].dtype == torch.float32
-        replay(exported, Quadratic())
-    assert sizes == [(1, 1), (1, 5), (1, 5)]
 
+@pytest.mark.parametrize(("rule", "groups", "decay", "rates", "losses", "shapes"), EXPORTED.values(), ids=EXPORTED)
+def test_an_export_holds_once_what_is_the_same_throughout(rule, groups, decay, rates, losses, shapes, tmp_path):
     from safetensors import safe_open
+    from safetensors.torch import save_file
 
+    model, closure = Quadratic(), scripted(*losses)
+    params = [{"params": list(part.parameters())} for part in (model.flat, model.turned)]
+    params = params if groups == 2 else list(model.parameters())
+    optimizer = trusted(MeZO(params, 0.5, module=model, rule=rule, perturbation="copy", weight_decay=decay))
+    path, exported = tmp_path / "steps.jsonl", tmp_path / "deep" / "run.safetensors"
+    with StepLog(path, optimizer):
+        for rate in rates:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step(closure)
+    export_trajectory(read_log(path), exported)
+    again = Quadratic()
+    replay(read_trajectory(exported), again)
+    replay(read_log(path), Quadratic())
+    assert_same_bits(again, snapshot(model))
     with safe_open(exported, framework="pt") as file:
-        metadata = file.metadata()
-    del tensors["lr"]
-    del metadata["check"]
-    save_file(tensors, exported, metadata=metadata)
-    with pytest.raises(LogError, match="lacks the learning rates"):
-        read_trajectory(exported)
-
-
-@pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("decay", [0.0, 0.5])
-def test_an_export_holds_once_what_is_the_same_throughout(groups, decay, tmp_path):
-    from safetensors import safe_open
-
-    def shapes(name: str, rule: str, losses: list[float]) -> dict[str, tuple[int, ...]]:
-        model, values = Quadratic(), iter(losses)
-        params = [{"params": list(part.parameters())} for part in (model.flat, model.turned)]
-        params = params if groups == 2 else list(model.parameters())
-        optimizer = trusted(MeZO(params, 0.5, module=model, rule=rule, perturbation="copy", weight_decay=decay))
-        with StepLog(tmp_path / f"{name}.jsonl", optimizer):
-            for _ in losses[::2]:
-                optimizer.step(lambda: next(values))
-        exported = tmp_path / "deep" / f"{name}.safetensors"
-        export_trajectory(read_log(tmp_path / f"{name}.jsonl"), exported)
-        again = Quadratic()
-        replay(read_trajectory(exported), again)
-        replay(read_log(tmp_path / f"{name}.jsonl"), Quadratic())
-        assert_same_bits(again, snapshot(model))
-        with safe_open(exported, framework="pt") as file:
-            assert file.metadata()["forwardtune"] == "trajectory"
-            return {key: tuple(file.get_tensor(key).shape) for key in file.keys()}  # noqa: SIM118
-
-    steps = {"sizes": (1, 3, 1), **({"decay": (groups, 1)} if decay else {})}
-    for losses in ([1.0, 0.5, 2.0, 0.5, 0.25, 1.0], [math.nan] * 6):
-        name = str(math.isnan(losses[0]))
-        skipped = {} if math.isnan(losses[0]) else {"decay": steps.get("decay")}
-        expected = {"sizes": (1, 3, 1)} | {key: shape for key, shape in skipped.items() if shape}
-        assert shapes(f"sgd-{name}", "sgd", losses) == expected
-        assert shapes(f"sign-{name}", "sign", losses) == {**expected, "lr": (groups, 1)}
+        metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    assert metadata["forwardtune"] == "trajectory"
+    assert {key: tuple(tensor.shape) for key, tensor in tensors.items()} == {"sizes": (1, 3, 1), **shapes}
+    if "lr" in shapes:
+        assert tensors.pop("lr").dtype == torch.float32
+        del metadata["check"]
+        save_file(tensors, exported, metadata=metadata)
+        with pytest.raises(LogError, match="lacks the learning rates"):
+            read_trajectory(exported)
 
 
 # --- in Trainer ------------------------------------------------------------------------------------------------------
@@ -952,7 +931,7 @@ def test_trainer_resumes_a_rule_with_the_same_bits(settings, saving, tmp_path: P
     test_trainer.killed(tmp_path / "killed", 4, **settings)
     resumed = test_trainer.resumed(tmp_path / "killed", **settings)
     assert_same_bits(resumed.model, snapshot(whole.model))
-    assert test_trainer.log_lines(tmp_path / "killed") == test_trainer.log_lines(tmp_path / "whole")
+    assert log_lines(tmp_path / "killed") == log_lines(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,12 @@ import pytest
 import torch
 
 import support
-from forwardtune import MeZOConfig, MeZOTrainer, cores
+from forwardtune import MeZOTrainer, cores
 from forwardtune.cli import main
 from forwardtune.cores import SharedCores, Use
 from forwardtune.hf.log_keeper import noted_threads
 from forwardtune.trajectory import read_log
+from support.trainers import quiet_config
 
 pytestmark = pytest.mark.skipif(not Path("/proc/stat").is_file(), reason="reads the use of the cores as Linux tells it")
 
@@ -55,7 +56,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
         yield fake
 
 
-def test_alone_nothing_is_tried(machine: Machine) -> None:
+def test_alone_nothing_is_tried(machine):
     shared = SharedCores()
     machine.others = 0.3  # now and then
     assert [shared.look(machine.work) for _ in range(50)] == [None] * 50
@@ -63,7 +64,7 @@ def test_alone_nothing_is_tried(machine: Machine) -> None:
     assert torch.get_num_threads() == 2
 
 
-def test_beside_a_busy_process_one_thread_works_until_it_ends(machine: Machine) -> None:
+def test_beside_a_busy_process_one_thread_works_until_it_ends(machine):
     said: list[str] = []
     shared = SharedCores(said.append)
     machine.others, machine.takes = 1.0, {1: 2.0, 2: 9.0}
@@ -82,9 +83,7 @@ def test_beside_a_busy_process_one_thread_works_until_it_ends(machine: Machine) 
 
 
 @pytest.mark.parametrize(("others", "takes"), [(1.0, {1: 2.0, 2: 2.9}), (2.0, {1: 2.0, 2: 2.0})])
-def test_threads_stay_where_fewer_do_not_save_much_and_trials_become_rare(
-    machine: Machine, others: float, takes: dict[int, float]
-) -> None:
+def test_threads_stay_where_fewer_do_not_save_much_and_trials_become_rare(machine, others, takes):
     shared = SharedCores()
     machine.others, machine.takes = others, takes
     assert [shared.look(machine.work) for _ in range(500)] == [None] * 500
@@ -95,28 +94,25 @@ def test_threads_stay_where_fewer_do_not_save_much_and_trials_become_rare(
     assert 1 in [shared.look(machine.work) for _ in range(250)]
 
 
-def test_a_number_of_threads_that_the_user_set_stays(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    shared = SharedCores()
+def test_a_number_of_threads_that_the_user_set_stays(machine, monkeypatch):
+    """And nothing changes where the use of cores is not told, or there is one thread to begin with."""
     machine.others, machine.takes = 1.0, {1: 2.0, 2: 9.0}
-    assert [shared.look(machine.work) for _ in range(5)] == [None] * 5
-    shared.follow(1)
-    assert torch.get_num_threads() == 2
-
-
-def test_where_the_use_of_cores_is_not_told_nothing_changes(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Use, "now", lambda: None)
-    assert SharedCores().look(machine.work) is None
-
-
-def test_no_more_threads_than_there_were_at_first(machine: Machine) -> None:
+    with monkeypatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "2")
+        shared = SharedCores()
+        assert [shared.look(machine.work) for _ in range(5)] == [None] * 5
+        shared.follow(1)
+        assert torch.get_num_threads() == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(Use, "now", lambda: None)
+        assert SharedCores().look(machine.work) is None
     with support.threads(1):
         shared = SharedCores()
         assert [shared.look(machine.work) for _ in range(5)] == [None] * 5
         assert torch.get_num_threads() == 1
 
 
-def test_the_use_of_the_cores_is_what_other_processes_do() -> None:
+def test_the_use_of_the_cores_is_what_other_processes_do():
     """While this one sleeps, and not while it works."""
     before = Use.now()
     assert before is not None
@@ -163,35 +159,32 @@ class Objective:
 
 def make(folder: Path, objective: Objective, **changes: Any) -> MeZOTrainer:
     data = [{"input_ids": row} for row in support.token_batch(16, 8)]
-    settings: dict[str, Any] = {
-        "max_steps": 6,
-        "learning_rate": 1e-4,
-        "eps": 1e-3,
-        "report_to": [],
-        "disable_tqdm": True,
-    }
-    config = MeZOConfig(str(folder), per_device_train_batch_size=2, use_cpu=True, **settings | changes)
-    return MeZOTrainer(model=support.tiny_model(), args=config, train_dataset=data, objective=objective)
+    settings = {"max_steps": 6, "learning_rate": 1e-4, "eps": 1e-3, "per_device_train_batch_size": 2, **changes}
+    args = quiet_config(folder, **settings)
+    return MeZOTrainer(model=support.tiny_model(), args=args, train_dataset=data, objective=objective)
 
 
-def test_a_run_changes_its_threads_keeps_a_note_and_gives_them_back(machine: Machine, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("settings", "evaluations", "trials"),
+    [
+        ({}, [2] * 6 + [1] * 6, [2, 1]),
+        # A step of several microbatches has one number of threads.
+        ({"gradient_accumulation_steps": 2}, [2] * 12 + [1] * 12, [2, 1]),
+        ({"share_cores": False}, [2] * 12, []),
+    ],
+    ids=str,
+)
+def test_a_run_changes_its_threads_keeps_a_note_and_gives_them_back(machine, tmp_path, settings, evaluations, trials):
     objective = Objective(machine)
-    make(tmp_path, objective).train()
-    evaluations = objective.evaluations[2:]  # the self-check's are of the first step, too
-    assert evaluations == [2] * 6 + [1] * 6
-    assert machine.trials == [2, 1]
+    make(tmp_path, objective, **settings).train()
+    assert objective.evaluations[2:] == evaluations  # the self-check's are of the first step, too
+    assert machine.trials == trials
     notes = [(note.at, note.content) for note in read_log(tmp_path / "steps.jsonl").notes if "threads" in note.content]
-    assert notes == [(3, {"threads": 1, "from_step": 3})]
+    assert notes == ([(3, {"threads": 1, "from_step": 3})] if trials else [])
     assert torch.get_num_threads() == 2
 
 
-def test_a_step_of_several_microbatches_has_one_number_of_threads(machine: Machine, tmp_path: Path) -> None:
-    objective = Objective(machine)
-    make(tmp_path, objective, gradient_accumulation_steps=2).train()
-    assert objective.evaluations[2:] == [2] * 12 + [1] * 12
-
-
-def test_a_resumed_run_goes_on_with_the_threads_that_it_had(machine: Machine, tmp_path: Path) -> None:
+def test_a_resumed_run_goes_on_with_the_threads_that_it_had(machine, tmp_path):
     make(tmp_path, Objective(machine), max_steps=4).train()
     log = read_log(tmp_path / "steps.jsonl")
     assert [noted_threads(log, steps) for steps in range(5)] == [None, None, None, 1, 1]
@@ -204,7 +197,7 @@ def test_a_resumed_run_goes_on_with_the_threads_that_it_had(machine: Machine, tm
     assert machine.trials == []
 
 
-def test_a_run_that_began_with_fewer_threads_says_so(machine: Machine, tmp_path: Path) -> None:
+def test_a_run_that_began_with_fewer_threads_says_so(machine, tmp_path):
     machine.others, machine.takes = 1.0, {1: 2.0, 2: 9.0}
     trainer = make(tmp_path, objective := Objective(machine), max_steps=1)
     trainer.cores = SharedCores()
@@ -216,16 +209,7 @@ def test_a_run_that_began_with_fewer_threads_says_so(machine: Machine, tmp_path:
     assert torch.get_num_threads() == 1  # whoever lent what watches the cores goes on with it
 
 
-def test_share_cores_can_be_turned_off(machine: Machine, tmp_path: Path) -> None:
-    objective = Objective(machine)
-    make(tmp_path, objective, share_cores=False).train()
-    assert set(objective.evaluations) == {2}
-    assert machine.trials == []
-
-
-def test_the_command_line_looks_before_its_first_evaluation_and_resumes_alike(
-    machine: Machine, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_line_looks_before_its_first_evaluation_and_resumes_alike(machine, tiny_folder, tmp_path, capsys):
     machine.others, machine.takes = 1.0, {1: 2.0, 2: 9.0}
     where = ["train", "--output-dir", str(tmp_path / "run"), "--device", "cpu"]
     what = ["--model", str(tiny_folder), "--task", "reviews", "--lr", "1e-4", "--eps", "1e-3", "--dev-examples", "0"]

@@ -6,11 +6,9 @@ Across devices the bits of the noise and of updates are promised; losses, and so
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -22,7 +20,7 @@ from forwardtune.method.rule import _total
 from forwardtune.method.rules import RULES
 from forwardtune.noise import DIRECTIONS, GAUSSIAN, Noise, Update, definition
 from forwardtune.trajectory import read_log
-from support import DTYPES, HALF, TEXT, assert_same_bits, closure_for, same_bits, snapshot, tiny_model, token_batch
+from support import DTYPES, HALF, assert_same_bits, closure_for, same_bits, snapshot, tiny_model, token_batch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -104,13 +102,11 @@ def test_a_run_replays_with_the_same_bits_on_both_devices(dtype, rule, tmp_path)
 def test_a_run_of_the_trainer_replays_on_the_cpu(dtype, tmp_path):
     """Trainer moves model and batches to the device by itself."""
     pytest.importorskip("accelerate", reason="needs accelerate")
-    from forwardtune.hf.config import MeZOConfig
-    from forwardtune.hf.trainer import MeZOTrainer
+    from forwardtune import MeZOTrainer
+    from support.trainers import quiet_config
 
     data = [{"input_ids": row, "labels": row} for row in token_batch(12, 6).tolist()]
-    config = MeZOConfig(
-        str(tmp_path), max_steps=4, learning_rate=1e-3, eps=1e-2, save_strategy="no", report_to=[], disable_tqdm=True
-    )
+    config = quiet_config(tmp_path, max_steps=4, learning_rate=1e-3, eps=1e-2, use_cpu=False)
     trainer = MeZOTrainer(model=tiny_model("llama", dtype), args=config, train_dataset=data, eval_dataset=data)
     trainer.train()
     assert trainer.model.device == CUDA
@@ -130,19 +126,15 @@ def test_a_run_of_the_command_line_replays_on_the_cpu(options, tiny_folder, tmp_
         pytest.importorskip(package, reason=f"needs {package}")
     from safetensors.torch import load_file
 
-    from forwardtune.cli import main
+    from support.command import done, write_task
 
-    rows = [json.dumps({"text": text, "label": number % 2}) for number, text in enumerate(TEXT * 4)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
-    task = tmp_path / "task.yaml"
-    task.write_text("train: rows.jsonl\ntest: rows.jsonl\nprompt: '{text} It was'\nanswers: {0: terrible, 1: great}\n")
     run, again = tmp_path / "run", tmp_path / "again"
-    train = ["train", "--model", str(tiny_folder), "--task", str(task), "--device", "cuda", "--dtype", "bfloat16"]
-    assert main([*train, "--steps", "12", "--batch-size", "4", *options.split(), "--output-dir", str(run)]) == 0
-    replayed = ["replay", str(run / "steps.jsonl"), "--model", str(tiny_folder), "--output-dir", str(again)]
-    assert main(replayed) == 0
+    model, task = ["--model", tiny_folder], write_task(tmp_path / "task")
+    train = ["train", *model, "--task", task, "--device", "cuda", "--dtype", "bfloat16", "--steps", 12]
+    done(*train, "--batch-size", 4, *options.split(), "--output-dir", run)
+    done("replay", run / "steps.jsonl", *model, "--output-dir", again)
     (tuned,) = (path.name for path in run.glob("*model.safetensors"))
-    ours, theirs = load_file(run / tuned), load_file(Path(again, tuned))
+    ours, theirs = load_file(run / tuned), load_file(again / tuned)
     assert ours.keys() == theirs.keys()
     assert all(same_bits(ours[name], theirs[name]) for name in ours)
 

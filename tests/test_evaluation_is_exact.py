@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
+import operator
 import pickle
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,7 +21,17 @@ from forwardtune.method.rules import Adam, Momentum
 from forwardtune.points import ReadElsewhereError
 from forwardtune.trajectory import read_log
 from forwardtune.trajectory.export import export_trajectory
-from support import assert_same_bits, closure_for, same_bits, snapshot, tiny_model, token_batch, tokenizer, trusted
+from support import (
+    SIZES,
+    assert_same_bits,
+    closure_for,
+    same_bits,
+    snapshot,
+    tiny_model,
+    token_batch,
+    tokenizer,
+    trusted,
+)
 
 PERTURBATIONS = ["auto", "scratch", "copy"]
 
@@ -34,15 +45,13 @@ def coefficient(optimizer: MeZO, closure: Callable[[], Any]) -> float:
 # --- caches that know a weight by its parameter ------------------------------------------------------------------------
 
 
-@contextmanager
-def autocast() -> Iterator[None]:
-    with torch.autocast("cpu", torch.bfloat16):
-        yield
+def autocast() -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16)
 
 
 @pytest.mark.parametrize("perturbation", PERTURBATIONS)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mamba"])
-def test_autocast_around_a_step_sees_the_perturbed_weights(family: str, perturbation: str) -> None:
+def test_autocast_around_a_step_sees_the_perturbed_weights(family, perturbation):
     """It casts a weight once and keeps the cast while it lasts."""
     model, ids = tiny_model(family), token_batch()
     loss = closure_for(model, ids)
@@ -65,7 +74,7 @@ def test_autocast_around_a_step_sees_the_perturbed_weights(family: str, perturba
         assert torch.equal(loss(), after)
 
 
-def test_cached_parametrisations_are_refused() -> None:
+def test_cached_parametrisations_are_refused():
     net = nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))
     with torch.nn.utils.parametrize.cached(), pytest.raises(RuntimeError, match="leave it out around step"):
         MeZO(net).step(lambda: net(torch.ones(1, 3)).sum())
@@ -104,7 +113,7 @@ def exact_coefficient(make: Callable[[], nn.Module], run: Callable[[nn.Module], 
 
 
 @pytest.mark.parametrize("from_list", [False, True])
-def test_a_shape_that_reads_a_weight_directly_is_exact_whenever_it_comes(from_list: bool) -> None:
+def test_a_shape_that_reads_a_weight_directly_is_exact_whenever_it_comes(from_list):
     """The first minibatch does not show it."""
     net = ReadsWhenLong(from_list)
     optimizer = MeZO(net, lr=1e-30, eps=1e-3, seed=1)
@@ -119,7 +128,7 @@ def test_a_shape_that_reads_a_weight_directly_is_exact_whenever_it_comes(from_li
 
 
 @pytest.mark.parametrize("late", [False, True])
-def test_explicit_scratch_is_refused_where_it_would_be_wrong(late: bool) -> None:
+def test_explicit_scratch_is_refused_where_it_would_be_wrong(late):
     net = ReadsWhenLong(from_list=True)
     before = snapshot(net)
     optimizer = MeZO(net, lr=1e-30, eps=1e-3, perturbation="scratch")
@@ -130,7 +139,7 @@ def test_explicit_scratch_is_refused_where_it_would_be_wrong(late: bool) -> None
     assert_same_bits(net, before)
 
 
-def test_a_hidden_nan_is_found_in_the_outputs_of_modules() -> None:
+def test_a_hidden_nan_is_found_in_the_outputs_of_modules():
     """An accuracy is finite, whatever the model says."""
     net = ReadsWhenLong(from_list=True)
     optimizer = MeZO(net)
@@ -140,7 +149,7 @@ def test_a_hidden_nan_is_found_in_the_outputs_of_modules() -> None:
 
 
 @pytest.mark.parametrize("perturbation", PERTURBATIONS)
-def test_mamba_is_exact_with_any_perturbation(perturbation: str) -> None:
+def test_mamba_is_exact_with_any_perturbation(perturbation):
     """It hands the weight of its convolution to a kernel; no second set of weights is needed for that."""
     model, ids = tiny_model("mamba"), token_batch()
     optimizer = MeZO(model, eps=1e-2, perturbation=perturbation)
@@ -167,22 +176,16 @@ class Rescales(ReadsWhenLong):
         return super().forward(x)
 
 
-def _multiply(inner: Any) -> None:
-    inner.weight *= 2
+WRITES: dict[str, Callable[[Any], object]] = {
+    "div_": lambda inner: inner.weight.div_(2),
+    "*=": lambda inner: setattr(inner, "weight", operator.imul(inner.weight, 2)),
+    "[0] =": lambda inner: operator.setitem(inner.weight, 0, 0),
+    ".data =": lambda inner: setattr(inner.weight, "data", inner.weight.detach() * 2),
+}
 
 
-def _assign(inner: Any) -> None:
-    inner.weight[0] = 0
-
-
-def _replace(inner: Any) -> None:
-    inner.weight.data = inner.weight.detach() * 2
-
-
-@pytest.mark.parametrize(
-    "write", [lambda inner: inner.weight.div_(2), _multiply, _assign, _replace], ids=["div_", "*=", "[0] =", ".data ="]
-)
-def test_a_model_that_writes_to_its_weights_is_not_evaluated_without(write: Callable[[Any], None]) -> None:
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_a_model_that_writes_to_its_weights_is_not_evaluated_without(write):
     """What it writes would be lost with the perturbed copy, and it would not write again."""
     net = Rescales(write)
     before = snapshot(net)
@@ -195,7 +198,7 @@ def test_a_model_that_writes_to_its_weights_is_not_evaluated_without(write: Call
     MeZO(net).step(lambda: net(SHORT))
 
 
-def test_a_compiled_model_is_evaluated_at_perturbed_weights() -> None:
+def test_a_compiled_model_is_evaluated_at_perturbed_weights():
     model, ids = tiny_model("llama"), token_batch()
     compiled = torch.compile(model, backend="eager")
     eager = tiny_model("llama")
@@ -209,25 +212,24 @@ def test_a_compiled_model_is_evaluated_at_perturbed_weights() -> None:
 @pytest.mark.parametrize("perturbation", PERTURBATIONS)
 @pytest.mark.parametrize("error", [KeyError, RuntimeError, ValueError, AssertionError, torch.OutOfMemoryError])
 @pytest.mark.parametrize("call", [1, 2, 3, 4])
-def test_what_the_closure_raises_is_raised(call: int, error: type[Exception], perturbation: str) -> None:
-    model, ids = tiny_model(), token_batch()
-    before, calls = snapshot(model), []
+def test_what_the_closure_raises_is_raised(call, error, perturbation):
+    net, calls = Row(nn.Identity()), itertools.count(1)
+    before = snapshot(net)
 
     def closure() -> Tensor:
-        calls.append(1)
-        if len(calls) == call:
+        if next(calls) == call:
             raise error("the closure's own")
-        return closure_for(model, ids)()
+        return net()
 
-    optimizer = MeZO(model, perturbation=perturbation)
+    optimizer = MeZO(net, perturbation=perturbation)
     with pytest.raises(error, match="the closure's own"):
         optimizer.step(closure)
-    assert_same_bits(model, before)
+    assert_same_bits(net, before)
     optimizer.step(closure)
     assert optimizer.perturbation.name == ("copy" if perturbation == "copy" else "scratch")
 
 
-def test_an_error_that_poisoned_weights_cause_is_a_diagnosis() -> None:
+def test_an_error_that_poisoned_weights_cause_is_a_diagnosis():
     net = ReadsWhenLong(from_list=True)
 
     def closure() -> Tensor:
@@ -241,7 +243,7 @@ def test_an_error_that_poisoned_weights_cause_is_a_diagnosis() -> None:
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_a_failed_microbatch_takes_the_whole_step_with_it(error: type[BaseException]) -> None:
+def test_a_failed_microbatch_takes_the_whole_step_with_it(error):
     model, ids = tiny_model(), token_batch()
     optimizer, loss = MeZO(model, lr=1e-30), closure_for(model, ids)
     optimizer.step(loss)
@@ -258,7 +260,7 @@ def test_a_failed_microbatch_takes_the_whole_step_with_it(error: type[BaseExcept
     assert optimizer.last.loss == pytest.approx(expected, rel=1e-3)
 
 
-def test_zero_grad_drops_what_was_gathered() -> None:
+def test_zero_grad_drops_what_was_gathered():
     model, ids = tiny_model(), token_batch()
     optimizer, loss = MeZO(model, lr=1e-30), closure_for(model, ids)
     optimizer.estimate(loss)
@@ -288,7 +290,7 @@ class Row(nn.Module):
         (lambda: nn.BatchNorm1d(4), "training mode with batch normalisation"),
     ],
 )
-def test_training_mode_is_told(module: Callable[[], nn.Module], message: str, perturbation: str) -> None:
+def test_training_mode_is_told(module, message, perturbation):
     net = Row(module())
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -300,13 +302,15 @@ def test_training_mode_is_told(module: Callable[[], nn.Module], message: str, pe
     assert all(torch.equal(buffer, before[name]) for name, buffer in net.named_buffers())
 
 
-@pytest.mark.parametrize("module", [False, True], ids=["parameters", "module"])
-def test_a_loss_that_changes_from_call_to_call_is_told_with_copy(module: bool) -> None:
+@pytest.mark.parametrize("chosen", ["scratch", "copy", None])
+def test_a_loss_that_changes_from_call_to_call_is_told(chosen):
+    """Without a module, too."""
     net = Row(nn.Identity())
     generator = torch.Generator().manual_seed(0)
-    optimizer = MeZO(net, perturbation="copy") if module else MeZO(net.parameters())
-    with pytest.warns(UserWarning, match="not deterministic"):
+    optimizer = MeZO(net, perturbation="auto" if chosen == "scratch" else chosen) if chosen else MeZO(net.parameters())
+    with pytest.warns(UserWarning, match="closure is not deterministic"):
         optimizer.step(lambda: net() + torch.rand((), generator=generator))
+    assert optimizer.perturbation.name == (chosen or "copy")
 
 
 # --- what takes no part -----------------------------------------------------------------------------------------------------
@@ -317,10 +321,7 @@ def vision_language() -> Any:
     import transformers
 
     config = transformers.Gemma3Config(
-        text_config={
-            "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256,
-        },
+        text_config={**SIZES, "head_dim": 8},
         vision_config={
             "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
             "image_size": 28, "patch_size": 14,
@@ -335,7 +336,7 @@ IDLE = "took no part in the first step"
 
 
 @pytest.mark.parametrize("rule", ["sgd", "adam", Momentum(state="exact"), Adam(state="exact")], ids=str)
-def test_a_part_that_never_ran_stays(rule: Any, tmp_path: Any) -> None:
+def test_a_part_that_never_ran_stays(rule, tmp_path):
     """And is named; and the log, resumed and exported, says so."""
     model, ids = vision_language(), token_batch()
     before = snapshot(model)
@@ -381,7 +382,7 @@ ROUTES = [(0,), (1,), (0, 1), (1,), (2,), (0,), (0, 2)]
 @pytest.mark.parametrize(
     "rule", ["sgd", "sign", Momentum(state="exact"), Adam(state="exact"), Adam(state="window")], ids=str
 )
-def test_a_step_moves_the_experts_that_ran(rule: Any, tmp_path: Any) -> None:
+def test_a_step_moves_the_experts_that_ran(rule, tmp_path):
     """As torch's optimizers leave parameters without a gradient, and their state, alone."""
     net = Routed()
     optimizer = MeZO(net, lr=1e-2, weight_decay=0.1, rule=rule)
@@ -401,10 +402,7 @@ def test_a_step_moves_the_experts_that_ran(rule: Any, tmp_path: Any) -> None:
     for steps in range(len(ROUTES)):  # resumed at any step, by state or by replay, it goes on to the same weights
         part, state = Routed(), Routed()
         replay(tmp_path / "steps.jsonl", part, steps=steps)
-        other, restored = (
-            MeZO(state, lr=1e-2, weight_decay=0.1, rule=rule),
-            MeZO(state, lr=1e-2, weight_decay=0.1, rule=rule),
-        )
+        other, restored = (MeZO(state, lr=1e-2, weight_decay=0.1, rule=rule) for _ in range(2))
         for route in ROUTES[:steps]:
             other.step(lambda route=route, state=state: state(route))
         assert_same_bits(state, snapshot(part))
@@ -416,7 +414,7 @@ def test_a_step_moves_the_experts_that_ran(rule: Any, tmp_path: Any) -> None:
 
 @pytest.mark.filterwarnings(f"ignore:.*{IDLE}")
 @pytest.mark.parametrize("rule", [Momentum, Adam])
-def test_exact_and_window_agree_on_routed_steps(rule: type) -> None:
+def test_exact_and_window_agree_on_routed_steps(rule):
     nets = [Routed(), Routed()]
     for net, settings in zip(nets, ({"state": "exact"}, {"state": "window", "window": 50}), strict=True):
         optimizer = MeZO(net, lr=1e-2, rule=rule(**settings))
@@ -426,7 +424,7 @@ def test_exact_and_window_agree_on_routed_steps(rule: type) -> None:
 
 
 @pytest.mark.filterwarnings(f"ignore:.*{IDLE}")
-def test_a_log_with_ids_that_are_none_is_refused(tmp_path: Any) -> None:
+def test_a_log_with_ids_that_are_none_is_refused(tmp_path):
     from forwardtune.trajectory.format import numbers, ranges
 
     for text in ("7-5", "5,3", "0-6", "1,1", "x", "1-2-3", "-1", "00", "1-1"):
@@ -436,7 +434,7 @@ def test_a_log_with_ids_that_are_none_is_refused(tmp_path: Any) -> None:
         assert numbers(ranges(ids), 6) == ids
 
 
-def test_microbatches_add_up_what_they_went_through() -> None:
+def test_microbatches_add_up_what_they_went_through():
     net = Routed()
     optimizer = MeZO(net, lr=1e-2)
     optimizer.estimate(lambda: net((0,)))
@@ -449,7 +447,7 @@ def test_microbatches_add_up_what_they_went_through() -> None:
 # --- nothing to learn from ---------------------------------------------------------------------------------------------------
 
 
-def test_a_merged_adapter_is_told_at_once() -> None:
+def test_a_merged_adapter_is_told_at_once():
     from forwardtune.models import tune
 
     model = tune(tiny_model(), tokenizer(), "lora")
@@ -459,7 +457,7 @@ def test_a_merged_adapter_is_told_at_once() -> None:
 
 
 @pytest.mark.parametrize("perturbation", PERTURBATIONS)
-def test_weights_that_never_change_the_loss_are_told_once(perturbation: str) -> None:
+def test_weights_that_never_change_the_loss_are_told_once(perturbation):
     net = Row(nn.Identity())
     optimizer = MeZO(net, perturbation=perturbation)
 
@@ -475,7 +473,7 @@ def test_weights_that_never_change_the_loss_are_told_once(perturbation: str) -> 
         optimizer.step(closure)
 
 
-def test_an_objective_that_is_flat_at_times_is_fine() -> None:
+def test_an_objective_that_is_flat_at_times_is_fine():
     net = Row(nn.Identity())
     optimizer = MeZO(net, lr=1e-30)
     for number in range(30):
@@ -490,9 +488,7 @@ def test_an_objective_that_is_flat_at_times_is_fine() -> None:
     "how", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["deepcopy", "pickle"]
 )
 @pytest.mark.parametrize("perturbation", PERTURBATIONS)
-def test_a_copied_optimizer_goes_on_by_itself(
-    perturbation: str, how: Callable[[Any], Any], rule: str, tmp_path: Any
-) -> None:
+def test_a_copied_optimizer_goes_on_by_itself(perturbation, how, rule, tmp_path):
     """With the model, as both are copied together; the copy writes to no log."""
     model, ids = tiny_model(), token_batch()
     optimizer = MeZO(model, lr=1e-3, perturbation=perturbation, rule=rule)
@@ -506,7 +502,7 @@ def test_a_copied_optimizer_goes_on_by_itself(
         assert_same_bits(other, snapshot(model))
 
 
-def test_a_copy_that_runs_the_wrong_model_is_told() -> None:
+def test_a_copy_that_runs_the_wrong_model_is_told():
     """Copied alone, an optimizer has a model of its own, which the closure knows nothing of."""
     net = Row(nn.Identity())
     optimizer = MeZO(net)
@@ -517,31 +513,23 @@ def test_a_copy_that_runs_the_wrong_model_is_told() -> None:
 
 
 @pytest.mark.parametrize("name", ["lr", "weight_decay"])
-def test_words_for_numbers_are_refused(name: str) -> None:
+def test_words_for_numbers_are_refused(name):
     with pytest.raises(ValueError, match=f"{name} must be a number, got 'auto'; MeZOTrainer finds one"):
         MeZO(tiny_model(), **{name: "auto"})
 
 
 @pytest.mark.filterwarnings("default")
-def test_warnings_stand_at_the_users_own_line(tmp_path: Any) -> None:
+def test_warnings_stand_at_the_users_own_line(tmp_path):
     """Not inside torch or transformers, where they would be taken for theirs, and be silenced with them."""
-    from forwardtune import MeZOConfig, MeZOTrainer
+    from forwardtune import MeZOTrainer
+    from support.trainers import quiet_config
 
     net = Row(nn.Dropout(0.5))
     with warnings.catch_warnings(record=True) as direct:
         warnings.simplefilter("always")
         MeZO(net).step(net)
     rows = [{"input_ids": row, "labels": row} for row in token_batch(4, 11).tolist()]
-    config = MeZOConfig(
-        str(tmp_path),
-        learning_rate=1e-5,
-        eps=1e-3,
-        max_steps=1,
-        use_cpu=True,
-        report_to=[],
-        disable_tqdm=True,
-        save_strategy="no",
-    )
+    config = quiet_config(tmp_path, learning_rate=1e-5, eps=1e-3, max_steps=1)
     trainer = MeZOTrainer(model=vision_language(), args=config, train_dataset=rows)
     with warnings.catch_warnings(record=True) as through_trainer:
         warnings.simplefilter("always")

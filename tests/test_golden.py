@@ -100,7 +100,7 @@ ALL = [*METHODS, "search", "lora"]
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_golden_log_replays_to_its_digest(name: str) -> None:
+def test_golden_log_replays_to_its_digest(name):
     log = read_log(FOLDER / f"{name}.jsonl")
     assert log.end is not None
     assert replay(log, base(name)) == log.steps
@@ -109,7 +109,7 @@ def test_golden_log_replays_to_its_digest(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_run_of_today_moves_by_the_same_rule(name: str) -> None:
+def test_a_run_of_today_moves_by_the_same_rule(name):
     """The golden run's coefficients, gone on with: what a resumed optimizer remembers is what it remembered."""
     log = read_log(FOLDER / f"{name}.jsonl")
     _net, optimizer = method(name)

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +13,8 @@ import pytest
 import torch
 
 from forwardtune.noise import Noise, Update, cpu, kept
-
-PATHS = os.pathsep.join(filter(None, sys.path))
+from support.logs import file_size_limit
+from support.process import python
 
 
 @pytest.fixture
@@ -50,13 +47,8 @@ def test_a_damaged_cache_is_compiled_anew_and_mended(damaged, left, keep_in, tmp
 
 
 def test_a_full_disk_costs_the_cache_and_a_warning_alone(keep_in, tmp_path):
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limit[1]))  # no file can grow
-    try:
-        with pytest.warns(UserWarning, match="NUMBA_CACHE_DIR") as told:
-            results = [keep_in()(2), keep_in()(2)]
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    with file_size_limit(0), pytest.warns(UserWarning, match="NUMBA_CACHE_DIR") as told:
+        results = [keep_in()(2), keep_in()(2)]
     assert results == [6, 6]
     assert len(told) == 1
     assert not kept_files(tmp_path, "nbc")
@@ -82,20 +74,12 @@ def test_where_nothing_can_be_written_the_kernels_are_compiled_and_one_warning_s
     shutil.copytree(Path(cpu.__file__).parents[1], package, ignore=shutil.ignore_patterns("__pycache__"))
     (package / "noise" / "__pycache__").touch()  # root writes to any folder, but not below a file
     unusable = {"HOME": "/dev/null", "XDG_CACHE_HOME": "/dev/null", "PYTHONPATH": str(tmp_path)}
-    inherited = {key: value for key, value in os.environ.items() if key != "NUMBA_CACHE_DIR"}
-    result = subprocess.run(
-        [sys.executable, "-c", READ_ONLY, str(tmp_path)],
-        env=inherited | unusable | {"PYTHONDONTWRITEBYTECODE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
+    out = python(READ_ONLY, tmp_path, without=("NUMBA_CACHE_DIR",), **unusable, PYTHONDONTWRITEBYTECODE="1")
+    found, message = out.splitlines()
     weight = torch.linspace(-1, 1, 600)
     Noise(0).update(weight, [Update(0, (1e-3,))], tensor=0)
     Noise(0).perturb(weight, weight, tensor=0, step=0, probe=0, scale=1e-3)
-    expected, (message,) = weight.double().sum().item().hex(), result.stdout.splitlines()[1:]
-    assert result.stdout.splitlines()[0] == expected
+    assert found == weight.double().sum().item().hex()
     assert "cannot be kept" in message
     assert "NUMBA_CACHE_DIR" in message
 
@@ -112,17 +96,10 @@ print(json.dumps([said, {name: len(kernel.signatures) for name, kernel in kernel
 
 
 def test_kernels_are_compiled_ahead_for_the_dtype_at_hand_and_said_once(tmp_path):
-    def run() -> Any:
-        environment = os.environ | {
-            "PYTHONPATH": PATHS,
-            "NUMBA_CACHE_DIR": str(tmp_path),
-        }
-        return json.loads(subprocess.check_output([sys.executable, "-c", COMPILE], env=environment))
-
-    said, compiled = run()
+    (said, compiled), again = (json.loads(python(COMPILE, NUMBA_CACHE_DIR=str(tmp_path))) for _ in range(2))
     assert len(said) == 1
     assert compiled == {"perturb": 1, "rows": 1, "update": 1, "store": 0}
-    assert run() == [[], compiled]
+    assert again == [[], compiled]
 
 
 STEPS_AFTER = """
@@ -142,5 +119,4 @@ for dtype in cpu.DTYPES:
 
 
 def test_nothing_is_compiled_in_a_step_after_compiling_ahead():
-    environment = os.environ | {"PYTHONPATH": PATHS}
-    subprocess.run([sys.executable, "-c", STEPS_AFTER], env=environment, check=True)
+    python(STEPS_AFTER)

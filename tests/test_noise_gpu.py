@@ -9,12 +9,8 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import math
-import os
 import re
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -23,15 +19,24 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import forwardtune
 import support
 from forwardtune import MeZO, noise
 from forwardtune.noise import DIRECTIONS, GAUSSIAN, RADEMACHER, Direction, Noise, Update, definition
-from test_noise import LAYOUTS, SEED, all_values, assert_equal_bits, everything, hostile, run_of_updates
+from support.process import python
+from test_noise import (
+    EVERYTHING,
+    LAYOUTS,
+    RANDOM123,
+    SEED,
+    all_values,
+    assert_equal_bits,
+    everything,
+    hostile,
+    run_of_updates,
+)  # fmt: skip
 
 pytest.importorskip("triton", reason="needs Triton, which comes with torch for CUDA")
 
-GOLDEN = "1de789da83fec8a91af9bfa4b525b2c763e67d848cb188b04f166cab67c4e5d7"
 # Around the 8 elements of a block and the tiles of 1,024 and 2,048.
 SIZES = (0, 1, 7, 8, 9, 1023, 4097)
 # The last one lies in the highest blocks that a 32-bit counter can number.
@@ -108,15 +113,7 @@ def nans_like(x: Tensor) -> Tensor:
 # --- the same bits ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("counter", "key", "output"),
-    [
-        ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
-        ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
-        ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
-    ],
-    ids=["zeros", "ones", "pi"],
-)
+@RANDOM123
 def test_half_words_are_the_known_answers_of_random123(kernels, counter, key, output):
     block, tensor, step, probe = (int(word, 16) for word in counter.split())
     low, high = (int(word, 16) for word in key.split())
@@ -143,27 +140,17 @@ def test_perturb_equals_the_definition(kernels, direction, dtype):
             assert_equal_bits(here.cpu(), expected)
 
 
-def test_scales_that_compare_equal_are_told_apart(kernels):
-    """-0.0 + 0.0 is 0.0, and -0.0 + -0.0 is not; tables are remembered by their scale."""
-    source = torch.full((9,), -0.0)
-    for scale in (0.0, -0.0, 0.0):
+def test_scales_that_compare_equal_and_directions_of_one_name_are_told_apart(kernels):
+    """-0.0 + 0.0 is 0.0, and -0.0 + -0.0 is not; tables are remembered by their direction and scale."""
+    cases = [(GAUSSIAN, scale, -0.0) for scale in (0.0, -0.0, 0.0)]
+    cases += [(Direction("mine", 1, torch.tensor(values)), 1e-3, 0.0) for values in ([-1.0, 1.0], [-2.0, 2.0])]
+    for direction, scale, value in cases:
+        source = torch.full((9,), value)
         expected, here = nans_like(source), source.to(kernels.device, copy=True)
-        definition.perturb(expected, source, GAUSSIAN, SEED, 7, 11, 1, scale)
-        kernels.module.perturb(here, here, GAUSSIAN, SEED, 7, 11, 1, scale)
+        definition.perturb(expected, source, direction, SEED, 7, 11, 1, scale)
+        kernels.module.perturb(here, here, direction, SEED, 7, 11, 1, scale)
         assert_equal_bits(here.cpu(), expected)
-
-
-def test_directions_of_one_name_are_told_apart(kernels):
-    """Tables are remembered by their direction."""
-    source = torch.zeros(9)
-    for values in ([-1.0, 1.0], [-2.0, 2.0]):
-        direction = Direction("mine", 1, torch.tensor(values))
-        expected, here = nans_like(source), source.to(kernels.device, copy=True)
-        definition.perturb(expected, source, direction, SEED, 7, 11, 1, 1e-3)
-        kernels.module.perturb(here, here, direction, SEED, 7, 11, 1, 1e-3)
-        assert_equal_bits(here.cpu(), expected)
-        weight, updates = source.clone(), [Update(1, (0.5,))]
-        here = source.to(kernels.device, copy=True)
+        weight, updates, here = source.clone(), [Update(1, (0.5,))], source.to(kernels.device, copy=True)
         definition.update(weight, updates, direction, SEED, 7)
         kernels.module.update(here, updates, direction, SEED, 7)
         assert_equal_bits(here.cpu(), weight)
@@ -243,7 +230,7 @@ def test_every_stored_value_comes_out_as_in_the_definition(kernels, dtype):
 
 def test_the_bits_of_all_sweeps_are_those_of_version_1(through_noise):
     with through_noise:  # the default device
-        assert everything() == GOLDEN
+        assert everything() == EVERYTHING
 
 
 @every_direction
@@ -350,22 +337,21 @@ def test_a_sum_that_the_interpreter_does_not_know_is_the_same(interpreted):
     assert interpreted.trouble(torch.device("cpu"), torch.float32) is None
 
 
-@pytest.mark.parametrize("sweep", ["perturb", "perturb_rows", "perturb_factored", "update", "update_factored"])
-def test_the_check_sees_other_bits_in_any_sweep(kernels, sweep, monkeypatch):
+def last_element_off(out: Tensor, result: Any) -> Any:
+    out.view(-1)[-1:].add_(1)
+    return result
+
+
+@pytest.mark.parametrize(
+    ("sweep", "spoil"),
+    [
+        *((sweep, last_element_off) for sweep in ("perturb", "perturb_rows", "perturb_factored", "update", "update_factored")),
+        ("update", lambda out, result: result + 1),  # a wrong count
+    ],
+)
+def test_the_check_sees_other_bits_in_any_sweep(kernels, sweep, spoil, monkeypatch):
     right = getattr(kernels.module, sweep)
-
-    def wrong(*arguments):
-        result = right(*arguments)
-        arguments[0].view(-1)[-1:].add_(1)
-        return result
-
-    monkeypatch.setattr(kernels.module, sweep, wrong)
-    assert "other bits" in kernels.module.trouble(kernels.device, torch.float32)
-
-
-def test_the_check_sees_a_wrong_count(kernels, monkeypatch):
-    right = kernels.module.update
-    monkeypatch.setattr(kernels.module, "update", lambda *arguments: right(*arguments) + 1)
+    monkeypatch.setattr(kernels.module, sweep, lambda out, *arguments: spoil(out, right(out, *arguments)))
     assert "other bits" in kernels.module.trouble(kernels.device, torch.float32)
 
 
@@ -396,9 +382,8 @@ def test_kernels_that_cannot_run_are_replaced_by_the_definition_with_one_warning
 
 
 def test_float64_and_dtypes_without_a_kernel_take_the_definition():
-    device = torch.device("cpu")
-    assert noise.backends._on_cuda(device, torch.float64) == "there is no kernel for torch.float64"
-    assert noise.backends._on_cuda(device, torch.float8_e4m3fn) == "there is no kernel for torch.float8_e4m3fn"
+    for dtype in (torch.float64, torch.float8_e4m3fn):
+        assert noise.backends._on_cuda(torch.device("cpu"), dtype) == f"there is no kernel for {dtype}"
 
 
 IMPORTS = """
@@ -413,15 +398,7 @@ print(noise.backends._on_cuda(torch.device("cpu"), torch.float32))
 
 
 def test_triton_is_imported_for_cuda_tensors_alone_and_may_be_missing():
-    result = subprocess.run(
-        [sys.executable, "-c", IMPORTS],
-        env=os.environ | {"PYTHONPATH": str(Path(forwardtune.__file__).parents[1])},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == "install triton"
+    assert python(IMPORTS).strip() == "install triton"
 
 
 # --- what the compiler makes of them ---------------------------------------------------------------------------------

@@ -22,12 +22,9 @@ from forwardtune.optimizer import InterruptedUpdateError
 from support import (
     DTYPES,
     assert_same_bits,
-    closure_for,
     same_bits,
     scripted,
     snapshot,
-    tiny_model,
-    token_batch,
     trusted,
 )  # fmt: skip
 
@@ -139,40 +136,6 @@ def test_twenty_steps_follow_the_published_algorithm(probes, direction):
     for name, theta in named:
         torch.testing.assert_close(net.get_parameter(name), theta, rtol=0, atol=steps * 2 * 2.0**-24 * scale)
         assert (net.get_parameter(name) - start[name]).abs().max().item() > 1e-2
-
-
-def test_scratch_equals_a_loop_with_explicit_perturbed_copies():
-    """Bitwise in float32, on a model with a tied embedding."""
-    steps, lr, eps, seed, probes = 3, 1e-2, 1e-3, 11, 2
-    model, by_hand = tiny_model("llama"), tiny_model("llama")
-    ids = token_batch()
-    run(MeZO(model, lr=lr, eps=eps, seed=seed, probes=probes, perturbation="scratch"), closure_for(model, ids), steps)
-
-    aliases = {name for name, _ in by_hand.named_parameters(remove_duplicate=False)}
-    names = sorted({min(a for a in aliases if by_hand.get_parameter(a) is p) for p in by_hand.parameters()})
-
-    def z(scale: float, tensor: int, step: int, probe: int, like: Tensor) -> Tensor:
-        noise = definition.directions(
-            get_direction("gaussian"), seed, tensor, step, probe, 0, like.numel(), scale=scale
-        )
-        return noise.view_as(like)
-
-    for step in range(steps):
-        losses = []
-        for probe, sign in itertools.product(range(probes), (1, -1)):
-            copied = copy.deepcopy(by_hand)
-            for tensor, name in enumerate(names):
-                weight = copied.get_parameter(name)
-                weight.data = weight.data + z(sign * eps, tensor, step, probe, weight)
-            with torch.no_grad():
-                losses.append(float(closure_for(copied, ids)()))
-        for tensor, name in enumerate(names):
-            weight = by_hand.get_parameter(name)
-            for probe in range(probes):
-                c = (losses[2 * probe] - losses[2 * probe + 1]) / (2 * eps)
-                size = float(np.float32(-lr * c / probes))
-                weight.data = weight.data + z(size, tensor, step, probe, weight)
-    assert_same_bits(model, snapshot(by_hand))
 
 
 # --- what only this file runs: in place, and states -------------------------------------------------------------------

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import support
 from forwardtune import MeZO
+from forwardtune.method.estimators import Query
 from forwardtune.noise import Noise
 from forwardtune.parameters import TunedParameters
 from forwardtune.points import PERTURBATIONS, Copy, Perturbation, Scratch, head

@@ -371,9 +371,23 @@ class Ways(Run):
 
 
 @every_rule
-def test_a_way_back_is_the_steps_that_stand_replayed(rule, dtype, tmp_path):
-    """To the bit, and with the rule's memory, as the steps after it show."""
-    run = Ways(tmp_path, rule, dtype, WAYS)
+def test_a_way_back_is_the_steps_that_stand_replayed(rule, dtype, tmp_path, monkeypatch):
+    """To the bit, and with the rule's memory, as the steps after it show.
+
+    All ways back replay each step once at most, and neither read the log nor hash the weights.
+    """
+    replayed: list[int] = []
+
+    def counted(rule: Any, noise: Any, tuned: Any, updates: Any, history: Any, **options: Any) -> int:
+        replayed.extend(update.step for update in updates[0])
+        return move_all(rule, noise, tuned, updates, history, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("forwardtune.trajectory.point.move_all", counted)
+        patched.setattr("forwardtune.trajectory.point.trajectory_of", None)
+        patched.setattr("forwardtune.trajectory.point.require_base", None)
+        run = Ways(tmp_path, rule, dtype, WAYS)
+    assert replayed == [6, 7, 11, 12, 13, 16]
     log = read_log(run.path)
     assert [back.to for back in log.rollbacks] == [0, 8, 8, 8, 14, 17]
     for number, steps in enumerate(standing(WAYS)):
@@ -400,23 +414,6 @@ def test_a_run_resumes_with_the_point_that_it_left(rule, dtype, tmp_path):
                     pass
             assert_same_bits(net, whole.weights[-1])
             assert read_log(left.path).rollbacks == read_log(whole.path).rollbacks
-
-
-@every_rule
-def test_all_ways_back_replay_each_step_once_at_most(rule, dtype, tmp_path, monkeypatch):
-    """And neither read the log nor hash the weights."""
-    replayed: list[int] = []
-    true = move_all
-
-    def counted(rule: Any, noise: Any, tuned: Any, updates: Any, history: Any, **options: Any) -> int:
-        replayed.extend(update.step for update in updates[0])
-        return true(rule, noise, tuned, updates, history, **options)
-
-    monkeypatch.setattr("forwardtune.trajectory.point.move_all", counted)
-    monkeypatch.setattr("forwardtune.trajectory.point.trajectory_of", None)
-    monkeypatch.setattr("forwardtune.trajectory.point.require_base", None)
-    Ways(tmp_path, rule, dtype, WAYS)
-    assert replayed == [6, 7, 11, 12, 13, 16]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)

@@ -38,7 +38,7 @@ def run(script: Any, folder: Path, *arguments: object) -> dict[str, Any]:
 # --- the estimate is unbiased ------------------------------------------------------------------------------------
 
 
-def test_error_of_the_estimate_falls_as_one_over_sqrt_n_down_to_a_floor_of_eps_squared(tmp_path: Path) -> None:
+def test_error_of_the_estimate_falls_as_one_over_sqrt_n_down_to_a_floor_of_eps_squared(tmp_path):
     result = run(unbiased, tmp_path)
     small, _, large = result["errors"].values()
     for n, error in small.items():
@@ -50,7 +50,7 @@ def test_error_of_the_estimate_falls_as_one_over_sqrt_n_down_to_a_floor_of_eps_s
     assert result["bias_on_quadratic"] < 1e-13
 
 
-def test_a_step_of_mezo_moves_the_weights_by_that_estimate() -> None:
+def test_a_step_of_mezo_moves_the_weights_by_that_estimate():
     model = unbiased.tiny_gpt2(torch.float32)
     loss = unbiased.loss_of(model)
     truth = unbiased.gradient(model, loss)
@@ -65,7 +65,7 @@ def test_a_step_of_mezo_moves_the_weights_by_that_estimate() -> None:
 # --- the dimension does not matter, the effective rank does ------------------------------------------------------
 
 
-def test_dimension_alone_does_not_slow_mezo_down(tmp_path: Path) -> None:
+def test_dimension_alone_does_not_slow_mezo_down(tmp_path):
     result = run(dimension, tmp_path)
     curves = result["curves"]
     decaying, isotropic = ([c for c in curves if c["spectrum"] == name] for name in ("decaying", "isotropic"))
@@ -91,7 +91,7 @@ def test_dimension_alone_does_not_slow_mezo_down(tmp_path: Path) -> None:
 # --- the prompt --------------------------------------------------------------------------------------------------
 
 
-def test_text_alone_is_the_same_task_without_the_words_of_the_prompt(tmp_path: Path) -> None:
+def test_text_alone_is_the_same_task_without_the_words_of_the_prompt(tmp_path):
     for name in ("reviews", "sst2"):
         task = get_task(name)
         alone = prompt.text_alone(task, tmp_path)
@@ -105,7 +105,7 @@ def test_text_alone_is_the_same_task_without_the_words_of_the_prompt(tmp_path: P
             assert (with_prompt.options, with_prompt.label) == (without.options, without.label)
 
 
-def test_both_wordings_are_tuned_from_the_same_seeds(tmp_path: Path, tiny_folder: Path) -> None:
+def test_both_wordings_are_tuned_from_the_same_seeds(tmp_path, tiny_folder):
     result = run(prompt, tmp_path, "--model", tiny_folder, "--dtype", "float32", "--lr", 1e-3)
     assert result["prompts"] == {"with the prompt": get_task("reviews").prompt, "text alone": "{text}"}
     for (arm,) in result["runs"].values():
@@ -117,7 +117,7 @@ def test_both_wordings_are_tuned_from_the_same_seeds(tmp_path: Path, tiny_folder
     assert one != other
 
 
-def test_without_the_prompt_the_embedded_model_learns_less() -> None:
+def test_without_the_prompt_the_embedded_model_learns_less():
     """The committed run, which is too long for a test."""
     runs = json.loads((ROOT / "docs/theory/prompt.json").read_text())["runs"]
     accuracies = {name: [arm["held_out"][-1]["accuracy"] for arm in arms] for name, arms in runs.items()}
@@ -127,12 +127,12 @@ def test_without_the_prompt_the_embedded_model_learns_less() -> None:
 # --- the effective rank ------------------------------------------------------------------------------------------
 
 
-def test_curvature_by_forward_passes_drowns_in_rounding_when_eps_is_small(tmp_path: Path, tiny_folder: Path) -> None:
+def test_curvature_by_forward_passes_drowns_in_rounding_when_eps_is_small(tmp_path, tiny_folder):
     check_effective_rank(run(effective_rank, tmp_path, "--model", tiny_folder))
 
 
 @pytest.mark.real_model
-def test_curvature_of_a_trained_model(tmp_path: Path, models_dir: Path) -> None:
+def test_curvature_of_a_trained_model(tmp_path, models_dir):
     result = run(effective_rank, tmp_path, "--model", models_dir / "stories260k")
     check_effective_rank(result)
     assert result["stable_rank"][2] < 20  # of 260,032
@@ -159,7 +159,7 @@ def check_effective_rank(result: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_page_quotes_the_committed_numbers(name: str) -> None:
+def test_page_quotes_the_committed_numbers(name):
     page = (ROOT / "docs/theory.md").read_text()
     result = json.loads((ROOT / f"docs/theory/{name}.json").read_text())
     assert SCRIPTS[name].table(result) in page

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-import forwardtune
 import support
 from forwardtune.noise import cpu
+from support.process import python
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads as Linux does")
 
@@ -148,26 +148,11 @@ def busy() -> Iterator[None]:
             other.wait()
 
 
-def run(script: str, *arguments: str, **environment: str) -> Any:
-    """What a script prints, in a process of its own."""
-    inherited = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
-    result = subprocess.run(
-        [sys.executable, "-c", script, *arguments],
-        env=inherited | {"PYTHONPATH": str(Path(forwardtune.__file__).parents[1])} | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
-
-
 @pytest.fixture(scope="module")
 def runs() -> list[dict[str, Any]]:
     """With 1, 2, 3, 1 and 2 threads in turn, beside busy processes."""
     with busy():
-        return run(STEPS, "[1, 2, 3, 1, 2]")
+        return json.loads(python(STEPS, "[1, 2, 3, 1, 2]", without=("OMP_NUM_THREADS",)))
 
 
 def test_the_bits_are_the_same_with_any_number_of_threads_beside_busy_processes(runs):
@@ -192,7 +177,7 @@ def test_there_are_at_most_as_many_threads_of_ours_as_torch_has_beside_the_main_
 
 
 def test_one_thread_by_the_environment_means_no_thread_of_ours(runs):
-    (found,) = run(STEPS, "[null]", OMP_NUM_THREADS="1")
+    (found,) = json.loads(python(STEPS, "[null]", OMP_NUM_THREADS="1"))
     assert found["threads"] == 1
     assert found["most"] == 0
     assert (found["seen"], found["weights"]) == (runs[0]["seen"], runs[0]["weights"])
@@ -240,4 +225,4 @@ print(json.dumps([os.waitstatus_to_exitcode(status), swept() == expected]))
 
 
 def test_a_forked_child_makes_threads_of_its_own():
-    assert run(FORK) == [0, True]
+    assert json.loads(python(FORK, without=("OMP_NUM_THREADS",))) == [0, True]

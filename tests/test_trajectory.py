@@ -30,8 +30,8 @@ from forwardtune.trajectory.export import read_trajectory
 from forwardtune.trajectory.format import seal, step_content
 from forwardtune.trajectory.log import cut_log
 from support import assert_same_bits, other_defaults, snapshot, train, trusted
-from support.command import python
 from support.logs import file_size_limit, json_lines, reseal
+from support.process import python
 
 
 def small_model(dtype: torch.dtype = torch.float32) -> nn.Sequential:
@@ -311,37 +311,32 @@ def test_an_exception_leaves_the_log_unfinished(path):
 
 def test_twenty_thousand_steps_of_a_13b_model_fit_in_100_kb(path):
     """Only the size is at stake: the tensor list is OPT-13B's, the numbers are drawn."""
+    sizes = {"hidden_size": 5120, "word_embed_proj_dim": 5120, "ffn_dim": 20480}
     with torch.device("meta"):
         model = transformers.OPTForCausalLM(
-            transformers.OPTConfig(
-                hidden_size=5120, ffn_dim=20480, num_hidden_layers=40, num_attention_heads=40, word_embed_proj_dim=5120
-            )
+            transformers.OPTConfig(**sizes, num_hidden_layers=40, num_attention_heads=40)
         )
     named = sorted(model.named_parameters())
     assert sum(p.numel() for _, p in named) > 12.8e9
-    tensors = [{"name": name, "shape": list(p.shape), "dtype": "bfloat16", "group": 0} for name, p in named]
     rng = random.Random(0)
-    digests = [rng.randbytes(32).hex() for _ in range(2)]
-    contents: list[dict[str, Any]] = [
-        {
-            "format": 3, "noise": 1, "seed": rng.getrandbits(64), "direction": "gaussian", "estimator": "spsa",
-            "eps": 1e-3, "probes": 1, "rule": "sgd", "groups": [{"weight_decay": 0.0}], "tensors": tensors,
-            "base": digests[0], "versions": {}, "run": {"model": "facebook/opt-13b", "task": "sst2"},
-        }
-    ]  # fmt: skip
+    header = {
+        "format": 3, "noise": 1, "seed": rng.getrandbits(64), "direction": "gaussian", "estimator": "spsa", "eps": 1e-3,
+        "probes": 1, "rule": "sgd", "groups": [{"weight_decay": 0.0}], "base": rng.randbytes(32).hex(), "versions": {},
+        "tensors": [{"name": name, "shape": list(p.shape), "dtype": "bfloat16", "group": 0} for name, p in named],
+        "run": {"model": "facebook/opt-13b", "task": "sst2"},
+    }  # fmt: skip
+    records = []
     for step in range(20_000):
         c = rng.gauss(0, 10)
-        contents.append(step_content(StepRecord(step, (1e-7,), (0.0,), (c,), (0.5 + c / 1000, 0.5), 0.5, 0, 1.5)))
-    contents.append({"end": 20_000, "digest": digests[1]})
+        records.append(StepRecord(step, (1e-7,), (0.0,), (c,), (0.5 + c / 1000, 0.5), 0.5, 0, 1.5))
     check = ""
     with open(path, "w") as file:
-        for content in contents:
+        for content in [header, *map(step_content, records), {"end": 20_000, "digest": rng.randbytes(32).hex()}]:
             line, check = seal(check, content)
             file.write(line + "\n")
 
     exported = path.with_suffix(".safetensors")
-    size = export_trajectory(read_log(path), exported)
-    assert size < 100_000
+    assert export_trajectory(read_log(path), exported) < 100_000
     assert read_trajectory(exported).steps == 20_000
 
 

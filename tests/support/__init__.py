@@ -1,6 +1,6 @@
-"""What several test files share. Whatever needs more than torch to be imported is in a module of its own:
+"""What several test files share. What needs more than torch, or is seldom needed, is in a module of its own:
 
-``command`` (the command line), ``logs`` (step logs on the disk), ``trainers``, ``examples`` (encoded examples).
+``command`` (the command line), ``process`` (scripts), ``logs`` (step logs on the disk), ``trainers``, ``examples`` (encoded ones).
 """
 
 from .bits import DTYPES, HALF, assert_same_bits, same_bits, snapshot

@@ -9,7 +9,6 @@ import os
 import re
 import subprocess
 import sys
-import textwrap
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -45,6 +44,13 @@ def cli(*arguments: object) -> Ran:
     return Ran(code, out.getvalue(), err.getvalue())
 
 
+def done(*arguments: object) -> Ran:
+    """Run a command that must succeed."""
+    ran = cli(*arguments)
+    assert ran.code == 0, ran.err
+    return ran
+
+
 def process(*arguments: object) -> subprocess.Popen[str]:
     """Start a command as a process of its own."""
     return subprocess.Popen(
@@ -54,20 +60,6 @@ def process(*arguments: object) -> subprocess.Popen[str]:
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-
-
-def python(script: str, *arguments: object, without: tuple[str, ...] = (), **environment: str) -> str:
-    """What a script prints that a process of its own runs; ``without`` names variables that it does not inherit."""
-    inherited = {name: value for name, value in os.environ.items() if name not in without}
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)],
-        env=inherited | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))} | environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
 
 
 @contextlib.contextmanager

@@ -20,12 +20,12 @@ def threads(count: int) -> Iterator[None]:
 
 
 @contextmanager
-def other_defaults() -> Iterator[None]:
-    """torch makes float64 tensors, on a device without storage, where nothing else is said."""
+def other_defaults(device: str = "meta") -> Iterator[None]:
+    """torch makes float64 tensors, on this device (one without storage), where nothing else is said."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        with torch.device("meta"):
+        with torch.device(device):
             yield
     finally:
         torch.set_default_dtype(before)
