@@ -46,6 +46,15 @@ def test_a_damaged_cache_is_compiled_anew_and_mended(damaged, left, keep_in, tmp
     assert sum(after.stats.cache_hits.values()) == 1
 
 
+def test_a_change_in_any_file_of_the_kernels_compiles_them_anew(keep_in, monkeypatch):
+    """Numba by itself sees a change of the file of the kernel alone."""
+    assert keep_in()(2) == 6
+    monkeypatch.setattr(kept, "_SOURCES", "as of another version")
+    again = keep_in()
+    assert again(2) == 6
+    assert sum(again.stats.cache_misses.values()) == 1
+
+
 def test_a_full_disk_costs_the_cache_and_a_warning_alone(keep_in, tmp_path):
     with file_size_limit(0), pytest.warns(UserWarning, match="NUMBA_CACHE_DIR") as told:
         results = [keep_in()(2), keep_in()(2)]
