@@ -14,6 +14,7 @@ import torch
 from machine import write
 from torch import nn
 
+from forwardtune.method.estimators import Query
 from forwardtune.noise import Noise
 from forwardtune.parameters import TunedParameters
 from forwardtune.points import Scratch
@@ -39,7 +40,7 @@ def scratch(model: nn.Linear, tuned: TunedParameters, noise: Noise) -> Callable[
     def step(number: int) -> None:
         with perturbation:
             for scale in (EPS, -EPS):
-                perturbation.shift(number, 0, scale)
+                perturbation.shift(number, Query(0, scale))
                 model(ones)
 
     return step

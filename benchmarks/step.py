@@ -26,13 +26,14 @@ from shapes import BATCH, DTYPES, SHAPES, largest_layer, loss_of, make, minibatc
 from timing import interleave, peak_of
 
 from forwardtune import MeZO
+from forwardtune.method.estimators import Query
 
 
 def perturbed(optimizer: MeZO, loss: Callable[[], torch.Tensor]) -> None:
     """One evaluation at theta + eps z."""
     assert optimizer.perturbation is not None
     with optimizer.perturbation as perturbation:
-        perturbation.shift(0, 0, EPS)
+        perturbation.shift(0, Query(0, EPS))
         loss()
 
 
@@ -99,7 +100,9 @@ def profile(work: Callable[[], object], device: str) -> dict[str, Any]:
 def peaks(optimizer: MeZO, loss: Callable[[], torch.Tensor], model: Any, device: str) -> dict[str, int]:
     """Allocated bytes at the peak of a forward pass without an optimizer's scratch memory, and of a step."""
     step = peak_of(lambda: optimizer.step(loss), device)
-    optimizer.perturbation = None  # its scratch memory is not inference's; the next first step finds the same again
+    optimizer.evaluator = (
+        optimizer.evaluator.forgotten()
+    )  # its scratch memory is not inference's; the next first step finds the same again
     gc.collect()
     inference = peak_of(loss, device)
     first = peak_of(lambda: optimizer.step(loss), device)

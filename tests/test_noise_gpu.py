@@ -345,7 +345,10 @@ def last_element_off(out: Tensor, result: Any) -> Any:
 @pytest.mark.parametrize(
     ("sweep", "spoil"),
     [
-        *((sweep, last_element_off) for sweep in ("perturb", "perturb_rows", "perturb_factored", "update", "update_factored")),
+        *(
+            (sweep, last_element_off)
+            for sweep in ("perturb", "perturb_rows", "perturb_factored", "update", "update_factored")
+        ),
         ("update", lambda out, result: result + 1),  # a wrong count
     ],
 )

@@ -20,7 +20,6 @@ from forwardtune.method.rules import Adam, Momentum
 from forwardtune.noise import Noise, Update, definition, get_direction
 from forwardtune.optimizer import InterruptedUpdateError
 from support import (
-    DTYPES,
     assert_same_bits,
     same_bits,
     scripted,
@@ -138,38 +137,7 @@ def test_twenty_steps_follow_the_published_algorithm(probes, direction):
         assert (net.get_parameter(name) - start[name]).abs().max().item() > 1e-2
 
 
-# --- what only this file runs: in place, and states -------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("direction", DIRECTIONS)
-def test_in_place_it_converges_and_walks_back_to_a_rounding(direction, dtype):
-    """The squared error falls by 1 - 1/18 a step on average; the rounding of the weights keeps it above 1e-4."""
-    model, calls = Quadratic(dtype), itertools.count()
-    # 1 / (d + 2) is the best rate on this loss; eps lies well above the spacing of bfloat16.
-    optimizer = MeZO(model, lr=1 / 18, eps=0.125, seed=1, direction=direction, perturbation="in_place")
-    start = model().item()
-    run(optimizer, lambda: (next(calls), model())[1], 150)
-    assert model().item() < 1e-2 * start
-    assert next(calls) == 2 * 150  # there is no self-check
-    before = snapshot(model)
-    optimizer.estimate(model)
-    # Each of three additions rounds by half a spacing of numbers below 4.
-    torch.testing.assert_close(model.theta, before["theta"], rtol=0, atol=1.5 * 4 * torch.finfo(dtype).eps)
-
-
-@pytest.mark.parametrize("direction", DIRECTIONS)
-def test_in_place_a_restored_state_goes_on_bitwise(direction):
-    model, restored = Quadratic(torch.bfloat16), Quadratic(torch.bfloat16)
-    settings = {"eps": 0.125, "direction": direction, "perturbation": "in_place", "weight_decay": 0.1}
-    optimizer, other = MeZO(model, lr=1 / 18, **settings), MeZO(restored, lr=0.5, **settings)
-    run(optimizer, model, 4)
-    restored.load_state_dict(model.state_dict())
-    other.load_state_dict(optimizer.state_dict())
-    run(optimizer, model, 4)
-    run(other, restored, 4)
-    assert other.next_step == 8
-    assert_same_bits(restored, snapshot(model))
+# --- states ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
