@@ -114,6 +114,11 @@ def test_what_cannot_be_tuned_is_refused_with_the_reason(groups, module, message
         TunedParameters.from_groups(groups, module)
 
 
+def test_a_module_without_trainable_parameters_is_refused():
+    with pytest.raises(ValueError, match="nothing to tune: no parameter of the module has requires_grad=True"):
+        MeZO(nn.Linear(2, 2).requires_grad_(False))
+
+
 def test_a_tensor_with_more_elements_than_blocks_can_number_is_refused():
     """Noise would come a second time."""
     most = torch.zeros(1).expand(2**35)
