@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from forwardtune import MeZO, StepLog, noise, replay
-from forwardtune.method.estimators import SPSA, Estimator, OneSided, centred_ranks
+from forwardtune.method.estimators import SPSA, Estimator, OneSided, Query, centred_ranks
 from forwardtune.method.rule import History, Rule, move_all
 from forwardtune.method.rules import SGD, Adam, Momentum, Sign, get_rule, sgd
 from forwardtune.noise import ROUNDING_PROBE, Noise, Update, definition
@@ -453,7 +453,7 @@ calls: list[float] = []
 @every_perturbation
 def test_a_clean_query_costs_no_noise(perturbation, monkeypatch):
     """Wherever it stands in a step."""
-    monkeypatch.setattr(OneSided, "queries", lambda self: [*SPSA(self.eps).queries(), (0, 0.0)])
+    monkeypatch.setattr(OneSided, "queries", lambda self: [*SPSA(self.eps).queries(), Query(0, 0.0)])
     model = Quadratic()
     optimizer = trusted(MeZO(model, estimator=OneSided(), perturbation=perturbation))
     optimizer.perturbation.noise = CountedNoise(0)
@@ -514,8 +514,8 @@ def test_plain_torch_gives_the_same_bits_as_the_kernels(rule, direction, dtype, 
     fast, slow = long_enough(dtype), long_enough(dtype)
     first = scripted_run(fast, rule, direction=direction)
     with monkeypatch.context() as patch:
-        patch.setattr(noise, "_fast", lambda device, dtype: "not here")
-        patch.setattr(noise, "_told", True)
+        patch.setattr(noise.backends, "fast", lambda device, dtype: "not here")
+        patch.setattr(noise.backends, "_told", True)
         second = scripted_run(slow, rule, direction=direction)
     assert_same_bits(slow, snapshot(fast))
     assert first.last.unchanged == second.last.unchanged

@@ -129,16 +129,12 @@ class Estimator(ABC):
         """How many queries, at the beginning, serve all probes; the others are as many for each, probe by probe."""
         return 0
 
-    def coefficients(self, losses: Sequence[Losses]) -> list[float]:
-        """One coefficient ``c_k`` for each direction, in the order of their numbers, from the losses at :meth:`queries`.
+    def coefficients(self, losses: Sequence[float]) -> list[float]:
+        """One coefficient ``c_k`` for each probe of the minibatch, or of one example, from its losses at :meth:`queries`.
 
         NaN for a probe of which a loss is not finite, or whose coefficient would not be: the estimate is the mean over the others.
         A normalisation compares what is there, two probes at least.
         """
-        return [c for own in zip(*losses, strict=True) for c in self._of_one(own)]
-
-    def _of_one(self, losses: Sequence[float]) -> list[float]:
-        """The coefficients of the probes of one example, or of the minibatch as a whole."""
         shared = self.shared
         size = (len(losses) - shared) // self.probes
         own = [losses[i : i + size] for i in range(shared, len(losses), size)]

@@ -58,9 +58,10 @@ class StepRecord:
 
 
 def coefficients_of(estimator: Estimator, losses: Sequence[Losses], clip: float | None) -> tuple[float, ...]:
-    """The coefficients of a step, clipped to ``-clip .. clip``; none if no direction has one."""
+    """The coefficients of a step, example by example, clipped to ``-clip .. clip``; none if no direction has one."""
     limit = clip or math.inf
-    found = [c if math.isnan(c) else min(max(c, -limit), limit) for c in estimator.coefficients(losses)]
+    found = [c for own in zip(*losses, strict=True) for c in estimator.coefficients(own)]
+    found = [c if math.isnan(c) else min(max(c, -limit), limit) for c in found]
     return () if all(map(math.isnan, found)) else tuple(found)
 
 
