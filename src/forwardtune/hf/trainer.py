@@ -120,7 +120,12 @@ class MeZOTrainer(Trainer):
                 **settings,
             )
             weights = [tensor.parameter for tensor in self.optimizer.tuned]
-            compile_kernels(weights, buffered=self.optimizer.rule.name != "sgd", announce=self.automatic.announce)
+            compile_kernels(
+                weights,
+                buffered=self.optimizer.rule.name != "sgd",
+                structure=self.optimizer.noise.structure,
+                announce=self.automatic.announce,
+            )
         return self.optimizer
 
     def forget_own(self) -> None:

@@ -90,7 +90,7 @@ def logits_at(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     inputs: dict[str, Any] = {name: batch[name] for name in names if name in batch}
     if hasattr(getattr(model, "config", None), "use_cache"):
         inputs["use_cache"] = False
-    whose = examples_at(batch["examples_at"]) if "examples_at" in batch else nullcontext()
+    whose = examples_at(batch["examples_at"], len(batch["labels"])) if "examples_at" in batch else nullcontext()
     with whose, _head_sees_only(model, batch["positions"]) as selected:
         logits = forward(model, **inputs).logits
     return (logits.squeeze(0) if selected else logits.flatten(0, 1)[batch["positions"]]).float()

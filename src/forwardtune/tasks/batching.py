@@ -41,22 +41,23 @@ def collate(batch: Sequence[Encoded], layout: Layout) -> dict[str, Tensor]:
         ``input_ids`` (rows, length), padded on the right; ``positions`` (p,), places in the flattened input whose
         logits are needed; ``logit_rows`` (n,) and ``tokens`` (n,), one for each answer token: which of the p predicts
         it, and what it is; ``slots`` (n,), number of its option within the batch; ``options`` (batch, most options),
-        those numbers by example, -1 where an example has fewer; ``labels`` (batch,); ``reference`` (batch, 2) if the
-        examples have it. Where attention is not plainly causal, ``attention_mask``: (rows, 1, length, length),
+        those numbers by example, -1 where an example has fewer; ``labels`` (batch,); ``examples_at`` (rows, length), the
+        example that a place belongs to, -1 for padding; ``reference`` (batch, 2) if the examples have it. Where attention is not plainly causal, ``attention_mask``: (rows, 1, length, length),
         additive, in the layout's dtype, with ``position_ids`` (rows, length); or for masked models in the plain layout
         (rows, length), 1 for tokens and 0 for padding.
     """
     counts = [len(example.options) for example in batch]
     starts = [sum(counts[:i]) for i in range(len(counts))]
     rows = _rows(_sequences(batch, starts, layout.shared), layout.packed)
-    length = max(sum(sequence.length for sequence, _ in row) for row in rows)
+    length = max(sum(sequence.length for sequence, *_ in row) for row in rows)
     blocks = layout.context > 0 or any(len(row) > 1 for row in rows)
-    # Of every place: token, position, which sequence of the row it belongs to (0 is padding), which option (0: prompt).
-    ids, positions, owners, branches = columns = [list[int]() for _ in range(4)]
+    # Of every place: token, position, which sequence of the row it belongs to (0 is padding), which option (0: prompt), which
+    # example of the batch (-1 is padding).
+    ids, positions, owners, branches, examples = columns = [list[int]() for _ in range(5)]
     answers: list[tuple[int, int, int]] = []  # place of what predicts a token, the token, its option's slot
     for row in rows:
         end = len(ids) + length
-        for which, (sequence, slots) in enumerate(row, start=1):
+        for which, (sequence, slots, number) in enumerate(row, start=1):
             prompt, scored, begin = sequence.prompt, sequence.scored, len(ids)
             n, behind = len(prompt), begin + len(prompt)
             ids += prompt
@@ -75,7 +76,8 @@ def collate(batch: Sequence[Encoded], layout: Layout) -> dict[str, Tensor]:
                     blocks = blocks or (branch > 1 and inputs > 0)
                 answers += [(place, token, slot) for place, token in zip(predictors, predicted, strict=True)]
             owners += [which] * (len(ids) - len(owners))
-        for column, pad in zip(columns, (layout.pad, 0, 0, 0), strict=True):
+            examples += [number] * (len(ids) - len(examples))
+        for column, pad in zip(columns, (layout.pad, 0, 0, 0, -1), strict=True):
             column += [pad] * (end - len(column))
     places = {place: i for i, place in enumerate(dict.fromkeys(place for place, _, _ in answers))}
     numbered = torch.tensor([(places[place], token, slot) for place, token, slot in answers], dtype=torch.int64)
@@ -90,11 +92,12 @@ def collate(batch: Sequence[Encoded], layout: Layout) -> dict[str, Tensor]:
             [[s + i if i < c else -1 for i in range(max(counts))] for s, c in zip(starts, counts, strict=True)]
         ),
         "labels": torch.tensor([example.label for example in batch]),
+        "examples_at": torch.tensor(examples).view(-1, length),
     }
     if all(example.reference is not None for example in batch):
         collated["reference"] = torch.tensor([example.reference for example in batch])
     if blocks:
-        places_in, owner, branch_of = (torch.tensor(column).view(-1, length) for column in columns[1:])
+        places_in, owner, branch_of = (torch.tensor(column).view(-1, length) for column in (positions, owners, branches))
         collated["position_ids"] = places_in + layout.first_position + layout.context
         collated["attention_mask"] = _block_mask(owner, branch_of, layout)
     elif not layout.causal:
@@ -102,17 +105,19 @@ def collate(batch: Sequence[Encoded], layout: Layout) -> dict[str, Tensor]:
     return collated
 
 
-# A prompt with the options behind it that share it, and their slots.
-_Sequence = tuple[Encoded, Sequence[int]]
+# A prompt with the options behind it that share it, their slots, and the number of the example.
+_Sequence = tuple[Encoded, Sequence[int], int]
 
 
 def _sequences(batch: Sequence[Encoded], starts: Sequence[int], shared: bool) -> list[_Sequence]:
     sequences: list[_Sequence] = []
-    for example, start in zip(batch, starts, strict=True):
+    for number, (example, start) in enumerate(zip(batch, starts, strict=True)):
         if shared or example.mask is not None or not example.options:
-            sequences.append((example, range(start, start + len(example.options))))
+            sequences.append((example, range(start, start + len(example.options)), number))
         else:
-            sequences += [(replace(example, options=[one]), [start + i]) for i, one in enumerate(example.options)]
+            sequences += [
+                (replace(example, options=[one]), [start + i], number) for i, one in enumerate(example.options)
+            ]
     return sequences
 
 
@@ -120,7 +125,7 @@ def _rows(sequences: list[_Sequence], packed: bool) -> list[list[_Sequence]]:
     """First-fit decreasing: rows no longer than the longest sequence, so no attention is wider than it was."""
     if not packed:
         return [[one] for one in sequences]
-    lengths = [sequence.length for sequence, _ in sequences]
+    lengths = [sequence.length for sequence, *_ in sequences]
     rows: list[list[_Sequence]] = []
     room: list[int] = []
     for i in sorted(range(len(sequences)), key=lambda i: -lengths[i]):
