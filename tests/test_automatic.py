@@ -113,6 +113,16 @@ def test_a_killed_run_resumes_to_the_same_lines(whole: Path, tmp_path: Path, aft
     assert log_lines(tmp_path) == log_lines(whole)
 
 
+@pytest.mark.parametrize("after", [0, 13])
+def test_a_killed_run_that_trainer_evaluates_resumes_to_the_same_lines(tmp_path: Path, after: int) -> None:
+    evaluated = {"eval_strategy": "steps", "eval_steps": 6, "data": DATA}
+    run(tmp_path / "whole", **evaluated)
+    with pytest.raises(KilledError):
+        run(tmp_path / "killed", callbacks=[Kill(after, at_begin=True)], **evaluated)
+    run(tmp_path / "killed", resume=True, **evaluated)
+    assert log_lines(tmp_path / "killed") == log_lines(tmp_path / "whole")
+
+
 def test_the_rate_rises_and_falls_with_held_out_losses(tmp_path: Path) -> None:
     """Minibatches that differ: the held-out loss goes up and down."""
     whole = tmp_path / "whole"

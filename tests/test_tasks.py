@@ -434,9 +434,10 @@ def test_row_that_the_task_cannot_use(tmp_path: Path, row: dict[str, Any], words
 def test_malformed_data_file(tmp_path: Path, name: str, content: bytes, words: str) -> None:
     path = tmp_path / name
     path.write_bytes(content)
-    with pytest.raises(InputError, match=words) as caught:
-        load(path)
-    assert str(path) in str(caught.value)
+    for loaded in (load, lambda path: load_splits(make_task(files={"train": path}), only=["train"])):
+        with pytest.raises(InputError, match=words) as caught:
+            loaded(path)
+        assert str(path) in str(caught.value)
 
 
 @pytest.mark.parametrize(
