@@ -1,0 +1,165 @@
+"""Methods that spend the same two forward passes a step, on SST-2 with the 135M model: which learns most, by steps and by seconds.
+
+    python benchmarks/methods.py --data FOLDER                 # a scan of rates, then the best of each over more steps and seeds
+    python benchmarks/methods.py --data FOLDER --methods dense example_1 --rates 5 --scan 100 --steps 300 --seeds 0 1 2
+
+FOLDER holds train.jsonl and validation.jsonl of SST-2. A method's rate is the one with the lowest loss on the dev split at the end of a
+scan (one seed); its curve is then run for every seed, and measured on dev and, at the end, on test, which chose nothing. Every
+run is a line of the result; a second call goes on with what is missing. Seconds a step are measured at the end, all methods in turn, with
+nothing else going on (``--time``); curves are drawn over steps and multiplied by them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import HERE, parser, write
+from timing import interleave
+
+from forwardtune import MeZO
+from forwardtune.evaluation import evaluate, find_layout, prepare
+from forwardtune.models import load_model, tune
+from forwardtune.objectives import option_cross_entropy
+from forwardtune.tasks import get_task, load_splits
+from forwardtune.tasks.encoding import Encoder
+
+BATCH, EPS, DEV, TEST, MEASURE = 16, 1e-3, 200, 436, 50
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to spend two forward passes, and the middle of its rates, which lie a factor of the square root of ten apart."""
+
+    middle: float
+    settings: dict[str, Any] = field(default_factory=dict)
+    tune: str = "all"
+
+
+METHODS = {
+    "dense": Method(3e-5),
+    "low_rank": Method(3e-5, {"rank": 4, "refresh": 50}),
+    "example_1": Method(1e-4, {"assignment": "example", "rank": 1}),
+    "example_1_signs": Method(1e-4, {"assignment": "example", "rank": 1, "direction": "rademacher"}),
+    "example_4": Method(1e-4, {"assignment": "example", "rank": 4}),
+    "lora": Method(1e-3, {"eps": 1e-2}, "lora"),
+    "lora_example": Method(3e-3, {"eps": 1e-2, "assignment": "example", "rank": 0}, "lora"),
+}
+
+
+class Bench:
+    """The model at its base weights, and the examples."""
+
+    def __init__(self, data: str, dtype: str) -> None:
+        self.task = get_task("sst2")
+        self.model, self.tokenizer = load_model("smollm2-135m", dtype=dtype)
+        self.base = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        splits = load_splits(self.task, data_dir=data, dev_examples=DEV, test_examples=TEST)
+        encoder = Encoder(self.tokenizer, 512)
+        self.splits = {name: encoder(self.task, split.examples) for name, split in splits.items()}
+        self.layout = find_layout(self.model, self.tokenizer, self.splits["train"])
+
+    def optimizer(self, method: Method, lr: float, seed: int) -> tuple[Any, MeZO]:
+        """A model to be tuned, and what tunes it."""
+        self.model.load_state_dict(self.base)
+        torch.manual_seed(seed)
+        model = self.model if method.tune == "all" else tune(self.model, self.tokenizer, method.tune)
+        return model.eval(), MeZO(model, lr=lr, seed=seed, **{"eps": EPS, **method.settings})
+
+    def closure(self, model: Any, optimizer: MeZO, step: int, seed: int) -> Callable[[], torch.Tensor]:
+        """The loss of a minibatch, or the losses of its examples."""
+        train = self.splits["train"]
+        chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(1000 * seed + step))[
+            :BATCH
+        ].tolist()
+        batch = prepare(model, self.tokenizer, [train[i] for i in chosen], self.layout)
+        if optimizer.estimator.per_example:
+            return lambda: option_cross_entropy(model, batch)
+        return lambda: option_cross_entropy(model, batch).mean()
+
+    def measure(self, model: Any, split: str) -> dict[str, float]:
+        """Loss and accuracy on a split."""
+        return evaluate(model, self.tokenizer, self.task, self.splits[split], batch_size=25, layout=self.layout)
+
+    def run(self, name: str, lr: float, seed: int, steps: int) -> dict[str, Any]:
+        """One run: the dev split every so many steps, the test split at the end."""
+        method = METHODS[name]
+        model, optimizer = self.optimizer(method, lr, seed)
+        dev = {0: self.measure(model, "dev")}
+        for step in range(steps):
+            optimizer.step(self.closure(model, optimizer, step, seed))
+            if (step + 1) % MEASURE == 0 or step + 1 == steps:
+                dev[step + 1] = self.measure(model, "dev")
+        row = {"method": name, "lr": lr, "seed": seed, "steps": steps, "dev": dev, "test": self.measure(model, "test")}
+        if method.tune != "all":
+            self.model = model.unload()
+        return row
+
+
+def best_rate(rows: list[dict[str, Any]], name: str, scan: int) -> float:
+    """The rate with the lowest dev loss at the end of the scan."""
+    scanned = [row for row in rows if (row["method"], row["steps"], row["seed"]) == (name, scan, 0)]
+    return float(min(scanned, key=lambda row: row["dev"][str(scan)]["loss"])["lr"])
+
+
+def main() -> None:
+    """Run what is missing, and print the table."""
+    options = parser(__doc__)
+    options.add_argument("--data", required=True)
+    options.add_argument("--methods", nargs="+", choices=METHODS, default=["dense", "example_1"])
+    options.add_argument("--rates", type=int, default=7, help="rates of a scan, around the method's middle")
+    options.add_argument("--scan", type=int, default=100, help="steps of a run of the scan")
+    options.add_argument("--steps", type=int, default=300)
+    options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    options.add_argument("--dtype", default="bfloat16")
+    options.add_argument("--time", type=int, default=0, metavar="ROUNDS", help="measure seconds a step, too")
+    options.add_argument("--output", default="methods")
+    given = options.parse_args()
+    path = HERE / "results" / f"{given.output}.json"
+    result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    rows = result["rows"]
+    bench = Bench(given.data, given.dtype)
+
+    def need(name: str, lr: float, seed: int, steps: int) -> None:
+        key = (name, lr, seed, steps)
+        if any((row["method"], row["lr"], row["seed"], row["steps"]) == key for row in rows):
+            return
+        row = json.loads(json.dumps(bench.run(*key)))
+        rows.append(row)
+        write(given.output, {"rows": rows, "seconds": result.get("seconds", {})})
+        last = row["dev"][str(steps)]
+        print(
+            f"{name:16} lr {lr:.0e} seed {seed} {steps:4} steps: dev {last['loss']:.3f}, test {row['test']}", flush=True
+        )
+
+    half = given.rates // 2
+    for name in given.methods:
+        for k in range(-half, given.rates - half):
+            need(name, float(f"{METHODS[name].middle * 10 ** (k / 2):.1e}"), 0, given.scan)
+    for seed in given.seeds:
+        for name in given.methods:
+            need(name, best_rate(rows, name, given.scan), seed, given.steps)
+    if given.time:
+        pairs = {name: bench.optimizer(METHODS[name], 1e-9, 0) for name in given.methods if METHODS[name].tune == "all"}
+        works = {
+            name: (lambda model=model, optimizer=optimizer: optimizer.step(bench.closure(model, optimizer, 0, 0)))
+            for name, (model, optimizer) in pairs.items()
+        }
+        result["seconds"] = interleave(works, given.time)
+        write(given.output, {"rows": rows, "seconds": result["seconds"]})
+    for name in given.methods:
+        ended = [row for row in rows if row["method"] == name and row["steps"] == given.steps]
+        for step in ended[0]["dev"]:
+            mean = sum(row["dev"][step]["loss"] for row in ended) / len(ended)
+            seconds = result.get("seconds", {}).get(name)
+            print(
+                f"{name:16} {step:>5} steps{f' {int(step) * seconds:8.0f} s' if seconds else ''}: dev loss {mean:.3f}"
+            )
+
+
+if __name__ == "__main__":
+    main()
