@@ -16,7 +16,8 @@ from forwardtune.errors import InputError
 from forwardtune.hf.trainer import MeZOTrainer
 from forwardtune.method.rules import Momentum
 from forwardtune.trajectory import LogError, read_log
-from support_runs import KilledError, log_lines
+from support.logs import log_lines
+from support.trainers import KilledError
 from test_automatic import DATA, OPPOSED, SAME, make, opposed, wanted
 
 pytestmark = pytest.mark.usefixtures("short_collections")

@@ -23,7 +23,8 @@ from forwardtune.search.driver import RETURN_POINT
 from forwardtune.search.guard import FALL, RISE
 from forwardtune.search.notes import found
 from forwardtune.trajectory import LogError, read_log, replay
-from support_runs import QUIET, Kill, KilledError, log_lines
+from support.logs import log_lines
+from support.trainers import QUIET, Kill, KilledError
 
 STEPS = 48
 DATA = [{"input_ids": row, "labels": row} for row in support.token_batch(24, 6).tolist()]

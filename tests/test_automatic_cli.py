@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from forwardtune.cli.session import Session
 from forwardtune.trajectory import read_log, replay
-from support_runs import REVIEWS, done, log_lines, process, read, write_jsonl
+from support.command import REVIEWS, done, process, read, write_jsonl
+from support.logs import log_lines
 
 STEPS, DEV = 60, 90
 

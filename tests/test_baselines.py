@@ -26,7 +26,7 @@ from forwardtune.paper.baselines import AdamTrainer, adam_arguments, probe
 from forwardtune.tasks import Task, get_task, load_split
 from forwardtune.tasks.batching import collate
 from forwardtune.tasks.encoding import Encoded, Encoder
-from support_runs import CHOICE, TOKENIZER, sharp_model, tokens
+from support.examples import CHOICE, TOKENIZER, sharp_model, tokens
 
 pytestmark = pytest.mark.usefixtures("short_collections")
 

@@ -17,7 +17,7 @@ from forwardtune.evaluation import evaluate, find_layout, plain_layout, prepare
 from forwardtune.objectives import option_scores
 from forwardtune.tasks.batching import Layout, collate
 from forwardtune.tasks.encoding import Encoded
-from support_runs import (
+from support.examples import (
     CHOICE,
     CLOSE,
     LAYOUTS,

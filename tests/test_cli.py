@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 import support
 from forwardtune import MeZO, StepLog
 from forwardtune.trajectory import read_log, replay
-from support_runs import STEPS, Setting, cli, done, files, process, read, refused, weights, write_task
+from support.command import STEPS, Setting, cli, done, files, process, read, refused, weights, write_task
 
 ABSENT_DEVICE = "mps" if torch.cuda.is_available() else "cuda"
 

@@ -14,7 +14,7 @@ from forwardtune.cli.options import flag, read_config
 from forwardtune.config import SCHEMA, Refusal, Train, options, refusals
 from forwardtune.errors import InputError
 from forwardtune.trajectory import read_log
-from support_runs import Setting, cli, done, refused, write_task
+from support.command import Setting, cli, done, refused, write_task
 from test_refusals import ABSENT, named
 
 pytestmark = pytest.mark.usefixtures("short_collections")

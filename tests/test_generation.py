@@ -15,7 +15,7 @@ import support
 from forwardtune.models import forward, tune
 from forwardtune.objectives import Context, Sampling, generate, write
 from forwardtune.tasks import Task
-from support_runs import TOKENIZER, inputs_of, talking_model, tokens
+from support.examples import TOKENIZER, inputs_of, talking_model, tokens
 
 LENGTH = 8
 TASK = Task("free", "{text}", "", None, "reward", loss="none", stop="", max_new_tokens=LENGTH)

@@ -23,24 +23,9 @@ from forwardtune.objectives.mixture import parse
 from forwardtune.tasks import Task, metrics
 from forwardtune.tasks.encoding import Encoded
 from forwardtune.trajectory import read_log
-from support_runs import (
-    CHOICE,
-    FREE_TEXT,
-    QUIET,
-    TOKENIZER,
-    Setting,
-    cli,
-    done,
-    encoded,
-    inputs_of,
-    naive_scores,
-    read,
-    sharp_model,
-    talking_model,
-    tokens,
-    weights,
-    write_task,
-)
+from support.command import FREE_TEXT, Setting, cli, done, read, weights, write_task
+from support.examples import CHOICE, TOKENIZER, encoded, inputs_of, naive_scores, sharp_model, talking_model, tokens
+from support.trainers import QUIET
 
 pytestmark = pytest.mark.usefixtures("short_collections")
 

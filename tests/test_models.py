@@ -21,7 +21,8 @@ from forwardtune.errors import InputError
 from forwardtune.models import context_length, forward, load_model, model_kind, save_model, tune
 from forwardtune.models.loading import _require_no_offloading
 from forwardtune.models.prefix import _draw_tokens
-from support_runs import CLOSE, QUIET, sharp_model
+from support.examples import CLOSE, sharp_model
+from support.trainers import QUIET
 
 CAUSAL = ("opt", "gpt2", "llama", "mistral", "qwen3", "gemma3")
 MASKED = ("bert", "roberta")

@@ -21,7 +21,7 @@ from forwardtune.objectives import generate, logits_at, option_cross_entropy, op
 from forwardtune.tasks import Example, Task, metrics
 from forwardtune.tasks.batching import Layout
 from forwardtune.tasks.encoding import SEPARATOR, Encoded, Encoder
-from support_runs import (
+from support.examples import (
     CHOICE,
     CLOSE,
     LAYOUTS,

@@ -22,7 +22,7 @@ from forwardtune.hf.config import MeZOConfig
 from forwardtune.hf.trainer import MeZOTrainer
 from forwardtune.paper.baselines import AdamTrainer
 from forwardtune.trajectory import read_log
-from support_runs import cli, flags, read, write_jsonl
+from support.command import cli, flags, read, write_jsonl
 
 pytestmark = pytest.mark.usefixtures("short_collections")
 

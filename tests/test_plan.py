@@ -23,7 +23,7 @@ from forwardtune.errors import InputError
 from forwardtune.method.rules import Adam, Momentum
 from forwardtune.noise import Noise
 from forwardtune.trajectory import read_log
-from support_runs import Setting, cli, done, message_of, read, write_task
+from support.command import Setting, cli, done, message_of, read, write_task
 
 pytestmark = pytest.mark.usefixtures("short_collections")
 

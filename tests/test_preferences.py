@@ -28,20 +28,8 @@ from forwardtune.tasks.batching import Layout
 from forwardtune.tasks.encoding import Encoded, Encoder
 from forwardtune.tasks.reader import read_task
 from forwardtune.trajectory import read_log
-from support_runs import (
-    CLOSE,
-    TOKENIZER,
-    Setting,
-    cli,
-    done,
-    every_layout,
-    inputs_of,
-    message_of,
-    read,
-    sharp_model,
-    weights,
-    write_jsonl,
-)
+from support.command import Setting, cli, done, message_of, read, weights, write_jsonl
+from support.examples import CLOSE, TOKENIZER, every_layout, inputs_of, sharp_model
 
 pytestmark = pytest.mark.usefixtures("short_collections")
 

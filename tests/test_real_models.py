@@ -21,7 +21,7 @@ from forwardtune.objectives import option_cross_entropy
 from forwardtune.tasks import get_task, load_split
 from forwardtune.tasks.encoding import Encoder
 from forwardtune.trajectory import StepLog, replay
-from support_runs import inputs_of
+from support.examples import inputs_of
 
 pytestmark = pytest.mark.real_model
 

@@ -20,7 +20,7 @@ from forwardtune.method.moments import STATES
 from forwardtune.method.rules import RULES
 from forwardtune.names import ON_BAD_ROW
 from forwardtune.noise.directions import SPECIFIED
-from support_runs import cli, refused
+from support.command import cli, refused
 
 ROWS = [(command, row) for command in COMMANDS for row in refusals(command)]
 # Neither is there.

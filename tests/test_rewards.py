@@ -29,20 +29,9 @@ from forwardtune.tasks import Example, Task
 from forwardtune.tasks.encoding import Encoded, Encoder
 from forwardtune.tasks.reader import read_task
 from forwardtune.trajectory import read_log
-from support_runs import (
-    FREE_TEXT,
-    QUIET,
-    TOKENIZER,
-    Setting,
-    cli,
-    done,
-    message_of,
-    read,
-    talking_model,
-    weights,
-    write_jsonl,
-    write_task,
-)
+from support.command import FREE_TEXT, Setting, cli, done, message_of, read, weights, write_jsonl, write_task
+from support.examples import TOKENIZER, talking_model
+from support.trainers import QUIET
 
 pytestmark = pytest.mark.usefixtures("short_collections")
 

@@ -23,7 +23,7 @@ from forwardtune.paper.sweep import Run, Sweep, SweepFolder, read_sweep, run_swe
 from forwardtune.paper.sweep.bases import prepare_bases
 from forwardtune.paper.sweep.plan import show
 from forwardtune.paper.sweep.runner import thread_limits, time_left
-from support_runs import cli, done
+from support.command import cli, done
 
 SHIPPED = sorted((Path(__file__).parent.parent / "sweeps").glob("*.yaml"))
 

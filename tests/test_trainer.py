@@ -28,7 +28,9 @@ from forwardtune import MeZO
 from forwardtune.hf.config import MeZOConfig
 from forwardtune.hf.trainer import MeZOTrainer
 from forwardtune.trajectory import LogError, read_log, replay
-from support_runs import QUIET, Kill, KilledError, log_lines, read
+from support.command import read
+from support.logs import log_lines
+from support.trainers import QUIET, Kill, KilledError
 
 STEPS = 7
 DATA = [{"input_ids": row, "labels": row} for row in support.token_batch(12, 6).tolist()]

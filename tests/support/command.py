@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ from forwardtune.cli import main
 
 from .models import TEXT
 
-STEPS = 6
 REVIEWS = [(text, number % 2) for number, text in enumerate(TEXT * 2)]
+STEPS = 6
 
 
 @dataclass
@@ -51,15 +51,11 @@ def done(*arguments: object) -> Ran:
     return ran
 
 
-def process(*arguments: object) -> subprocess.Popen[str]:
-    """Start a command as a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "forwardtune", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+def message_of(*arguments: object) -> str:
+    """What a command says that is refused."""
+    ran = cli(*arguments)
+    assert (ran.code, ran.out) == (2, ""), ran.err
+    return ran.err.rpartition("error: ")[2]
 
 
 @contextlib.contextmanager
@@ -75,6 +71,13 @@ def refused(folder: Path, words: str, code: int = 2) -> Iterator[Any]:
     assert files(folder) == before
 
 
+def process(*arguments: object) -> subprocess.Popen[str]:
+    """Start a command as a process of its own."""
+    command = [sys.executable, "-m", "forwardtune", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
 def files(folder: Path) -> dict[str, bytes]:
     """Every file under a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -84,11 +87,22 @@ def weights(folder: Path) -> bytes:
     return (folder / "model.safetensors").read_bytes()
 
 
+def read(path: Path) -> Any:
+    """A JSON or JSON Lines file, or the metrics.json of a folder."""
+    path = path / "metrics.json" if path.is_dir() else path
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
+
+
+def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
 def write_task(folder: Path, **changes: str | None) -> Path:
     """A task file with a JSON Lines file to train on and a CSV file to test on."""
     folder.mkdir(exist_ok=True)
-    rows = [json.dumps({"text": text, "label": label, "reply": text.split()[-1]}) for text, label in REVIEWS]
-    (folder / "train.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    write_jsonl(folder / "train.jsonl", [{"text": t, "label": n, "reply": t.split()[-1]} for t, n in REVIEWS])
     cells = [f"{text},{label},{text.split()[-1]}" for text, label in REVIEWS[:6]]
     (folder / "test.csv").write_text("\n".join(["text,label,reply", *cells]), encoding="utf-8")
     keys: dict[str, str | None] = {"prompt": "'{text} It was'", "answers": "{0: terrible, 1: great}"}
@@ -98,13 +112,8 @@ def write_task(folder: Path, **changes: str | None) -> Path:
     return path
 
 
-def flags(options: dict[str, object]) -> list[object]:
-    """Settings as options of a command: None leaves one out, True makes it a flag."""
-    found: list[object] = []
-    for name, value in options.items():
-        if value is not None:
-            found += [f"--{name.replace('_', '-')}"] if value is True else [f"--{name.replace('_', '-')}", value]
-    return found
+#: What a task of free text says beside or in the place of the others.
+FREE_TEXT = {"answers": None, "target": "reply", "max_new_tokens": "5", "stop": "''"}
 
 
 @dataclass
@@ -115,7 +124,7 @@ class Setting:
     task: Path
 
     def train(self, folder: Path, **changes: object) -> list[object]:
-        """Arguments of ``train``, as ``flags`` takes them."""
+        """Arguments of ``train``; None leaves an option out, True makes it a flag."""
         options: dict[str, object] = {"model": self.model, "task": self.task, "output_dir": folder}
         options |= {"steps": STEPS, "batch_size": 4, "lr": 1e-3, "device": "cpu"}
         options |= {"eps": None if changes.get("method") == "adam" else 1e-3, **changes}
@@ -123,3 +132,14 @@ class Setting:
 
     def resume(self, folder: Path, **changes: object) -> list[object]:
         return ["train", *flags({"output_dir": folder, "resume": True, **changes})]
+
+    def eval(self, **changes: object) -> list[object]:
+        return ["eval", *flags({"model": self.model, "task": self.task, "device": "cpu", **changes})]
+
+
+def flags(options: dict[str, object]) -> list[object]:
+    found: list[object] = []
+    for name, value in options.items():
+        if value is not None:
+            found += [f"--{name.replace('_', '-')}"] if value is True else [f"--{name.replace('_', '-')}", value]
+    return found
