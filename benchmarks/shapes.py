@@ -66,9 +66,15 @@ def minibatch(model: Any, length: int, device: str = "cpu") -> dict[str, Tensor]
     return {"input_ids": input_ids, "positions": torch.arange(BATCH, device=device) * length + length - 1}
 
 
+def losses_of(model: Any, batch: dict[str, Tensor]) -> Callable[[], Tensor]:
+    """The losses of the sequences: one logit row each, as for a task with one-token answers."""
+    return lambda: logits_at(model, batch).logsumexp(dim=-1)
+
+
 def loss_of(model: Any, batch: dict[str, Tensor]) -> Callable[[], Tensor]:
-    """A loss that computes one logit row a sequence, as for a task with one-token answers."""
-    return lambda: logits_at(model, batch).logsumexp(dim=-1).mean()
+    """Their mean."""
+    losses = losses_of(model, batch)
+    return lambda: losses().mean()
 
 
 def _smollm2() -> LlamaConfig:

@@ -5,6 +5,7 @@
     python benchmarks/step.py --shapes 125m --lengths 32 --rounds 2 --output smoke
     python benchmarks/step.py --device cuda --shapes 1.3b --lengths 64 --profile --output profile-cuda   # what takes the time
 
+``example`` is a step in which every example has a direction of its own, on the side path; its two forwards are timed by themselves as well.
 Models have random weights. One logit row a sequence is computed, as for a task with one-token answers. ``reference`` transcribes
 the published loop: three passes of ``torch.normal`` over the stored weights and one for the update, with a logit row for every token.
 On a GPU the peaks of allocated memory of a forward pass and of a step are compared as well, with the largest tuned layer beside
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from machine import parser, write
 from published import EPS, reference_step
-from shapes import BATCH, DTYPES, SHAPES, largest_layer, loss_of, make, minibatch, size_of
+from shapes import BATCH, DTYPES, SHAPES, largest_layer, loss_of, losses_of, make, minibatch, size_of
 from timing import interleave, peak_of
 
 from forwardtune import MeZO
@@ -50,10 +51,14 @@ def measure(model: Any, length: int, options: argparse.Namespace) -> dict[str, A
 
     optimizer.step(loss)
     assert optimizer.perturbation is not None
+    losses, own = losses_of(model, batch), MeZO(model, lr=1e-9, eps=EPS, assignment="example")
+    own.step(losses)
     works: dict[str, Callable[[], object]] = {
         "forward": loss,
         "perturbed_forward": lambda: perturbed(optimizer, loss),
         "step": lambda: optimizer.step(loss),
+        "example_forwards": lambda: own.evaluator.losses(own.next_step, own.estimator.queries(), losses),
+        "example_step": lambda: own.step(losses),
     }
     if not options.no_reference:
         works["reference"] = lambda: reference_step(model, full_loss, 1e-9, 0)
@@ -63,6 +68,8 @@ def measure(model: Any, length: int, options: argparse.Namespace) -> dict[str, A
         "seconds": seconds,
         "perturbation": optimizer.perturbation.name,  # not scratch: the self-check found something
         "step_over_floor": seconds["step"] / floor,
+        "example_forwards_over_floor": seconds["example_forwards"] / floor,
+        "example_step_over_floor": seconds["example_step"] / floor,
     }
     if "reference" in seconds:
         row["reference_over_floor"] = seconds["reference"] / floor
@@ -133,7 +140,14 @@ def main() -> None:
     dtypes = options.dtypes or (["bfloat16"] if gpu else ["bfloat16", "float32"])
     lengths = options.lengths or ([32, 64, 400] if gpu else [32])
     rows = []
-    titles = ("step / 2 forwards", "reference / 2 forwards", "reference / step", "step, s")
+    titles = (
+        "step / 2 forwards",
+        "example: 2 forwards",
+        "example: step",
+        "reference / 2 forwards",
+        "reference / step",
+        "step, s",
+    )
     print(f"{'shape':14}{'dtype':10}{'length':>6}" + "".join(f"{title:>24}" for title in titles))
     for shape in shapes:
         for name in dtypes:
@@ -144,6 +158,8 @@ def main() -> None:
                 none = float("nan")
                 numbers = (
                     row["step_over_floor"],
+                    row["example_forwards_over_floor"],
+                    row["example_step_over_floor"],
                     row.get("reference_over_floor", none),
                     row.get("reference_over_step", none),
                     row["seconds"]["step"],

@@ -368,3 +368,14 @@ def test_the_kernels_of_a_gpu_give_the_same_bits_in_the_interpreter(monkeypatch)
             patch.setattr(backends, "fast", lambda device, dtype, fast=fast: fast[dtype])
             for one, other in zip(everything(*case), expected, strict=True):
                 assert_equal_bits(one, other)
+
+
+def test_the_factors_of_several_tensors_are_those_of_each():
+    noise, cpu = Noise(5, GAUSSIAN, LowRank(2, 3)), torch.device("cpu")
+    places = [(3, (40, 33)), (4, (64, 16)), (9, (7, 8, 30))]
+    for step in (0, 4):
+        many = noise.factors_of(places, step=step, probes=[0, 2, 5], device=cpu)
+        for (tensor, shape), found in zip(places, many, strict=True):
+            one = noise.factors(shape, tensor=tensor, step=step, probes=[0, 2, 5], scale=1.0, device=cpu)
+            for a, b in zip(found, one, strict=True):
+                assert torch.equal(a, b)

@@ -14,11 +14,11 @@ from torch import nn
 
 from .errors import InputError, NonFiniteLossError
 from .method.estimators import Estimator, Losses, get_estimator
-from .method.record import StepRecord, as_float32, coefficients_of, mean_loss, updates_of
+from .method.record import StepRecord, estimated, updates_of
 from .method.rule import History, Rule, move_all
 from .method.rules import get_rule
 from .noise import Direction, LowRank, Noise, get_direction
-from .parameters import TunedParameters
+from .parameters import TunedParameters, require_settings
 from .points import Closure, Evaluator, Perturbation
 from .points.idle import IdleWatch
 from .workers import Alone
@@ -31,7 +31,7 @@ class InterruptedUpdateError(RuntimeError):
 class MeZO(torch.optim.Optimizer):
     r"""Memory-efficient zeroth-order optimization; by default SGD.
 
-    One step with minibatch loss L, direction z and n probes:
+    One step with minibatch loss L, directions z and n probes:
 
     .. math::
         c_k = \frac{L(\theta + \epsilon z_k) - L(\theta - \epsilon z_k)}{2\epsilon}, \qquad
@@ -46,32 +46,29 @@ class MeZO(torch.optim.Optimizer):
         for batch in loader:
             loss = optimizer.step(lambda: model(**batch).loss)
 
-    The closure is called under ``torch.no_grad()``, 2 n times a step (n + 1 with one-sided probes), and must return the loss of the *same* minibatch
-    each time: a scalar tensor or any Python number, lower is better. Put the model in evaluation mode, as dropout would
-    differ between the two sides. The first step calls it a few times more, to see that evaluations can be trusted.
+    The closure is called under ``torch.no_grad()``, 2 n times a step (n + 1 with one-sided probes; a few times more in the first step, to see
+    that evaluations can be trusted), and must return the loss of the *same* minibatch each time, as a scalar; lower is better. With
+    ``assignment="example"`` it returns the losses of the examples, shape (examples,), each the mean over the example's own terms. Put
+    the model in evaluation mode, as dropout would differ between the two sides.
 
-    With ``assignment="example"`` every example has directions of its own, at the same number of evaluations; the closure then returns
-    their losses, shape (examples,), each the mean over the example's own terms.
-
-    A step moves what its evaluations went through: a tuned tensor that none of them read (a vision tower in a step on text) stays as it
-    is, without weight decay. With ``perturbation="copy"`` that cannot be seen, and every tuned tensor is moved.
+    A step moves what its evaluations went through: a tuned tensor that none of them read (a vision tower in a step on text) stays as it is,
+    without weight decay. With ``perturbation="copy"`` that cannot be seen, and every tuned tensor is moved. Half-precision weights are updated
+    with stochastic rounding. torch's global random state is neither read nor changed.
 
     Args:
         params: a module (all its parameters that require grad are tuned), or parameters, named parameters or parameter
-            groups as for any ``torch.optim`` optimizer. Groups may set ``lr`` and ``weight_decay``.
-        lr: learning rate. MeZO's is constant: 1e-6 or 1e-7 for models of billions of parameters, 1e-5 to 3e-5 for
-            ones of 100M.
+            groups as for any ``torch.optim`` optimizer. Groups may set ``lr`` and ``weight_decay`` (decoupled).
+        lr: learning rate: 1e-6 or 1e-7 for models of billions of parameters, 1e-5 to 3e-5 for ones of 100M.
         eps: perturbation scale.
-        probes: n, the directions a step (n-SPSA).
+        probes: n, the directions a step, or an example (n-SPSA).
         direction: ``"gaussian"`` or ``"rademacher"``.
-        perturbation: ``"scratch"``, ``"copy"`` or ``"side_path"`` (see :mod:`forwardtune.points`), or ``"auto"``: the side path with
+        perturbation: ``"scratch"``, ``"copy"`` or ``"side_path"`` (:mod:`forwardtune.points`), or ``"auto"``: the side path with
             ``assignment="example"``; else scratch, or copy without a module or where a weight is read on a way that scratch cannot see.
-        weight_decay: decoupled weight decay.
         seed: 64-bit seed of all directions and of stochastic rounding.
         clip_coefficient: largest magnitude of a coefficient; larger ones are clipped. ``None``: no clipping.
         max_skipped: after this many steps in a row with a loss that is not finite, raise.
         module: the module that holds ``params``, if those are not a module.
-        estimator: ``"spsa"``, ``"one_sided"``, or an estimator, which brings its own eps, probes and normalisation.
+        estimator: ``"spsa"``, ``"one_sided"``, or an estimator, which brings its own eps, probes, normalisation and assignment.
         normalize: ``"none"``, ``"sigma"`` (FZOO's) or ``"rank"``: what differences of losses are measured in.
         rule: ``"sgd"``, ``"sign"``, ``"momentum"``, ``"adam"``, or a rule with settings, such as ``Momentum(0.9)``.
         assignment: ``"shared"``, directions of the minibatch, or ``"example"``, directions of every example.
@@ -83,11 +80,8 @@ class MeZO(torch.optim.Optimizer):
     Raises:
         ValueError: an argument out of range, nothing to tune, or a tensor that cannot be perturbed.
         NonFiniteLossError: from :meth:`step`, after ``max_skipped`` skipped steps in a row.
-        TypeError: from :meth:`step`, when the closure returns no number.
-        ReadElsewhereError: from :meth:`step` with ``perturbation="scratch"``, where that would not be exact.
-
-    Half-precision weights (bfloat16, float16) are updated with stochastic rounding; the weights after a step differ from
-    those before by the update alone. torch's global random state is neither read nor changed.
+        TypeError: from :meth:`step`, when the closure returns no number, or not one for each example.
+        ReadElsewhereError: from :meth:`step`, where the perturbation that was asked for would not be exact.
 
     Source: Malladi et al., "Fine-Tuning Language Models with Just Forward Passes", NeurIPS 2023, algorithm 1.
     """
@@ -166,14 +160,7 @@ class MeZO(torch.optim.Optimizer):
             raise ValueError(
                 "parameters cannot be added after the first estimate: make a new MeZO, with a new step log"
             )
-        for name, at_least in (("lr", "positive"), ("weight_decay", "not negative")):
-            value = param_group.get(name, self.defaults[name])
-            if isinstance(value, str) or not hasattr(value, "__float__"):
-                raise ValueError(
-                    f"{name} must be a number, got {value!r}" + ("; MeZOTrainer finds one" if value == "auto" else "")
-                )
-            if not (0 <= value < math.inf) or (name == "lr" and value == 0):
-                raise ValueError(f"{name} must be {at_least}, got {value!r}")
+        require_settings({**self.defaults, **param_group})
         super().add_param_group(param_group)
         if hasattr(self, "tuned"):
             try:
@@ -247,28 +234,19 @@ class MeZO(torch.optim.Optimizer):
         began = time.perf_counter()
         losses, used, seconds = self._pending, self._used, self._seconds
         self._forget_estimate()
-        per_example = self.estimator.per_example
-        if per_example:
-            losses = [as_float32(own) for own in losses]
-        coefficients = coefficients_of(self.estimator, losses, self.clip_coefficient)
-        values = tuple(loss for own in losses for loss in own)
-        record = StepRecord(
-            step=self.next_step,
-            lr=tuple(float(group["lr"]) for group in self.param_groups),
-            weight_decay=tuple(float(group["weight_decay"]) for group in self.param_groups),
-            coefficients=coefficients,
-            losses=values,
-            loss=mean_loss(values, skipped=not coefficients),
-            unchanged=self.tuned.numel,
-            seconds=seconds,
-            # Where nothing was seen to be read, the closure evaluates the weights on some other way.
-            unused=tuple(t.id for t in self.tuned if t.id not in used) if used else (),
-            examples=len(losses[0]) if per_example else 0,
+        # Where nothing was seen to be read, the closure evaluates the weights on some other way.
+        unused = tuple(t.id for t in self.tuned if t.id not in used) if used else ()
+        record = estimated(
+            self.next_step,
+            self.param_groups,
+            self.estimator,
+            losses,
+            self.clip_coefficient,
+            unused,
+            self.tuned.numel,
+            seconds,
         )
-        if record.step == 0:
-            self._idle.first_step(self.tuned, record.unused)
-        if not record.skipped:
-            self._idle.step(record.flat, bool(used))
+        self._idle.look(record, self.tuned, bool(used))
         self.next_step += 1
         if self.held is None:
             self.take(record, began)
@@ -349,10 +327,8 @@ class MeZO(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As for any optimizer, with the step number and what the rule remembers: the whole state of MeZO."""
-        own: dict[str, Any] = {"next_step": self.next_step, "seed": self.noise.seed, "skipped": self._skipped}
-        if self.rule.remembers:
-            own["rule"] = {"name": self.rule.name, "settings": self.rule.settings(), **self.history.state()}
-        return {**super().state_dict(), "mezo": own}
+        own = {"next_step": self.next_step, "seed": self.noise.seed, "skipped": self._skipped}
+        return {**super().state_dict(), "mezo": own | self.history.state(self.rule)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` gave.
@@ -367,20 +343,9 @@ class MeZO(torch.optim.Optimizer):
             raise ValueError(
                 f"the state was saved with seed {own['seed']}, this optimizer has {self.noise.seed}: use the same seed"
             )
-        saved = own.get("rule")
-        ours = {"name": self.rule.name, "settings": self.rule.settings()} if self.rule.remembers else None
-        theirs = {key: saved[key] for key in ("name", "settings")} if saved else None
-        if ours != theirs:
-            raise ValueError(
-                f"the state was saved with {_described(theirs)}, this optimizer has {_described(ours)}: use the same rule"
-            )
-        history = History.of_state(saved, self.tuned) if saved else History()
+        history = History.of_state(own.get("rule"), self.rule, self.tuned)
         super().load_state_dict(state_dict)
         self.history = history
         self._forget_estimate()
         self.next_step = own["next_step"]
         self._skipped = own["skipped"]
-
-
-def _described(rule: dict[str, Any] | None) -> str:
-    return f"the rule {rule['name']!r} {rule['settings']}" if rule else "a rule without memory"

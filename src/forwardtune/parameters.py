@@ -8,6 +8,7 @@ sorted names.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -143,6 +144,18 @@ class TunedParameters(Sequence[TunedTensor]):
             for lo in range(0, flat.numel(), _DIGEST_CHUNK):
                 state.update(_raw_bytes(flat[lo : lo + _DIGEST_CHUNK]))
         return state.hexdigest()
+
+
+def require_settings(group: Mapping[str, Any]) -> None:
+    """Raise ValueError unless a parameter group has a learning rate and a weight decay that can be used."""
+    for name, at_least in (("lr", "positive"), ("weight_decay", "not negative")):
+        value = group[name]
+        if isinstance(value, str) or not hasattr(value, "__float__"):
+            raise ValueError(
+                f"{name} must be a number, got {value!r}" + ("; MeZOTrainer finds one" if value == "auto" else "")
+            )
+        if not (0 <= value < math.inf) or (name == "lr" and value == 0):
+            raise ValueError(f"{name} must be {at_least}, got {value!r}")
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -117,7 +117,9 @@ def make_trainer(
 
     options = session.options
     changes = arguments(options)
-    if options.perturbation == "auto" and options.assignment == "shared" and objective.generates:  # which reads every weight at each token
+    if (
+        options.perturbation == "auto" and options.assignment == "shared" and objective.generates
+    ):  # which reads every weight at each token
         size = sum(p.numel() * p.element_size() for p in tuned_weights(session.model).values())
         say(
             f"text is generated at every evaluation: weights are perturbed in a copy, {size / 2**20:,.0f} MiB more memory"

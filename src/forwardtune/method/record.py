@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ..noise import Update
 from .estimators import Estimator, Losses
@@ -55,6 +56,40 @@ class StepRecord:
     def flat(self) -> bool:
         """True when every coefficient is 0: all probes gave the same loss, as accuracies often do."""
         return not self.skipped and not any(self.present)
+
+
+def estimated(
+    step: int,
+    groups: Sequence[Mapping[str, Any]],
+    estimator: Estimator,
+    losses: Sequence[Losses],
+    clip: float | None,
+    unused: tuple[int, ...],
+    unchanged: int,
+    seconds: float,
+) -> StepRecord:
+    """The record of a step that was estimated and not taken yet.
+
+    Args:
+        groups: parameter groups, with learning rate and weight decay.
+        losses: at the estimator's queries. Those that come one per example are rounded to float32, as the log keeps them.
+    """
+    if estimator.per_example:
+        losses = [as_float32(own) for own in losses]
+    coefficients = coefficients_of(estimator, losses, clip)
+    values = tuple(loss for own in losses for loss in own)
+    return StepRecord(
+        step=step,
+        lr=tuple(float(group["lr"]) for group in groups),
+        weight_decay=tuple(float(group["weight_decay"]) for group in groups),
+        coefficients=coefficients,
+        losses=values,
+        loss=mean_loss(values, skipped=not coefficients),
+        unchanged=unchanged,
+        seconds=seconds,
+        unused=unused,
+        examples=len(losses[0]) if estimator.per_example else 0,
+    )
 
 
 def coefficients_of(estimator: Estimator, losses: Sequence[Losses], clip: float | None) -> tuple[float, ...]:

@@ -55,18 +55,33 @@ class History:
         """A copy of the rest."""
         return History(self.taken, list(self.recent), missed=dict(self.missed))
 
-    def state(self) -> dict[str, Any]:
-        """What ``state_dict`` keeps of it."""
-        return {
+    def state(self, rule: Rule) -> dict[str, Any]:
+        """What ``state_dict`` keeps of it; nothing for a rule without memory."""
+        if not rule.remembers:
+            return {}
+        kept = {
             "taken": self.taken,
             "missed": dict(self.missed),
             "recent": [(update.step, update.sizes, sorted(update.unused)) for update in self.recent],
             "moments": {name: list(moments) for name, moments in self.moments.items()},
         }
+        return {"rule": {"name": rule.name, "settings": rule.settings(), **kept}}
 
     @classmethod
-    def of_state(cls, saved: dict[str, Any], tuned: TunedParameters) -> History:
-        """What :meth:`state` gave, on the devices of the tuned tensors. Raises ValueError if it is of other ones."""
+    def of_state(cls, saved: dict[str, Any] | None, rule: Rule, tuned: TunedParameters) -> History:
+        """What :meth:`state` gave under ``"rule"``, on the devices of the tuned tensors.
+
+        Raises:
+            ValueError: it is of another rule, or of other tensors.
+        """
+        ours = {"name": rule.name, "settings": rule.settings()} if rule.remembers else None
+        theirs = {key: saved[key] for key in ("name", "settings")} if saved else None
+        if ours != theirs:
+            raise ValueError(
+                f"the state was saved with {_described(theirs)}, this optimizer has {_described(ours)}: use the same rule"
+            )
+        if saved is None:
+            return cls()
         parameters = {tensor.name: tensor.parameter for tensor in tuned}
         moments = {name: [moment.numel() for moment in tensors] for name, tensors in saved["moments"].items()}
         if any(name not in parameters or set(n) != {parameters[name].numel()} for name, n in moments.items()):
@@ -87,6 +102,10 @@ class History:
             return self
         recent = [update for update in self.recent if tensor not in update.unused]
         return replace(self, taken=self.taken - self.missed[tensor], recent=recent)
+
+
+def _described(rule: dict[str, Any] | None) -> str:
+    return f"the rule {rule['name']!r} {rule['settings']}" if rule else "a rule without memory"
 
 
 class Rule(ABC):

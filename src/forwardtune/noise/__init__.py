@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import backends, definition
 from .backends import compile_kernels, load_kernels
-from .definition import ROUNDING_PROBE, Count, Places, Update
+from .definition import ROUNDING_PROBE, Count, Places, Strips, Update
 from .directions import (
     DIRECTIONS,
     GAUSSIAN,
@@ -174,6 +174,22 @@ class Noise:
         """U and V with ``scale * Z_k = U_k V_k^T`` for a tensor of low rank, shapes ``(K, m, rank)`` and ``(K, n, rank)``."""
         many = len(probes)
         return self._factors(shape, slice(0, math.prod(shape)), tensor, [step] * many, probes, [scale] * many, device)
+
+    def factors_of(
+        self, places: Sequence[tuple[int, Sequence[int]]], *, step: int, probes: Sequence[int], device: torch.device
+    ) -> list[tuple[Tensor, Tensor]]:
+        """:meth:`factors`, at scale 1, of several tensors on one device: their ids and shapes."""
+        low, many = self._structure, []
+        for tensor, shape in places:
+            height, width = rows_and_columns(shape)
+            u, v = height * low.rank, width * low.rank
+            many.append(Strips(tensor, [step], probes, [0], [low.scale(1.0)], u))
+            many.append(Strips(tensor, [low.step_of_v(step)], probes, [u], [1.0], v))
+        found = backends.for_directions(device).many_strips(self.direction, self.seed, many, device)
+        return [
+            (u.view(len(probes), -1, low.rank), v.view(len(probes), -1, low.rank))
+            for u, v in zip(found[::2], found[1::2], strict=True)
+        ]
 
     def factor_rows(
         self, shape: Sequence[int], rows: Tensor, probes: Tensor, *, tensor: int, step: int, scale: float

@@ -79,19 +79,19 @@ def _add_products(x, lo, hi, u, v, place, term, end):  # type: ignore[no-untyped
 
 
 @kernel
-def strips(out, values, shift, k0, k1, tensor, steps, probes, starts, scales, lo, hi):  # type: ignore[no-untyped-def]
-    """``out[t] <- float32(scales[t] * z)`` from element ``starts[t]`` on: the bits of a scaled table without one."""
+def strips(out, places, values, shift, k0, k1, tensors, steps, probes, starts, scales, lo, hi):  # type: ignore[no-untyped-def]
+    """``out[places[t] : places[t + 1]] <- float32(scales[t] * z)`` from element ``starts[t]`` on: the bits of a scaled table without one."""
     words = np.empty(2 * BLOCKS, np.uint64)
     halves = words.view(np.uint16)
     for t in range(lo, hi):
-        position = 0
-        while position < out.shape[1]:
-            element = starts[t] + position
+        position, end = places[t], places[t + 1]
+        while position < end:
+            element = starts[t] + position - places[t]
             block = element // 8
             offset = element - 8 * block
-            count = min(TILE - offset, out.shape[1] - position)
-            _fill(words, np.uint32(block), (offset + count + 7) // 8, tensor, steps[t], probes[t], k0, k1)
-            part = out[t, position : position + count]
+            count = min(TILE - offset, end - position)
+            _fill(words, np.uint32(block), (offset + count + 7) // 8, tensors[t], steps[t], probes[t], k0, k1)
+            part = out[position : position + count]
             for i in range(count):
                 part[i] = values[halves[offset + i] >> shift]
             if scales[t] != 1.0:

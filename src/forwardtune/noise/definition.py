@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -88,6 +88,22 @@ def strips(
     for row, (step, probe, start, scale) in zip(out, places, strict=True):
         row.copy_(directions(direction, seed, tensor, step, probe, start, count, scale=scale, device=device))
     return out
+
+
+class Strips(NamedTuple):
+    """What :func:`strips` is asked for, but for direction and seed."""
+
+    tensor: int
+    steps: Sequence[int]
+    probes: Places
+    starts: Places
+    scales: Sequence[float]
+    length: int
+
+
+def many_strips(direction: Direction, seed: int, many: Sequence[Strips], device: torch.device) -> list[Tensor]:
+    """:func:`strips` of several tensors."""
+    return [strips(direction, seed, *each, device) for each in many]
 
 
 def perturb(

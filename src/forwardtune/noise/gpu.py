@@ -22,7 +22,7 @@ from torch import Tensor
 
 from . import definition
 from . import gpu_kernels as kernels
-from .definition import Places, Update
+from .definition import Places, Strips, Update
 from .directions import DIRECTIONS, Direction
 from .philox import split_seed
 
@@ -62,6 +62,11 @@ def strips(
             count, tiles, direction.shift, *_key(seed), _signed(tensor), **_options(size, max(1, _ROW_WARPS * size // _ROW_TILE)),
         )  # fmt: skip
     return out
+
+
+def many_strips(direction: Direction, seed: int, many: Sequence[Strips], device: torch.device) -> list[Tensor]:
+    """See :func:`.definition.many_strips`."""
+    return [strips(direction, seed, *each, device) for each in many]
 
 
 def perturb(

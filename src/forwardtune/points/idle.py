@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..errors import warn
+from ..method.record import StepRecord
 from ..parameters import TunedParameters
 
 # After so many steps from the start in which nothing changed the loss, that is said.
@@ -19,25 +20,23 @@ class IdleWatch:
     def __init__(self) -> None:
         self._flat: int | None = 0  # steps so far, all of them flat; None: nothing more to be said
 
-    def first_step(self, tuned: TunedParameters, unused: Sequence[int]) -> None:
-        """Warn of tensors that no evaluation of the first step went through."""
-        if unused:
-            warn(
-                f"{len(unused)} of {len(tuned)} tuned tensors took no part in the first step "
-                f"({_summary(tuned, unused)}): a step moves only what its evaluations went through. Set "
-                "requires_grad=False on what is not meant to be tuned",
-            )
-
-    def step(self, flat: bool, was_used: bool) -> None:
-        """Warn when no step has changed the loss so far, at once where no evaluation read a tuned tensor.
+    def look(self, record: StepRecord, tuned: TunedParameters, was_used: bool) -> None:
+        """Warn of tensors that no evaluation of the first step went through; and when no step has changed the loss so far, at once where
+        no evaluation read a tuned tensor.
 
         Args:
-            flat: every coefficient of the step is 0.
+            record: the step.
             was_used: an evaluation read a tuned tensor.
         """
-        if self._flat is None:
+        if record.step == 0 and record.unused:
+            warn(
+                f"{len(record.unused)} of {len(tuned)} tuned tensors took no part in the first step "
+                f"({_summary(tuned, record.unused)}): a step moves only what its evaluations went through. Set "
+                "requires_grad=False on what is not meant to be tuned",
+            )
+        if self._flat is None or record.skipped:
             return
-        self._flat = self._flat + 1 if flat else None
+        self._flat = self._flat + 1 if record.flat else None
         if self._flat == _FLAT or (self._flat == 1 and not was_used):
             seen = "" if was_used else ", and no evaluation read one of them"
             warn(

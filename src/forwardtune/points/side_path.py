@@ -66,9 +66,7 @@ class SidePath(Perturbation):
         self._kinds: dict[int, str] = {}
         self._step, self._query = 0, Query(0, 0.0)
         self._owners: Owners | None = None
-        self._kept: dict[
-            tuple[Any, ...], tuple[Tensor, Tensor]
-        ] = {}  # factors of the present step, under one direction a probe
+        self._kept: dict[tuple[Any, ...], dict[int, tuple[Tensor, Tensor]]] = {}  # factors of the present step
         self._eager: AbstractContextManager[Any] = nullcontext()
 
     def __enter__(self) -> SidePath:
@@ -209,15 +207,26 @@ class SidePath(Perturbation):
 
     def factors(self, tensor: TunedTensor, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """U / sqrt(r), shape (count, r, m), and V, (count, r, n), of so many directions. Both sides of a probe have the same ones."""
-        key = (tensor.id, count, self._step, self._query.probe, dtype)
+        key = (count, self._step, self._query.probe, tensor.parameter.device, dtype)
         if key not in self._kept:
-            parameter = tensor.parameter
-            address = {**self._address(tensor), "scale": 1.0}
-            probes = self._query.directions(count)
-            both = self.noise.factors(parameter.shape, probes=probes, device=parameter.device, **address)
-            u, v = (factor.mT.to(dtype).contiguous() for factor in both)
-            self._kept[key] = u, v
-        return self._kept[key]
+            self._kept[key] = self._drawn(count, tensor.parameter.device, dtype)
+        return self._kept[key][tensor.id]
+
+    def _drawn(self, count: int, device: torch.device, dtype: torch.dtype) -> dict[int, tuple[Tensor, Tensor]]:
+        """The factors of all tensors on a device: one call for all costs a tenth of one for each."""
+        here = [
+            t for t in self.tuned if t.parameter.device == device and self.is_low_rank(t) and t.id not in self.left_out
+        ]
+        found = self.noise.factors_of(
+            [(t.id, t.parameter.shape) for t in here],
+            step=self._step,
+            probes=self._query.directions(count),
+            device=device,
+        )
+        return {
+            t.id: (u.mT.to(dtype).contiguous(), v.mT.to(dtype).contiguous())
+            for t, (u, v) in zip(here, found, strict=True)
+        }
 
     def directions(self, tensor: TunedTensor, count: int) -> Tensor:
         """Scaled directions, shape (count, *shape)."""

@@ -97,7 +97,9 @@ def collate(batch: Sequence[Encoded], layout: Layout) -> dict[str, Tensor]:
     if all(example.reference is not None for example in batch):
         collated["reference"] = torch.tensor([example.reference for example in batch])
     if blocks:
-        places_in, owner, branch_of = (torch.tensor(column).view(-1, length) for column in (positions, owners, branches))
+        places_in, owner, branch_of = (
+            torch.tensor(column).view(-1, length) for column in (positions, owners, branches)
+        )
         collated["position_ids"] = places_in + layout.first_position + layout.context
         collated["attention_mask"] = _block_mask(owner, branch_of, layout)
     elif not layout.causal:
