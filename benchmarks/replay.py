@@ -9,6 +9,7 @@ is replayed and timed; both per step. Then the same with a direction for every e
 from __future__ import annotations
 
 import time
+from functools import partial
 
 import torch
 from machine import write
@@ -29,7 +30,7 @@ def main() -> None:
     for name, loss, terms, steps in (("shared", loss_of, 1, STEPS), ("example", losses_of, BATCH, STEPS // 10)):
         optimizer, closure = MeZO(model, lr=1e-9, assignment=name), loss(model, batch)
         optimizer.step(closure)
-        training = interleave({"step": lambda: optimizer.step(closure)}, rounds=9)["step"]
+        training = interleave({"step": partial(optimizer.step, closure)}, rounds=9)["step"]
         updates = [Update(step, (1e-7,) * terms) for step in range(steps)]
         began = time.perf_counter()
         for tensor in optimizer.tuned:
