@@ -28,11 +28,11 @@ SOURCE = Path(forwardtune.__file__).parent
 LAYERS = (
     {"errors", "names"},
     {"files", "memory", "cores", "durations", "processes"},
-    {"noise"},
+    {"noise", "storage"},
     {"parameters"},
     {"config"},
     {"method"},
-    {"points"},
+    {"points", "workers"},
     {"optimizer"},
     {"trajectory"},
     {"search"},
@@ -63,7 +63,9 @@ NEEDS = {
     "config": set(),
     "processes": set(),
     "trajectory": {"torch", "safetensors"},
-} | {part: {"torch"} for part in ("parameters", "method", "points", "optimizer", "search", "cores")}
+} | {
+    part: {"torch"} for part in ("storage", "parameters", "method", "points", "workers", "optimizer", "search", "cores")
+}
 NEEDS |= {f"search/{file}.py": set() for file in ("auto", "budget", "decisions", "guard", "line_search", "rates")}
 
 # What `pip install forwardtune` does not bring, by the names that are imported.

@@ -185,7 +185,7 @@ def test_prompts_are_cut_on_the_left_and_counted_answers_and_marks_never(
     tokenizer(EXAMPLE.prompt + " yes no way")
     encoder = Encoder(tokenizer, max_length)
     if prompt is None:
-        with pytest.raises(InputError, match=r"task choice, example 1.*answers of 2 tokens.*raise --max-length"):
+        with pytest.raises(InputError, match=r"task choice, example 1.*answers of 2 tokens.*raise max_length"):
             encoder(CHOICE, [EXAMPLE])
         return
     assert encoder(CHOICE, [EXAMPLE] * 2) == [Encoded(prompt, [[9], [10, 11]], (1,), example=EXAMPLE)] * 2

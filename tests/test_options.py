@@ -111,6 +111,12 @@ CASES: dict[str, dict[str, tuple[Any, See, Any]]] = {
         "rule_state": ("exact", lambda b: b.mezo.rule.state, "exact"),
         "steps": (2, lambda b: b.mezo.next_step, 2),
     },
+    "examples": {
+        "assignment": ("example", lambda b: (b.mezo.estimator.assignment, b.mezo.perturbation.name), ("example", "side_path")),
+        "rank": (2, lambda b: b.mezo.noise.structure.rank, 2),
+        "refresh": (3, lambda b: b.mezo.noise.structure.refresh, 3),
+        "steps": (2, lambda b: b.mezo.next_step, 2),
+    },
     "timed": {  # it stops before its first step
         "tune": (r"layers\.1\.", lambda b: sum(p.requires_grad for p in b.session.model.parameters()), 9),
         "per_class": (3, lambda b: [b.lengths(split) for split in ("train", "dev")], [6, 6]),

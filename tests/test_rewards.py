@@ -159,7 +159,7 @@ ASYNC, NO_JUDGE = (
         (lambda *completions: [], NO_JUDGE),
         (lambda prompts: [], NO_JUDGE),
         (np.dot, NO_JUDGE),
-        (subprocess.getoutput, "is getoutput of the standard library's module 'subprocess'.*of your own"),
+        (subprocess.getoutput, "is getoutput of the standard library: .*'subprocess'.*of your own"),
         (functools.partial(subprocess.getoutput, encoding="utf-8"), "is getoutput of the standard library"),
         (subprocess.Popen, "is Popen of the standard library"),
         (exec, "is exec of the standard library: 'builtins'"),

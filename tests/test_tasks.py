@@ -615,7 +615,7 @@ def test_so_many_of_each_class(tmp_path: Path) -> None:
         assert not set(splits["train"].numbers) & set(splits["dev"].numbers)
         assert len(splits["test"]) == 24
     assert len({tuple(load_splits(task, per_class=3, seed=seed)["train"].numbers) for seed in range(4)}) == 4
-    words = r"holds 6 examples of class 1 \(great\), and 4 for .* and 4 .* lower --per-class to 3$"
+    words = r"holds 6 examples of class 1 \(great\), and 4 for .* and 4 .* lower per_class to 3$"
     with pytest.raises(InputError, match=words):
         load_splits(task, per_class=4)
     assert len(load_splits(task, per_class=6, dev_examples=0)["train"]) == 12

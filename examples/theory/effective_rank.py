@@ -23,6 +23,7 @@ from figures import BLUE, GREEN, GREY, RED, panels, parser, save
 
 from forwardtune import MeZO
 from forwardtune.evaluation import prepare, training_objective
+from forwardtune.method.estimators import Query
 from forwardtune.models import context_length, load_model
 from forwardtune.points import Scratch
 from forwardtune.tasks import get_task, load_split
@@ -48,7 +49,7 @@ def by_forward_passes(model: Any, loss: Any, eps: float, directions: int) -> lis
         for k in range(directions):
             around = 0.0
             for scale in (eps, -eps):
-                point.shift(step=0, probe=k, scale=scale)
+                point.shift(0, Query(k, scale))
                 around += float(loss()) - centre
             values.append(around / eps**2)
     return values

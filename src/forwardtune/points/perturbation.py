@@ -125,7 +125,9 @@ def as_losses(value: Any) -> Tensor:
 
 def read(value: Tensor | float) -> Losses:
     """The numbers of a loss, or of several."""
-    return tuple(value.double().reshape(-1).tolist()) if isinstance(value, Tensor) else (value,)
+    if not isinstance(value, Tensor) or value.numel() == 1:
+        return (float(value),)
+    return tuple(value.double().tolist())
 
 
 def without_compilation() -> AbstractContextManager[Any]:
