@@ -58,7 +58,7 @@ def errors(model: Any, loss: Any, truth: list[torch.Tensor], eps: float, most: i
     with Scratch(optimizer.tuned, optimizer.noise) as point:
         for k in range(most):
             losses = []
-            for _, scale in spsa.queries():
+            for _, scale, _ in spsa.queries():
                 point.shift(step=0, probe=k, scale=scale)
                 losses.append(float(loss()))
             (c,) = spsa.coefficients(losses)
@@ -78,7 +78,7 @@ def bias(weight: torch.Tensor, loss: Any, truth: torch.Tensor, eps: float) -> fl
     start, total, spsa = weight.clone(), torch.zeros_like(weight), SPSA(eps)
     for signs in itertools.product((-1.0, 1.0), repeat=weight.numel()):
         z = torch.tensor(signs, dtype=weight.dtype)
-        losses = [float(loss(weight.copy_(start + scale * z))) for _, scale in spsa.queries()]
+        losses = [float(loss(weight.copy_(start + scale * z))) for _, scale, _ in spsa.queries()]
         total += spsa.coefficients(losses)[0] * z
     weight.copy_(start)
     return distance([total / 2 ** weight.numel()], [truth])
