@@ -58,8 +58,8 @@ def errors(model: Any, loss: Any, truth: list[torch.Tensor], eps: float, most: i
     with Scratch(optimizer.tuned, optimizer.noise) as point:
         for k in range(most):
             losses = []
-            for _, scale, _ in spsa.queries():
-                point.shift(step=0, probe=k, scale=scale)
+            for query in spsa.queries():
+                point.shift(0, query._replace(probe=k))
                 losses.append(float(loss()))
             (c,) = spsa.coefficients(losses)
             total = [c * optimizer.noise.z(t.parameter, tensor=t.id, step=0, probe=k) for t in optimizer.tuned]
