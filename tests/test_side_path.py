@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 import support
 from forwardtune import MeZO, StepLog, replay
-from forwardtune.errors import InputError
+from forwardtune.errors import InputError, LogError
 from forwardtune.method.estimators import Query
 from forwardtune.parameters import TunedParameters
 from forwardtune.points import Copy, ReadElsewhereError, SidePath
 from forwardtune.points.owners import examples_at
 from forwardtune.trajectory import export_trajectory, read_log
+from support.logs import reseal
 
 EPS, COUNT, LENGTH = 1e-2, 5, 11
 # What has no side path, by the ends of the names. All other tensors of a family must have one.
@@ -353,6 +354,207 @@ def test_adapters_have_directions_for_each_example() -> None:
             expected = by_weights(optimizer, side, 0, lambda: losses_of(model, ids), COUNT)
         assert not side.left_out
         assert found == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_autocast_gives_outputs_another_dtype_than_weights_have(family: str) -> None:
+    model, ids = support.tiny_model(family), support.token_batch(COUNT, LENGTH)
+    _, side = side_path(model, eps=0.1)
+
+    def closure() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return losses_of(model, ids)
+
+    queries = [Query(0, 0.1, 1), Query(0, 0.0, 1)]
+    with torch.no_grad():
+        rough, rough_clean = side.losses(0, queries, closure)
+        exact, clean = side.losses(0, queries, lambda: losses_of(model, ids))
+    assert not side.left_out
+    for a, b, c, d in zip(rough, rough_clean, exact, clean, strict=True):
+        assert abs((a - b) - (c - d)) < 0.2 * abs(c - d) + 0.02
+
+
+def test_positions_that_all_rows_share_do_not_count_the_examples() -> None:
+    """GPT-2's positions have one row, and are the first to be looked up where the embeddings of tokens are not tuned."""
+    model, ids = support.tiny_model("gpt2", torch.float64), support.token_batch(COUNT, LENGTH)
+    model.transformer.wte.requires_grad_(False)
+    optimizer, side = side_path(model)
+    with torch.no_grad():
+        (found,) = side.losses(0, [Query(0, EPS, 1)], lambda: losses_of(model, ids))
+        expected = by_weights(optimizer, side, 0, lambda: losses_of(model, ids), COUNT)
+    assert not side.left_out
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+class Beside(nn.Module):
+    """Layers that also work on something which belongs to no example, a vector."""
+
+    def __init__(self, first: bool) -> None:
+        super().__init__()
+        self.first = first
+        self.layer, self.beside, self.norm = nn.Linear(6, 6), nn.Linear(6, 6), nn.LayerNorm(6)
+        self.register_buffer("vector", torch.randn(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.first:
+            beside = self.beside(self.vector) + self.norm(self.vector)
+            return (self.layer(x) + beside).pow(2).mean(1)
+        return (self.layer(x) + self.beside(self.vector) + self.norm(self.vector)).pow(2).mean(1)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.filterwarnings("ignore:.* took no part")
+def test_what_meets_a_vector_has_no_side_path(first: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Beside(first), torch.randn(4, 6)
+    optimizer, side = side_path(model)
+    optimizer.step(lambda: model(x))
+    left = {optimizer.tuned[i].name for i in side.left_out}
+    assert left == {"beside.weight", "beside.bias", "norm.weight", "norm.bias"}
+
+
+class Flattened(nn.Module):
+    """Its second layer is given the tokens of all examples in a row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).reshape(-1, 6)).view(x.shape).pow(2).mean((1, 2))
+
+
+def test_a_minibatch_of_single_tokens_says_nothing_of_the_kind_of_places() -> None:
+    torch.manual_seed(0)
+    model = Flattened()
+    optimizer, side = side_path(model)
+    for length in (1, 3, 1, 2):
+        x = torch.randn(4, length, 6)
+        optimizer.step(lambda x=x: model(x))
+        assert not side.left_out
+
+
+class Chosen(nn.Module):
+    """Its second layer is given some of the tokens, of one example or of another, as an expert is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
+        y = self.first(x)
+        flat = y.reshape(-1, 6)
+        return (
+            (y + torch.zeros_like(flat).index_copy(0, tokens, self.second(flat[tokens])).view(x.shape))
+            .pow(2)
+            .mean((1, 2))
+        )
+
+
+def test_a_choice_of_as_many_tokens_as_there_are_examples_is_not_taken_for_them() -> None:
+    torch.manual_seed(0)
+    model, x = Chosen(), torch.randn(4, 3, 6)
+    optimizer, side = side_path(model)
+    optimizer.step(lambda: model(x, torch.arange(12)))
+    assert not side.left_out
+    optimizer.step(lambda: model(x, torch.tensor([0, 1, 2, 4])))
+    assert {optimizer.tuned[i].name for i in side.left_out} >= {"second.weight"}
+
+
+def test_vectors_of_double_precision_are_perturbed_in_it() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6)).double(), torch.randn(4, 6, dtype=torch.float64)
+    nn.init.normal_(model[1].weight)
+    optimizer, side = side_path(model)
+    tiny = 1e-7
+
+    def closure() -> Tensor:
+        return (model(x) ** 3).mean(1)
+
+    with torch.no_grad():
+        found, clean = side.losses(0, [Query(0, tiny, 1), Query(0, 0.0, 1)], closure)
+        expected = by_weights(optimizer, side, 0, closure, 4, tiny)
+    moved = [a - c for a, c in zip(found, clean, strict=True)]
+    assert moved == pytest.approx([a - c for a, c in zip(expected, clean, strict=True)], rel=1e-4)
+
+
+def test_factors_of_one_probe_are_kept_at_a_time_and_none_between_steps() -> None:
+    model, ids = support.tiny_model("llama"), support.token_batch(COUNT, LENGTH)
+    optimizer, side = side_path(model, probes=3)
+    most = []
+
+    def closure() -> Tensor:
+        losses = losses_of(model, ids)
+        most.append(len(side._kept))
+        return losses
+
+    optimizer.step(closure)
+    assert max(most) == 1
+    assert not side._kept
+
+
+def test_factors_are_drawn_once_for_projections_and_look_ups() -> None:
+    model, ids = support.tiny_model("llama", torch.bfloat16), support.token_batch(COUNT, LENGTH)
+    optimizer, side = side_path(model)
+    seen = []
+
+    def closure() -> Tensor:
+        losses = losses_of(model, ids)
+        seen.append(len(side._kept))
+        return losses
+
+    optimizer.step(closure)
+    assert max(seen) == 1
+
+
+def test_a_step_that_does_not_fit_float32_is_logged_as_it_was(tmp_path: Any) -> None:
+    """Not that examples which have a loss have a mean: the step was skipped, and its loss is the mean of all."""
+    model, ids = support.tiny_model("llama"), support.token_batch(4, LENGTH)
+    optimizer, _ = side_path(model, lr=1e38)
+    seen = []
+    optimizer.recorders.append(seen.append)
+
+    def closure() -> Tensor:
+        return (1e4 * losses_of(model, ids)).index_fill(0, torch.tensor([2]), math.nan)
+
+    with StepLog(tmp_path / "steps.jsonl", optimizer):
+        optimizer.step(closure)
+    (found,) = read_log(tmp_path / "steps.jsonl").records
+    assert found.skipped
+    assert seen[0].skipped
+    assert math.isnan(found.loss)
+    assert math.isnan(seen[0].loss)
+
+
+def test_a_bound_of_infinity_is_none(tmp_path: Any) -> None:
+    optimizer, _ = side_path(support.tiny_model("llama"), clip_coefficient=math.inf)
+    StepLog(tmp_path / "steps.jsonl", optimizer).close()
+    assert "clip_coefficient" not in read_log(tmp_path / "steps.jsonl").header
+
+
+@pytest.mark.parametrize(
+    ("line", "change", "message"),
+    [
+        *((1, {"examples": n}, "line 2: a field") for n in (0, -1, 4, 10**30, True, 3.0, "3", None)),
+        *((1, {"losses": text}, "line 2: a field") for text in ("", "AAAA", "????", "=", 3, None, [1.0])),
+        (1, {"examples": 0, "losses": ""}, "line 2: a field"),
+        (0, {"eps": "small"}, "a header that is not whole"),
+        (0, {"assignment": "each"}, "a header that is not whole"),
+        (0, {"rank": -1}, "a header that is not whole"),
+        (0, {"refresh": 0}, "a header that is not whole"),
+    ],
+)
+def test_lines_that_hold_something_else_are_refused(
+    tmp_path: Any, line: int, change: dict[str, Any], message: str
+) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Linear(6, 6), torch.randn(3, 6)
+    optimizer, _ = side_path(model)
+    with StepLog(tmp_path / "steps.jsonl", optimizer):
+        optimizer.step(lambda: model(x).pow(2).mean(1))
+    reseal(tmp_path / "steps.jsonl", lambda contents: contents[line].update(change))
+    with pytest.raises(LogError, match=message):
+        read_log(tmp_path / "steps.jsonl")
 
 
 def test_the_log_says_what_the_directions_are(tmp_path: Any) -> None:

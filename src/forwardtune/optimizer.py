@@ -14,7 +14,7 @@ from torch import nn
 
 from .errors import InputError, NonFiniteLossError
 from .method.estimators import Estimator, Losses, get_estimator
-from .method.record import StepRecord, estimated, updates_of
+from .method.record import StepRecord, estimated, mean_loss, updates_of
 from .method.rule import History, Rule, move_all
 from .method.rules import get_rule
 from .noise import Direction, LowRank, Noise, get_direction
@@ -269,7 +269,7 @@ class MeZO(torch.optim.Optimizer):
         try:
             updates = [] if record.skipped else updates_of(self.rule, record)
         except OverflowError:  # a learning rate or a loss so large that the step does not fit float32
-            record, updates = replace(record, coefficients=()), []
+            record, updates = replace(record, coefficients=(), loss=mean_loss(record.losses, skipped=True)), []
         if updates:
             self.interrupted = True
             unchanged = move_all(self.rule, self.noise, self.tuned, [[update] for update in updates], self.history)

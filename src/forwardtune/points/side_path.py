@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import InputError
 from ..method.estimators import Losses, Query
@@ -66,13 +66,17 @@ class SidePath(Perturbation):
         self._kinds: dict[int, str] = {}
         self._step, self._query = 0, Query(0, 0.0)
         self._owners: Owners | None = None
-        self._kept: dict[tuple[Any, ...], dict[int, tuple[Tensor, Tensor]]] = {}  # factors of the present step
+        self._rows_passed = 0  # most rows of a tensor that the module was called with
+        self._hook: torch.utils.hooks.RemovableHandle | None = None
+        self._kept: dict[tuple[Any, ...], dict[int, tuple[Tensor, Tensor]]] = {}  # factors of the present directions
         self._eager: AbstractContextManager[Any] = nullcontext()
 
     def __enter__(self) -> SidePath:
         self.used = set()
         self._eager = without_compilation()
         self._eager.__enter__()
+        assert self.tuned.module is not None
+        self._hook = self.tuned.module.register_forward_pre_hook(self._look_at, with_kwargs=True)
         for module, name, tensor in self._places:
             if tensor.id not in self.left_out:
                 module._parameters[name] = SideWeight.wrap(self, tensor)  # type: ignore[assignment]
@@ -81,12 +85,17 @@ class SidePath(Perturbation):
     def __exit__(self, *exception: object) -> None:
         for module, name, tensor in self._places:
             module._parameters[name] = tensor.parameter
+        if self._hook is not None:
+            self._hook.remove()
         self._eager.__exit__(None, None, None)
         self._owners = None
         self._kept.clear()
+        torch.clear_autocast_cache()
 
     def shift(self, step: int, query: Query) -> None:
-        self._step, self._query, self._owners = step, query, None
+        if (step, query.probe, query.stride) != (self._step, self._query.probe, self._query.stride):
+            self._kept.clear()
+        self._step, self._query, self._owners, self._rows_passed = step, query, None, 0
         torch.clear_autocast_cache()
 
     def losses(self, step: int, queries: Sequence[Query], closure: Closure) -> list[Losses]:
@@ -152,13 +161,22 @@ class SidePath(Perturbation):
         """From the next evaluation on the tensor is an ordinary one."""
         self.left_out.add(tensor.id)
 
+    def _look_at(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        passed = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim > 1]
+        self._rows_passed = max([self._rows_passed, *(value.shape[0] for value in passed)])
+
     def _input(self) -> Owners | None:
         """The owners of the model's input; None before it was seen."""
         return declared() or self._owners
 
     def _present(self, lead: Sequence[int]) -> Owners:
         """The owners of what the model works on now; of these leading dimensions if it is the input."""
-        owners = self._owners = self._input() or _rows_are_examples(lead)
+        owners = self._input()
+        if owners is None:
+            # One row may be what all rows have in common, as the positions of learned embeddings.
+            height = max(1, self._rows_passed) if lead[0] == 1 else lead[0]
+            owners = _rows_are_examples((height, *lead[1:]))
+        self._owners = owners
         positions = selected()
         return owners if positions is None else owners.at(positions)
 
@@ -182,9 +200,11 @@ class SidePath(Perturbation):
         """
         if not self._query.per_example:
             return Groups(1)
+        if not lead:
+            return None
         owners = self._present(lead)
         kind = "rows" if len(lead) > 1 else "pooled" if lead[0] == owners.tokens.shape[0] else "flat"
-        if self._kinds.setdefault(tensor.id, kind) != kind and owners.tokens.shape[1] > 1:
+        if owners.tokens.shape[1] > 1 and self._kinds.setdefault(tensor.id, kind) != kind:
             return None
         return owners.groups(lead)
 
@@ -192,7 +212,7 @@ class SidePath(Perturbation):
         """The direction of every place of such an activation, in a shape that broadcasts; None if it cannot be told."""
         if not self._query.per_example:
             return torch.zeros((1,) * len(lead), dtype=torch.int64)
-        return self._present(lead).of(lead)
+        return self._present(lead).of(lead) if lead else None
 
     def _address(self, tensor: TunedTensor) -> dict[str, Any]:
         return {"tensor": tensor.id, "step": self._step, "scale": self._query.scale}
@@ -207,7 +227,7 @@ class SidePath(Perturbation):
 
     def factors(self, tensor: TunedTensor, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """U / sqrt(r), shape (count, r, m), and V, (count, r, n), of so many directions. Both sides of a probe have the same ones."""
-        key = (count, self._step, self._query.probe, tensor.parameter.device, dtype)
+        key = (count, tensor.parameter.device, dtype)
         if key not in self._kept:
             self._kept[key] = self._drawn(count, tensor.parameter.device, dtype)
         return self._kept[key][tensor.id]
@@ -248,8 +268,8 @@ class SidePath(Perturbation):
             found = self.noise.direction_rows(shape, flat, probes, **self._address(tensor))
         else:
             u = self.noise.factor_rows(shape, flat, probes, **self._address(tensor))
-            _, v = self.factors(tensor, int(owner.max()) + 1, u.dtype)
-            found = torch.einsum("pr,prn->pn", u, v[owner])
+            _, v = self.factors(tensor, self.count() or 1, tensor.parameter.dtype)  # those that projections take, too
+            found = torch.einsum("pr,prn->pn", u, v[owner].to(u.dtype))
         return found.view(*numbers.shape, shape[-1])
 
 

@@ -140,7 +140,8 @@ def _spread(value: Any) -> Any:
 def _vectors(weight: SideWeight, count: int) -> Tensor:
     """The perturbed vectors of so many directions, (count, n), rounded as perturbed weights are."""
     shift = weight._path.directions(weight._tensor, count)
-    return (weight._original.to(shift.dtype) + shift).to(weight._original.dtype)
+    arithmetic = torch.promote_types(weight.dtype, shift.dtype)
+    return (weight._original.to(arithmetic) + shift).to(weight.dtype)
 
 
 def _values(value: Any) -> Any:
@@ -202,12 +203,13 @@ def _add_product(y: Tensor, x: Tensor, weight: SideWeight, *, transposed: bool) 
     groups = path.groups(x.shape[:-1], tensor)
     if groups is None or weight.ndim != 2 or not y.is_contiguous():
         return False
-    rows, out = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+    # Autocast gives y in a dtype of its own, and in-place products take one dtype alone.
+    rows, out = x.reshape(-1, x.shape[-1]).to(y.dtype), y.view(-1, y.shape[-1])
     if not path.is_low_rank(tensor):
-        z = path.directions(tensor, groups.count).to(x.dtype)
+        z = path.directions(tensor, groups.count).to(y.dtype)
         groups.add_to(out, torch.bmm(groups.gathered(rows), z if transposed else z.mT))
         return True
-    u, v = path.factors(tensor, groups.count, x.dtype)
+    u, v = path.factors(tensor, groups.count, y.dtype)
     inner, outer = (u, v) if transposed else (v, u)  # (directions, rank, n) and (directions, rank, m)
     if groups.count * inner.shape[1] <= _AT_ONCE:
         narrow = F.linear(rows, inner.flatten(0, 1))

@@ -95,7 +95,7 @@ def direction_content(direction: Direction) -> dict[str, str]:
 
 
 def _clips_derived(optimizer: MeZO) -> bool:
-    return optimizer.estimator.per_example and optimizer.clip_coefficient is not None
+    return optimizer.estimator.per_example and (optimizer.clip_coefficient or math.inf) < math.inf
 
 
 def structure_content(structure: LowRank | None) -> dict[str, int]:
@@ -157,6 +157,8 @@ def step_record(content: dict[str, Any], header: dict[str, Any], estimator: Esti
         coefficients, loss = tuple(map(float, content["coefficients"])), float(content["loss"])
     else:
         examples = content["examples"]
+        if type(examples) is not int or examples < 1:
+            raise ValueError(f"{examples!r} examples")
         count = len(estimator.queries()) * examples
         losses = struct.unpack(f"<{count}f", base64.b64decode(content["losses"], validate=True))
         by_query = [losses[i : i + examples] for i in range(0, count, examples)]

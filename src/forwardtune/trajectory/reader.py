@@ -16,7 +16,7 @@ from ..method.record import StepRecord
 from ..method.rule import Rule
 from ..method.rules import RULES, get_rule
 from ..noise import DIRECTIONS, NOISE_VERSION
-from .format import ABSENT, READABLE, direction_content, estimator_of, step_record, unseal
+from .format import ABSENT, READABLE, direction_content, estimator_of, noise_of, step_record, unseal
 
 
 @dataclass(frozen=True)
@@ -182,6 +182,11 @@ def check_header(path: Path, header: dict[str, Any]) -> None:
         raise LogError(
             f"{path} was written with another table of the direction {header['direction']!r}: register the one that the run had"
         )
+    try:
+        noise_of(header)
+        estimator_of(header)
+    except (KeyError, TypeError, ValueError) as error:
+        raise LogError(f"{path} has a header that is not whole ({error}): restore the file from a copy") from None
     rule_of(path, header)
 
 
