@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from forwardtune.parameters import TunedParameters
 from forwardtune.points import Copy, ReadElsewhereError, SidePath
 from forwardtune.points.owners import examples_at
 from forwardtune.trajectory import export_trajectory, read_log
+from support.trainers import quiet_config
 
 EPS, COUNT, LENGTH = 1e-2, 5, 11
 # What has no side path, by the ends of the names. All other tensors of a family must have one.
@@ -506,3 +509,89 @@ def test_the_log_says_what_the_directions_are(tmp_path: Any) -> None:
     assert said == {"assignment": "example", "rank": 3, "refresh": 4, "clip_coefficient": 2.0}
     assert "coefficients" not in step
     assert step["examples"] == COUNT
+
+
+def trainer_of(folder: Path, model: Any, *, labels: Any = None, given: Any = None, **settings: Any) -> Any:
+    from forwardtune import MeZOTrainer
+
+    ids = support.token_batch(12, 6).tolist()
+    labels = ids if labels is None else labels
+    data = [{"input_ids": row, "labels": label} for row, label in zip(ids, labels, strict=True)]
+    args = quiet_config(
+        folder, **{"max_steps": 2, "learning_rate": 1e-4, "eps": 1e-3, "assignment": "example", **settings}
+    )
+    return MeZOTrainer(model=model, args=args, train_dataset=data, **(given or {}))
+
+
+def test_labels_are_moved_where_the_model_moves_them(tmp_path: Path) -> None:
+    """A class that transformers does not list among its causal models: a vision-language model, or code from a hub."""
+    import transformers
+
+    class Elsewhere(transformers.LlamaForCausalLM):
+        pass
+
+    losses = []
+    for number, kind in enumerate((transformers.LlamaForCausalLM, Elsewhere)):
+        model = support.tiny_model("llama")
+        model.__class__ = kind
+        trainer = trainer_of(tmp_path / str(number), model)
+        trainer.train()
+        losses.append(trainer.mezo.last.losses)
+    assert losses[0] == losses[1]
+
+
+def test_a_model_whose_own_loss_is_another_is_refused(tmp_path: Path) -> None:
+    import transformers
+
+    class Weighted(transformers.LlamaForCausalLM):
+        def forward(self, input_ids: Any = None, labels: Any = None) -> Any:
+            outputs = super().forward(input_ids=input_ids, labels=labels)
+            outputs.loss = 2 * outputs.loss
+            return outputs
+
+    model = support.tiny_model("llama")
+    model.__class__ = Weighted
+    with pytest.raises(InputError, match=r"own loss \(.*\) is not the mean cross-entropy of its labels"):
+        trainer_of(tmp_path, model).train()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["bert", "gpt2", "t5"])
+def test_own_losses_of_families_are_found_again(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = support.tiny_model(family, dtype)
+    if family == "t5":
+        model.config.decoder_start_token_id = 0
+    trainer = trainer_of(tmp_path, model)
+    with pytest.warns(UserWarning, match="have no side path") if family == "t5" else contextlib.nullcontext():
+        trainer.train()
+    assert trainer.mezo.last.examples == 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "given", "message"),
+    [
+        ({"label_smoothing_factor": 0.1}, {}, "label_smoothing_factor gives one loss"),
+        ({}, {"compute_loss_func": lambda outputs, labels, **_: outputs.loss}, "compute_loss_func gives one loss"),
+    ],
+)
+def test_a_loss_of_the_batch_alone_is_refused(settings: Any, given: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        trainer_of(tmp_path, support.tiny_model("llama"), given=given, **settings)
+
+
+def test_trainer_reports_the_mean_over_microbatches(tmp_path: Path) -> None:
+    found = []
+    for number, (size, parts) in enumerate(((4, 1), (2, 2))):
+        sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": parts}
+        trainer = trainer_of(tmp_path / str(number), support.tiny_model("llama"), **sizes)
+        found.append(trainer.train().training_loss)
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+
+
+def test_trainer_computes_in_bfloat16(tmp_path: Path) -> None:
+    found = []
+    for number, bf16 in enumerate((False, True)):
+        trainer = trainer_of(tmp_path / str(number), support.tiny_model("llama"), bf16=bf16, eps=0.1, max_steps=1)
+        trainer.train()
+        found.append(trainer.mezo.last.coefficients)
+    assert found[1] == pytest.approx(found[0], rel=0.1, abs=0.1)
