@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +23,7 @@ from forwardtune.points import Copy, ReadElsewhereError, SidePath
 from forwardtune.points.owners import examples_at
 from forwardtune.trajectory import export_trajectory, read_log
 from support.logs import reseal
+from support.trainers import quiet_config
 
 EPS, COUNT, LENGTH = 1e-2, 5, 11
 # What has no side path, by the ends of the names. All other tensors of a family must have one.
@@ -256,7 +260,7 @@ def test_what_has_no_side_path_is_named_and_stays() -> None:
     before = support.snapshot(model)
     optimizer, _ = side_path(model)
     ids = support.token_batch(COUNT, LENGTH)
-    with pytest.warns(UserWarning, match=r"took no part in the first step .*experts"):
+    with pytest.warns(UserWarning, match=r"have no side path in this model .*experts"):
         optimizer.step(lambda: losses_of(model, ids))
     optimizer.step(lambda: losses_of(model, ids))
     for name, now in support.snapshot(model).items():
@@ -282,6 +286,146 @@ def test_a_model_that_mixes_its_examples_is_refused() -> None:
     optimizer, _ = side_path(model)
     with pytest.raises(ReadElsewhereError, match="mixes its examples"):
         optimizer.step(lambda: model(x))
+
+
+class Cumulative(nn.Module):
+    """Every example's output has a part of those before it, so the first one is as it should be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).cumsum(0).pow(2).mean(1)
+
+
+def test_the_last_example_is_checked_too_and_a_refusal_lasts() -> None:
+    torch.manual_seed(0)
+    model, x = Cumulative(), torch.randn(4, 6)
+    optimizer, _ = side_path(model)
+    for _ in range(2):  # whoever runs the loop again is told again
+        with pytest.raises(ReadElsewhereError, match=r"loss of example 3 .* Use assignment='shared'$"):
+            optimizer.step(lambda: model(x))
+
+
+class Captured(nn.Module):
+    """Its embedding is its head, too, which no module owns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(20, 6)
+        self.tied = [self.table.weight]
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits = F.linear(self.table(ids), self.tied[0])
+        return F.cross_entropy(logits.transpose(1, 2), ids, reduction="none").mean(1)
+
+
+def test_a_weight_that_no_module_owns_is_noticed() -> None:
+    torch.manual_seed(0)
+    model, ids = Captured(), torch.randint(20, (4, 7))
+    with pytest.raises(ReadElsewhereError, match="read on a way that the side path cannot see"):
+        side_path(model)[0].step(lambda: model(ids))
+
+
+class Derived(nn.Module):
+    """Biases that are computed from parameters meet weights that are not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm = nn.Linear(6, 16), nn.LayerNorm(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.linear(x, self.layer.weight, 2 * self.layer.bias)
+        h = F.layer_norm(h, (16,), self.norm.weight, 1 + self.norm.bias)
+        return h.pow(2).sin().flatten(1).mean(1)
+
+
+class OneByOne(nn.Module):
+    """Calls its first layer for every example alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.stack([self.first(row).sin() for row in x])).pow(2).mean(1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "left"),
+    [
+        (Derived, (4, 7, 6), ["layer.bias", "norm.bias"]),
+        (Derived, (4, 6), ["layer.bias", "norm.bias"]),
+        (OneByOne, (4, 6), ["first.bias", "first.weight"]),
+    ],
+)
+def test_uses_that_nobody_expected_leave_tensors_out(kind: Any, shape: tuple[int, ...], left: list[str]) -> None:
+    torch.manual_seed(0)
+    model, x = kind().double(), torch.randn(shape, dtype=torch.float64)
+    optimizer, side = side_path(model)
+    with torch.no_grad():
+        (found,) = side.losses(0, [Query(0, EPS, 1)], lambda: model(x))
+        assert found == pytest.approx(by_weights(optimizer, side, 0, lambda: model(x), 4), rel=1e-6)
+    assert [tensor.name for tensor in optimizer.tuned if tensor.id in side.left_out] == left
+    with pytest.warns(UserWarning, match="have no side path"):
+        optimizer.step(lambda: model(x))
+
+
+class Optional(nn.Module):
+    """Has no side path for a part that only some minibatches go through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.scale = nn.Linear(6, 6), nn.Parameter(torch.tensor(1.5))
+        self.wanted = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        return (y * self.scale if self.wanted else y).pow(2).mean(1)
+
+
+def test_what_turns_out_later_to_have_no_side_path_is_named_then() -> None:
+    torch.manual_seed(0)
+    model, x = Optional(), torch.randn(4, 6)
+    optimizer, _ = side_path(model)
+    with pytest.warns(UserWarning, match="took no part in the first step .*scale"):
+        optimizer.step(lambda: model(x))
+    model.wanted = True
+    with pytest.warns(UserWarning, match=r"have no side path in this model \(scale\)"):
+        optimizer.step(lambda: model(x))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step(lambda: model(x))
+
+
+def test_owners_that_do_not_fit_the_input_are_told() -> None:
+    model, ids = support.tiny_model("llama"), support.token_batch(COUNT, LENGTH)
+
+    def closure() -> Tensor:
+        with examples_at(torch.arange(COUNT).repeat(2)):
+            return losses_of(model, ids)
+
+    with pytest.raises(InputError, match=r"examples_at\(\(10, 1\)\) does not fit"):
+        side_path(model)[0].step(closure)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 40])
+def test_autocast_agrees_up_to_its_rounding(rank: int) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(90, 90), nn.LayerNorm(90), nn.Linear(90, 90)).eval(), torch.randn(4, 90)
+
+    def closure() -> Tensor:
+        return model(x).float().pow(2).mean(1)
+
+    def cast() -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return closure()
+
+    _, side = side_path(model, rank=rank)
+    with torch.no_grad():
+        (exact,), (found,) = (side.losses(0, [Query(0, EPS, 1)], c) for c in (closure, cast))
+    assert found == pytest.approx(exact, rel=2e-2)
 
 
 class Exotic(nn.Module):
@@ -403,7 +547,7 @@ class Beside(nn.Module):
 
 
 @pytest.mark.parametrize("first", [True, False])
-@pytest.mark.filterwarnings("ignore:.* took no part")
+@pytest.mark.filterwarnings("ignore:.* have no side path")
 def test_what_meets_a_vector_has_no_side_path(first: bool) -> None:
     torch.manual_seed(0)
     model, x = Beside(first), torch.randn(4, 6)
@@ -451,6 +595,7 @@ class Chosen(nn.Module):
         )
 
 
+@pytest.mark.filterwarnings("ignore:.* have no side path")
 def test_a_choice_of_as_many_tokens_as_there_are_examples_is_not_taken_for_them() -> None:
     torch.manual_seed(0)
     model, x = Chosen(), torch.randn(4, 3, 6)
@@ -567,3 +712,89 @@ def test_the_log_says_what_the_directions_are(tmp_path: Any) -> None:
     assert said == {"assignment": "example", "rank": 3, "refresh": 4, "clip_coefficient": 2.0}
     assert "coefficients" not in step
     assert step["examples"] == COUNT
+
+
+def trainer_of(folder: Path, model: Any, *, labels: Any = None, given: Any = None, **settings: Any) -> Any:
+    from forwardtune import MeZOTrainer
+
+    ids = support.token_batch(12, 6).tolist()
+    labels = ids if labels is None else labels
+    data = [{"input_ids": row, "labels": label} for row, label in zip(ids, labels, strict=True)]
+    args = quiet_config(
+        folder, **{"max_steps": 2, "learning_rate": 1e-4, "eps": 1e-3, "assignment": "example", **settings}
+    )
+    return MeZOTrainer(model=model, args=args, train_dataset=data, **(given or {}))
+
+
+def test_labels_are_moved_where_the_model_moves_them(tmp_path: Path) -> None:
+    """A class that transformers does not list among its causal models: a vision-language model, or code from a hub."""
+    import transformers
+
+    class Elsewhere(transformers.LlamaForCausalLM):
+        pass
+
+    losses = []
+    for number, kind in enumerate((transformers.LlamaForCausalLM, Elsewhere)):
+        model = support.tiny_model("llama")
+        model.__class__ = kind
+        trainer = trainer_of(tmp_path / str(number), model)
+        trainer.train()
+        losses.append(trainer.mezo.last.losses)
+    assert losses[0] == losses[1]
+
+
+def test_a_model_whose_own_loss_is_another_is_refused(tmp_path: Path) -> None:
+    import transformers
+
+    class Weighted(transformers.LlamaForCausalLM):
+        def forward(self, input_ids: Any = None, labels: Any = None) -> Any:
+            outputs = super().forward(input_ids=input_ids, labels=labels)
+            outputs.loss = 2 * outputs.loss
+            return outputs
+
+    model = support.tiny_model("llama")
+    model.__class__ = Weighted
+    with pytest.raises(InputError, match=r"own loss \(.*\) is not the mean cross-entropy of its labels"):
+        trainer_of(tmp_path, model).train()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["bert", "gpt2", "t5"])
+def test_own_losses_of_families_are_found_again(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = support.tiny_model(family, dtype)
+    if family == "t5":
+        model.config.decoder_start_token_id = 0
+    trainer = trainer_of(tmp_path, model)
+    with pytest.warns(UserWarning, match="have no side path") if family == "t5" else contextlib.nullcontext():
+        trainer.train()
+    assert trainer.mezo.last.examples == 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "given", "message"),
+    [
+        ({"label_smoothing_factor": 0.1}, {}, "label_smoothing_factor gives one loss"),
+        ({}, {"compute_loss_func": lambda outputs, labels, **_: outputs.loss}, "compute_loss_func gives one loss"),
+    ],
+)
+def test_a_loss_of_the_batch_alone_is_refused(settings: Any, given: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        trainer_of(tmp_path, support.tiny_model("llama"), given=given, **settings)
+
+
+def test_trainer_reports_the_mean_over_microbatches(tmp_path: Path) -> None:
+    found = []
+    for number, (size, parts) in enumerate(((4, 1), (2, 2))):
+        sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": parts}
+        trainer = trainer_of(tmp_path / str(number), support.tiny_model("llama"), **sizes)
+        found.append(trainer.train().training_loss)
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+
+
+def test_trainer_computes_in_bfloat16(tmp_path: Path) -> None:
+    found = []
+    for number, bf16 in enumerate((False, True)):
+        trainer = trainer_of(tmp_path / str(number), support.tiny_model("llama"), bf16=bf16, eps=0.1, max_steps=1)
+        trainer.train()
+        found.append(trainer.mezo.last.coefficients)
+    assert found[1] == pytest.approx(found[0], rel=0.1, abs=0.1)

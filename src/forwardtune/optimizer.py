@@ -210,7 +210,7 @@ class MeZO(torch.optim.Optimizer):
             self._forget_estimate()  # the step would be made of a part of its microbatches
             raise
         self._pending = self.estimator.merge(self._pending, losses)
-        self._used |= used
+        self._used = (self._used | used) - self.evaluator.left_out  # an earlier microbatch may have had a path
         self._seconds += time.perf_counter() - began
         values = [loss for own in losses for loss in own]
         return math.fsum(values) / len(values) if all(map(math.isfinite, values)) else math.nan
@@ -246,7 +246,7 @@ class MeZO(torch.optim.Optimizer):
             self.tuned.numel,
             seconds,
         )
-        self._idle.look(record, self.tuned, bool(used))
+        self._idle.look(record, self.tuned, bool(used), self.evaluator.left_out)
         self.next_step += 1
         if self.held is None:
             self.take(record, began)

@@ -21,7 +21,7 @@ from ..search.budget import first_settings
 from ..trajectory import read_log
 from .automatic import Automatic
 from .config import MeZOConfig
-from .example_losses import example_losses
+from .example_losses import ExampleLosses
 from .given import quantised_base, warn_of_missing_ends
 from .log_keeper import LogKeeper, steps_in_pass
 from .model_card import describe
@@ -59,6 +59,7 @@ class MeZOTrainer(Trainer):
     def __init__(
         self, *args: Any, objective: Objective | None = None, run: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
+        self._example_losses = ExampleLosses()
         self._objective = objective  # Trainer's hyperparameter search puts a number of its own into `objective`
         self._part = 0
         self._trial: Any = None
@@ -77,6 +78,16 @@ class MeZOTrainer(Trainer):
                 "MeZOTrainer runs in one process on one device: set CUDA_VISIBLE_DEVICES=0, or spread a large model "
                 "with device_map='auto'"
             )
+        if self.args.assignment == "example" and objective is None:
+            for given, what in (
+                (self.compute_loss_func, "compute_loss_func"),
+                (self.args.label_smoothing_factor, "label_smoothing_factor"),
+            ):
+                if given:
+                    raise InputError(
+                        f"{what} gives one loss for the batch, and assignment='example' needs one for every example: pass "
+                        "MeZOTrainer(objective=...), a function of model and inputs that returns the losses, shape (batch,)"
+                    )
         if self.optimizer is not None and not isinstance(self.optimizer, MeZO):
             raise ValueError(f"MeZOTrainer cannot step {type(self.optimizer).__name__}: pass a MeZO, or none")
         self._own_optimizer = self.optimizer is None
@@ -153,9 +164,9 @@ class MeZOTrainer(Trainer):
         return (losses.mean(), {"losses": losses.reshape(-1)}) if return_outputs else losses.mean()
 
     def example_losses(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-        """The losses of the batch's examples, shape (batch,): the objective's, or :func:`~.example_losses.example_losses`."""
+        """The losses of the batch's examples, shape (batch,): the objective's, or :class:`~.example_losses.ExampleLosses`."""
         if self._objective is None:
-            return example_losses(model, inputs, getattr(model(**inputs), "logits", None))
+            return self._example_losses(model, inputs, model(**inputs))
         losses = torch.as_tensor(self._objective(model, inputs), dtype=torch.float32)
         if losses.ndim != 1:
             raise InputError(
@@ -195,6 +206,8 @@ class MeZOTrainer(Trainer):
         if self.cores is not None and self.accelerator.sync_gradients:  # the step's last microbatch
             with torch.no_grad():
                 self._keeper.changed_threads = self.cores.look(closure)
+        if per_example:  # Trainer adds up what its microbatches give
+            loss /= self.current_gradient_accumulation_steps
         return torch.tensor(loss, device=self.args.device)
 
     def tell_objective(self, method: str, *arguments: int) -> Any:

@@ -191,6 +191,14 @@ class Noise:
             for u, v in zip(found[::2], found[1::2], strict=True)
         ]
 
+    def directions_of(
+        self, places: Sequence[tuple[int, Sequence[int]]], *, step: int, probes: Sequence[int], device: torch.device
+    ) -> list[Tensor]:
+        """:meth:`directions`, at scale 1, of several tensors on one device: their ids and shapes."""
+        many = [Strips(tensor, [step], probes, [0], [1.0], math.prod(shape)) for tensor, shape in places]
+        found = backends.for_directions(device).many_strips(self.direction, self.seed, many, device)
+        return [z.view(len(probes), *shape) for z, (_, shape) in zip(found, places, strict=True)]
+
     def factor_rows(
         self, shape: Sequence[int], rows: Tensor, probes: Tensor, *, tensor: int, step: int, scale: float
     ) -> Tensor:

@@ -94,8 +94,9 @@ class Evaluator:
         try:
             losses, again = perturbation.check(step, query, closure)
         except ReadElsewhereError as error:
+            perturbation = self._otherwise(error)
             self._checked = True
-            return self._otherwise(error)
+            return perturbation
         finally:
             self.checking = False
         if again is None or not all(map(math.isfinite, losses)):
@@ -111,6 +112,8 @@ class Evaluator:
 
     def _otherwise(self, error: ReadElsewhereError) -> Perturbation:
         """``copy`` where that is allowed, with a word about why, and what it takes."""
+        if isinstance(error, InputError):  # says itself what to do
+            raise error
         if not self._may_copy:
             raise ReadElsewhereError(f"{error}: use perturbation='auto' or 'copy'") from error.__cause__
         gib = sum(t.parameter.numel() * t.parameter.element_size() for t in self._tuned) / 2**30
@@ -121,6 +124,11 @@ class Evaluator:
         self._name = Copy.name
         self.perturbation = self._made()
         return self.perturbation
+
+    @property
+    def left_out(self) -> frozenset[int]:
+        """The ids of the tuned tensors that have no side path, as far as is known."""
+        return frozenset(self.perturbation.left_out) if isinstance(self.perturbation, SidePath) else frozenset()
 
     def forgotten(self) -> Evaluator:
         """One like it at its beginning, without scratch memory."""

@@ -19,19 +19,30 @@ class IdleWatch:
 
     def __init__(self) -> None:
         self._flat: int | None = 0  # steps so far, all of them flat; None: nothing more to be said
+        self._named: frozenset[int] = frozenset()  # those without a side path, once that was said
 
-    def look(self, record: StepRecord, tuned: TunedParameters, was_used: bool) -> None:
+    def look(
+        self, record: StepRecord, tuned: TunedParameters, was_used: bool, left_out: frozenset[int] = frozenset()
+    ) -> None:
         """Warn of tensors that no evaluation of the first step went through; and when no step has changed the loss so far, at once where
         no evaluation read a tuned tensor.
 
         Args:
             record: the step.
             was_used: an evaluation read a tuned tensor.
+            left_out: ids of the tensors that have no side path; those that were not named yet are.
         """
-        if record.step == 0 and record.unused:
+        if new := left_out - self._named:
+            self._named = left_out
             warn(
-                f"{len(record.unused)} of {len(tuned)} tuned tensors took no part in the first step "
-                f"({_summary(tuned, record.unused)}): a step moves only what its evaluations went through. Set "
+                f"{len(new)} of {len(tuned)} tuned tensors have no side path in this model ({_summary(tuned, sorted(new))}): steps leave "
+                "them as they are. Directions that the minibatch shares, the default, would move them too",
+            )
+        idle = [number for number in record.unused if number not in left_out]
+        if record.step == 0 and idle:
+            warn(
+                f"{len(idle)} of {len(tuned)} tuned tensors took no part in the first step "
+                f"({_summary(tuned, idle)}): a step moves only what its evaluations went through. Set "
                 "requires_grad=False on what is not meant to be tuned",
             )
         if self._flat is None or record.skipped:

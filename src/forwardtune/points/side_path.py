@@ -34,6 +34,10 @@ _TOLERANCE = {torch.float64: (1e-6, 1e-9), torch.float32: (5e-2, 1e-5)}
 _ROUGH = (0.5, 3e-2)
 
 
+class SidePathError(InputError, ReadElsewhereError):
+    """The losses are not those of perturbed weights: the model mixes its examples, or reads weights past the side path."""
+
+
 class SidePath(Perturbation):
     """The layers compute with the weights that they have, and each adds what the direction would add to its output.
 
@@ -68,6 +72,8 @@ class SidePath(Perturbation):
         self._owners: Owners | None = None
         self._rows_passed = 0  # most rows of a tensor that the module was called with
         self._hook: torch.utils.hooks.RemovableHandle | None = None
+        self._declared: tuple[int, ...] | None = None  # the shape of what examples_at said
+        self._vectors: dict[tuple[Any, ...], dict[int, Tensor]] = {}  # directions of vectors at scale 1, likewise
         self._kept: dict[tuple[Any, ...], dict[int, tuple[Tensor, Tensor]]] = {}  # factors of the present directions
         self._eager: AbstractContextManager[Any] = nullcontext()
 
@@ -90,11 +96,13 @@ class SidePath(Perturbation):
         self._eager.__exit__(None, None, None)
         self._owners = None
         self._kept.clear()
+        self._vectors.clear()
         torch.clear_autocast_cache()
 
     def shift(self, step: int, query: Query) -> None:
         if (step, query.probe, query.stride) != (self._step, self._query.probe, self._query.stride):
             self._kept.clear()
+            self._vectors.clear()
         self._step, self._query, self._owners, self._rows_passed = step, query, None, 0
         torch.clear_autocast_cache()
 
@@ -105,9 +113,9 @@ class SidePath(Perturbation):
             if len(self.left_out) == before:
                 break
             if len(self.left_out) == len(self.tuned):
-                raise InputError(
-                    "no tuned tensor has a side path in this model: use assignment='shared' with perturbation='auto'"
-                )
+                unfit = f", or examples_at({self._declared}) does not fit its input" if self._declared else ""
+                remedy, argument = self._remedy(queries[0])
+                raise InputError(f"no tuned tensor has a side path in this model{unfit}: use {remedy}", argument)
         self.used -= self.left_out
         return losses
 
@@ -117,12 +125,19 @@ class SidePath(Perturbation):
             (found,) = super()._losses(step, [query], closure)
             count = self._owners.count if query.per_example and self._owners is not None else len(found)
             if len(found) != count:
+                said = "examples_at says" if self._declared else "the model's input has"
+                rows = "" if self._declared else " rows, which count as examples"
                 raise TypeError(
-                    f"the closure returned the losses of {len(found)} examples, and the model's input has {count} rows, which count as "
-                    "examples: return a loss for each, or say which row belongs to which with forwardtune.points.owners.examples_at"
+                    f"the closure returned the losses of {len(found)} examples, and {said} {count}{rows}: return a loss for each, or say "
+                    "which row belongs to which with forwardtune.points.owners.examples_at"
                 )
             losses.append(found)
         return losses
+
+    @staticmethod
+    def _remedy(query: Query) -> tuple[str, str]:
+        """What does without a side path, and the argument in it."""
+        return ("assignment='shared'", "assignment") if query.per_example else ("perturbation='auto'", "perturbation")
 
     def check(self, step: int, query: Query, closure: Closure) -> tuple[Losses, Losses | None]:
         losses, again = self.losses(step, [query, query], closure)
@@ -131,10 +146,12 @@ class SidePath(Perturbation):
         return losses, again
 
     def _compare(self, step: int, query: Query, closure: Closure) -> None:
-        """See that the first example's loss is the one that its perturbed weights give.
+        """See that the losses of the first and the last example are the ones that their perturbed weights give.
+
+        Both, as a model in which every example sees those before it moves the first one as it should.
 
         Raises:
-            ReadElsewhereError: it is not.
+            SidePathError: one is not.
         """
         used = TunedParameters([tensor for tensor in self.tuned if tensor.id in self.used], self.tuned.module)
         further = query._replace(scale=_FURTHER * query.scale)
@@ -142,18 +159,28 @@ class SidePath(Perturbation):
             self.losses(step, [further], closure),
             self.losses(step, [further._replace(scale=0.0)], closure),
         )
-        weights = Scratch(used, self.noise)
-        with weights:
-            weights.shift(step, further._replace(stride=0))
-            scratch = read(as_losses(closure()) if query.per_example else as_loss(closure()))
-        moved, expected = side[0] - clean[0], scratch[0] - clean[0]
         dtypes = [_TOLERANCE.get(tensor.parameter.dtype, _ROUGH) for tensor in used]
         share, of_loss = max(dtypes, default=_ROUGH)
-        if not abs(moved - expected) <= share * max(abs(moved), abs(expected)) + of_loss * abs(clean[0]):
-            raise ReadElsewhereError(
-                f"the side path moves the loss of the first example by {moved:.3g} where its perturbed weights move it by {expected:.3g}: this "
-                "model mixes its examples, or uses a weight in a way that has no side path. Use assignment='shared'"
-            )
+        remedy, argument = self._remedy(query)
+        weights = Scratch(used, self.noise)
+        for b in sorted({0, len(side) - 1}):
+            with weights:
+                weights.shift(step, further._replace(probe=further.probe + b * further.stride, stride=0))
+                scratch = read(as_losses(closure()) if query.per_example else as_loss(closure()))
+            moved, expected = side[b] - clean[b], scratch[b] - clean[b]
+            if math.isnan(expected) and math.isfinite(moved):  # scratch has NaN in the weights that nobody may read
+                raise SidePathError(
+                    f"a tuned weight is read on a way that the side path cannot see, such as a reference to it outside the modules: use {remedy}",
+                    argument,
+                )
+            if not abs(moved - expected) <= share * max(abs(moved), abs(expected)) + of_loss * abs(clean[b]):
+                whose = f"the loss of example {b}" if query.per_example else "the loss"
+                mixes = "mixes its examples, or " if query.per_example else ""
+                raise SidePathError(
+                    f"the side path moves {whose} by {moved:.3g} where perturbed weights move it by {expected:.3g}: this model {mixes}uses a "
+                    f"weight in a way that has no side path. Use {remedy}",
+                    argument,
+                )
 
     # --- what the stand-ins ask ---------------------------------------------------------------------------------------------------
 
@@ -167,10 +194,14 @@ class SidePath(Perturbation):
 
     def _input(self) -> Owners | None:
         """The owners of the model's input; None before it was seen."""
-        return declared() or self._owners
+        if (said := declared()) is not None:
+            self._declared = tuple(said.tokens.shape)
+        return said or self._owners
 
-    def _present(self, lead: Sequence[int]) -> Owners:
-        """The owners of what the model works on now; of these leading dimensions if it is the input."""
+    def _present(self, lead: Sequence[int]) -> Owners | None:
+        """The owners of what the model works on now; of these leading dimensions if it is the input. None: one vector is nobody's."""
+        if not lead:
+            return None
         owners = self._input()
         if owners is None:
             # One row may be what all rows have in common, as the positions of learned embeddings.
@@ -200,9 +231,9 @@ class SidePath(Perturbation):
         """
         if not self._query.per_example:
             return Groups(1)
-        if not lead:
-            return None
         owners = self._present(lead)
+        if owners is None:
+            return None
         kind = "rows" if len(lead) > 1 else "pooled" if lead[0] == owners.tokens.shape[0] else "flat"
         if owners.tokens.shape[1] > 1 and self._kinds.setdefault(tensor.id, kind) != kind:
             return None
@@ -212,7 +243,8 @@ class SidePath(Perturbation):
         """The direction of every place of such an activation, in a shape that broadcasts; None if it cannot be told."""
         if not self._query.per_example:
             return torch.zeros((1,) * len(lead), dtype=torch.int64)
-        return self._present(lead).of(lead) if lead else None
+        owners = self._present(lead)
+        return None if owners is None else owners.of(lead)
 
     def _address(self, tensor: TunedTensor) -> dict[str, Any]:
         return {"tensor": tensor.id, "step": self._step, "scale": self._query.scale}
@@ -249,14 +281,18 @@ class SidePath(Perturbation):
         }
 
     def directions(self, tensor: TunedTensor, count: int) -> Tensor:
-        """Scaled directions, shape (count, *shape)."""
-        parameter = tensor.parameter
-        return self.noise.directions(
-            parameter.shape,
-            probes=self._query.directions(count),
-            device=parameter.device,
-            **self._address(tensor),
-        )
+        """Scaled directions of a tensor of full ones, shape (count, *shape)."""
+        parameter, probes = tensor.parameter, self._query.directions(count)
+        if parameter.ndim > 1:  # an adapter's, of every example: not kept
+            address = self._address(tensor)
+            return self.noise.directions(parameter.shape, probes=probes, device=parameter.device, **address)
+        key = (count, parameter.device)
+        if key not in self._vectors:
+            here = [t for t in self.tuned if t.parameter.device == parameter.device and t.parameter.ndim == 1]
+            places = [(t.id, t.parameter.shape) for t in here]
+            found = self.noise.directions_of(places, step=self._step, probes=probes, device=parameter.device)
+            self._vectors[key] = {t.id: z for t, z in zip(here, found, strict=True)}
+        return self._vectors[key][tensor.id] * self.scale
 
     def rows(self, tensor: TunedTensor, numbers: Tensor, owner: Tensor) -> Tensor:
         """Rows of the scaled directions: those of the numbers, each along the direction of its owner; shape (*numbers.shape, n)."""

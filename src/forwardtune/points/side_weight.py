@@ -44,6 +44,8 @@ class SideWeight(Tensor):
             return func(args[0]._original, *args[1:], **kwargs)
         handler = LINEAR.get(func)
         if handler is not None:
+            if any(isinstance(a, PerExample) for a in _leaves((args, kwargs))):
+                args, kwargs = _mapped(args, _first), _mapped(kwargs, _first)
             with torch._C.DisableTorchFunctionSubclass():
                 result = handler(*args, **kwargs)
             if result is not None:
@@ -93,10 +95,7 @@ class PerExample(Tensor):
                 if all(row is not None for row in rows.values()) and others[0].shape[-1:] == first._value.shape[1:]:
                     aligned = lambda a: rows[id(a)] if isinstance(a, cls) else a  # noqa: E731
                     return func(*_mapped(args, aligned), **_mapped(kwargs, aligned))
-            for vector in vectors:
-                vector._path.leave_out(vector._tensor)
-            one = lambda a: a._value[0] if isinstance(a, cls) else a  # noqa: E731
-            return func(*_mapped(args, one), **_mapped(kwargs, one))
+            return func(*_mapped(args, _first), **_mapped(kwargs, _first))
 
     def _rows(self, lead: Any) -> Tensor | None:
         """The vector of every place of an activation with these leading dimensions, in a shape that broadcasts."""
@@ -146,6 +145,14 @@ def _vectors(weight: SideWeight, count: int) -> Tensor:
 
 def _values(value: Any) -> Any:
     return value._value if isinstance(value, PerExample) else value
+
+
+def _first(value: Any) -> Any:
+    """Vectors that were computed from a weight are nobody's where an operation would take a weight: it is left out."""
+    if not isinstance(value, PerExample):
+        return value
+    value._path.leave_out(value._tensor)
+    return value._value[0]
 
 
 def _name(func: Any) -> str:
