@@ -27,7 +27,20 @@ ESTIMATORS: dict[str, dict[str, Any]] = {
     "sigma": {"estimator": "one_sided", "normalize": "sigma", "probes": 3},
     "rank": {"normalize": "rank", "probes": 2},
 }
-METHODS = ["-".join(names) for names in itertools.product(RULES, DIRECTIONS, ESTIMATORS)]
+#: Directions of low rank, and of each example.
+STRUCTURES: dict[str, dict[str, Any]] = {
+    "low_rank": {"rank": 2, "refresh": 3, "rule": "momentum"},
+    "example": {"assignment": "example", "clip_coefficient": 0.4},
+    "example_signs": {
+        "assignment": "example",
+        "rank": 2,
+        "refresh": 5,
+        "direction": "rademacher",
+        "rule": "adam",
+        "probes": 2,
+    },
+}
+METHODS = ["-".join(names) for names in itertools.product(RULES, DIRECTIONS, ESTIMATORS)] + [*STRUCTURES]
 STEPS = 12
 
 
@@ -43,21 +56,25 @@ class Net(nn.Module):
                 values = torch.arange(parameter.numel(), dtype=torch.float64) * 37 % 101 / 101 - 0.5
                 parameter.copy_((values / (number + 1)).view(parameter.shape))
 
-    def forward(self, step: int) -> torch.Tensor:
+    def losses(self, step: int) -> torch.Tensor:
         x = self.often(self.table(torch.tensor([step % 7, 3])).half()).float()
-        return ((self.seldom(x) if step % 3 == 0 else x) - 0.25).square().mean()
+        return ((self.seldom(x) if step % 3 == 0 else x) - 0.25).square().mean(1)
+
+    def forward(self, step: int) -> torch.Tensor:
+        return self.losses(step).mean()
 
 
 def method(name: str) -> tuple[nn.Module, MeZO]:
-    rule, direction, estimator = name.split("-")
     net = Net()
     groups = [
         {"params": [*net.table.parameters(), *net.often.parameters()], "weight_decay": 0.1},
         {"params": [*net.seldom.parameters()]},
     ]
-    return net, MeZO(
-        groups, lr=1e-2, eps=1e-2, seed=2**40 + 1, module=net, rule=rule, direction=direction, **ESTIMATORS[estimator]
-    )
+    settings = STRUCTURES.get(name)
+    if settings is None:
+        rule, direction, estimator = name.split("-")
+        settings = {"rule": rule, "direction": direction, **ESTIMATORS[estimator]}
+    return net, MeZO(groups, lr=1e-2, eps=1e-2, seed=2**40 + 1, module=net, **settings)
 
 
 def base(name: str) -> nn.Module:
@@ -72,9 +89,10 @@ def write(name: str, path: Path) -> None:
     """Make a golden log."""
     if name in METHODS:
         net, optimizer = method(name)
+        loss = net.losses if optimizer.estimator.per_example else net
         with StepLog(path, optimizer):
             for step in range(STEPS):
-                optimizer.step(lambda step=step: net(step))
+                optimizer.step(lambda step=step: loss(step))
         return
     rows = [{"input_ids": row, "labels": row} for row in token_batch(16, 11).tolist()]
     settings = (
