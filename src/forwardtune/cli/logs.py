@@ -12,6 +12,7 @@ from ..config import recorded
 from ..models import load_model, save_model
 from ..trajectory import export_trajectory, read_log, replay
 from ..trajectory.export import read_trajectory
+from ..trajectory.format import ABSENT
 from ..trajectory.updates import standing, trajectory_of
 from . import say, tuned
 from .methods import unchanged_share, weights_of
@@ -69,9 +70,9 @@ def run_inspect(options: argparse.Namespace) -> None:
         "estimator": header["estimator"],
         "eps": header["eps"],
         "probes": header["probes"],
-        "normalize": header.get("normalize", "none"),
+        **{name: header.get(name, ABSENT[name]) for name in ("normalize", "assignment", "rank", "refresh")},
         "rule": header["rule"],
-        "rule_settings": header.get("rule_settings", {}),
+        "rule_settings": header.get("rule_settings", ABSENT["rule_settings"]),
         "weight_decay": [group["weight_decay"] for group in header["groups"]],
         "tensors": len(tensors),
         "weights": weights_of(log),
