@@ -308,6 +308,21 @@ def test_the_last_example_is_checked_too_and_a_refusal_lasts() -> None:
             optimizer.step(lambda: model(x))
 
 
+def test_an_accuracy_may_turn_over_by_rounding() -> None:
+    """At the checked point the example is right by perturbed weights and wrong by the side path, whose sums are rounded otherwise."""
+    model, ids = support.tiny_model("llama", torch.bfloat16), support.token_batch(COUNT, LENGTH)
+    optimizer, side = side_path(model)
+    far = 8 * EPS
+    with torch.no_grad():
+        (found,) = side.losses(0, [Query(0, far, 1)], lambda: losses_of(model, ids))
+        (expected,) = by_weights(optimizer, side, 0, lambda: losses_of(model, ids), 1, far)
+    limit = (found[0] + expected) / 2
+    assert found[0] != expected
+    optimizer.step(lambda: (losses_of(model, ids) > limit).float())
+    assert optimizer.last is not None
+    assert optimizer.last.examples == COUNT
+
+
 class Captured(nn.Module):
     """Its embedding is its head, too, which no module owns."""
 

@@ -72,6 +72,11 @@ _COMBINATIONS = (
         {"assignment": "example", "perturbation": "copy"},
     ),
     Refusal(
+        "<tune> prefix has no side path, by which <assignment> example and <perturbation> side_path evaluate: leave them out, or <tune> lora",
+        lambda run, given: run.tune == "prefix" and (run.assignment == "example" or run.perturbation == "side_path"),
+        {"tune": "prefix", "assignment": "example"},
+    ),
+    Refusal(
         "<refresh> is of low-rank directions, one factor of which stays for a while: give <rank> too",
         lambda run, given: run.refresh != 1 and not run.rank and not (run.rank is None and run.assignment == "example"),
         {"refresh": 50},

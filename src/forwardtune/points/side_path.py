@@ -27,8 +27,9 @@ from .perturbation import Closure, Perturbation, ReadElsewhereError, as_loss, as
 from .scratch import Scratch
 from .side_weight import SideWeight
 
-# The first step compares with perturbed weights at so many times eps, where rounding in half precision matters less.
-_FURTHER = 8.0
+# The first step compares with perturbed weights at so many times eps, where rounding in half precision matters less. At the others it
+# looks again where they differ: by rounding alone an accuracy, or what a model writes, may turn over at one point, not at all of them.
+_FURTHER = (8.0, -8.0, 4.0)
 # So much may the two differ, as a share of what the perturbation does to the loss and of the loss.
 _TOLERANCE = {torch.float64: (1e-6, 1e-9), torch.float32: (5e-2, 1e-5)}
 _ROUGH = (0.5, 3e-2)
@@ -153,34 +154,46 @@ class SidePath(Perturbation):
         Raises:
             SidePathError: one is not.
         """
-        used = TunedParameters([tensor for tensor in self.tuned if tensor.id in self.used], self.tuned.module)
-        further = query._replace(scale=_FURTHER * query.scale)
-        (side,), (clean,) = (
-            self.losses(step, [further], closure),
-            self.losses(step, [further._replace(scale=0.0)], closure),
+        (clean,) = self.losses(step, [query._replace(scale=0.0)], closure)
+        wanted = sorted({0, len(clean) - 1})
+        for factor in _FURTHER:
+            wrong = self._differences(step, query._replace(scale=factor * query.scale), closure, clean, wanted)
+            wanted = list(wrong)
+            if not wrong:
+                return
+        b, (moved, expected) = next(iter(wrong.items()))
+        remedy, argument = self._remedy(query)
+        if math.isnan(expected) and math.isfinite(moved):  # scratch has NaN in the weights that nobody may read
+            raise SidePathError(
+                "a tuned weight is read on a way that the side path cannot see, such as a reference to it outside the modules: use "
+                f"{remedy}",
+                argument,
+            )
+        whose = f"the loss of example {b}" if query.per_example else "the loss"
+        mixes = "mixes its examples, or " if query.per_example else ""
+        raise SidePathError(
+            f"the side path moves {whose} by {moved:.3g} where perturbed weights move it by {expected:.3g}: this model {mixes}uses a "
+            f"weight in a way that has no side path. Use {remedy}",
+            argument,
         )
+
+    def _differences(
+        self, step: int, query: Query, closure: Closure, clean: Losses, wanted: Sequence[int]
+    ) -> dict[int, tuple[float, float]]:
+        """Those of the wanted examples whose loss is not that of perturbed weights: what moves it here, and what would there."""
+        (side,) = self.losses(step, [query], closure)
+        used = TunedParameters([tensor for tensor in self.tuned if tensor.id in self.used], self.tuned.module)
         dtypes = [_TOLERANCE.get(tensor.parameter.dtype, _ROUGH) for tensor in used]
         share, of_loss = max(dtypes, default=_ROUGH)
-        remedy, argument = self._remedy(query)
-        weights = Scratch(used, self.noise)
-        for b in sorted({0, len(side) - 1}):
+        weights, wrong = Scratch(used, self.noise), {}
+        for b in wanted:
             with weights:
-                weights.shift(step, further._replace(probe=further.probe + b * further.stride, stride=0))
+                weights.shift(step, query._replace(probe=query.probe + b * query.stride, stride=0))
                 scratch = read(as_losses(closure()) if query.per_example else as_loss(closure()))
             moved, expected = side[b] - clean[b], scratch[b] - clean[b]
-            if math.isnan(expected) and math.isfinite(moved):  # scratch has NaN in the weights that nobody may read
-                raise SidePathError(
-                    f"a tuned weight is read on a way that the side path cannot see, such as a reference to it outside the modules: use {remedy}",
-                    argument,
-                )
             if not abs(moved - expected) <= share * max(abs(moved), abs(expected)) + of_loss * abs(clean[b]):
-                whose = f"the loss of example {b}" if query.per_example else "the loss"
-                mixes = "mixes its examples, or " if query.per_example else ""
-                raise SidePathError(
-                    f"the side path moves {whose} by {moved:.3g} where perturbed weights move it by {expected:.3g}: this model {mixes}uses a "
-                    f"weight in a way that has no side path. Use {remedy}",
-                    argument,
-                )
+                wrong[b] = moved, expected
+        return wrong
 
     # --- what the stand-ins ask ---------------------------------------------------------------------------------------------------
 
