@@ -148,7 +148,7 @@ def test_packed_and_repeated_rows_belong_to_whom_they_are_said_to() -> None:
     _, side = side_path(model, rank=1)
     with torch.no_grad():
         (expected,) = side.losses(0, [Query(0, EPS, 1)], one_by_one)
-        for closure in (together, twice):
+        for closure in (together, twice, lambda: (together() + one_by_one() + together()) / 3):
             (found,) = side.losses(0, [Query(0, EPS, 1)], closure)
             assert found == pytest.approx(expected, rel=1e-9)
 

@@ -65,7 +65,8 @@ class SidePath(Perturbation):
         ]
         self._kinds: dict[int, str] = {}
         self._step, self._query = 0, Query(0, 0.0)
-        self._owners: Owners | None = None
+        self._owners: Owners | None = None  # of an input of which nothing was said
+        self._count: int | None = None  # of the examples of what the model worked on last
         self._rows_passed = 0  # most rows of a tensor that the module was called with
         self._hook: torch.utils.hooks.RemovableHandle | None = None
         self._kept: dict[tuple[Any, ...], dict[int, tuple[Tensor, Tensor]]] = {}  # factors of the present directions
@@ -95,7 +96,8 @@ class SidePath(Perturbation):
     def shift(self, step: int, query: Query) -> None:
         if (step, query.probe, query.stride) != (self._step, self._query.probe, self._query.stride):
             self._kept.clear()
-        self._step, self._query, self._owners, self._rows_passed = step, query, None, 0
+        self._step, self._query = step, query
+        self._owners, self._count, self._rows_passed = None, None, 0
         torch.clear_autocast_cache()
 
     def losses(self, step: int, queries: Sequence[Query], closure: Closure) -> list[Losses]:
@@ -108,14 +110,13 @@ class SidePath(Perturbation):
                 raise InputError(
                     "no tuned tensor has a side path in this model: use assignment='shared' with perturbation='auto'"
                 )
-        self.used -= self.left_out
         return losses
 
     def _losses(self, step: int, queries: Sequence[Query], closure: Closure) -> list[Losses]:
         losses = []
         for query in queries:  # one by one: the number of examples is known from each
             (found,) = super()._losses(step, [query], closure)
-            count = self._owners.count if query.per_example and self._owners is not None else len(found)
+            count = self._count if query.per_example and self._count is not None else len(found)
             if len(found) != count:
                 raise TypeError(
                     f"the closure returned the losses of {len(found)} examples, and the model's input has {count} rows, which count as "
@@ -175,8 +176,8 @@ class SidePath(Perturbation):
         if owners is None:
             # One row may be what all rows have in common, as the positions of learned embeddings.
             height = max(1, self._rows_passed) if lead[0] == 1 else lead[0]
-            owners = _rows_are_examples((height, *lead[1:]))
-        self._owners = owners
+            owners = self._owners = _rows_are_examples((height, *lead[1:]))
+        self._count = owners.count
         positions = selected()
         return owners if positions is None else owners.at(positions)
 
