@@ -298,6 +298,26 @@ def test_a_model_that_mixes_its_examples_is_refused() -> None:
         optimizer.step(lambda: model(x))
 
 
+def test_a_loss_that_ends_not_far_away_is_compared_nearer() -> None:
+    """In float16 a loss may be finite at eps and not at the larger scale of the first step's comparison."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(6, 6), torch.randn(4, 6)
+    optimizer, side = side_path(model)
+
+    def losses() -> Tensor:
+        return model(x).pow(2).mean(1)
+
+    with torch.no_grad():
+        clean = losses()
+        found = side.losses(0, [Query(0, scale * EPS, 1) for scale in (1, -1, 8)], losses)
+    near, far = max(abs(own[0] - float(clean[0])) for own in found[:2]), abs(found[2][0] - float(clean[0]))
+    assert near < far / 2
+    bound = torch.tensor([far / 2, math.inf, math.inf, math.inf])
+    optimizer.step(lambda: losses().where((losses() - clean).abs() < bound, math.inf))
+    assert optimizer.last is not None
+    assert not math.isnan(optimizer.last.coefficients[0])
+
+
 class Exotic(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -139,10 +139,9 @@ class SidePath(Perturbation):
         """
         used = TunedParameters([tensor for tensor in self.tuned if tensor.id in self.used], self.tuned.module)
         further = query._replace(scale=_FURTHER * query.scale)
-        (side,), (clean,) = (
-            self.losses(step, [further], closure),
-            self.losses(step, [further._replace(scale=0.0)], closure),
-        )
+        side, clean, near = self.losses(step, [further, further._replace(scale=0.0), query], closure)
+        if not math.isfinite(side[0]):
+            further, side = query, near
         weights = Scratch(used, self.noise)
         with weights:
             weights.shift(step, further._replace(stride=0))
