@@ -352,3 +352,19 @@ def test_a_run_with_a_rate_of_its_own_is_not_resumed_with_auto(tmp_path: Path) -
         run(tmp_path, learning_rate=1e-4, callbacks=[Kill(20, at_begin=True)])
     with pytest.raises(LogError, match="a learning rate of its own: pass it"):
         run(tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("eps", ["auto", 1e-3])
+@pytest.mark.filterwarnings("ignore:eps ")
+def test_runs_with_a_direction_for_each_example_find_their_rate_and_are_resumed(tmp_path: Path, eps: Any) -> None:
+    settings = {"assignment": "example", "learning_rate": "auto", "eps": eps, "max_steps": 110}
+    whole = run(tmp_path / "whole", **settings)
+    log = read_log(whole.step_log)
+    assert found(log)["learning_rate"]["first"] > 0
+    assert {record.examples for record in log.records} == {4}
+    trainer = make(tmp_path / "killed", callbacks=[Kill(13)], **settings)
+    with pytest.raises(KilledError):
+        trainer.train()
+    again = run(tmp_path / "killed", resume=True, **settings)
+    assert log_lines(again.step_log) == log_lines(whole.step_log)
+    support.assert_same_bits(again.model, support.snapshot(whole.model))

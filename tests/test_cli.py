@@ -12,6 +12,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 import support
 from forwardtune import MeZO, StepLog
 from forwardtune.trajectory import read_log, replay
-from support.command import STEPS, Setting, cli, done, files, process, read, refused, weights, write_task
+from support.command import FREE_TEXT, STEPS, Setting, cli, done, files, process, read, refused, weights, write_task
+from support.logs import log_lines
 
 ABSENT_DEVICE = "mps" if torch.cuda.is_available() else "cuda"
 
@@ -592,3 +594,35 @@ def test_a_process_of_a_launcher_is_refused_before_anything_is_loaded(
     assert "2 processes" in ran.err
     assert "loading" not in ran.err
     assert not (tmp_path / "run").exists()
+
+
+# --- a direction for each example ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("task", "changes"),
+    [
+        ({}, {"objective": "accuracy", "eps": 0.1}),
+        ({}, {"lr": "auto", "eps": "auto", "steps": 110, "rule": "momentum"}),
+        ({}, {"tune": "lora", "probes": 2, "estimator": "one_sided", "clip_coefficient": 1.0}),
+        (FREE_TEXT, {"objective": "loss + f1", "rank": 2, "refresh": 3}),
+    ],
+    ids=["accuracy", "auto", "lora", "generated"],
+)
+def test_every_example_may_have_a_direction(
+    setting: Setting, tmp_path: Path, task: dict[str, Any], changes: dict[str, Any]
+) -> None:
+    """The run is replayed to what it saved; resumed behind a cut, it is the same run."""
+    if task:
+        setting = Setting(setting.model, write_task(tmp_path / "task", **task))
+    run = tmp_path / "run"
+    done(*setting.train(run, assignment="example", **changes))
+    log = read_log(run / "steps.jsonl")
+    assert {record.examples for record in log.records} <= {3, 4}  # the last minibatch of a pass is short
+    again = shutil.copytree(run, tmp_path / "again")
+    lines = (again / "steps.jsonl").read_bytes().splitlines(keepends=True)
+    steps = [i for i, line in enumerate(lines) if line.startswith(b'{"step"')]
+    (again / "steps.jsonl").write_bytes(b"".join(lines[: steps[3]]))
+    (again / "metrics.json").unlink()
+    done(*setting.resume(again))
+    assert log_lines(again) == log_lines(run)

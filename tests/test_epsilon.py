@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from forwardtune import MeZO
+from forwardtune.points import ReadElsewhereError
 from forwardtune.search.budget import SCALE_EVALUATIONS
 from forwardtune.search.epsilon import choose_eps, measure
 from support import assert_same_bits, closure_for, snapshot, tiny_model, token_batch, trusted
@@ -76,6 +77,25 @@ def test_nothing_changes(dtype, perturbation, random_state_untouched):
         for seed in range(2):
             run.step(closure_for(net, token_batch(seed=seed)))
     assert_same_bits(model, snapshot(other))
+
+
+def test_a_run_with_a_direction_for_each_example_is_measured_along_one_for_all():
+    """What is measured is a minibatch's loss, at the point of LOZO; the first step still compares one example's."""
+    _, optimizer, closure = llama(rank=1)
+    expected = measure(optimizer, closure, 1e-2).coefficients
+    _, optimizer, closure = llama(perturbation="auto", assignment="example")
+    assert measure(optimizer, closure, 1e-2).coefficients == pytest.approx(expected, rel=1e-2, abs=1e-4)
+
+    mixing, x = nn.Linear(6, 6), torch.randn(4, 6)
+
+    def losses() -> Tensor:
+        y = mixing(x)
+        return (y - 2 * y.mean(0)).pow(2).mean(1)
+
+    optimizer = MeZO(mixing, assignment="example")
+    measure(optimizer, lambda: losses().mean(), 1e-2)
+    with pytest.raises(ReadElsewhereError, match="mixes its examples"):
+        optimizer.step(losses)
 
 
 def test_directions_are_not_those_of_steps():

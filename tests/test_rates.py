@@ -15,7 +15,7 @@ from forwardtune.search.rates import RateSearch, first_rate
 
 PLAN = Plan(held=4, batches=1, tries=7, every=5)
 STEPS, TARGET, GRADIENT = 30, 3.0, -2.0
-guess = partial(first_rate, eps=1e-2, probes=1, momentum=0.0, otherwise=1e-6)
+guess = partial(first_rate, eps=1e-2, momentum=0.0, otherwise=1e-6)
 
 
 def loss_of(weight: float) -> float:
@@ -149,7 +149,8 @@ def test_too_short_for_a_search() -> None:
     ("coefficients", "settings", "expected"),
     [
         ([(2.0,), (-2.0,)], {}, 0.3 * 1e-2 / 2),
-        ([(3.0, 4.0)], {"probes": 2}, 0.3 * 1e-2 / 2.5),
+        ([(3.0, 4.0)], {}, 0.3 * 1e-2 / 2.5),
+        ([(3.0, 4.0), (2.5,)], {}, 0.3 * 1e-2 / 2.5),  # of a short minibatch, or without a probe
         ([(2.0,)], {"momentum": 0.9}, 0.3 * 1e-2 / 20),
         ([(2.0,)], {"momentum": None}, 0.3 * 1e-2),
         ([(0.0,)], {}, 1e-6),
@@ -159,7 +160,7 @@ def test_too_short_for_a_search() -> None:
 def test_a_step_of_the_first_rate_moves_a_weight_by_a_share_of_eps(
     coefficients: Any, settings: dict[str, Any], expected: float
 ) -> None:
-    found = first_rate(coefficients, **{"eps": 1e-2, "probes": 1, "momentum": 0.0, "otherwise": 1e-6, **settings})
+    found = first_rate(coefficients, **{"eps": 1e-2, "momentum": 0.0, "otherwise": 1e-6, **settings})
     assert found == pytest.approx(expected)
 
 

@@ -18,9 +18,13 @@ import support
 from forwardtune import MeZO, StepLog, replay
 from forwardtune.errors import InputError, LogError
 from forwardtune.method.estimators import Query
+from forwardtune.method.record import as_float32
+from forwardtune.objectives.likelihood import option_cross_entropy
 from forwardtune.parameters import TunedParameters
 from forwardtune.points import Copy, ReadElsewhereError, SidePath
-from forwardtune.points.owners import examples_at
+from forwardtune.points.owners import Groups, Owners, examples_at
+from forwardtune.tasks.batching import Layout, collate
+from forwardtune.tasks.encoding import Encoded
 from forwardtune.trajectory import export_trajectory, read_log
 from support.logs import reseal
 from support.trainers import quiet_config
@@ -152,7 +156,7 @@ def test_packed_and_repeated_rows_belong_to_whom_they_are_said_to() -> None:
     _, side = side_path(model, rank=1)
     with torch.no_grad():
         (expected,) = side.losses(0, [Query(0, EPS, 1)], one_by_one)
-        for closure in (together, twice):
+        for closure in (together, twice, lambda: (together() + one_by_one() + together()) / 3):
             (found,) = side.losses(0, [Query(0, EPS, 1)], closure)
             assert found == pytest.approx(expected, rel=1e-9)
 
@@ -174,7 +178,14 @@ def test_probes_of_an_example_have_directions_of_their_own() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"rank": 2, "refresh": 3}, {"rule": "momentum", "probes": 2}, {"clip_coefficient": 0.5}]
+    "settings",
+    [
+        {},
+        {"rank": 2, "refresh": 3},
+        {"rule": "momentum", "probes": 2},
+        {"clip_coefficient": 0.5},
+        {"probes": 3, "normalize": "sigma"},
+    ],
 )
 def test_runs_are_logged_replayed_resumed_and_exported(tmp_path: Any, settings: dict[str, Any]) -> None:
     def begin() -> tuple[Any, MeZO]:
@@ -218,6 +229,7 @@ def optimizer_record(optimizer: MeZO, step: int, tmp_path: Any) -> tuple[float, 
         refresh=optimizer.noise.structure.refresh,
         rule=optimizer.rule,
         probes=optimizer.estimator.probes,
+        normalize=optimizer.estimator.normalize,
         clip_coefficient=optimizer.clip_coefficient,
     )[0]
     seen: list[tuple[float, ...]] = []
@@ -252,6 +264,8 @@ def test_an_example_without_a_finite_loss_is_left_out() -> None:
     optimizer.step(closure)
     assert optimizer.last is not None
     assert [math.isnan(c) for c in optimizer.last.coefficients] == [False, False, True, False]
+    there = [loss for loss in optimizer.last.losses if not math.isnan(loss)]
+    assert optimizer.last.loss == pytest.approx(sum(there) / 6)
     assert not optimizer.last.skipped
 
 
@@ -441,6 +455,26 @@ def test_autocast_agrees_up_to_its_rounding(rank: int) -> None:
     with torch.no_grad():
         (exact,), (found,) = (side.losses(0, [Query(0, EPS, 1)], c) for c in (closure, cast))
     assert found == pytest.approx(exact, rel=2e-2)
+
+
+def test_a_loss_that_ends_not_far_away_is_compared_nearer() -> None:
+    """In float16 a loss may be finite at eps and not at the larger scale of the first step's comparison."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(6, 6), torch.randn(4, 6)
+    optimizer, side = side_path(model)
+
+    def losses() -> Tensor:
+        return model(x).pow(2).mean(1)
+
+    with torch.no_grad():
+        clean = losses()
+        found = side.losses(0, [Query(0, scale * EPS, 1) for scale in (1, -1, 8)], losses)
+    near, far = max(abs(own[0] - float(clean[0])) for own in found[:2]), abs(found[2][0] - float(clean[0]))
+    assert near < far / 2
+    bound = torch.tensor([far / 2, math.inf, math.inf, math.inf])
+    optimizer.step(lambda: losses().where((losses() - clean).abs() < bound, math.inf))
+    assert optimizer.last is not None
+    assert not math.isnan(optimizer.last.coefficients[0])
 
 
 class Exotic(nn.Module):
@@ -715,6 +749,137 @@ def test_lines_that_hold_something_else_are_refused(
     reseal(tmp_path / "steps.jsonl", lambda contents: contents[line].update(change))
     with pytest.raises(LogError, match=message):
         read_log(tmp_path / "steps.jsonl")
+
+
+@pytest.mark.parametrize("rank", [0, 1], ids=["full", "rank_1"])
+@pytest.mark.parametrize("dtype", [torch.float64], ids=str)
+def test_minibatches_of_a_task_are_packed_and_read_at_some_places(rank: int, dtype: torch.dtype) -> None:
+    """Options beside each other, examples behind each other, and a vocabulary head that sees the answers' places alone."""
+    model = support.tiny_model("llama", dtype)
+    ids = support.token_batch(5, 12).tolist()
+    lengths = [12, 4, 5, 3, 7]
+    examples = [
+        Encoded(row[:n], [row[:2], row[2:3]], right=(i % 2,))
+        for i, (row, n) in enumerate(zip(ids, lengths, strict=True))
+    ]
+    batch = collate(examples, Layout(pad=0, dtype=dtype))
+    assert batch["input_ids"].shape[0] < len(examples)
+    optimizer, side = side_path(model, rank=rank)
+
+    def closure() -> Tensor:
+        return option_cross_entropy(model, batch)
+
+    with torch.no_grad():
+        found, clean = side.losses(0, [Query(0, EPS, 1), Query(0, 0.0, 1)], closure)
+        expected = by_weights(optimizer, side, 0, closure, len(examples))
+    assert not side.left_out
+    moved = [a - c for a, c in zip(found, clean, strict=True)]
+    assert moved == pytest.approx([a - c for a, c in zip(expected, clean, strict=True)], rel=1e-2, abs=1e-6)
+
+
+def test_owners_of_places() -> None:
+    alone = Owners(torch.tensor([[1, 1, -1], [0, 0, 0]]), 2)
+    assert alone.rows is not None
+    assert alone.rows.tolist() == [1, 0]
+    packed = Owners(torch.tensor([[0, 0, 1, -1], [2, 2, 2, 2]]), 3)
+    assert packed.rows is None
+    expected = [[0, 0, 1, 0], [2, 2, 2, 2]]  # padding belongs to anyone
+    for lead, shape in (
+        ((2, 4), (2, 4)),
+        ((2, 4, 5), (2, 4, 1)),
+        ((2, 5, 4), (2, 1, 4)),
+        ((8,), (8,)),
+        ((8, 5), (8, 1)),
+    ):
+        owner = packed.of(lead)
+        assert owner is not None
+        assert owner.shape == shape
+        assert owner.reshape(2, 4).tolist() == expected
+    for lead in ((), (2,), (2, 5), (3, 4), (2, 5, 5)):
+        assert packed.of(lead) is None
+    first, second = torch.tensor([0, 2, 7]), torch.tensor([2, 4])
+    for positions, owners in ((first, [[0, 1, 2]]), (first, [[0, 1, 2]]), (second, [[1, 2]])):
+        assert packed.at(positions).tokens.tolist() == owners
+
+
+@pytest.mark.parametrize(
+    "owner", [[0, 0, 1, 1, 2, 2], [2, 0, 2, 1, 0, 2], [1, 0, 2, 1, 0, 2], [0, 0, 2, 2, 2, 2]], ids=str
+)
+def test_rows_by_example_come_back_to_their_places(owner: list[int]) -> None:
+    groups, x = Groups(3, torch.tensor(owner)), torch.arange(12.0).view(6, 2)
+    weights = torch.tensor([1.0, 10.0, 100.0])
+    y = x.clone()
+    groups.add_to(y, groups.gathered(x) * weights[:, None, None])
+    assert torch.equal(y, x + x * weights[torch.tensor(owner)][:, None])
+    hot = groups.one_hot(x, 2)
+    assert hot is not None
+    assert torch.equal(hot @ weights.repeat_interleave(2), 2 * weights[torch.tensor(owner)])
+
+
+class Unusual(nn.Module):
+    """Uses of weights that a side path does not know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+        self.table = nn.Embedding(8, 6, max_norm=1e6)
+        self.norm = nn.LayerNorm((3, 6))
+        self.product = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        y = self.norm(self.layer(x) + self.table(ids))
+        y = torch.addmm(self.product.bias, y.reshape(-1, 6), self.product.weight, beta=0.5).view(x.shape)
+        return y.pow(2).mean((1, 2))
+
+
+@pytest.mark.filterwarnings("ignore:.* have no side path")
+def test_unusual_uses_are_left_out() -> None:
+    torch.manual_seed(0)
+    model, x, ids = Unusual(), torch.randn(4, 3, 6), torch.arange(12).view(4, 3) % 8
+    optimizer, side = side_path(model)
+    optimizer.step(lambda: model(x, ids))
+    left = {optimizer.tuned[i].name for i in side.left_out}
+    assert left == {"table.weight", "norm.weight", "norm.bias", "product.weight", "product.bias"}
+
+
+def test_a_model_that_writes_to_its_weights_is_refused() -> None:
+    model = nn.Linear(6, 6)
+    before = support.snapshot(model)
+
+    def closure() -> Tensor:
+        model.weight.mul_(0.5)
+        return model(torch.ones(4, 6)).pow(2).mean(1)
+
+    with pytest.raises(RuntimeError, match="writes to a tuned weight"):
+        side_path(model)[0].step(closure)
+    support.assert_same_bits(model, before)
+    assert not model._forward_pre_hooks
+
+
+def test_steps_after_the_first_cost_their_queries() -> None:
+    model, ids, calls = support.tiny_model("llama"), support.token_batch(COUNT, LENGTH), []
+    optimizer, _ = side_path(model, probes=2)
+
+    def closure() -> Tensor:
+        calls.append(0)
+        return losses_of(model, ids)
+
+    optimizer.step(closure)
+    calls.clear()
+    optimizer.step(closure)
+    assert len(calls) == 4
+    assert not model._forward_pre_hooks
+
+
+def test_a_closure_that_is_not_deterministic_is_told_of_with_all_losses() -> None:
+    model, x, noise = nn.Linear(6, 6), torch.ones(4, 6), iter(range(100))
+    optimizer, _ = side_path(model)
+    with pytest.warns(UserWarning, match=r"not deterministic: it returned \(.*\) and \(.*\) at the same point"):
+        optimizer.step(lambda: model(x).pow(2).mean(1) + torch.tensor([0.0, 0.0, 0.0, 1e-3]) * next(noise))
+
+
+def test_losses_beyond_float32_keep_their_sign() -> None:
+    assert as_float32((1e39, -1e39, 0.1)) == (math.inf, -math.inf, pytest.approx(0.1, rel=1e-7))
 
 
 def test_the_log_says_what_the_directions_are(tmp_path: Any) -> None:

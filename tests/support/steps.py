@@ -9,7 +9,7 @@ from typing import Any
 
 def trusted(optimizer: Any) -> Any:
     """The optimizer without its first step's self-check, for closures that count their calls or follow a script."""
-    optimizer.evaluator._checked = True
+    optimizer.evaluator._checked = {True, False}
     return optimizer
 
 

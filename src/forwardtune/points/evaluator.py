@@ -54,7 +54,7 @@ class Evaluator:
         self._name = Scratch.name if perturbation == "auto" else perturbation
         self.perturbation: Perturbation | None = None if perturbation == "auto" else self._made()
         self.checking = False
-        self._checked = False
+        self._checked: set[bool] = set()  # whether points were of each example, of those that were compared
 
     def _made(self) -> Perturbation:
         return PERTURBATIONS[self._name](self._tuned, self._noise)
@@ -86,22 +86,23 @@ class Evaluator:
         """How the weights will be perturbed; the first call makes sure of it at one of the points, and warns of what makes
         evaluations of a step incomparable."""
         perturbation = self.perturbation or self._made()
-        if self._checked:
-            return perturbation
         query = next(query for query in queries if query.scale)
+        if query.per_example in self._checked:
+            return perturbation
         warn_of_training_mode(self._tuned.module)
         self.checking = True
         try:
             losses, again = perturbation.check(step, query, closure)
         except ReadElsewhereError as error:
             perturbation = self._otherwise(error)
-            self._checked = True
+            self._checked.add(query.per_example)
             return perturbation
         finally:
             self.checking = False
         if again is None or not all(map(math.isfinite, losses)):
             return perturbation  # the loss is not finite, there is nothing to compare: ask again at the next step
-        self.perturbation, self._checked = perturbation, True
+        self.perturbation = perturbation
+        self._checked.add(query.per_example)
         if again != losses:
             shown = (losses, again) if query.per_example else (losses[0], again[0])
             warn(
@@ -133,7 +134,7 @@ class Evaluator:
     def forgotten(self) -> Evaluator:
         """One like it at its beginning, without scratch memory."""
         fresh = Evaluator.__new__(Evaluator)
-        fresh.__dict__.update(self.__dict__, _checked=False)
+        fresh.__dict__.update(self.__dict__, _checked=set())
         fresh.perturbation = None if self._may_copy or self.perturbation is None else fresh._made()
         return fresh
 

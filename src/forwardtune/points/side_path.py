@@ -70,7 +70,8 @@ class SidePath(Perturbation):
         ]
         self._kinds: dict[int, str] = {}
         self._step, self._query = 0, Query(0, 0.0)
-        self._owners: Owners | None = None
+        self._owners: Owners | None = None  # of an input of which nothing was said
+        self._count: int | None = None  # of the examples of what the model worked on last
         self._rows_passed = 0  # most rows of a tensor that the module was called with
         self._hook: torch.utils.hooks.RemovableHandle | None = None
         self._declared: tuple[int, ...] | None = None  # the shape of what examples_at said
@@ -104,7 +105,8 @@ class SidePath(Perturbation):
         if (step, query.probe, query.stride) != (self._step, self._query.probe, self._query.stride):
             self._kept.clear()
             self._vectors.clear()
-        self._step, self._query, self._owners, self._rows_passed = step, query, None, 0
+        self._step, self._query = step, query
+        self._owners, self._count, self._rows_passed = None, None, 0
         torch.clear_autocast_cache()
 
     def losses(self, step: int, queries: Sequence[Query], closure: Closure) -> list[Losses]:
@@ -117,14 +119,13 @@ class SidePath(Perturbation):
                 unfit = f", or examples_at({self._declared}) does not fit its input" if self._declared else ""
                 remedy, argument = self._remedy(queries[0])
                 raise InputError(f"no tuned tensor has a side path in this model{unfit}: use {remedy}", argument)
-        self.used -= self.left_out
         return losses
 
     def _losses(self, step: int, queries: Sequence[Query], closure: Closure) -> list[Losses]:
         losses = []
         for query in queries:  # one by one: the number of examples is known from each
             (found,) = super()._losses(step, [query], closure)
-            count = self._owners.count if query.per_example and self._owners is not None else len(found)
+            count = self._count if query.per_example and self._count is not None else len(found)
             if len(found) != count:
                 said = "examples_at says" if self._declared else "the model's input has"
                 rows = "" if self._declared else " rows, which count as examples"
@@ -142,7 +143,7 @@ class SidePath(Perturbation):
 
     def check(self, step: int, query: Query, closure: Closure) -> tuple[Losses, Losses | None]:
         losses, again = self.losses(step, [query, query], closure)
-        if all(map(math.isfinite, losses)):
+        if all(map(math.isfinite, losses)) and again == losses:  # else the closure itself differs from call to call
             self._compare(step, query, closure)
         return losses, again
 
@@ -219,8 +220,8 @@ class SidePath(Perturbation):
         if owners is None:
             # One row may be what all rows have in common, as the positions of learned embeddings.
             height = max(1, self._rows_passed) if lead[0] == 1 else lead[0]
-            owners = _rows_are_examples((height, *lead[1:]))
-        self._owners = owners
+            owners = self._owners = _rows_are_examples((height, *lead[1:]))
+        self._count = owners.count
         positions = selected()
         return owners if positions is None else owners.at(positions)
 

@@ -110,12 +110,11 @@ ELEMENTWISE = {
 
 
 def _moves(weight: Any) -> bool:
-    """Note that the tensor is read, if this stands for one; whether the present point moves it, and by a side path."""
+    """Note that the tensor is read, if this stands for one; whether the present point moves it."""
     if not isinstance(weight, SideWeight):
         return False
-    path, number = weight._path, weight._tensor.id
-    path.used.add(number)
-    return path.scale != 0 and number not in path.left_out
+    weight._path.used.add(weight._tensor.id)
+    return weight._path.scale != 0
 
 
 def plain(value: Any) -> Any:

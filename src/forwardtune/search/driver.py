@@ -169,11 +169,10 @@ class SearchDriver:
         self.set_rate(lr)
 
     def _first_rate(self, coefficients: list[Sequence[float]]) -> float:
-        rule, estimator = self._optimizer.rule, self._optimizer.estimator
+        rule = self._optimizer.rule
         return first_rate(
             coefficients,
-            eps=estimator.eps,
-            probes=estimator.probes,
+            eps=self._optimizer.estimator.eps,
             momentum=rule.settings().get("momentum", 0.0) if rule.name in ("sgd", "momentum") else None,
             otherwise=float(self._optimizer.defaults["lr"]),
         )

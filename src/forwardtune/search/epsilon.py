@@ -76,22 +76,21 @@ class Scale:
 def measure(optimizer: MeZO, closure: Closure, eps: float, directions: int = SCALE_DIRECTIONS) -> Scale:
     """Evaluate one minibatch in the middle, at both sides of some directions, and a nudge further on one side.
 
-    The weights stay. The first call's self-check takes a few evaluations more.
+    The weights stay. All examples have one direction, whatever the run's assignment: the loss is the minibatch's. The first call's
+    self-check takes a few evaluations more.
 
     Raises:
         ValueError: ``eps`` is not positive.
     """
     if not 0 < eps < math.inf:
         raise ValueError(f"eps must be positive, got {eps!r}")
-    estimator = optimizer.estimator
-    perturbation = optimizer.evaluator.prepare(optimizer.next_step, estimator.queries(), closure)
+    queries = [query._replace(stride=0) for query in optimizer.estimator.queries()]
+    perturbation = optimizer.evaluator.prepare(optimizer.next_step, queries, closure)
     differences, nudges = [], []
     with torch.no_grad(), perturbation:
-        middle = _at(perturbation, estimator.query(0, 0.0), closure)
+        middle = _at(perturbation, 0, 0.0, closure)
         for direction in range(directions):
-            plus, nudged, minus = (
-                _at(perturbation, estimator.query(direction, scale), closure) for scale in (eps, _NUDGE * eps, -eps)
-            )
+            plus, nudged, minus = (_at(perturbation, direction, scale, closure) for scale in (eps, _NUDGE * eps, -eps))
             differences.append(plus - minus)
             # What the nudge does to a quadratic loss: the odd part grows in proportion to it, the even part to its square.
             odd, even = (plus - minus) / 2, (plus + minus) / 2 - middle
@@ -206,14 +205,6 @@ def _disagreement(a: Scale, b: Scale) -> float:
     return math.dist(a.coefficients, b.coefficients) / size if size else math.inf
 
 
-def _at(perturbation: Perturbation, query: Query, closure: Closure) -> float:
-    """The loss of the minibatch at one point; with a direction for each example, the mean of theirs."""
-    perturbation.shift(_STEP, query)
-    value = closure()
-    return (
-        float(value.double().mean())
-        if isinstance(value, torch.Tensor)
-        else math.fsum(value) / len(value)
-        if isinstance(value, (list, tuple))
-        else float(value)
-    )
+def _at(perturbation: Perturbation, direction: int, scale: float, closure: Closure) -> float:
+    perturbation.shift(_STEP, Query(direction, scale))
+    return float(closure())

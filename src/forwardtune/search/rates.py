@@ -215,20 +215,20 @@ class RateSearch:
 
 
 def first_rate(
-    coefficients: Sequence[Sequence[float]], *, eps: float, probes: int, momentum: float | None, otherwise: float
+    coefficients: Sequence[Sequence[float]], *, eps: float, momentum: float | None, otherwise: float
 ) -> float:
     """The learning rate with which a step of the size seen moves a weight by a set share of eps.
 
     Args:
-        coefficients: one list a step.
+        coefficients: those of the directions that each step is the mean of.
         eps: perturbation scale.
-        probes: directions a step.
         momentum: of the rule, 0 without; None for a rule that moves a weight by about the learning rate itself.
         otherwise: what is returned where no step says anything, as all coefficients are 0.
     """
     unit = 1.0
     if momentum is not None:
-        unit = math.sqrt(sum(c * c for step in coefficients for c in step) / max(1, len(coefficients))) / probes
+        squares = (sum(c * c for c in step) / len(step) ** 2 for step in coefficients)
+        unit = math.sqrt(sum(squares) / max(1, len(coefficients)))
         unit /= 1 - momentum
     guess = _MOVE * eps / unit if unit else 0.0
     return guess if 0 < guess < math.inf else otherwise
