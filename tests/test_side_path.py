@@ -23,7 +23,7 @@ from forwardtune.parameters import TunedParameters
 from forwardtune.points import Copy, ReadElsewhereError, SidePath
 from forwardtune.points.owners import examples_at
 from forwardtune.trajectory import export_trajectory, read_log
-from support.trainers import quiet_config
+from support.trainers import Kill, KilledError, quiet_config
 
 EPS, COUNT, LENGTH = 1e-2, 5, 11
 # What has no side path, by the ends of the names. All other tensors of a family must have one.
@@ -626,3 +626,16 @@ def test_inspect_says_what_the_directions_are(tmp_path: Path, capsys: pytest.Cap
     assert main(["inspect", str(tmp_path / "steps.jsonl"), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert (facts["assignment"], facts["rank"], facts["refresh"]) == ("example", 3, 4)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("eps", ["auto", 1e-2])
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_trainer_finds_and_checks_eps(family: str, eps: Any, tmp_path: Path) -> None:
+    """In runs long enough for it. Held-out examples have one loss there."""
+    settings = {"learning_rate": "auto" if eps == "auto" else 1e-4, "eps": eps, "max_steps": 1000}
+    trainer = trainer_of(tmp_path, support.tiny_model(family), **settings)
+    trainer.add_callback(Kill(1))
+    with pytest.raises(KilledError):
+        trainer.train()
+    assert trainer.mezo.last.examples == 4

@@ -84,13 +84,21 @@ def measure(optimizer: MeZO, closure: Closure, eps: float, directions: int = SCA
     if not 0 < eps < math.inf:
         raise ValueError(f"eps must be positive, got {eps!r}")
     estimator = optimizer.estimator
-    perturbation = optimizer.evaluator.prepare(optimizer.next_step, estimator.queries(), closure)
+    if (
+        estimator.per_example
+    ):  # held-out examples give one loss: along directions that all of them share, by the same path
+        perturbation = optimizer.evaluator.perturbation
+        assert perturbation is not None
+        with torch.no_grad():  # sees what has no side path; the first step checks itself
+            perturbation.losses(_STEP, [Query(0, eps)], lambda: _mean(closure()))
+    else:
+        perturbation = optimizer.evaluator.prepare(optimizer.next_step, estimator.queries(), closure)
     differences, nudges = [], []
     with torch.no_grad(), perturbation:
-        middle = _at(perturbation, estimator.query(0, 0.0), closure)
+        middle = _at(perturbation, Query(0, 0.0), closure)
         for direction in range(directions):
             plus, nudged, minus = (
-                _at(perturbation, estimator.query(direction, scale), closure) for scale in (eps, _NUDGE * eps, -eps)
+                _at(perturbation, Query(direction, scale), closure) for scale in (eps, _NUDGE * eps, -eps)
             )
             differences.append(plus - minus)
             # What the nudge does to a quadratic loss: the odd part grows in proportion to it, the even part to its square.
@@ -207,9 +215,13 @@ def _disagreement(a: Scale, b: Scale) -> float:
 
 
 def _at(perturbation: Perturbation, query: Query, closure: Closure) -> float:
-    """The loss of the minibatch at one point; with a direction for each example, the mean of theirs."""
+    """The loss of the minibatch at one point."""
     perturbation.shift(_STEP, query)
-    value = closure()
+    return _mean(closure())
+
+
+def _mean(value: Any) -> float:
+    """A loss, or the mean of those of the examples."""
     return (
         float(value.double().mean())
         if isinstance(value, torch.Tensor)
