@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import support
 from forwardtune import MeZO, StepLog, replay
+from forwardtune.cli import main
 from forwardtune.errors import InputError, LogError
 from forwardtune.method.estimators import Query
 from forwardtune.method.record import as_float32
@@ -27,7 +28,7 @@ from forwardtune.tasks.batching import Layout, collate
 from forwardtune.tasks.encoding import Encoded
 from forwardtune.trajectory import export_trajectory, read_log
 from support.logs import reseal
-from support.trainers import quiet_config
+from support.trainers import Kill, KilledError, quiet_config
 
 EPS, COUNT, LENGTH = 1e-2, 5, 11
 # What has no side path, by the ends of the names. All other tensors of a family must have one.
@@ -337,6 +338,11 @@ def test_an_accuracy_may_turn_over_by_rounding() -> None:
     assert optimizer.last.examples == COUNT
 
 
+def test_parameters_without_their_module_are_refused() -> None:
+    with pytest.raises(InputError, match="every example has its direction, needs the module"):
+        MeZO(list(nn.Linear(6, 6).parameters()), assignment="example")
+
+
 class Captured(nn.Module):
     """Its embedding is its head, too, which no module owns."""
 
@@ -498,7 +504,7 @@ def test_a_model_without_any_side_path_is_refused() -> None:
         (lambda losses: losses.mean(), "return their losses, shape"),
         (lambda losses: losses[:, None], "return their losses, shape"),
         (lambda losses: "high", "return their losses, shape"),
-        (lambda losses: losses[:3], "losses of 3 examples, and the model's input has 5 rows"),
+        (lambda losses: losses[:3], "losses of 3 examples, and what a tuned weight meets first has 5 rows"),
     ],
     ids=["scalar", "matrix", "text", "too_few"],
 )
@@ -978,3 +984,26 @@ def test_trainer_computes_in_bfloat16(tmp_path: Path) -> None:
         trainer.train()
         found.append(trainer.mezo.last.coefficients)
     assert found[1] == pytest.approx(found[0], rel=0.1, abs=0.1)
+
+
+def test_inspect_says_what_the_directions_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, ids = support.tiny_model("llama"), support.token_batch(COUNT, LENGTH)
+    optimizer, _ = side_path(model, rank=3, refresh=4)
+    with StepLog(tmp_path / "steps.jsonl", optimizer):
+        optimizer.step(lambda: losses_of(model, ids))
+    assert main(["inspect", str(tmp_path / "steps.jsonl"), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["assignment"], facts["rank"], facts["refresh"]) == ("example", 3, 4)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("eps", ["auto", 1e-2])
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_trainer_finds_and_checks_eps(family: str, eps: Any, tmp_path: Path) -> None:
+    """In runs long enough for it. Held-out examples have one loss there."""
+    settings = {"learning_rate": "auto" if eps == "auto" else 1e-4, "eps": eps, "max_steps": 1000}
+    trainer = trainer_of(tmp_path, support.tiny_model(family), **settings)
+    trainer.add_callback(Kill(1))
+    with pytest.raises(KilledError):
+        trainer.train()
+    assert trainer.mezo.last.examples == 4

@@ -58,7 +58,9 @@ class SidePath(Perturbation):
     def __init__(self, tuned: TunedParameters, noise: Noise) -> None:
         super().__init__(tuned, noise)
         if tuned.module is None:
-            raise InputError("perturbation='side_path' needs the module: pass MeZO(module, ...) or module=...")
+            raise InputError(
+                "a side path, on which every example has its direction, needs the module: pass MeZO(module, ...) or module=..."
+            )
         self.left_out: set[int] = set()
         self.used: set[int] = set()
         by_parameter = {id(tensor.parameter): tensor for tensor in tuned}
@@ -127,7 +129,7 @@ class SidePath(Perturbation):
             (found,) = super()._losses(step, [query], closure)
             count = self._count if query.per_example and self._count is not None else len(found)
             if len(found) != count:
-                said = "examples_at says" if self._declared else "the model's input has"
+                said = "examples_at says" if self._declared else "what a tuned weight meets first has"
                 rows = "" if self._declared else " rows, which count as examples"
                 raise TypeError(
                     f"the closure returned the losses of {len(found)} examples, and {said} {count}{rows}: return a loss for each, or say "
