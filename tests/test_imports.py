@@ -29,10 +29,11 @@ LAYERS = (
     {"errors", "names"},
     {"files", "memory", "cores", "durations", "processes"},
     {"noise"},
+    {"storage"},
     {"parameters"},
     {"config"},
     {"method"},
-    {"points"},
+    {"points", "workers"},
     {"optimizer"},
     {"trajectory"},
     {"search"},
@@ -62,8 +63,9 @@ NEEDS = {
     "durations": set(),
     "config": set(),
     "processes": set(),
+    "workers": set(),
     "trajectory": {"torch", "safetensors"},
-} | {part: {"torch"} for part in ("parameters", "method", "points", "optimizer", "search", "cores")}
+} | {part: {"torch"} for part in ("storage", "parameters", "method", "points", "optimizer", "search", "cores")}
 NEEDS |= {f"search/{file}.py": set() for file in ("auto", "budget", "decisions", "guard", "line_search", "rates")}
 
 # What `pip install forwardtune` does not bring, by the names that are imported.
