@@ -28,7 +28,8 @@ SOURCE = Path(forwardtune.__file__).parent
 LAYERS = (
     {"errors", "names"},
     {"files", "memory", "cores", "durations", "processes"},
-    {"noise", "storage"},
+    {"noise"},
+    {"storage"},
     {"parameters"},
     {"config"},
     {"method"},
@@ -62,11 +63,10 @@ NEEDS = {
     "durations": set(),
     "config": set(),
     "processes": set(),
+    "workers": set(),
     "trajectory": {"torch", "safetensors"},
-} | {
-    part: {"torch"} for part in ("storage", "parameters", "method", "points", "workers", "optimizer", "search", "cores")
-}
-NEEDS |= {f"search/{file}.py": set() for file in ("auto", "budget", "decisions", "guard", "line_search", "rates")}
+} | {part: {"torch"} for part in ("storage", "parameters", "method", "points", "optimizer", "search", "cores")}
+NEEDS |= {f"search/{file}.py": set() for file in ("budget", "guard", "line_search", "rates")}
 
 # What `pip install forwardtune` does not bring, by the names that are imported.
 EXTRA = {"sklearn", "matplotlib", "pandas", "seaborn"}

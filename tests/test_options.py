@@ -90,6 +90,8 @@ CASES: dict[str, dict[str, tuple[Any, See, Any]]] = {
         "momentum": (0.7, lambda b: b.mezo.rule.momentum, 0.7),
         "rule_state": ("window", lambda b: b.mezo.rule.state, "window"),
         "direction": ("rademacher", lambda b: b.mezo.noise.direction.name, "rademacher"),
+        "rank": (2, lambda b: b.mezo.noise.structure.rank, 2),
+        "refresh": (3, lambda b: b.mezo.noise.structure.refresh, 3),
         "perturbation": ("copy", lambda b: b.mezo.perturbation.name, "copy"),
         "weight_decay": (0.02, lambda b: {group["weight_decay"] for group in b.mezo.param_groups}, {0.02}),
         "lr_scheduler": ("linear", lambda b: b.trainer.args.lr_scheduler_type.value, "linear"),
@@ -119,6 +121,7 @@ CASES: dict[str, dict[str, tuple[Any, See, Any]]] = {
     },
     "timed": {  # it stops before its first step
         "tune": (r"layers\.1\.", lambda b: sum(p.requires_grad for p in b.session.model.parameters()), 9),
+        "assignment": ("example", lambda b: b.mezo.estimator.assignment, "example"),
         "per_class": (3, lambda b: [b.lengths(split) for split in ("train", "dev")], [6, 6]),
         "time_budget": ("60s", lambda b: (b.session.deadline is not None, b.session.options.steps > 10), (True, True)),
     },

@@ -22,7 +22,7 @@ from forwardtune.method.estimators import Query
 from forwardtune.method.record import as_float32
 from forwardtune.objectives.likelihood import option_cross_entropy
 from forwardtune.parameters import TunedParameters
-from forwardtune.points import Copy, ReadElsewhereError, SidePath
+from forwardtune.points import Copy, ReadElsewhereError, SidePath, side_weight
 from forwardtune.points.owners import Groups, Owners, examples_at
 from forwardtune.tasks.batching import Layout, collate
 from forwardtune.tasks.encoding import Encoded
@@ -757,10 +757,13 @@ def test_lines_that_hold_something_else_are_refused(
         read_log(tmp_path / "steps.jsonl")
 
 
-@pytest.mark.parametrize("rank", [0, 1], ids=["full", "rank_1"])
-@pytest.mark.parametrize("dtype", [torch.float64], ids=str)
-def test_minibatches_of_a_task_are_packed_and_read_at_some_places(rank: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("rank", "at_once"), [(0, 32), (1, 32), (2, 0)], ids=["full", "at_once", "batched"])
+def test_minibatches_of_a_task_are_packed_and_read_at_some_places(
+    rank: int, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Options beside each other, examples behind each other, and a vocabulary head that sees the answers' places alone."""
+    monkeypatch.setattr(side_weight, "_AT_ONCE", at_once)
+    dtype = torch.float64
     model = support.tiny_model("llama", dtype)
     ids = support.token_batch(5, 12).tolist()
     lengths = [12, 4, 5, 3, 7]
