@@ -685,12 +685,12 @@ def test_factors_of_one_probe_are_kept_at_a_time_and_none_between_steps() -> Non
 
     def closure() -> Tensor:
         losses = losses_of(model, ids)
-        most.append(len(side._kept))
+        most.append(len(side.point._factors))
         return losses
 
     optimizer.step(closure)
     assert max(most) == 1
-    assert not side._kept
+    assert not side.point._factors
 
 
 def test_factors_are_drawn_once_for_projections_and_look_ups() -> None:
@@ -700,7 +700,7 @@ def test_factors_are_drawn_once_for_projections_and_look_ups() -> None:
 
     def closure() -> Tensor:
         losses = losses_of(model, ids)
-        seen.append(len(side._kept))
+        seen.append(len(side.point._factors))
         return losses
 
     optimizer.step(closure)

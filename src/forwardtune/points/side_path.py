@@ -24,6 +24,7 @@ from ..noise import Noise
 from ..parameters import TunedParameters, TunedTensor
 from .owners import Groups, Owners, declared, selected
 from .perturbation import Closure, Perturbation, ReadElsewhereError, as_loss, as_losses, read, without_compilation
+from .point_directions import PointDirections
 from .scratch import Scratch
 from .side_weight import SideWeight
 
@@ -71,14 +72,12 @@ class SidePath(Perturbation):
             if id(parameter) in by_parameter
         ]
         self._kinds: dict[int, str] = {}
-        self._step, self._query = 0, Query(0, 0.0)
+        self.point = PointDirections(tuned, noise, self.left_out)
         self._owners: Owners | None = None  # of an input of which nothing was said
         self._count: int | None = None  # of the examples of what the model worked on last
         self._rows_passed = 0  # most rows of a tensor that the module was called with
         self._hook: torch.utils.hooks.RemovableHandle | None = None
         self._declared: tuple[int, ...] | None = None  # the shape of what examples_at said
-        self._vectors: dict[tuple[Any, ...], dict[int, Tensor]] = {}  # directions of vectors at scale 1, likewise
-        self._kept: dict[tuple[Any, ...], dict[int, tuple[Tensor, Tensor]]] = {}  # factors of the present directions
         self._eager: AbstractContextManager[Any] = nullcontext()
 
     def __enter__(self) -> SidePath:
@@ -99,15 +98,11 @@ class SidePath(Perturbation):
             self._hook.remove()
         self._eager.__exit__(None, None, None)
         self._owners = None
-        self._kept.clear()
-        self._vectors.clear()
+        self.point.forget()
         torch.clear_autocast_cache()
 
     def shift(self, step: int, query: Query) -> None:
-        if (step, query.probe, query.stride) != (self._step, self._query.probe, self._query.stride):
-            self._kept.clear()
-            self._vectors.clear()
-        self._step, self._query = step, query
+        self.point.go_to(step, query)
         self._owners, self._count, self._rows_passed = None, None, 0
         torch.clear_autocast_cache()
 
@@ -229,7 +224,7 @@ class SidePath(Perturbation):
 
     def count(self) -> int | None:
         """The number of directions at the present point; None before the model's input was seen."""
-        if not self._query.per_example:
+        if not self.point.query.per_example:
             return 1
         owners = self._input()
         return None if owners is None else owners.count
@@ -245,7 +240,7 @@ class SidePath(Perturbation):
         What meets a tensor has the same kind of places always. So a selection of tokens, as for one expert of many, is not taken for
         whole rows where it happens to have as many.
         """
-        if not self._query.per_example:
+        if not self.point.query.per_example:
             return Groups(1)
         owners = self._present(lead)
         if owners is None:
@@ -257,72 +252,10 @@ class SidePath(Perturbation):
 
     def owner(self, lead: Sequence[int]) -> Tensor | None:
         """The direction of every place of such an activation, in a shape that broadcasts; None if it cannot be told."""
-        if not self._query.per_example:
+        if not self.point.query.per_example:
             return torch.zeros((1,) * len(lead), dtype=torch.int64)
         owners = self._present(lead)
         return None if owners is None else owners.of(lead)
-
-    def _address(self, tensor: TunedTensor) -> dict[str, Any]:
-        return {"tensor": tensor.id, "step": self._step, "scale": self._query.scale}
-
-    def is_low_rank(self, tensor: TunedTensor) -> bool:
-        return self.noise.is_low_rank(tensor.parameter.shape)
-
-    @property
-    def scale(self) -> float:
-        """The scale of the present point."""
-        return self._query.scale
-
-    def factors(self, tensor: TunedTensor, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """U / sqrt(r), shape (count, r, m), and V, (count, r, n), of so many directions. Both sides of a probe have the same ones."""
-        key = (count, tensor.parameter.device, dtype)
-        if key not in self._kept:
-            self._kept[key] = self._drawn(count, tensor.parameter.device, dtype)
-        return self._kept[key][tensor.id]
-
-    def _drawn(self, count: int, device: torch.device, dtype: torch.dtype) -> dict[int, tuple[Tensor, Tensor]]:
-        """The factors of all tensors on a device: one call for all costs a tenth of one for each."""
-        here = [
-            t for t in self.tuned if t.parameter.device == device and self.is_low_rank(t) and t.id not in self.left_out
-        ]
-        found = self.noise.factors_of(
-            [(t.id, t.parameter.shape) for t in here],
-            step=self._step,
-            probes=self._query.directions(count),
-            device=device,
-        )
-        return {
-            t.id: (u.mT.to(dtype).contiguous(), v.mT.to(dtype).contiguous())
-            for t, (u, v) in zip(here, found, strict=True)
-        }
-
-    def directions(self, tensor: TunedTensor, count: int) -> Tensor:
-        """Scaled directions of a tensor of full ones, shape (count, *shape)."""
-        parameter, probes = tensor.parameter, self._query.directions(count)
-        if parameter.ndim > 1:  # an adapter's, of every example: not kept
-            address = self._address(tensor)
-            return self.noise.directions(parameter.shape, probes=probes, device=parameter.device, **address)
-        key = (count, parameter.device)
-        if key not in self._vectors:
-            here = [t for t in self.tuned if t.parameter.device == parameter.device and t.parameter.ndim == 1]
-            places = [(t.id, t.parameter.shape) for t in here]
-            found = self.noise.directions_of(places, step=self._step, probes=probes, device=parameter.device)
-            self._vectors[key] = {t.id: z for t, z in zip(here, found, strict=True)}
-        return self._vectors[key][tensor.id] * self.scale
-
-    def rows(self, tensor: TunedTensor, numbers: Tensor, owner: Tensor) -> Tensor:
-        """Rows of the scaled directions: those of the numbers, each along the direction of its owner; shape (*numbers.shape, n)."""
-        owner = owner.to(numbers.device).expand(numbers.shape).reshape(-1)
-        flat = numbers.reshape(-1)
-        probes = self._query.probe + owner * self._query.stride
-        shape = tensor.parameter.shape
-        if not self.is_low_rank(tensor):
-            found = self.noise.direction_rows(shape, flat, probes, **self._address(tensor))
-        else:
-            u = self.noise.factor_rows(shape, flat, probes, **self._address(tensor))
-            _, v = self.factors(tensor, self.count() or 1, tensor.parameter.dtype)  # those that projections take, too
-            found = torch.einsum("pr,prn->pn", u, v[owner].to(u.dtype))
-        return found.view(*numbers.shape, shape[-1])
 
 
 def _rows_are_examples(lead: Sequence[int]) -> Owners:

@@ -114,7 +114,7 @@ def _moves(weight: Any) -> bool:
     if not isinstance(weight, SideWeight):
         return False
     weight._path.used.add(weight._tensor.id)
-    return weight._path.scale != 0
+    return weight._path.point.scale != 0
 
 
 def plain(value: Any) -> Any:
@@ -137,7 +137,7 @@ def _spread(value: Any) -> Any:
 
 def _vectors(weight: SideWeight, count: int) -> Tensor:
     """The perturbed vectors of so many directions, (count, n), rounded as perturbed weights are."""
-    shift = weight._path.directions(weight._tensor, count)
+    shift = weight._path.point.directions(weight._tensor, count)
     arithmetic = torch.promote_types(weight.dtype, shift.dtype)
     return (weight._original.to(arithmetic) + shift).to(weight.dtype)
 
@@ -211,18 +211,18 @@ def _add_product(y: Tensor, x: Tensor, weight: SideWeight, *, transposed: bool) 
         return False
     # Autocast gives y in a dtype of its own, and in-place products take one dtype alone.
     rows, out = x.reshape(-1, x.shape[-1]).to(y.dtype), y.view(-1, y.shape[-1])
-    if not path.is_low_rank(tensor):
-        z = path.directions(tensor, groups.count).to(y.dtype)
+    if not path.point.is_low_rank(tensor):
+        z = path.point.directions(tensor, groups.count).to(y.dtype)
         groups.add_to(out, torch.bmm(groups.gathered(rows), z if transposed else z.mT))
         return True
-    u, v = path.factors(tensor, groups.count, y.dtype)
+    u, v = path.point.factors(tensor, groups.count, y.dtype)
     inner, outer = (u, v) if transposed else (v, u)  # (directions, rank, n) and (directions, rank, m)
     if groups.count * inner.shape[1] <= _AT_ONCE:
         narrow = F.linear(rows, inner.flatten(0, 1))
         own = groups.one_hot(narrow, inner.shape[1])
-        out.addmm_(narrow.mul_(path.scale if own is None else own * path.scale), outer.flatten(0, 1))
+        out.addmm_(narrow.mul_(path.point.scale if own is None else own * path.point.scale), outer.flatten(0, 1))
     else:
-        narrow = torch.bmm(groups.gathered(rows), inner.mT).mul_(path.scale)
+        narrow = torch.bmm(groups.gathered(rows), inner.mT).mul_(path.point.scale)
         groups.add_to(out, torch.bmm(narrow, outer))
     return True
 
@@ -235,7 +235,7 @@ def _add_shift(y: Tensor, bias: Any) -> bool:
     owner, count = path.owner(y.shape[:-1]), path.count()
     if owner is None or count is None:
         return False
-    y += path.directions(bias._tensor, count).to(y.dtype)[owner.to(y.device)]
+    y += path.point.directions(bias._tensor, count).to(y.dtype)[owner.to(y.device)]
     return True
 
 
@@ -254,7 +254,7 @@ def _embedding(
         owner = path.owner(numbers.shape)
     if owner is None:
         return None
-    return y + path.rows(weight._tensor, numbers, owner).to(y.dtype)
+    return y + path.point.rows(weight._tensor, numbers, owner, path.count() or 1).to(y.dtype)
 
 
 def _layer_norm(x: Tensor, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Tensor | None:
