@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import math
 import warnings
@@ -432,6 +433,44 @@ def test_what_turns_out_later_to_have_no_side_path_is_named_then() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         optimizer.step(lambda: model(x))
+
+
+class Sometimes(nn.Module):
+    """Uses a weight in a way that has no side path, in some minibatches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.last = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, odd: bool) -> Tensor:
+        y = self.layer(x)
+        return self.last(y + x @ self.layer.weight.inverse() if odd else y).pow(2).mean(1)
+
+
+@pytest.mark.filterwarnings("ignore:.* have no side path")
+def test_what_a_run_found_to_have_no_side_path_is_known_when_it_goes_on(tmp_path: Any) -> None:
+    x, path = torch.randn(4, 6, generator=torch.Generator().manual_seed(1)), tmp_path / "steps.jsonl"
+
+    def steps(model: Sometimes, optimizer: MeZO, numbers: range) -> None:
+        for number in numbers:
+            optimizer.step(lambda number=number: model(x, odd=number == 1))
+
+    whole, broken = Sometimes(), Sometimes()
+    steps(whole, side_path(whole)[0], range(4))
+    optimizer = side_path(broken)[0]
+    log = StepLog(path, optimizer)
+    steps(broken, optimizer, range(2))
+    log.close()
+    assert [record.left_out for record in read_log(path).records] == [(), (3,)]
+    copied = copy.deepcopy(optimizer)
+    assert copied.evaluator.left_out == {3}
+    broken = Sometimes()
+    optimizer = side_path(broken)[0]
+    with StepLog.resume(path, optimizer):
+        steps(broken, optimizer, range(2, 4))
+    support.assert_same_bits(broken, support.snapshot(whole))
+    assert [record.left_out for record in read_log(path).records] == [(), (3,), (), ()]
 
 
 def test_owners_that_do_not_fit_the_input_are_told() -> None:

@@ -133,6 +133,7 @@ class MeZO(torch.optim.Optimizer):
         #: Called with a :class:`StepRecord` after every step; the step log is one of them.
         self.recorders: list[Callable[[StepRecord], None]] = []
         self.last: StepRecord | None = None
+        self._logged_left_out: frozenset[int] = frozenset()
         #: While a list: steps are estimated and put there, and not taken (:mod:`forwardtune.search.held`).
         self.held: list[StepRecord] | None = None
         self.next_step = 0
@@ -274,7 +275,10 @@ class MeZO(torch.optim.Optimizer):
             self.interrupted = True
             unchanged = move_all(self.rule, self.noise, self.tuned, [[update] for update in updates], self.history)
             self.interrupted = False
-        record = replace(record, unchanged=unchanged, seconds=record.seconds + time.perf_counter() - began)
+        left_out = tuple(sorted(self.evaluator.left_out - self._logged_left_out))
+        self._logged_left_out = self.evaluator.left_out
+        seconds = record.seconds + time.perf_counter() - began
+        record = replace(record, unchanged=unchanged, seconds=seconds, left_out=left_out)
         self.last = record
         for recorder in self.recorders:
             recorder(record)
@@ -312,6 +316,11 @@ class MeZO(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """For ``copy.deepcopy`` and pickle: recorders, which write to files, and scratch memory stay behind."""
         return {**self.__dict__, "recorders": [], "evaluator": self.evaluator.forgotten(), "_idle": IdleWatch()}
+
+    def leave_out(self, tensors: Iterable[int]) -> None:
+        """These tensors, by id, have no side path: it is known from the run that goes on."""
+        self.evaluator.leave_out(tensors)
+        self._logged_left_out = self.evaluator.left_out
 
     def fast_forward(self, records: Sequence[StepRecord], history: History | None = None) -> None:
         """Take over the bookkeeping of a run whose weights were rebuilt from its records, all from step 0 on.

@@ -29,6 +29,7 @@ class StepRecord:
         seconds: from the start of the first evaluation to the end of the update.
         unused: ids of the tuned tensors that no evaluation of the step went through; the update left them alone.
         examples: how many examples had directions of their own; 0: the directions were the minibatch's.
+        left_out: ids of the tuned tensors that were found to have no side path since the step before; from then on steps leave them alone.
     """
 
     step: int
@@ -41,6 +42,7 @@ class StepRecord:
     seconds: float
     unused: tuple[int, ...] = ()
     examples: int = 0
+    left_out: tuple[int, ...] = ()
 
     @property
     def skipped(self) -> bool:

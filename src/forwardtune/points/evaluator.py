@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
@@ -131,11 +131,17 @@ class Evaluator:
         """The ids of the tuned tensors that have no side path, as far as is known."""
         return frozenset(self.perturbation.left_out) if isinstance(self.perturbation, SidePath) else frozenset()
 
+    def leave_out(self, tensors: Iterable[int]) -> None:
+        """These tensors, by id, have no side path."""
+        if isinstance(self.perturbation, SidePath):
+            self.perturbation.left_out.update(tensors)
+
     def forgotten(self) -> Evaluator:
-        """One like it at its beginning, without scratch memory."""
+        """One like it at its beginning, without scratch memory; what has no side path is known."""
         fresh = Evaluator.__new__(Evaluator)
         fresh.__dict__.update(self.__dict__, _checked=set())
         fresh.perturbation = None if self._may_copy or self.perturbation is None else fresh._made()
+        fresh.leave_out(self.left_out)
         return fresh
 
 

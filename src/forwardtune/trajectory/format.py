@@ -144,6 +144,7 @@ def step_content(record: StepRecord) -> dict[str, Any]:
         "unchanged": record.unchanged,
         "seconds": round(record.seconds, 6),
         **({"unused": ranges(record.unused)} if record.unused else {}),
+        **({"left_out": ranges(record.left_out)} if record.left_out else {}),
     }
 
 
@@ -176,6 +177,7 @@ def step_record(content: dict[str, Any], header: dict[str, Any], estimator: Esti
         seconds=content["seconds"],
         unused=numbers(content.get("unused", ""), len(header["tensors"])),
         examples=examples,
+        left_out=numbers(content.get("left_out", ""), len(header["tensors"])),
     )
 
 

@@ -80,6 +80,7 @@ class StepLog:
         try:
             log = read_log(path)  # after the lock: nobody else writes to it now
             require_same_run(log, optimizer)
+            optimizer.leave_out(number for record in log.records for number in record.left_out)
             if optimizer.next_step == 0:
                 apply_log(log, optimizer)
             if optimizer.next_step != log.steps:
