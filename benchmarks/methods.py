@@ -113,6 +113,7 @@ def main() -> None:
     options.add_argument("--rates", type=int, default=7, help="rates of a scan, around the method's middle")
     options.add_argument("--scan", type=int, default=100, help="steps of a run of the scan")
     options.add_argument("--steps", type=int, default=300)
+    options.add_argument("--lr", type=float, help="this rate, in the place of a scan's best")
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options.add_argument("--dtype", default="bfloat16")
     options.add_argument("--time", type=int, default=0, metavar="ROUNDS", help="measure seconds a step, too")
@@ -136,12 +137,12 @@ def main() -> None:
         )
 
     half = given.rates // 2
-    for name in given.methods:
+    for name in given.methods if given.lr is None else ():
         for k in range(-half, given.rates - half):
             need(name, float(f"{METHODS[name].middle * 10 ** (k / 2):.1e}"), 0, given.scan)
     for seed in given.seeds:
         for name in given.methods:
-            need(name, best_rate(rows, name, given.scan), seed, given.steps)
+            need(name, given.lr or best_rate(rows, name, given.scan), seed, given.steps)
     if given.time:
         pairs = {name: bench.optimizer(METHODS[name], 1e-9, 0) for name in given.methods if METHODS[name].tune == "all"}
         works = {
