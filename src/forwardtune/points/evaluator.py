@@ -62,11 +62,11 @@ class Evaluator:
     def losses(self, step: int, queries: Sequence[Query], closure: Closure) -> tuple[list[Losses], set[int]]:
         """The closure's values at the queried points, and the ids of the tuned tensors that it read.
 
-        The first call evaluates the closure two or three times more, to see that evaluations can be trusted.
+        The first call evaluates the closure a few times more, to see that evaluations can be trusted.
 
         Raises:
             TypeError: the closure returned no number, or not one for each example.
-            ReadElsewhereError: ``scratch`` was asked for, and would not be exact.
+            ReadElsewhereError: ``scratch`` was asked for, or a side path is needed, and would not be exact.
         """
         if getattr(torch.nn.utils.parametrize, "_cache_enabled", 0):
             raise RuntimeError(

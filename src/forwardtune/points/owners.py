@@ -132,15 +132,18 @@ class Groups:
 
     def gathered(self, x: Tensor) -> Tensor:
         """The rows of a matrix (rows, n) by example: (examples, most rows, n); filled up with some row."""
-        return x.view(self.count, -1, x.shape[-1]) if self._places is None else x[self._places.clamp(min=0)]
+        if self._places is None:
+            return x.view(self.count, -1, x.shape[-1])
+        return x[self._places.clamp(min=0).to(x.device)]
 
     def add_to(self, y: Tensor, parts: Tensor) -> None:
         """Add rows by example, shape (examples, most rows, m), to the matrix y (rows, m), in place."""
         if self._places is None:
             y.view(self.count, -1, y.shape[-1]).add_(parts)
         else:
-            present = self._places >= 0
-            y.index_add_(0, self._places[present], parts[present].to(y.dtype))
+            places = self._places.to(y.device)  # whoever says whose they are may do so on another
+            present = places >= 0
+            y.index_add_(0, places[present], parts[present].to(y.dtype))
 
 
 def declared() -> Owners | None:
