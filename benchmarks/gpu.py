@@ -36,7 +36,7 @@ MINUTES = 8.0
 RESERVE = 4.0
 PROBE = """
 import importlib.util, json, sys
-packages = "torch triton transformers accelerate numba peft datasets pytest".split()
+packages = "torch triton transformers accelerate numba peft datasets pytest xdist".split()
 found = {"python": sys.version.split()[0], "device": None, "lacking": [p for p in packages if not importlib.util.find_spec(p)]}
 if "torch" not in found["lacking"]:
     import torch
@@ -206,7 +206,7 @@ def plan(stages: Sequence[Stage], machine: dict[str, Any], seconds: float, outpu
         f"No CUDA device here: {has}. With one, in at most {seconds:.0f} seconds in all, each stage only while time is left:",
         "",
         *(
-            f"{stage.name:13}{stage.limit:4.0f} s  {stage.what}"
+            f"{stage.name:18}{stage.limit:4.0f} s  {stage.what}"
             + (f" [left out with this Python: {reason}]" if (reason := lacks(stage, machine)) else "")
             for stage in stages
         ),
@@ -240,7 +240,7 @@ def main() -> int:
         good = run.all(stages)
     except KeyboardInterrupt:
         good = False
-    print("\n" + "\n".join(f"{row['stage']:13}{row['seconds']:6.1f} s  {row['outcome']}" for row in run.rows))
+    print("\n" + "\n".join(f"{row['stage']:18}{row['seconds']:6.1f} s  {row['outcome']}" for row in run.rows))
     print(f"results in {output}/gpu.json and gpu.log")
     return 0 if good else 1
 

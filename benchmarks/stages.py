@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "--maxfail=12", "--durations=5",
+          # A process compiles its kernels on one core.
+          "-n", "8", "--dist", "worksteal",
           # A hint of a version that was not seen before is to be read; it is no failure here.
           "-W", "default", "-o", "faulthandler_timeout=60")  # fmt: skip
 
@@ -35,7 +37,8 @@ def _script(name: str, what: str, line: str, limit: float, memory: float = 0.0) 
 
 
 def _step(shape: str, lengths: str, limit: float, memory: float) -> Stage:
-    what = f"a step over two forward passes and over the published loop, OPT-{shape.upper()}'s shape, 16 x {lengths.replace(' ', ', ')}"
+    whose = shape if shape.startswith("smollm2") else f"OPT-{shape.upper()}"
+    what = f"a step over two forward passes and over the published loop, {whose}'s shape, 16 x {lengths.replace(' ', ', ')}"
     line = f"step.py --device cuda --shapes {shape} --lengths {lengths}"
     return _script(f"step-{shape}", what, line, limit, memory)
 
@@ -46,22 +49,24 @@ STAGES = (
         "tests/test_noise_gpu.py: the bits of the definition from compiled kernels",
         (*PYTEST, "tests/test_noise_gpu.py", "-k", "not interpret"),
         110,
-        ("torch", "triton", "pytest"),
+        ("torch", "triton", "pytest", "xdist"),
     ),
     Stage(
         "test-steps",
         "tests/test_cuda.py: steps, replay, Trainer, tensors past 2^31 elements",
         (*PYTEST, "tests/test_cuda.py"),
         110,
-        ("torch", "pytest"),
+        ("torch", "pytest", "xdist"),
     ),
+    _step("1.3b", "64 32 400", 70, 8),
+    _step("13b", "32 64", 90, 32),
+    _step("smollm2-135m", "32 64", 40, 4),
     _script(
         "kernels",
         "bits against the definition without pytest, speed against it, host time of a launch",
         "kernels.py --device cuda",
         70,
     ),
-    _step("1.3b", "64 32 400", 70, 8),
     _script(
         "memory-1.3b",
         "peak memory of a step, of inference and of Adam, OPT-1.3B's shape, 16 x 64",
@@ -70,19 +75,18 @@ STAGES = (
         8,
     ),
     _script(
-        "sweep",
-        "a sweep over 100M weights against a multiply-add over the same memory",
-        "sweep.py --device cuda",
-        45,
-    ),
-    _step("13b", "32 64", 90, 32),
-    _step("6.7b", "32 64", 60, 18),
-    _step("125m", "32 64 400", 40, 4),
-    _script(
         "profile",
         "the kernels of a step and of a forward pass, OPT-1.3B's shape, 16 x 64",
         "step.py --device cuda --shapes 1.3b --lengths 64 --profile --no-reference --rounds 3 --output profile-cuda",
         40,
         8,
     ),
+    _script(
+        "sweep",
+        "a sweep over 100M weights against a multiply-add over the same memory",
+        "sweep.py --device cuda",
+        45,
+    ),
+    _step("6.7b", "32 64", 60, 18),
+    _step("125m", "32 64 400", 40, 4),
 )

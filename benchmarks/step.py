@@ -9,7 +9,7 @@
 Models have random weights. One logit row a sequence is computed, as for a task with one-token answers. ``reference`` transcribes
 the published loop: three passes of ``torch.normal`` over the stored weights and one for the update, with a logit row for every token.
 On a GPU the peaks of allocated memory of a forward pass and of a step are compared as well, with the largest tuned layer beside
-them (on a CPU ``memory.py`` does that, in processes of their own). ``--profile`` adds the time of each kernel in one step and in one
+them (on a CPU ``memory.py`` does that, in processes of their own). ``--profile`` adds the time of each kernel in a step of both kinds and in one
 forward pass, and how long the host and the device were busy: if the host was busy for longer, launches are what a step waits for.
 """
 
@@ -77,7 +77,7 @@ def measure(model: Any, length: int, options: argparse.Namespace) -> dict[str, A
     if torch.device(device).type == "cuda":
         row["memory"] = peaks(optimizer, loss, model, device)
     if options.profile:
-        row["profile"] = {name: profile(works[name], device) for name in ("forward", "step")}
+        row["profile"] = {name: profile(works[name], device) for name in ("forward", "step", "example_step")}
     return row
 
 

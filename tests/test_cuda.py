@@ -7,7 +7,7 @@ Across devices the bits of the noise and of updates are promised; losses, and so
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -98,6 +98,42 @@ def test_a_run_replays_with_the_same_bits_on_both_devices(dtype, rule, tmp_path)
         assert_same_bits(base.to(CUDA), snapshot(model))
 
 
+def losses_of_rows(model: Any, batch: torch.Tensor) -> Callable[[], torch.Tensor]:
+    return lambda: model(input_ids=batch).logits.float().pow(2).mean(dim=(1, 2))
+
+
+STRUCTURES: dict[str, dict[str, Any]] = {
+    "low_rank": {"rank": 2, "refresh": 3},
+    "example": {"assignment": "example"},
+    "example_full": {"assignment": "example", "rank": 0},
+    "example_many": {"assignment": "example", "rank": 4, "direction": "rademacher", "probes": 2},
+}
+
+
+@every_dtype
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_directions_of_low_rank_and_of_examples_replay_with_the_same_bits_on_both_devices(
+    dtype, family, structure, tmp_path
+):
+    settings, losses = STRUCTURES[structure], {}
+    for name, device in (("cpu", torch.device("cpu")), ("cuda", CUDA)):
+        model = tiny_model(family, dtype).to(device)
+        optimizer = optimizer_of(model, **settings)
+        of = losses_of_rows if "assignment" in settings else closure_for
+        with StepLog(tmp_path / f"{name}.jsonl", optimizer):
+            for step in range(5):
+                optimizer.step(of(model, token_batch(4, seed=step).to(device)))
+                if step == 0:
+                    assert optimizer.last is not None
+                    losses[name] = torch.tensor(optimizer.last.losses)
+    torch.testing.assert_close(losses["cuda"], losses["cpu"], rtol=1e-4 if dtype == torch.float32 else 5e-2, atol=0)
+    for device in (CUDA, torch.device("cpu")):
+        base = tiny_model(family, dtype).to(device)
+        assert replay(tmp_path / "cuda.jsonl", base) == 5
+        assert_same_bits(base.to(CUDA), snapshot(model))
+
+
 @every_dtype
 def test_a_run_of_the_trainer_replays_on_the_cpu(dtype, tmp_path):
     """Trainer moves model and batches to the device by itself."""
@@ -118,7 +154,14 @@ def test_a_run_of_the_trainer_replays_on_the_cpu(dtype, tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    ["--lr 1e-3", "--lr 1e-3 --objective accuracy --rule adam", "--lr auto", "--lr 1e-3 --tune lora"],
+    [
+        *("--lr 1e-3", "--lr 1e-3 --objective accuracy --rule adam", "--lr auto", "--lr 1e-3 --tune lora"),
+        *(
+            "--lr 1e-3 --assignment example",
+            "--lr 1e-3 --assignment example --tune lora",
+            "--lr auto --rank 2 --refresh 3",
+        ),
+    ],
     ids=lambda options: options.replace(" ", ""),
 )
 def test_a_run_of_the_command_line_replays_on_the_cpu(options, tiny_folder, tmp_path):
