@@ -3,7 +3,8 @@
     python benchmarks/methods.py --data FOLDER                 # a scan of rates, then the best of each over more steps and seeds
     python benchmarks/methods.py --data FOLDER --methods dense example_1 --rates 5 --scan 100 --steps 300 --seeds 0 1 2
 
-FOLDER holds train.jsonl and validation.jsonl of SST-2. A method's rate is the one with the lowest loss on the dev split at the end of a
+On a GPU, where launches and not the device are what a step of so small a model waits for, ``--device cuda --workers 12`` runs as many at
+once. FOLDER holds train.jsonl and validation.jsonl of SST-2. A method's rate is the one with the lowest loss on the dev split at the end of a
 scan (one seed); its curve is then run for every seed, and measured on dev and, at the end, on test, which chose nothing. Every
 run is a line of the result; a second call goes on with what is missing. Seconds a step are measured at the end, all methods in turn, with
 nothing else going on (``--time``); curves are drawn over steps and multiplied by them.
@@ -12,7 +13,9 @@ nothing else going on (``--time``); curves are drawn over steps and multiplied b
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import math
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,12 +53,16 @@ METHODS = {
 }
 
 
+#: Method, learning rate, seed, steps.
+Key = tuple[str, float, int, int]
+
+
 class Bench:
     """The model at its base weights, and the examples."""
 
-    def __init__(self, data: str, dtype: str) -> None:
+    def __init__(self, data: str, model: str, dtype: str, device: str) -> None:
         self.task = get_task("sst2")
-        self.model, self.tokenizer = load_model("smollm2-135m", dtype=dtype)
+        self.model, self.tokenizer = load_model(model, dtype=dtype, device=device)
         self.base = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         splits = load_splits(self.task, data_dir=data, dev_examples=DEV, test_examples=TEST)
         encoder = Encoder(self.tokenizer, 512)
@@ -102,13 +109,40 @@ class Bench:
 def best_rate(rows: list[dict[str, Any]], name: str, scan: int) -> float:
     """The rate with the lowest dev loss at the end of the scan."""
     scanned = [row for row in rows if (row["method"], row["steps"], row["seed"]) == (name, scan, 0)]
-    return float(min(scanned, key=lambda row: row["dev"][str(scan)]["loss"])["lr"])
+    ended = {row["lr"]: row["dev"][str(scan)]["loss"] for row in scanned}
+    return float(min(ended, key=lambda lr: ended[lr] if math.isfinite(ended[lr]) else math.inf))
+
+
+_bench: Bench
+
+
+def _begin(*arguments: str) -> None:
+    global _bench
+    torch.set_num_threads(1)
+    _bench = Bench(*arguments)
+
+
+def _run(key: Key) -> dict[str, Any]:
+    return json.loads(json.dumps(_bench.run(*key)))
+
+
+def runs(keys: Sequence[Key], workers: int, arguments: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The runs, in the order in which they end."""
+    if workers == 1:
+        global _bench
+        if "_bench" not in globals():
+            _bench = Bench(*arguments)
+        yield from map(_run, keys)
+    else:
+        with multiprocessing.get_context("spawn").Pool(min(workers, len(keys) or 1), _begin, arguments) as pool:
+            yield from pool.imap_unordered(_run, keys)
 
 
 def main() -> None:
     """Run what is missing, and print the table."""
     options = parser(__doc__)
     options.add_argument("--data", required=True)
+    options.add_argument("--model", default="smollm2-135m")
     options.add_argument("--methods", nargs="+", choices=METHODS, default=["dense", "example_1"])
     options.add_argument("--rates", type=int, default=7, help="rates of a scan, around the method's middle")
     options.add_argument("--scan", type=int, default=100, help="steps of a run of the scan")
@@ -116,43 +150,56 @@ def main() -> None:
     options.add_argument("--lr", type=float, help="this rate, in the place of a scan's best")
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options.add_argument("--dtype", default="bfloat16")
+    options.add_argument("--device", default="cpu")
+    options.add_argument("--workers", type=int, default=1, help="runs at once, each a process")
     options.add_argument("--time", type=int, default=0, metavar="ROUNDS", help="measure seconds a step, too")
     options.add_argument("--output", default="methods")
     given = options.parse_args()
     path = HERE / "results" / f"{given.output}.json"
     result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"rows": []}
     rows = result["rows"]
-    bench = Bench(given.data, given.dtype)
+    arguments = (given.data, given.model, given.dtype, given.device)
 
-    def need(name: str, lr: float, seed: int, steps: int) -> None:
-        key = (name, lr, seed, steps)
-        if any((row["method"], row["lr"], row["seed"], row["steps"]) == key for row in rows):
-            return
-        row = json.loads(json.dumps(bench.run(*key)))
-        rows.append(row)
-        write(given.output, {"rows": rows, "seconds": result.get("seconds", {})})
-        last = row["dev"][str(steps)]
-        print(
-            f"{name:16} lr {lr:.0e} seed {seed} {steps:4} steps: dev {last['loss']:.3f}, test {row['test']}", flush=True
-        )
+    def need(keys: Sequence[Key]) -> None:
+        there = {(row["method"], row["lr"], row["seed"], row["steps"]) for row in rows}
+        for row in runs([key for key in keys if key not in there], given.workers, arguments):
+            rows.append(row)
+            write(given.output, {"rows": rows, "seconds": result.get("seconds", {})})
+            last = row["dev"][str(row["steps"])]
+            print(
+                f"{row['method']:16} lr {row['lr']:.0e} seed {row['seed']} {row['steps']:4} steps: "
+                f"dev {last['loss']:.3f}, test {row['test']}",
+                flush=True,
+            )
 
     half = given.rates // 2
-    for name in given.methods if given.lr is None else ():
-        for k in range(-half, given.rates - half):
-            need(name, float(f"{METHODS[name].middle * 10 ** (k / 2):.1e}"), 0, given.scan)
-    for seed in given.seeds:
-        for name in given.methods:
-            need(name, given.lr or best_rate(rows, name, given.scan), seed, given.steps)
+    scales = range(-half, given.rates - half) if given.lr is None else ()
+    need(
+        [
+            (name, float(f"{METHODS[name].middle * 10 ** (k / 2):.1e}"), 0, given.scan)
+            for k in scales
+            for name in given.methods
+        ]
+    )
+    need(
+        [
+            (name, given.lr or best_rate(rows, name, given.scan), seed, given.steps)
+            for seed in given.seeds
+            for name in given.methods
+        ]
+    )
     if given.time:
+        bench = Bench(*arguments)
         pairs = {name: bench.optimizer(METHODS[name], 1e-9, 0) for name in given.methods if METHODS[name].tune == "all"}
         works = {
             name: (lambda model=model, optimizer=optimizer: optimizer.step(bench.closure(model, optimizer, 0, 0)))
             for name, (model, optimizer) in pairs.items()
         }
-        result["seconds"] = interleave(works, given.time)
+        result["seconds"] = interleave(works, given.time, given.device)
         write(given.output, {"rows": rows, "seconds": result["seconds"]})
     for name in given.methods:
         ended = [row for row in rows if row["method"] == name and row["steps"] == given.steps]
+        ended = [row for row in ended if row["lr"] == (given.lr or best_rate(rows, name, given.scan))]
         for step in ended[0]["dev"]:
             mean = sum(row["dev"][step]["loss"] for row in ended) / len(ended)
             seconds = result.get("seconds", {}).get(name)

@@ -58,9 +58,9 @@ STAGES = (
         110,
         ("torch", "pytest", "xdist"),
     ),
-    _step("1.3b", "64 32 400", 70, 8),
     _step("13b", "32 64", 90, 32),
     _step("smollm2-135m", "32 64", 40, 4),
+    _step("1.3b", "64 32 400", 70, 8),
     _script(
         "kernels",
         "bits against the definition without pytest, speed against it, host time of a launch",

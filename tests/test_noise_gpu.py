@@ -409,8 +409,8 @@ def test_triton_is_imported_for_cuda_tensors_alone_and_may_be_missing():
 STORED = {torch.float32: "*fp32", torch.bfloat16: "*i16", torch.float16: "*fp16"}
 
 
-def ptx(name: str, dtype: torch.dtype, capability: int) -> str:
-    """A kernel compiled for a GPU that need not be there: tensors of whole tiles, aligned to 16 bytes."""
+def compiled(name: str, dtype: torch.dtype, capability: int) -> dict[str, str]:
+    """A kernel compiled for a GPU that need not be there, at every stage: tensors of whole tiles, aligned to 16 bytes."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -453,14 +453,14 @@ def ptx(name: str, dtype: torch.dtype, capability: int) -> str:
         constexprs={place[key]: value for key, value in options.items()},
         attrs={place[key]: [["tt.divisibility", 16]] for key in aligned},
     )
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch).asm["ptx"]
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch).asm
 
 
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("name", ["perturb", "perturb_rows", "perturb_factored", "update", "update_factored"])
 @every_dtype
 def test_compiled_kernels_move_16_bytes_at_once_and_fuse_no_arithmetic(name, dtype, capability):
-    code = ptx(name, dtype, capability)
+    code = compiled(name, dtype, capability)["ptx"]
     weights = re.findall(r"\b(ld\.global\.cg\S*|st\.global\S*)", code)
     assert weights
     assert all(".v4.b32" in access for access in weights)
@@ -468,3 +468,15 @@ def test_compiled_kernels_move_16_bytes_at_once_and_fuse_no_arithmetic(name, dty
     rounding = re.findall(r"\b(?:add|mul)\.(\S*)f32", code)
     assert rounding
     assert set(rounding) == {"rn."}  # written so, the assembler may not fuse them either
+
+
+@pytest.mark.parametrize("name", ["update", "update_factored"])
+@every_dtype
+def test_the_terms_of_every_step_of_a_compiled_sweep_begin_where_the_plan_says(name, dtype):
+    """A bound that the loop over steps carried was compiled as the one of the first step, for all of them."""
+    code = compiled(name, dtype, 90)["ttgir"]
+    (steps,) = re.findall(r"scf\.for %\w+ = (%\S+) to %steps", code)
+    terms = [pair for pair in re.findall(r"scf\.for %\w+ = (%\S+) to (%\S+)", code) if "%end" in pair[1]]
+    assert len(terms) == 1
+    for bound in terms[0]:
+        assert re.search(rf"^ *{bound} = tt\.load ", code, re.MULTILINE), (bound, steps)

@@ -228,11 +228,11 @@ def _samples(sweeps: Sequence[Any], weight: Tensor, direction: Direction) -> lis
 
 @functools.lru_cache(maxsize=32)
 def _plan(updates: tuple[Update, ...], text: str, device: torch.device, stream: int) -> Tensor:
-    """Each step's number, the end of its terms and its decay, then each term's probe."""
+    """The steps' numbers, where the terms of each begin and where the last ones end, the decays, then each term's probe."""
     decays = torch.tensor([item.decay for item in updates], dtype=torch.float32, device="cpu").view(torch.int32)
     plan = [
         *(_signed(item.step) for item in updates),
-        *itertools.accumulate(len(item.terms) for item in updates),
+        *itertools.accumulate((len(item.terms) for item in updates), initial=0),
         *decays.tolist(),
         *(_signed(probe) for item in updates for probe, _ in item.terms),
     ]

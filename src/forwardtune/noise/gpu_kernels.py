@@ -182,20 +182,20 @@ def update(  # type: ignore[no-untyped-def]
     block = first.to(tl.uint32, bitcast=True) + tile.to(tl.uint32) * (size // 8)
     x = _widen(tl.load(weight + position, mask=inside, other=0, cache_modifier=".cg"))
     same = tl.full([size], 0, tl.int32)
-    term = tl.full([], 0, tl.int32)
     for s in range(steps):
         step = tl.load(plan + s)
-        end = tl.load(plan + steps + s)
+        # Both from the plan: Triton 3.6 and 3.7 take a bound that the outer loop carries over for the one that it began with.
+        begin = tl.load(plan + steps + s)
+        end = tl.load(plan + steps + s + 1)
         before = x
-        x = x * tl.load(plan + 2 * steps + s).to(tl.float32, bitcast=True)  # by 1: the same bits as not at all
+        x = x * tl.load(plan + 2 * steps + 1 + s).to(tl.float32, bitcast=True)  # by 1: the same bits as not at all
         if entries > 0:
-            for t in range(term, end):
-                probe = tl.load(plan + 3 * steps + t)
+            for t in range(begin, end):
+                probe = tl.load(plan + 3 * steps + 1 + t)
                 index = _half_words(block, k0, k1, tensor, step, probe, size) >> shift
                 x = x + tl.load(tables + t * entries + index)
         else:
-            x = _add_products(x, inside, u, v, term, end, place - offset, tile, rows, width, rank, size)
-        term = end
+            x = _add_products(x, inside, u, v, begin, end, place - offset, tile, rows, width, rank, size)
         if dtype != tl.float32:
             rounding = tl.full([], _ROUNDING, tl.int32)
             x = _round(x, _half_words(block, k0, k1, tensor, step, rounding, size), dtype)
