@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from forwardtune import MeZO, MeZOConfig, MeZOTrainer, StepLog, replay
+from forwardtune.method.rules import Adam
 from forwardtune.models import tune
 from forwardtune.trajectory import read_log
 from support import tiny_model, token_batch, tokenizer
@@ -36,9 +37,10 @@ STRUCTURES: dict[str, dict[str, Any]] = {
         "rank": 2,
         "refresh": 5,
         "direction": "rademacher",
-        "rule": "adam",
+        "rule": Adam(root="library"),
         "probes": 2,
     },
+    "adam_nearest": {"rule": "adam", "probes": 2},
 }
 METHODS = ["-".join(names) for names in itertools.product(RULES, DIRECTIONS, ESTIMATORS)] + [*STRUCTURES]
 STEPS = 12
@@ -73,6 +75,7 @@ def method(name: str) -> tuple[nn.Module, MeZO]:
     settings = STRUCTURES.get(name)
     if settings is None:
         rule, direction, estimator = name.split("-")
+        rule = Adam(root="library") if rule == "adam" else rule  # as logs have it that do not say
         settings = {"rule": rule, "direction": direction, **ESTIMATORS[estimator]}
     return net, MeZO(groups, lr=1e-2, eps=1e-2, seed=2**40 + 1, module=net, **settings)
 

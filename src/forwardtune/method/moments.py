@@ -30,8 +30,9 @@ class Elementwise(Rule):
     """A rule that needs averages of g element by element.
 
     A subclass declares :attr:`averages`, :meth:`fold` and :meth:`direction`. Arithmetic is float32 (float64 for float64
-    weights) in separate additions, multiplications, divisions and square roots, each rounded once, so it gives the same
-    bits on every device. Nothing is divided by a plain number, which GPUs turn into a multiplication.
+    weights) in separate additions, multiplications and divisions, each rounded once, so it gives the same bits on every device. A square
+    root is taken in float64: torch's own is not rounded to nearest on a CPU. Nothing is divided by a plain number, which GPUs turn into a
+    multiplication.
     """
 
     averages: ClassVar[int]  # float32 numbers a weight
@@ -170,7 +171,7 @@ class WithMoments(Elementwise):
     def settings(self) -> dict[str, Any]:
         own = [setting.name for setting in fields(self) if setting.name not in ("state", "window")]
         settings = {key: getattr(self, key) for key in (*own, "state", "window")}
-        return {key: value for key, value in settings.items() if value is not None}
+        return {key: value for key, value in settings.items() if value is not None and self.unsaid.get(key) != value}
 
 
 def _zeros(count: int, like: Tensor) -> tuple[Tensor, ...]:

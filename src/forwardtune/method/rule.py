@@ -112,6 +112,8 @@ class Rule(ABC):
     """What is done with the estimate. A class of your own needs a name and :func:`register_rule` for its runs to be logged."""
 
     name: ClassVar[str]
+    #: What holds for settings of which a log says nothing, because they came later.
+    unsaid: ClassVar[dict[str, Any]] = {}
 
     @property
     def remembers(self) -> bool:

@@ -149,6 +149,8 @@ class Adam(WithMoments):
         beta1, beta2: from 0 up to 1, 1 excluded. The default of 0.95 in the place of 0.999 is that of zeroth-order Adam on
             many probes (SubZero+), and keeps a window short: 90 steps, for 0.999 it would be 4,603.
         epsilon: keeps the division from 0; positive.
+        root: how the square root is rounded: to ``"nearest"``, or as the ``"library"`` behind torch does, which on a CPU may be a last
+            place off. Logs that do not say it have the latter.
 
     Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", ICLR 2019, algorithm 2; moments from past
     coefficients: MeZO, appendix B, and AdaMeZO (Cai et al., 2026, arXiv 2605.00650), whose window is this one.
@@ -157,14 +159,18 @@ class Adam(WithMoments):
     beta1: float = 0.9
     beta2: float = 0.95
     epsilon: float = 1e-8
+    root: str = "nearest"
     name: ClassVar[str] = "adam"
     averages: ClassVar[int] = 2
+    unsaid: ClassVar[dict[str, Any]] = {"root": "library"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_share(beta1=self.beta1, beta2=self.beta2)
         if not (isinstance(self.epsilon, (int, float)) and 1e-37 < self.epsilon < math.inf):
             raise InputError(f"epsilon must be a positive number, got {self.epsilon!r}: the default is 1e-8")
+        if self.root not in ("nearest", "library"):
+            raise InputError(f"root must be 'nearest' or 'library', got {self.root!r}")
 
     @property
     def slowest(self) -> float:
@@ -188,8 +194,14 @@ class Adam(WithMoments):
     def direction(self, averages: Sequence[Tensor], step: Step, count: int) -> Tensor:
         m, v = averages
         scale = float32(1 / math.sqrt(1 - power(self.beta2, count)))
-        root = v.sqrt().mul_(scale).add_(float32(self.epsilon))
+        root = (nearest_root(v) if self.root == "nearest" else v.sqrt()).mul_(scale).add_(float32(self.epsilon))
         return torch.div(m, root, out=root).mul_(float32(step.lr / (1 - power(self.beta1, count))))
+
+
+def nearest_root(v: Tensor) -> Tensor:
+    """The square root, rounded to nearest, the same on every device: no root of a float32 number is so near to the middle of two of them
+    that the last place of a root in float64 would matter."""
+    return v.double().sqrt().to(v.dtype)
 
 
 def power(base: float, exponent: int) -> float:
@@ -260,3 +272,8 @@ def get_rule(name: str | Rule, **settings: Any) -> Rule:
                 f"the rule {name!r} has no setting {key!r}{nearest(key, known)}: it has {', '.join(known) or 'none'}"
             )
     return rule(**settings)
+
+
+def logged_rule(name: str, settings: dict[str, Any]) -> Rule:
+    """The rule whose :meth:`Rule.settings` a log has. Raises as :func:`get_rule` does."""
+    return get_rule(name, **{**(RULES[name].unsaid if name in RULES else {}), **settings})

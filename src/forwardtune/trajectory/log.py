@@ -13,7 +13,7 @@ from typing import IO, Any
 from ..errors import LogError, LogWriteError
 from ..method.estimators import ESTIMATORS
 from ..method.record import StepRecord
-from ..method.rules import RULES, get_rule
+from ..method.rules import RULES, logged_rule
 from ..noise import DIRECTIONS
 from ..optimizer import MeZO
 from .format import ABSENT, DESCRIPTIVE, header_content, identity, seal, step_content
@@ -225,7 +225,7 @@ def _require_known(optimizer: MeZO) -> None:
             "is read"
         )
     try:
-        again = get_rule(name, **json.loads(json.dumps(rule.settings())))
+        again = logged_rule(name, json.loads(json.dumps(rule.settings())))
     except (TypeError, ValueError) as error:
         why = str(error)
     else:

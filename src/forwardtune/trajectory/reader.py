@@ -14,7 +14,7 @@ from ..errors import LogError
 from ..method.estimators import ESTIMATORS
 from ..method.record import StepRecord
 from ..method.rule import Rule
-from ..method.rules import RULES, get_rule
+from ..method.rules import RULES, logged_rule
 from ..noise import DIRECTIONS, NOISE_VERSION
 from .format import ABSENT, READABLE, direction_content, estimator_of, noise_of, step_record, unseal
 
@@ -194,7 +194,7 @@ def rule_of(path: Path, header: dict[str, Any]) -> Rule:
     """The rule that a header names, with its settings. Raises LogError if they are not a whole rule's."""
     settings = header.get("rule_settings", ABSENT["rule_settings"])
     try:
-        rule = get_rule(header["rule"], **settings)
+        rule = logged_rule(header["rule"], settings)
     except (TypeError, ValueError) as error:
         raise LogError(f"{path} uses the rule {header['rule']!r} otherwise than this forwardtune: {error}") from None
     if rule.settings() != settings or not rule.is_resolved:
