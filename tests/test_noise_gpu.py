@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import support
 from forwardtune import MeZO, noise
 from forwardtune.noise import DIRECTIONS, GAUSSIAN, RADEMACHER, Direction, Noise, Update, definition
+from forwardtune.noise.definition import Strips
 from support.process import python
 from test_noise import (
     EVERYTHING,
@@ -121,6 +122,22 @@ def test_half_words_are_the_known_answers_of_random123(kernels, counter, key, ou
     z = kernels.module.strips(HALF_WORDS, *where, kernels.device)
     words = (int(word, 16) for word in output.split())
     assert z[0].tolist() == [half for word in words for half in (word % 2**16, word // 2**16)]
+
+
+@every_direction
+def test_strips_of_several_tensors_come_from_one_launch(kernels, direction):
+    many = [
+        Strips(3, [5], range(3), [0], [0.5], 1031),
+        Strips(2**32 - 1, [7], [2**32 - 2], [2**35 - 2**13], [1.0], 9),
+        Strips(0, [0, 2**31], [4, 1], [13, 2047], [1e-3, -2.0], 2500),
+        Strips(1, [0], range(4), [3], [1.0], 1),
+    ]
+    for dtype in (torch.float32, torch.bfloat16):
+        found = kernels.module.many_strips(direction, SEED, many, kernels.device, dtype)
+        for part, each in zip(found, many, strict=True):
+            expected = definition.strips(direction, SEED, *each, torch.device("cpu"))
+            assert_equal_bits(part.cpu(), expected.to(dtype))
+    assert kernels.module.many_strips(direction, SEED, [], kernels.device) == []
 
 
 @every_dtype

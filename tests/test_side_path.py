@@ -839,12 +839,12 @@ def test_owners_of_places() -> None:
         ((8,), (8,)),
         ((8, 5), (8, 1)),
     ):
-        owner = packed.of(lead)
+        owner = packed.of(lead, torch.device("cpu"))
         assert owner is not None
         assert owner.shape == shape
         assert owner.reshape(2, 4).tolist() == expected
     for lead in ((), (2,), (2, 5), (3, 4), (2, 5, 5)):
-        assert packed.of(lead) is None
+        assert packed.of(lead, torch.device("cpu")) is None
     first, second = torch.tensor([0, 2, 7]), torch.tensor([2, 4])
     for positions, owners in ((first, [[0, 1, 2]]), (first, [[0, 1, 2]]), (second, [[1, 2]])):
         assert packed.at(positions).tokens.tolist() == owners
@@ -859,7 +859,7 @@ def test_rows_by_example_come_back_to_their_places(owner: list[int]) -> None:
     y = x.clone()
     groups.add_to(y, groups.gathered(x) * weights[:, None, None])
     assert torch.equal(y, x + x * weights[torch.tensor(owner)][:, None])
-    hot = groups.one_hot(x, 2)
+    hot = groups.one_hot(x.dtype, 2)
     assert hot is not None
     assert torch.equal(hot @ weights.repeat_interleave(2), 2 * weights[torch.tensor(owner)])
 

@@ -176,27 +176,29 @@ class Noise:
         return self._factors(shape, slice(0, math.prod(shape)), tensor, [step] * many, probes, [scale] * many, device)
 
     def factors_of(
-        self, places: Sequence[tuple[int, Sequence[int]]], *, step: int, probes: Sequence[int], device: torch.device
-    ) -> list[tuple[Tensor, Tensor]]:
-        """:meth:`factors`, at scale 1, of several tensors on one device: their ids and shapes."""
+        self, places: Sequence[tuple[int, Sequence[int]]], *, step: int, probes: Sequence[int], device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ) -> list[tuple[Tensor, Tensor]]:  # fmt: skip
+        """:meth:`factors`, at scale 1, of several tensors on one device: their ids and shapes. Rounded to a dtype."""
         low, many = self._structure, []
         for tensor, shape in places:
             height, width = rows_and_columns(shape)
             u, v = height * low.rank, width * low.rank
             many.append(Strips(tensor, [step], probes, [0], [low.scale(1.0)], u))
             many.append(Strips(tensor, [low.step_of_v(step)], probes, [u], [1.0], v))
-        found = backends.for_directions(device).many_strips(self.direction, self.seed, many, device)
+        found = backends.for_directions(device).many_strips(self.direction, self.seed, many, device, dtype)
         return [
             (u.view(len(probes), -1, low.rank), v.view(len(probes), -1, low.rank))
             for u, v in zip(found[::2], found[1::2], strict=True)
         ]
 
     def directions_of(
-        self, places: Sequence[tuple[int, Sequence[int]]], *, step: int, probes: Sequence[int], device: torch.device
-    ) -> list[Tensor]:
-        """:meth:`directions`, at scale 1, of several tensors on one device: their ids and shapes."""
+        self, places: Sequence[tuple[int, Sequence[int]]], *, step: int, probes: Sequence[int], device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ) -> list[Tensor]:  # fmt: skip
+        """:meth:`directions`, at scale 1, of several tensors on one device: their ids and shapes. Rounded to a dtype."""
         many = [Strips(tensor, [step], probes, [0], [1.0], math.prod(shape)) for tensor, shape in places]
-        found = backends.for_directions(device).many_strips(self.direction, self.seed, many, device)
+        found = backends.for_directions(device).many_strips(self.direction, self.seed, many, device, dtype)
         return [z.view(len(probes), *shape) for z, (_, shape) in zip(found, places, strict=True)]
 
     def factor_rows(

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from . import cpu_kernels as kernels
+from .columns import Columns, split
 from .definition import Places, Strips, Update
 from .directions import RADEMACHER, Direction
 from .philox import split_seed
@@ -46,28 +47,17 @@ def strips(
     return out
 
 
-def many_strips(direction: Direction, seed: int, many: Sequence[Strips], device: torch.device) -> list[Tensor]:
+def many_strips(
+    direction: Direction, seed: int, many: Sequence[Strips], device: torch.device, dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
     """See :func:`.definition.many_strips`: one call of the kernel for all."""
-    numbers = [len(each.probes) for each in many]
-    counts = np.repeat(np.array([each.length for each in many], np.int64), numbers)
-    places = np.concatenate([np.zeros(1, np.int64), counts.cumsum()])
-    out = torch.empty(int(places[-1]), dtype=torch.float32, device=device)
-
-    def column(name: str, dtype: Any) -> np.ndarray:
-        parts = []
-        for each, number in zip(many, numbers, strict=True):
-            part = np.asarray(getattr(each, name), dtype)
-            parts.append(part if len(part) == number else np.full(number, part[0], dtype))
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-    tensors = np.repeat(np.array([each.tensor for each in many], np.uint32), numbers)
-    drawn = (direction.values.numpy(), np.uint16(direction.shift), *_words(*split_seed(seed)), tensors)
-    columns = (column("steps", np.uint32), column("probes", np.uint32), column("starts", np.int64))
-    kernel = partial(kernels.strips, out.numpy(), places, *drawn, *columns, column("scales", np.float64))
-    if len(tensors):
-        _spread(kernel, len(tensors), 1, _MIN_PER_THREAD_IN_FORWARD * len(tensors) // max(1, out.numel()))
-    sizes = [each.length * number for each, number in zip(many, numbers, strict=True)]
-    return [part.view(number, each.length) for part, each, number in zip(out.split(sizes), many, numbers, strict=True)]
+    columns = Columns.of(many)
+    out = torch.empty(int(columns.places[-1]), dtype=torch.float32, device=device)
+    drawn = (direction.values.numpy(), np.uint16(direction.shift), *_words(*split_seed(seed)), *columns[:5])
+    kernel, number = partial(kernels.strips, out.numpy(), columns.places, *drawn), len(columns.tensors)
+    if number:
+        _spread(kernel, number, 1, _MIN_PER_THREAD_IN_FORWARD * number // max(1, out.numel()))
+    return split(out.to(dtype), many)
 
 
 def perturb(

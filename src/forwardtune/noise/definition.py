@@ -101,9 +101,11 @@ class Strips(NamedTuple):
     length: int
 
 
-def many_strips(direction: Direction, seed: int, many: Sequence[Strips], device: torch.device) -> list[Tensor]:
-    """:func:`strips` of several tensors."""
-    return [strips(direction, seed, *each, device) for each in many]
+def many_strips(
+    direction: Direction, seed: int, many: Sequence[Strips], device: torch.device, dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
+    """:func:`strips` of several tensors, rounded to a dtype."""
+    return [strips(direction, seed, *each, device).to(dtype) for each in many]
 
 
 def perturb(

@@ -147,6 +147,24 @@ def strips(  # type: ignore[no-untyped-def]
     tl.store(out + t * count + column, z.to(tl.float32), mask=inside)
 
 
+@triton.jit(do_not_specialize=["programs", "many", "shift", "k0", "k1"])  # type: ignore[untyped-decorator]
+def many_strips(  # type: ignore[no-untyped-def]
+    out, values, program, words, places, scales, programs, many, shift, k0, k1, size: tl.constexpr
+):
+    """``program``: of which strip each is, and which tile of it; ``words``: tensor, step and probe of each; ``places``: its first element, its
+    length, and where it stands in ``out``."""
+    t = tl.load(program + tl.program_id(0))
+    tile = tl.load(program + programs + tl.program_id(0)).to(tl.int64)
+    start = tl.load(places + t)
+    column = tile * size + tl.arange(0, size) - (start & 7)
+    inside = (column >= 0) & (column < tl.load(places + many + t))
+    block = (start >> 3).to(tl.uint32) + tile.to(tl.uint32) * (size // 8)
+    tensor, step, probe = tl.load(words + t), tl.load(words + many + t), tl.load(words + 2 * many + t)
+    half_words = _half_words(block, k0, k1, tensor, step, probe, size)
+    z = tl.load(values + (half_words >> shift)).to(tl.float64) * tl.load(scales + t)
+    tl.store(out + tl.load(places + 2 * many + t) + column, z.to(tl.float32), mask=inside)
+
+
 @triton.jit(do_not_specialize=_WORDS[1:])  # type: ignore[untyped-decorator]
 def perturb_rows(  # type: ignore[no-untyped-def]
     out, source, rows, table, width, shift, k0, k1, tensor, step, probe, aligned: tl.constexpr, size: tl.constexpr

@@ -30,7 +30,7 @@ class Owners:
     """The owners of the positions of one input.
 
     Attributes:
-        tokens: number of the example of every position, shape (rows, length), -1 for padding.
+        tokens: number of the example of every position, shape (rows, length), -1 for padding; on the CPU, whatever the model's device.
         count: number of examples.
     """
 
@@ -49,12 +49,18 @@ class Owners:
     def flat(self) -> Tensor:
         return self.tokens.reshape(-1).clamp(min=0)
 
-    def of(self, lead: Sequence[int]) -> Tensor | None:
+    def of(self, lead: Sequence[int], device: torch.device) -> Tensor | None:
         """The example of every place of an activation with these leading dimensions, in a shape that broadcasts against them.
 
-        None if that cannot be told.
+        None if that cannot be told. Copied to a device once, as the copy waits for what the device has to do.
         """
-        lead = tuple(lead)
+        key = (tuple(lead), device)
+        if key not in self._of:
+            owner = self._found(key[0])
+            self._of[key] = None if owner is None else owner.to(device)
+        return self._of[key]
+
+    def _found(self, lead: tuple[int, ...]) -> Tensor | None:
         height, length = self.tokens.shape
         ones = (1,) * (len(lead) - 1)
         if not lead:
@@ -72,21 +78,25 @@ class Owners:
     def at(self, positions: Tensor) -> Owners:
         """The owners of some positions of the flattened input, which stand in one row."""
         if self._selection is None or self._selection[0] is not positions:
-            tokens = self.tokens.reshape(-1)[positions.to(self.tokens.device)][None]
+            tokens = self.tokens.reshape(-1)[positions.cpu()][None]
             object.__setattr__(self, "_selection", (positions, Owners(tokens, self.count)))
         assert self._selection is not None
         return self._selection[1]
 
     @cached_property
-    def _groups(self) -> dict[tuple[int, ...], Groups | None]:
+    def _of(self) -> dict[tuple[tuple[int, ...], torch.device], Tensor | None]:
         return {}
 
-    def groups(self, lead: Sequence[int]) -> Groups | None:
+    @cached_property
+    def _groups(self) -> dict[tuple[tuple[int, ...], torch.device], Groups | None]:
+        return {}
+
+    def groups(self, lead: Sequence[int], device: torch.device) -> Groups | None:
         """The places of an activation with these leading dimensions, example by example; None if that cannot be told."""
-        key = tuple(lead)
+        key = (tuple(lead), device)
         if key not in self._groups:
-            owner = self.of(key)
-            self._groups[key] = None if owner is None else Groups(self.count, owner.expand(key).reshape(-1))
+            owner = self._found(key[0])
+            self._groups[key] = None if owner is None else Groups(self.count, owner.expand(lead).reshape(-1), device)
         return self._groups[key]
 
 
@@ -96,54 +106,64 @@ class Groups:
 
     Attributes:
         count: number of examples.
-        owner: the example of every row, shape (rows,); None: there is one.
+        owner: the example of every row, shape (rows,), on the CPU; None: there is one.
+        device: of the matrix.
     """
 
     count: int
     owner: Tensor | None = None
+    device: torch.device | str = "cpu"
 
-    def one_hot(self, like: Tensor, repeat: int) -> Tensor | None:
-        """1 where an example owns a row, each so many times, shape (rows, examples * repeat), in the dtype and on the device of ``like``."""
+    def one_hot(self, dtype: torch.dtype, repeat: int) -> Tensor | None:
+        """1 where an example owns a row, each so many times, shape (rows, examples * repeat)."""
         if self.owner is None:
             return None
-        key = (like.dtype, like.device, repeat)
+        key = (dtype, repeat)
         if key not in self._one_hot:
-            hot = F.one_hot(self.owner, self.count).to(like.device, like.dtype)
-            self._one_hot[key] = hot.repeat_interleave(repeat, dim=1)
+            hot = F.one_hot(self.owner, self.count).repeat_interleave(repeat, dim=1)
+            self._one_hot[key] = hot.to(self.device, dtype)
         return self._one_hot[key]
 
     @cached_property
-    def _one_hot(self) -> dict[tuple[torch.dtype, torch.device, int], Tensor]:
+    def _one_hot(self) -> dict[tuple[torch.dtype, int], Tensor]:
         return {}
 
     @cached_property
-    def _places(self) -> Tensor | None:
-        """Shape (examples, most rows), -1 where an example has fewer; None: they follow each other, as many for each."""
+    def _places(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """By example the numbers of its rows, and of some row where it has fewer than others, shape (examples, most rows); which of them,
+        flattened, are its own; and their numbers. None: rows follow each other, as many for each example."""
         if self.owner is None:
             return None
         sizes = torch.bincount(self.owner, minlength=self.count)
         most = int(sizes.max())
         if int(sizes.min()) == most and bool((self.owner[1:] >= self.owner[:-1]).all()):
             return None
-        inside = torch.arange(most, device=self.owner.device)
-        places = (sizes.cumsum(0) - sizes)[:, None] + inside
+        inside = torch.arange(most)
         order = self.owner.argsort(stable=True)
-        return order[places.clamp(max=len(order) - 1)].masked_fill(inside >= sizes[:, None], -1)
+        places = order[((sizes.cumsum(0) - sizes)[:, None] + inside).clamp(max=len(order) - 1)]
+        own = (inside < sizes[:, None]).reshape(-1).nonzero()[:, 0]
+        there = [x.to(self.device) for x in (places, own, places.reshape(-1)[own])]
+        return there[0], there[1], there[2]
 
     def gathered(self, x: Tensor) -> Tensor:
         """The rows of a matrix (rows, n) by example: (examples, most rows, n); filled up with some row."""
-        if self._places is None:
-            return x.view(self.count, -1, x.shape[-1])
-        return x[self._places.clamp(min=0).to(x.device)]
+        return x.view(self.count, -1, x.shape[-1]) if self._places is None else x[self._places[0]]
+
+    def add_vectors(self, y: Tensor, vectors: Tensor, scale: float) -> None:
+        """Add scale times the vector of its example, shape (examples, m), to every row of the matrix y, in place."""
+        own = None if self._places is None else self.one_hot(y.dtype, 1)
+        if own is None:
+            y.view(self.count, -1, y.shape[-1]).add_(vectors[:, None], alpha=scale)
+        else:
+            y.addmm_(own, vectors, alpha=scale)
 
     def add_to(self, y: Tensor, parts: Tensor) -> None:
         """Add rows by example, shape (examples, most rows, m), to the matrix y (rows, m), in place."""
         if self._places is None:
             y.view(self.count, -1, y.shape[-1]).add_(parts)
         else:
-            places = self._places.to(y.device)  # whoever says whose they are may do so on another
-            present = places >= 0
-            y.index_add_(0, places[present], parts[present].to(y.dtype))
+            _, own, rows = self._places
+            y.index_add_(0, rows, parts.flatten(0, 1)[own].to(y.dtype))
 
 
 def declared() -> Owners | None:
@@ -165,7 +185,8 @@ def examples_at(numbers: Tensor, count: int | None = None) -> Iterator[None]:
         count: number of examples; by default one more than the largest number.
     """
     tokens = numbers[:, None] if numbers.ndim == 1 else numbers
-    token = _declared.set(Owners(tokens, int(numbers.max()) + 1 if count is None else count))
+    tokens = tokens.cpu()
+    token = _declared.set(Owners(tokens, int(tokens.max()) + 1 if count is None else count))
     try:
         yield
     finally:

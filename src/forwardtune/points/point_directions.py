@@ -70,11 +70,9 @@ class PointDirections:
             step=self.step,
             probes=self.query.directions(count),
             device=device,
+            dtype=dtype,
         )
-        return {
-            t.id: (u.mT.to(dtype).contiguous(), v.mT.to(dtype).contiguous())
-            for t, (u, v) in zip(here, found, strict=True)
-        }
+        return {t.id: (u.mT.contiguous(), v.mT.contiguous()) for t, (u, v) in zip(here, found, strict=True)}
 
     def directions(self, tensor: TunedTensor, count: int) -> Tensor:
         """Scaled directions of a tensor of full ones, shape (count, *shape)."""
@@ -82,18 +80,28 @@ class PointDirections:
         if parameter.ndim > 1:  # an adapter's, of every example: not kept
             address = self._address(tensor)
             return self._noise.directions(parameter.shape, probes=probes, device=parameter.device, **address)
-        key = (count, parameter.device)
+        return self.vectors(tensor, count, torch.float32) * self.scale
+
+    def vectors(self, tensor: TunedTensor, count: int, dtype: torch.dtype) -> Tensor:
+        """Directions of a vector, not scaled, shape (count, n)."""
+        device = tensor.parameter.device
+        key = (count, device, dtype)
         if key not in self._vectors:
-            here = [t for t in self._tuned if t.parameter.device == parameter.device and t.parameter.ndim == 1]
-            places = [(t.id, t.parameter.shape) for t in here]
-            found = self._noise.directions_of(places, step=self.step, probes=probes, device=parameter.device)
+            here = [t for t in self._tuned if t.parameter.device == device and t.parameter.ndim == 1]
+            found = self._noise.directions_of(
+                [(t.id, t.parameter.shape) for t in here],
+                step=self.step,
+                probes=self.query.directions(count),
+                device=device,
+                dtype=dtype,
+            )
             self._vectors[key] = {t.id: z for t, z in zip(here, found, strict=True)}
-        return self._vectors[key][tensor.id] * self.scale
+        return self._vectors[key][tensor.id]
 
     def rows(self, tensor: TunedTensor, numbers: Tensor, owner: Tensor, count: int) -> Tensor:
         """Rows of the scaled directions: those of the numbers, each along the direction of its owner, one of so many; shape
         (*numbers.shape, n)."""
-        owner = owner.to(numbers.device).expand(numbers.shape).reshape(-1)
+        owner = owner.expand(numbers.shape).reshape(-1)
         flat = numbers.reshape(-1)
         probes = self.query.probe + owner * self.query.stride
         shape = tensor.parameter.shape

@@ -10,6 +10,7 @@ LOZO (Chen et al., 2024) and EGGROLL (Sarkar et al., 2025); one for each example
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -234,7 +235,7 @@ class SidePath(Perturbation):
         owners = self._input()
         return None if owners is None else owners.tokens.shape[0]
 
-    def groups(self, lead: Sequence[int], tensor: TunedTensor) -> Groups | None:
+    def groups(self, lead: Sequence[int], tensor: TunedTensor, device: torch.device) -> Groups | None:
         """The places of an activation with these leading dimensions by direction; None if they cannot be told.
 
         What meets a tensor has the same kind of places always. So a selection of tokens, as for one expert of many, is not taken for
@@ -248,16 +249,17 @@ class SidePath(Perturbation):
         kind = "rows" if len(lead) > 1 else "pooled" if lead[0] == owners.tokens.shape[0] else "flat"
         if owners.tokens.shape[1] > 1 and self._kinds.setdefault(tensor.id, kind) != kind:
             return None
-        return owners.groups(lead)
+        return owners.groups(lead, device)
 
-    def owner(self, lead: Sequence[int]) -> Tensor | None:
+    def owner(self, lead: Sequence[int], device: torch.device) -> Tensor | None:
         """The direction of every place of such an activation, in a shape that broadcasts; None if it cannot be told."""
         if not self.point.query.per_example:
-            return torch.zeros((1,) * len(lead), dtype=torch.int64)
+            return torch.zeros((1,) * len(lead), dtype=torch.int64, device=device)
         owners = self._present(lead)
-        return None if owners is None else owners.of(lead)
+        return None if owners is None else owners.of(lead, device)
 
 
-def _rows_are_examples(lead: Sequence[int]) -> Owners:
+@functools.lru_cache(maxsize=16)
+def _rows_are_examples(lead: tuple[int, ...]) -> Owners:
     height, length = (*lead, 1)[:2]
     return Owners(torch.arange(height)[:, None].expand(height, length), height)

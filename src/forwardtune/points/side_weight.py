@@ -55,7 +55,9 @@ class SideWeight(Tensor):
         if moved and all(weight.ndim == 1 for weight in moved) and _name(func) in ELEMENTWISE:
             for other in _leaves((args, kwargs)):
                 if isinstance(other, Tensor) and not isinstance(other, (cls, PerExample)) and other.ndim > 1:
-                    moved[0]._path.owner(other.shape[:-1])  # where this is the model's input, it counts the examples
+                    moved[0]._path.owner(
+                        other.shape[:-1], other.device
+                    )  # where this is the model's input, it counts the examples
             return func(*_mapped(args, _spread), **_mapped(kwargs, _spread))
         for weight in moved:
             weight._path.leave_out(weight._tensor)
@@ -99,8 +101,8 @@ class PerExample(Tensor):
 
     def _rows(self, lead: Any) -> Tensor | None:
         """The vector of every place of an activation with these leading dimensions, in a shape that broadcasts."""
-        owner = self._path.owner(lead)
-        return None if owner is None else self._value[owner.to(self._value.device)]
+        owner = self._path.owner(lead, self._value.device)
+        return None if owner is None else self._value[owner]
 
 
 ELEMENTWISE = {
@@ -206,7 +208,7 @@ _AT_ONCE = 32
 def _add_product(y: Tensor, x: Tensor, weight: SideWeight, *, transposed: bool) -> bool:
     """Add ``x_b Z_b^T`` to the output of a projection with W (out, in), or ``x_b Z_b`` where W is (in, out)."""
     path, tensor = weight._path, weight._tensor
-    groups = path.groups(x.shape[:-1], tensor)
+    groups = path.groups(x.shape[:-1], tensor, x.device)
     if groups is None or weight.ndim != 2 or not y.is_contiguous():
         return False
     # Autocast gives y in a dtype of its own, and in-place products take one dtype alone.
@@ -219,11 +221,12 @@ def _add_product(y: Tensor, x: Tensor, weight: SideWeight, *, transposed: bool) 
     inner, outer = (u, v) if transposed else (v, u)  # (directions, rank, n) and (directions, rank, m)
     if groups.count * inner.shape[1] <= _AT_ONCE:
         narrow = F.linear(rows, inner.flatten(0, 1))
-        own = groups.one_hot(narrow, inner.shape[1])
-        out.addmm_(narrow.mul_(path.point.scale if own is None else own * path.point.scale), outer.flatten(0, 1))
+        own = groups.one_hot(narrow.dtype, inner.shape[1])
+        narrow = narrow if own is None else narrow.mul_(own)
+        out.addmm_(narrow, outer.flatten(0, 1), alpha=path.point.scale)  # the scale in the precision of the sum
     else:
-        narrow = torch.bmm(groups.gathered(rows), inner.mT).mul_(path.point.scale)
-        groups.add_to(out, torch.bmm(narrow, outer))
+        narrow = torch.bmm(groups.gathered(rows), inner.mT)
+        groups.add_to(out, torch.bmm(narrow, outer).mul_(path.point.scale))
     return True
 
 
@@ -232,10 +235,11 @@ def _add_shift(y: Tensor, bias: Any) -> bool:
     if not _moves(bias):
         return True
     path = bias._path
-    owner, count = path.owner(y.shape[:-1]), path.count()
-    if owner is None or count is None:
+    groups = path.groups(y.shape[:-1], bias._tensor, y.device)
+    if groups is None or not y.is_contiguous():
         return False
-    y += path.point.directions(bias._tensor, count).to(y.dtype)[owner.to(y.device)]
+    vectors = path.point.vectors(bias._tensor, groups.count, y.dtype)
+    groups.add_vectors(y.view(-1, y.shape[-1]), vectors, path.point.scale)
     return True
 
 
@@ -247,11 +251,11 @@ def _embedding(
     y, path = F.embedding(numbers, plain(weight)), weight._path
     if not _moves(weight):
         return y
-    owner = path.owner(numbers.shape)
+    owner = path.owner(numbers.shape, numbers.device)
     height = path.height()
     if owner is None and height is not None and numbers.shape[:1] == (1,):  # positions, the same for all rows
         numbers = numbers.expand(height, *numbers.shape[1:])
-        owner = path.owner(numbers.shape)
+        owner = path.owner(numbers.shape, numbers.device)
     if owner is None:
         return None
     return y + path.point.rows(weight._tensor, numbers, owner, path.count() or 1).to(y.dtype)
@@ -272,10 +276,10 @@ def _rms_norm(x: Tensor, shape: Any, weight: Any = None, eps: float | None = Non
 def _scaled_and_shifted(y: Tensor, weight: Any, bias: Any) -> Tensor | None:
     for part, how in ((weight, torch.mul), (bias, torch.add)):
         if _moves(part):
-            owner, count = part._path.owner(y.shape[:-1]), part._path.count()
+            owner, count = part._path.owner(y.shape[:-1], y.device), part._path.count()
             if owner is None or count is None:
                 return None
-            y = how(y, _vectors(part, count)[owner.to(y.device)])
+            y = how(y, _vectors(part, count)[owner])
         elif part is not None:
             y = how(y, plain(part))
     return y
