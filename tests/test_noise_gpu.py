@@ -74,6 +74,10 @@ def load_interpreted() -> ModuleType:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         module.kernels = load("gpu_kernels")
+    many = load("gpu_many")
+    many.kernels = module.kernels
+    for name in ("many_strips", "perturb_many", "update_many"):
+        setattr(module, name, getattr(many, name))
     return module
 
 
@@ -204,6 +208,30 @@ def test_fused_updates_equal_the_definition_and_the_same_updates_one_by_one(kern
             assert_equal_bits(single.cpu(), expected)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:overflow:RuntimeWarning")  # from NumPy
+@pytest.mark.parametrize("sizes", [(1040,), (16, 48, 1024, 8208, 32)], ids=len)
+@every_dtype
+@every_direction
+def test_tensors_that_share_a_launch_have_the_bits_that_each_has_alone(kernels, direction, dtype, sizes):
+    sources = [hostile(dtype, size) for size in sizes]
+    ids = [7, 2**32 - 1, 0, 3, 2**31][: len(sizes)]
+    here, outs = [source.to(kernels.device, copy=True) for source in sources], []
+    for source, tensor in zip(sources, ids, strict=True):
+        outs.append(nans_like(source))
+        definition.perturb(outs[-1], source, direction, SEED, tensor, 2**31 + 5, 1, 1e-3)
+    found = [nans_like(each) for each in here]
+    kernels.module.perturb_many(found, here, direction, SEED, ids, 2**31 + 5, 1, 1e-3)
+    for a, b in zip(found, outs, strict=True):
+        assert_equal_bits(a.cpu(), b)
+    updates = run_of_updates()[:4]
+    unchanged = sum(
+        definition.update(w, updates, direction, SEED, tensor) for w, tensor in zip(sources, ids, strict=True)
+    )
+    assert int(kernels.module.update_many(here, updates, direction, SEED, ids)) == unchanged
+    for a, b in zip(here, sources, strict=True):
+        assert_equal_bits(a.cpu(), b)
+
+
 @every_dtype
 def test_a_view_in_the_middle_of_a_tensor_is_a_shard(kernels, dtype):
     """Storage that begins at no multiple of 16 bytes, and elements beside it that must stay."""
@@ -273,6 +301,36 @@ def test_layout_does_not_matter(through_noise, layout):
     assert_equal_bits(strided, contiguous)
 
 
+def test_vectors_and_updates_of_a_model_share_launches(through_noise, monkeypatch):
+    launches: list[str] = []
+
+    def told(name: str) -> None:
+        module = noise.backends.fast(through_noise, torch.bfloat16)
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args: [launches.append(name), real(*args)][1])
+
+    def run(device: torch.device) -> tuple[Any, list[float]]:
+        model = support.tiny_model("gpt2", torch.bfloat16).to(device)
+        optimizer = support.trusted(MeZO(model, lr=1e-2, eps=1e-2, perturbation="scratch", weight_decay=0.1))
+        losses = [optimizer.step(support.closure_for(model, support.token_batch().to(device))) for _ in range(1)]
+        return model, losses
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(noise.backends, "fast", lambda device, dtype: noise.cpu)
+        expected, losses = run(torch.device("cpu"))
+    for name in ("perturb", "perturb_many", "update", "update_many"):
+        told(name)
+    model, found = run(through_noise)
+    if through_noise.type == "cpu":
+        assert found == losses
+        support.assert_same_bits(model, support.snapshot(expected))
+    matrices = sum(p.ndim > 1 for p in model.parameters())
+    assert launches.count("perturb_many") == 2  # one for each point
+    assert launches.count("update_many") == 1
+    assert 0 < launches.count("perturb") <= 2 * matrices
+    assert "update" not in launches
+
+
 # --- when the host waits ---------------------------------------------------------------------------------------------
 
 
@@ -331,15 +389,17 @@ def test_a_step_reads_its_losses_after_its_last_evaluation_and_one_count(through
 # --- how sweeps are cut ----------------------------------------------------------------------------------------------
 
 
-def test_sweeps_keep_the_order_cut_no_step_and_fuse_what_fits(interpreted):
+def test_sweeps_keep_the_order_cut_no_step_and_fuse_what_fits():
+    from forwardtune.noise import gpu_launch
+
     updates = [item for item in run_of_updates() if not item.is_empty]
-    sweeps = interpreted._sweeps([*updates, Update(2000, (1.0,) * 9)])
+    sweeps = gpu_launch.sweeps([*updates, Update(2000, (1.0,) * 9)])
     assert [item for sweep in sweeps for item in sweep] == [*updates, Update(2000, (1.0,) * 9)]
     terms = [sum(max(1, sum(size != 0 for size in item.sizes)) for item in sweep) for sweep in sweeps]
-    assert max(terms[:-1]) <= interpreted._FUSED_TERMS
+    assert max(terms[:-1]) <= gpu_launch.FUSED_TERMS
     assert len(sweeps) < len(updates) / 2
     assert len(sweeps[-1]) == 1
-    assert interpreted._sweeps([]) == []
+    assert gpu_launch.sweeps([]) == []
 
 
 # --- when kernels cannot serve ---------------------------------------------------------------------------------------
@@ -362,11 +422,9 @@ def last_element_off(out: Tensor, result: Any) -> Any:
 @pytest.mark.parametrize(
     ("sweep", "spoil"),
     [
-        *(
-            (sweep, last_element_off)
-            for sweep in ("perturb", "perturb_rows", "perturb_factored", "update", "update_factored")
-        ),
-        ("update", lambda out, result: result + 1),  # a wrong count
+        *((sweep, last_element_off) for sweep in ("perturb", "perturb_rows", "perturb_factored", "update_factored")),
+        *((sweep, lambda out, result: result + 1) for sweep in ("update", "update_many")),  # a wrong count
+        ("perturb_many", lambda outs, result: last_element_off(outs[1], result)),
     ],
 )
 def test_the_check_sees_other_bits_in_any_sweep(kernels, sweep, spoil, monkeypatch):
@@ -432,31 +490,45 @@ def compiled(name: str, dtype: torch.dtype, capability: int) -> dict[str, str]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from forwardtune.noise import gpu
+    from forwardtune.noise import gpu, gpu_launch
 
     stored, table = STORED[dtype], "*fp32"
     factors = {"u": table, "v": table}
     kernel, pointers, options = {
-        "perturb": (gpu.kernels.perturb, {"out": stored, "source": stored, "table": table}, gpu._options(2048, 4)),
+        "perturb": (
+            gpu.kernels.perturb,
+            {"out": stored, "source": stored, "table": table},
+            gpu_launch.options(2048, 4),
+        ),
         "perturb_rows": (
             gpu.kernels.perturb_rows,
             {"out": stored, "source": stored, "rows": "*i64", "table": table},
-            gpu._options(1024, 2) | {"aligned": True},
+            gpu_launch.options(1024, 2) | {"aligned": True},
         ),
         "perturb_factored": (
             gpu.kernels.perturb_factored,
             {"out": stored, "source": stored, **factors},
-            gpu._options(2048, 4),
+            gpu_launch.options(2048, 4),
         ),
         "update": (
             gpu.kernels.update,
             {"weight": stored, "unchanged": "*i64", "plan": "*i32", "tables": table, **factors},
-            gpu._options(1024, 4) | {"entries": 4096},
+            gpu_launch.options(1024, 4) | {"entries": 4096},
         ),
         "update_factored": (
             gpu.kernels.update,
             {"weight": stored, "unchanged": "*i64", "plan": "*i32", "tables": table, **factors},
-            gpu._options(1024, 4) | {"entries": 0},
+            gpu_launch.options(1024, 4) | {"entries": 0},
+        ),
+        "perturb_many": (
+            gpu.kernels.perturb_many,
+            {"like": stored, "tensors": "*i64", "table": table},
+            gpu_launch.options(1024, 2) | {"doublings": 9},
+        ),
+        "update_many": (
+            gpu.kernels.update_many,
+            {"like": stored, "tensors": "*i64", "unchanged": "*i64", "plan": "*i32", "tables": table},
+            gpu_launch.options(1024, 4) | {"doublings": 9, "entries": 4096, "slots": 256, "tiles": 8},
         ),
     }[name]
     place = {argument: (i,) for i, argument in enumerate(kernel.arg_names)}
@@ -474,7 +546,10 @@ def compiled(name: str, dtype: torch.dtype, capability: int) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("name", ["perturb", "perturb_rows", "perturb_factored", "update", "update_factored"])
+@pytest.mark.parametrize(
+    "name",
+    ["perturb", "perturb_rows", "perturb_factored", "perturb_many", "update", "update_factored", "update_many"],
+)
 @every_dtype
 def test_compiled_kernels_move_16_bytes_at_once_and_fuse_no_arithmetic(name, dtype, capability):
     code = compiled(name, dtype, capability)["ptx"]
@@ -487,13 +562,13 @@ def test_compiled_kernels_move_16_bytes_at_once_and_fuse_no_arithmetic(name, dty
     assert set(rounding) == {"rn."}  # written so, the assembler may not fuse them either
 
 
-@pytest.mark.parametrize("name", ["update", "update_factored"])
+@pytest.mark.parametrize("name", ["update", "update_factored", "update_many"])
 @every_dtype
 def test_the_terms_of_every_step_of_a_compiled_sweep_begin_where_the_plan_says(name, dtype):
     """A bound that the loop over steps carried was compiled as the one of the first step, for all of them."""
     code = compiled(name, dtype, 90)["ttgir"]
     (steps,) = re.findall(r"scf\.for %\w+ = (%\S+) to %steps", code)
-    terms = [pair for pair in re.findall(r"scf\.for %\w+ = (%\S+) to (%\S+)", code) if "%end" in pair[1]]
+    terms = [pair for pair in re.findall(r"scf\.for %\w+ = (%\S+) to (%\S+)", code) if "end" in pair[1]]
     assert len(terms) == 1
     for bound in terms[0]:
         assert re.search(rf"^ *{bound} = tt\.load ", code, re.MULTILINE), (bound, steps)

@@ -133,6 +133,15 @@ class Rule(ABC):
         """The rule with everything chosen that was left to be chosen by the tuned weights."""
         return self
 
+    @property
+    def moves_together(self) -> bool:
+        """Whether :meth:`move_together` is there, for rules that need nothing but the updates."""
+        return False
+
+    def move_together(self, noise: Noise, tensors: Sequence[TunedTensor], updates: Sequence[Update]) -> Count:
+        """:meth:`move` of several tensors at once."""
+        raise NotImplementedError
+
     @abstractmethod
     def plan(self, step: int, coefficients: Sequence[float], lr: float, weight_decay: float) -> Update:
         """One step in float32 numbers. Raises OverflowError when it does not fit them."""
@@ -173,14 +182,19 @@ def move_all(
         How many stored values did not change, summed over the steps.
     """
     ragged = any(update.unused for update in updates[0])
-    counts = []
+    counts: list[Count] = []
+    together: dict[Any, list[TunedTensor]] = {}
     for done, tensor in enumerate(tuned):
         own = updates[tensor.group]
         if ragged:
             own = [Update(update.step, ()) if tensor.id in update.unused else update for update in own]
-        counts.append(rule.move(noise, tensor, own, history.of(tensor.id), keep=keep))
+        if rule.moves_together and noise.launches_together(tensor.parameter):
+            together.setdefault((tensor.parameter.device, tuple(own)), []).append(tensor)
+        else:
+            counts.append(rule.move(noise, tensor, own, history.of(tensor.id), keep=keep))
         if progress is not None:
             progress(done + 1, len(tuned))
+    counts += [rule.move_together(noise, tensors, own) for (_, own), tensors in together.items()]
     if rule.remembers:
         # All groups have the same coefficients, and so the same estimate.
         history.take([update for update in updates[0] if update.sizes], getattr(rule, "window", None))

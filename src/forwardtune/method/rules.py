@@ -28,6 +28,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -49,15 +50,24 @@ class SGD(Rule):
 
     name: ClassVar[str] = "sgd"
 
+    @property
+    def moves_together(self) -> bool:
+        return type(self).move is SGD.move  # a class of a user's may move in its own way
+
     def plan(self, step: int, coefficients: Sequence[float], lr: float, weight_decay: float) -> Update:
         return sgd(step, coefficients, lr, weight_decay)
 
     def move(
         self, noise: Noise, tensor: TunedTensor, updates: Sequence[Update], history: History, *, keep: bool
     ) -> Count:
-        with tensor.change() as weight:
+        return self.move_together(noise, [tensor], updates)
+
+    def move_together(self, noise: Noise, tensors: Sequence[TunedTensor], updates: Sequence[Update]) -> Count:
+        with ExitStack() as stack:
+            weights = [stack.enter_context(tensor.change()) for tensor in tensors]
+            ids = [tensor.id for tensor in tensors]
             return sum(
-                noise.update(weight, updates[lo : lo + _STEPS_PER_SWEEP], tensor=tensor.id)
+                noise.update_many(weights, updates[lo : lo + _STEPS_PER_SWEEP], tensors=ids)
                 for lo in range(0, len(updates), _STEPS_PER_SWEEP)
             )
 

@@ -151,6 +151,47 @@ class Noise:
         _give_back(weight, flat)
         return unchanged
 
+    # --- many tensors: on a GPU launching takes longer than the sweep over a small one ------------------------------
+
+    def launches_together(self, weight: Tensor) -> bool:
+        """Whether a sweep over several tensors like this one costs one launch."""
+        backend = backends.backend(weight)
+        return hasattr(backend, "fits") and not self.is_low_rank(weight.shape) and bool(backend.fits(weight))
+
+    def perturb_many(
+        self, outs: Sequence[Tensor], sources: Sequence[Tensor], *, tensors: Sequence[int], step: int, probe: int,
+        scale: float,
+    ) -> None:  # fmt: skip
+        """:meth:`perturb` of several whole tensors, by their ids."""
+        for which in self._together(sources):
+            first, ids = sources[which[0]], [tensors[i] for i in which]
+            if len(which) == 1 or not all(self.launches_together(outs[i]) for i in which):
+                for i in which:
+                    self.perturb(outs[i], sources[i], tensor=tensors[i], step=step, probe=probe, scale=scale)
+            else:
+                flat = [[_flat(each[i]) for i in which] for each in (outs, sources)]
+                backends.backend(first).perturb_many(*flat, self.direction, self.seed, ids, step, probe, scale)
+
+    def update_many(self, weights: Sequence[Tensor], updates: Sequence[Update], *, tensors: Sequence[int]) -> Count:
+        """:meth:`update` of several whole tensors, by their ids, and the count for all of them."""
+        unchanged: Count = 0
+        for which in self._together(weights):
+            first, ids = weights[which[0]], [tensors[i] for i in which]
+            if len(which) == 1:
+                unchanged += self.update(first, updates, tensor=ids[0])
+            else:
+                flat = [_flat(weights[i]) for i in which]
+                unchanged += backends.backend(first).update_many(flat, updates, self.direction, self.seed, ids)
+        return unchanged
+
+    def _together(self, weights: Sequence[Tensor]) -> list[list[int]]:
+        """Places of those that share a launch."""
+        shared: dict[tuple[torch.device, torch.dtype] | int, list[int]] = {}
+        for i, weight in enumerate(weights):
+            together = weight.numel() > 0 and self.launches_together(weight)
+            shared.setdefault((weight.device, weight.dtype) if together else i, []).append(i)
+        return list(shared.values())
+
     def store(self, weight: Tensor, x: Tensor, *, tensor: int, step: int, start: int = 0) -> Count:
         """``weight <- round(x)``, rounded as :meth:`update` rounds at that step: what other rules end with.
 

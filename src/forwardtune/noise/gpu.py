@@ -10,33 +10,23 @@ interpreter, which cuts bfloat16 off.
 
 from __future__ import annotations
 
-import functools
-import itertools
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 import triton
 from torch import Tensor
 
 from . import definition
 from . import gpu_kernels as kernels
-from .columns import Columns, split
-from .definition import Places, Strips, Update
+from . import gpu_launch as launch
+from .definition import Count, Places, Strips, Update
 from .directions import DIRECTIONS, Direction
-from .philox import split_seed
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-# Perturbing takes two Philox blocks a thread and still 32 registers, which every warp of a multiprocessor can have. An
-# update, which rounds and counts, takes one block. Widths of embeddings are small multiples of 1,024.
-_TILE, _WARPS = 2048, 4
-_ROW_TILE, _ROW_WARPS = 1024, 2
-_UPDATE_TILE, _UPDATE_WARPS = 1024, 4
-# Terms fused into one sweep: their tables, 16 KiB each, should leave half of the smallest first-level caches free.
-_FUSED_TERMS = 4
+from .gpu_launch import DTYPES as DTYPES
+from .gpu_many import fits as fits
+from .gpu_many import many_strips as many_strips
+from .gpu_many import perturb_many as perturb_many
+from .gpu_many import update_many as update_many
 
 
 def strips(
@@ -44,48 +34,27 @@ def strips(
     scales: Sequence[float], count: int, device: torch.device,
 ) -> Tensor:  # fmt: skip
     """See :func:`.definition.strips`."""
-    many, stream = len(probes), _stream(device)
+    many, stream = len(probes), launch.stream(device)
     out = torch.empty(many, count, dtype=torch.float32, device=device)
     if out.numel() == 0:
         return out
 
     def each(numbers: Any, dtype: torch.dtype) -> Tensor:
         if not isinstance(numbers, Tensor):
-            words = map(_signed, numbers) if dtype == torch.int32 else numbers
-            numbers = _kept(tuple(words), repr(numbers), dtype, device, stream)
+            words = map(launch.signed, numbers) if dtype == torch.int32 else numbers
+            numbers = launch.kept(tuple(words), repr(numbers), dtype, device, stream)
         return numbers.to(dtype).expand(many).contiguous()
 
-    size = min(_ROW_TILE, triton.next_power_of_2(count + 7))
+    size = min(launch.ROW_TILE, triton.next_power_of_2(count + 7))
     tiles = triton.cdiv(count + 7, size)
-    with _on(device):
+    with launch.on(device):
         kernels.strips[(many * tiles,)](
-            out, _values(direction, torch.float32, device, stream),
+            out, launch.values(direction, torch.float32, device, stream),
             each(steps, torch.int32), each(probes, torch.int32), each(starts, torch.int64), each(scales, torch.float64),
-            count, tiles, direction.shift, *_key(seed), _signed(tensor), **_options(size, max(1, _ROW_WARPS * size // _ROW_TILE)),
+            count, tiles, direction.shift, *launch.key(seed), launch.signed(tensor),
+            **launch.options(size, max(1, launch.ROW_WARPS * size // launch.ROW_TILE)),
         )  # fmt: skip
     return out
-
-
-def many_strips(
-    direction: Direction, seed: int, many: Sequence[Strips], device: torch.device, dtype: torch.dtype = torch.float32
-) -> list[Tensor]:
-    """See :func:`.definition.many_strips`: one launch for all, as a launch for each takes the host longer than the device draws."""
-    columns = Columns.of(many)
-    out = torch.empty(int(columns.places[-1]), dtype=torch.float32, device=device)
-    if out.numel():
-        tiles = (columns.counts + 7 + _ROW_TILE - 1) // _ROW_TILE
-        strip = np.repeat(np.arange(len(tiles)), tiles)
-        tile = np.arange(len(strip)) - np.repeat(tiles.cumsum() - tiles, tiles)
-        program = np.stack([strip, tile]).astype(np.int32)
-        words = np.stack([columns.tensors, columns.steps, columns.probes]).view(np.int32)
-        places = np.stack([columns.starts, columns.counts, columns.places[:-1]])
-        with _on(device):
-            kernels.many_strips[(len(strip),)](
-                out, _values(direction, torch.float32, device, _stream(device)),
-                *(_copied(torch.from_numpy(each), device) for each in (program, words, places, columns.scales)),
-                len(strip), len(tiles), direction.shift, *_key(seed), **_options(_ROW_TILE, _ROW_WARPS),
-            )  # fmt: skip
-    return split(out.to(dtype), many)
 
 
 def perturb(
@@ -96,11 +65,11 @@ def perturb(
     count, offset = source.numel(), start % 8
     if count == 0:
         return
-    with _on(source.device):
-        kernels.perturb[(triton.cdiv(count + offset, _TILE),)](
-            _stored(out), _stored(source), _tables(direction, (repr(float(scale)),), source.device, _stream(source.device)),
-            count, offset, _signed(start // 8), direction.shift, *_key(seed), *map(_signed, (tensor, step, probe)),
-            **_options(_TILE, _WARPS),
+    with launch.on(source.device):
+        kernels.perturb[(triton.cdiv(count + offset, launch.TILE),)](
+            launch.stored(out), launch.stored(source), launch.tables(direction, (repr(float(scale)),), source.device, launch.stream(source.device)),
+            count, offset, launch.signed(start // 8), direction.shift, *launch.key(seed), *map(launch.signed, (tensor, step, probe)),
+            **launch.options(launch.TILE, launch.WARPS),
         )  # fmt: skip
 
 
@@ -109,9 +78,18 @@ def perturb_factored(out: Tensor, source: Tensor, u: Tensor, v: Tensor, start: i
     count, (width, rank) = source.numel(), v.shape
     if count == 0:
         return
-    with _on(source.device):
-        kernels.perturb_factored[(triton.cdiv(count, _TILE),)](
-            _stored(out), _stored(source), u, v, count, start % width, len(u), width, rank, **_options(_TILE, _WARPS)
+    with launch.on(source.device):
+        kernels.perturb_factored[(triton.cdiv(count, launch.TILE),)](
+            launch.stored(out),
+            launch.stored(source),
+            u,
+            v,
+            count,
+            start % width,
+            len(u),
+            width,
+            rank,
+            **launch.options(launch.TILE, launch.WARPS),
         )
 
 
@@ -124,12 +102,12 @@ def perturb_rows(
     if out.numel() == 0:
         return
     aligned = width % 8 == 0
-    with _on(source.device):
-        kernels.perturb_rows[(len(rows), triton.cdiv(width + (0 if aligned else 7), _ROW_TILE))](
-            _stored(out), _stored(source), rows,
-            _tables(direction, (repr(float(scale)),), source.device, _stream(source.device)),
-            width, direction.shift, *_key(seed), *map(_signed, (tensor, step, probe)),
-            aligned=aligned, **_options(_ROW_TILE, _ROW_WARPS),
+    with launch.on(source.device):
+        kernels.perturb_rows[(len(rows), triton.cdiv(width + (0 if aligned else 7), launch.ROW_TILE))](
+            launch.stored(out), launch.stored(source), rows,
+            launch.tables(direction, (repr(float(scale)),), source.device, launch.stream(source.device)),
+            width, direction.shift, *launch.key(seed), *map(launch.signed, (tensor, step, probe)),
+            aligned=aligned, **launch.options(launch.ROW_TILE, launch.ROW_WARPS),
         )  # fmt: skip
 
 
@@ -142,9 +120,9 @@ def update(
         The count as an int64 scalar on the device: reading it waits for the sweep.
     """
     active, unchanged = _active(weight, updates)
-    for fused in _sweeps(active):
+    for fused in launch.sweeps(active):
         sizes = tuple(repr(size) for item in fused for _, size in item.terms)
-        tables = _tables(direction, sizes, weight.device, _stream(weight.device))
+        tables = launch.tables(direction, sizes, weight.device, launch.stream(weight.device))
         terms = (tables, direction.shift, tables, tables, 0, 1, 1, 1)  # of which the last six are not read
         _sweep(weight, unchanged, fused, terms, direction.values.numel(), seed, tensor, start)
     return unchanged
@@ -173,11 +151,11 @@ def _sweep(
     tensor: int, start: int,
 ) -> None:  # fmt: skip
     count, offset = weight.numel(), start % 8
-    plan = _plan(tuple(updates), repr(updates), weight.device, _stream(weight.device))
-    with _on(weight.device):
-        kernels.update[(triton.cdiv(count + offset, _UPDATE_TILE),)](
-            _stored(weight), unchanged, plan, len(updates), count, offset, _signed(start // 8), *_key(seed),
-            _signed(tensor), *terms, entries=entries, **_options(_UPDATE_TILE, _UPDATE_WARPS),
+    plan = launch.plan(tuple(updates), repr(updates), weight.device, launch.stream(weight.device))
+    with launch.on(weight.device):
+        kernels.update[(triton.cdiv(count + offset, launch.UPDATE_TILE),)](
+            launch.stored(weight), unchanged, plan, len(updates), count, offset, launch.signed(start // 8), *launch.key(seed),
+            launch.signed(tensor), *terms, entries=entries, **launch.options(launch.UPDATE_TILE, launch.UPDATE_WARPS),
         )  # fmt: skip
 
 
@@ -187,10 +165,10 @@ def store(weight: Tensor, x: Tensor, seed: int, tensor: int, step: int, start: i
     unchanged = torch.zeros((), dtype=torch.int64, device=weight.device)
     if count == 0:
         return unchanged
-    with _on(weight.device):
-        kernels.store[(triton.cdiv(count + offset, _UPDATE_TILE),)](
-            _stored(weight), x, unchanged, count, offset, _signed(start // 8), *_key(seed), _signed(tensor), _signed(step),
-            **_options(_UPDATE_TILE, _UPDATE_WARPS),
+    with launch.on(weight.device):
+        kernels.store[(triton.cdiv(count + offset, launch.UPDATE_TILE),)](
+            launch.stored(weight), x, unchanged, count, offset, launch.signed(start // 8), *launch.key(seed), launch.signed(tensor), launch.signed(step),
+            **launch.options(launch.UPDATE_TILE, launch.UPDATE_WARPS),
         )  # fmt: skip
     return unchanged
 
@@ -200,7 +178,7 @@ def trouble(device: torch.device, dtype: torch.dtype) -> str | None:
 
     A compiler that is not as it should be must not cost a run its bits.
     """
-    weight = torch.linspace(-3, 3, 2 * _TILE, device="cpu").pow(9).to(dtype)
+    weight = torch.linspace(-3, 3, 2 * launch.TILE, device="cpu").pow(9).to(dtype)
     names = ("strips", "many_strips", "perturb", "perturb_factored", "update", "update_factored", "store")
     ours, theirs = [globals()[name] for name in names], [getattr(definition, name) for name in names]
     try:
@@ -212,6 +190,12 @@ def trouble(device: torch.device, dtype: torch.dtype) -> str | None:
             perturb_rows(some, table.to(device), rows.to(device), direction, 1, 2, 3, 4, 1e-2)
             found.append(some)
             expected.append(expected[0].view(-1, 512)[rows])
+            pieces = [weight[:1008], weight[1008:1024], weight[1024:]]
+            here = [piece.to(device, copy=True) for piece in pieces]
+            outs, steps = [torch.empty_like(piece) for piece in here], [Update(1, (1e-4, -3e-2)), Update(2, (1e-6,))]
+            perturb_many(outs, here, direction, 1, [2, 0, 7], 3, 4, 1e-2)
+            found += [*outs, update_many(here, steps, direction, 1, [2, 0, 7]), *here]
+            expected += _one_by_one(pieces, steps, direction)
             if not all(torch.equal(a.cpu(), b) for a, b in zip(found, expected, strict=True)):
                 return "its kernels give other bits here; please report the GPU and the version of Triton"
     except torch.OutOfMemoryError:
@@ -219,6 +203,16 @@ def trouble(device: torch.device, dtype: torch.dtype) -> str | None:
     except Exception as error:  # a compiler and a driver can fail in more ways than have a common class
         return f"{type(error).__name__}: {error}".splitlines()[0]
     return None
+
+
+def _one_by_one(pieces: Sequence[Tensor], steps: Sequence[Update], direction: Direction) -> list[Tensor]:
+    """What the definition makes of the tensors that are perturbed and moved together."""
+    outs, moved = [torch.empty_like(piece) for piece in pieces], [piece.clone() for piece in pieces]
+    count: Count = 0
+    for out, piece, weight, tensor in zip(outs, pieces, moved, (2, 0, 7), strict=True):
+        definition.perturb(out, piece, direction, 1, tensor, 3, 4, 1e-2)
+        count += definition.update(weight, steps, direction, 1, tensor)
+    return [*outs, torch.as_tensor(count), *moved]
 
 
 def _samples(sweeps: Sequence[Any], weight: Tensor, direction: Direction) -> list[Tensor]:
@@ -246,89 +240,3 @@ def _samples(sweeps: Sequence[Any], weight: Tensor, direction: Direction) -> lis
         *moved,
         *(torch.as_tensor(count) for count in counts),
     ]
-
-
-# --- arguments -------------------------------------------------------------------------------------------------------
-# What the host prepares is kept, as all tensors of a step share it, and copied without waiting for the device. It
-# belongs to the stream that copied it. Numbers are also told apart by their text, because 0.0 and -0.0 are equal.
-
-
-@functools.lru_cache(maxsize=32)
-def _plan(updates: tuple[Update, ...], text: str, device: torch.device, stream: int) -> Tensor:
-    """The steps' numbers, where the terms of each begin and where the last ones end, the decays, then each term's probe."""
-    decays = torch.tensor([item.decay for item in updates], dtype=torch.float32, device="cpu").view(torch.int32)
-    plan = [
-        *(_signed(item.step) for item in updates),
-        *itertools.accumulate((len(item.terms) for item in updates), initial=0),
-        *decays.tolist(),
-        *(_signed(probe) for item in updates for probe, _ in item.terms),
-    ]
-    return _sent(plan, torch.int32, device)
-
-
-@functools.lru_cache(maxsize=32)
-def _tables(direction: Direction, scales: tuple[str, ...], device: torch.device, stream: int) -> Tensor:
-    """``direction.table(scale)`` for each scale, computed on the device: shape ``(len(scales), entries)``."""
-    factors = _sent([float(scale) for scale in scales], torch.float64, device)
-    return (_values(direction, torch.float64, device, stream) * factors.unsqueeze(1)).float()
-
-
-@functools.lru_cache(maxsize=32)
-def _values(direction: Direction, dtype: torch.dtype, device: torch.device, stream: int) -> Tensor:
-    return _sent(direction.values.tolist(), dtype, device)
-
-
-@functools.lru_cache(maxsize=256)
-def _kept(numbers: tuple[float, ...], text: str, dtype: torch.dtype, device: torch.device, stream: int) -> Tensor:
-    return _sent(numbers, dtype, device)
-
-
-def _sent(numbers: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return _copied(torch.tensor(numbers, dtype=dtype, device="cpu"), device)  # whatever the default device is
-
-
-def _copied(tensor: Tensor, device: torch.device) -> Tensor:
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-
-
-def _sweeps(updates: Sequence[Update]) -> list[tuple[Update, ...]]:
-    """Consecutive steps with at most ``_FUSED_TERMS`` terms together; a step is never cut."""
-    sweeps: list[list[Update]] = []
-    terms = 0
-    for item in updates:
-        more = len(item.terms)
-        if not sweeps or terms + max(1, more) > _FUSED_TERMS:
-            sweeps.append([])
-            terms = 0
-        sweeps[-1].append(item)
-        terms += max(1, more)
-    return [tuple(sweep) for sweep in sweeps]
-
-
-def _stored(tensor: Tensor) -> Tensor:
-    """The storage in the type that selects the conversions."""
-    return tensor.detach().view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor.detach()
-
-
-def _signed(word: int) -> int:
-    """A 32-bit word as the signed integer with its bits: Triton would compile another kernel for each wider type."""
-    return word - 2**32 if word >= 2**31 else word
-
-
-def _key(seed: int) -> tuple[int, int]:
-    k0, k1 = split_seed(seed)
-    return _signed(k0), _signed(k1)
-
-
-def _options(tile: int, warps: int) -> dict[str, Any]:
-    # A fused multiply-add rounds once where the definition rounds twice.
-    return {"size": tile, "num_warps": warps, "enable_fp_fusion": False}
-
-
-def _stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-
-
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton launches on the current device."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -187,18 +187,13 @@ def add(a, b):  # type: ignore[no-untyped-def]
     return a + b
 
 
-@triton.jit(do_not_specialize=["steps", "first", "shift", "k0", "k1", "tensor"])  # type: ignore[untyped-decorator]
-def update(  # type: ignore[no-untyped-def]
-    weight, unchanged, plan, steps, count, offset, first, k0, k1, tensor, tables, shift, u, v, place, rows, width, rank,
-    entries: tl.constexpr, size: tl.constexpr,
+@triton.jit  # type: ignore[untyped-decorator]
+def _moved(  # type: ignore[no-untyped-def]
+    x, inside, block, plan, steps, k0, k1, tensor, tables, shift, u, v, place, tile, rows, width, rank,
+    entries: tl.constexpr, size: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """Terms are read from tables of so many entries each; if that is 0, they are products of u and v."""
-    dtype: tl.constexpr = weight.dtype.element_ty
-    tile = tl.program_id(0)
-    position = tile.to(tl.int64) * size + tl.arange(0, size) - offset
-    inside = (position >= 0) & (position < count)
-    block = first.to(tl.uint32, bitcast=True) + tile.to(tl.uint32) * (size // 8)
-    x = _widen(tl.load(weight + position, mask=inside, other=0, cache_modifier=".cg"))
+    """Steps applied to a tile, and how often each of its elements stayed. Terms are read from tables of so many entries each; if that
+    is 0, they are products of u and v."""
     same = tl.full([size], 0, tl.int32)
     for s in range(steps):
         step = tl.load(plan + s)
@@ -213,15 +208,94 @@ def update(  # type: ignore[no-untyped-def]
                 index = _half_words(block, k0, k1, tensor, step, probe, size) >> shift
                 x = x + tl.load(tables + t * entries + index)
         else:
-            x = _add_products(x, inside, u, v, begin, end, place - offset, tile, rows, width, rank, size)
+            x = _add_products(x, inside, u, v, begin, end, place, tile, rows, width, rank, size)
         if dtype != tl.float32:
             rounding = tl.full([], _ROUNDING, tl.int32)
             x = _round(x, _half_words(block, k0, k1, tensor, step, rounding, size), dtype)
             if dtype == tl.float16:  # large values become infinite; of bfloat16 they are that already
                 x = _widen(_narrow(x, dtype))
         same += ((x == before) & inside).to(tl.int32)
+    return x, same
+
+
+@triton.jit(do_not_specialize=["steps", "first", "shift", "k0", "k1", "tensor"])  # type: ignore[untyped-decorator]
+def update(  # type: ignore[no-untyped-def]
+    weight, unchanged, plan, steps, count, offset, first, k0, k1, tensor, tables, shift, u, v, place, rows, width, rank,
+    entries: tl.constexpr, size: tl.constexpr,
+):  # fmt: skip
+    dtype: tl.constexpr = weight.dtype.element_ty
+    tile = tl.program_id(0)
+    position = tile.to(tl.int64) * size + tl.arange(0, size) - offset
+    inside = (position >= 0) & (position < count)
+    block = first.to(tl.uint32, bitcast=True) + tile.to(tl.uint32) * (size // 8)
+    x = _widen(tl.load(weight + position, mask=inside, other=0, cache_modifier=".cg"))
+    x, same = _moved(
+        x, inside, block, plan, steps, k0, k1, tensor, tables, shift, u, v, place - offset, tile, rows, width, rank,
+        entries, size, dtype,
+    )  # fmt: skip
     tl.store(weight + position, _narrow(x, dtype), mask=inside)
     tl.atomic_add(unchanged, tl.reduce(same, 0, add).to(tl.int64), sem="relaxed")
+
+
+# --- several tensors in one launch -----------------------------------------------------------------------------------
+# Each has a column in ``tensors``: address, address to write to, elements, number, and the first of its programs. All are whole, begin at a
+# multiple of 16 bytes, and have a multiple of 16 elements: so they are read 16 bytes at once.
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _find(tensors, many, doublings: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The tensor of this program, and which tile of it: the last tensor whose first program is not after this one."""
+    program = tl.program_id(0).to(tl.int64)
+    low = program * 0
+    for k in tl.static_range(doublings):
+        middle = low + (1 << (doublings - 1 - k))
+        there = tl.minimum(middle, many - 1)
+        low = tl.where((middle < many) & (tl.load(tensors + 4 * many + there) <= program), middle, low)
+    return low, program - tl.load(tensors + 4 * many + low)
+
+
+@triton.jit(do_not_specialize=["many", "shift", "k0", "k1", "step", "probe"])  # type: ignore[untyped-decorator]
+def perturb_many(  # type: ignore[no-untyped-def]
+    like, tensors, table, many, shift, k0, k1, step, probe, doublings: tl.constexpr, size: tl.constexpr
+):
+    i, tile = _find(tensors, many, doublings)
+    source = tl.multiple_of(tl.load(tensors + i).to(like.dtype), 16)
+    out = tl.multiple_of(tl.load(tensors + many + i).to(like.dtype), 16)
+    position = tile * size + tl.arange(0, size)
+    inside = position < tl.multiple_of(tl.load(tensors + 2 * many + i), 16)
+    block = tile.to(tl.uint32) * (size // 8)
+    tensor = tl.load(tensors + 3 * many + i).to(tl.int32)
+    z = tl.load(table + (_half_words(block, k0, k1, tensor, step, probe, size) >> shift))
+    x = _widen(tl.load(source + position, mask=inside, other=0, cache_modifier=".cg"))
+    tl.store(out + position, _narrow(x + z, like.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["many", "steps", "shift", "k0", "k1"])  # type: ignore[untyped-decorator]
+def update_many(  # type: ignore[no-untyped-def]
+    like, tensors, unchanged, plan, tables, many, steps, shift, k0, k1,
+    doublings: tl.constexpr, entries: tl.constexpr, slots: tl.constexpr, tiles: tl.constexpr, size: tl.constexpr,
+):  # fmt: skip
+    dtype: tl.constexpr = like.dtype.element_ty
+    i, first = _find(tensors, many, doublings)
+    weight = tl.multiple_of(tl.load(tensors + i).to(like.dtype), 16)
+    count = tl.multiple_of(tl.load(tensors + 2 * many + i), 16)
+    tensor = tl.load(tensors + 3 * many + i).to(tl.int32)
+    same = tl.full([size], 0, tl.int32)
+    for k in range(tiles):
+        tile = first * tiles + k
+        if tile * size < count:
+            position = tile * size + tl.arange(0, size)
+            inside = position < count
+            block = tile.to(tl.uint32) * (size // 8)
+            x = _widen(tl.load(weight + position, mask=inside, other=0, cache_modifier=".cg"))
+            x, stayed = _moved(
+                x, inside, block, plan, steps, k0, k1, tensor, tables, shift, tables, tables, 0, 0, 1, 1, 1, entries,
+                size, dtype,
+            )  # fmt: skip
+            same += stayed
+            tl.store(weight + position, _narrow(x, dtype), mask=inside)
+    slot = tl.program_id(0) % slots  # additions to one place wait for each other
+    tl.atomic_add(unchanged + slot, tl.reduce(same, 0, add).to(tl.int64), sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["first", "k0", "k1", "tensor", "step"])  # type: ignore[untyped-decorator]

@@ -63,6 +63,8 @@ class Scratch(Perturbation):
         # Tensors that are read outside their owners: those seen in this block, and those perturbed as a whole since an earlier one.
         self._strays: dict[int, Tensor] = {}
         self._whole: dict[int, Tensor] = {}
+        # Vectors whose sweeps share a launch are perturbed at the beginning of a point, each in a tensor of its own.
+        self._ahead: dict[int, Tensor] = {}
         self._seen: list[tuple[nn.Module, bool]] | None = None
         self._eager: AbstractContextManager[Any] = nullcontext()
 
@@ -99,6 +101,16 @@ class Scratch(Perturbation):
             if self._point is not None:
                 self.noise.perturb(shadow, original, tensor=number, **self._point)
             parameter.data = original if self._point is None else shadow
+        if self._point is not None:
+            self._perturb_ahead(self._point)
+
+    def _perturb_ahead(self, point: dict[str, Any]) -> None:
+        vectors = {i: w for i, w in self._originals.items() if w.ndim == 1 and i not in self._whole}
+        vectors = {i: w for i, w in vectors.items() if self.noise.launches_together(w)}
+        kept = {i: w for i, w in self._ahead.items() if i in vectors and _alike(w, vectors[i])}
+        with torch.inference_mode(False):  # they outlive the evaluation
+            self._ahead = {i: kept[i] if i in kept else torch.empty_like(w) for i, w in vectors.items()}
+        self.noise.perturb_many(list(self._ahead.values()), list(vectors.values()), tensors=list(vectors), **point)
 
     def __exit__(self, *exception: object) -> None:
         self._eager.__exit__(None, None, None)
@@ -224,6 +236,8 @@ class Scratch(Perturbation):
     def _perturbed(self, tensor: TunedTensor) -> Tensor:
         assert self._point is not None
         source = self._originals[tensor.id]
+        if tensor.id in self._ahead:
+            return as_parameter(self._ahead[tensor.id], tensor)
         out = self._arena.take(source)
         self.noise.perturb(out, source, tensor=tensor.id, **self._point)
         return as_parameter(out, tensor)
