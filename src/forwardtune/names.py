@@ -12,7 +12,7 @@ STATES = ("auto", "exact", "window")
 #: Of :mod:`forwardtune.noise`.
 DIRECTIONS = ("gaussian", "rademacher")
 #: Of :mod:`forwardtune.points`.
-PERTURBATIONS = ("auto", "scratch", "copy", "side_path")
+PERTURBATIONS = ("auto", "scratch", "copy", "side_path", "both_signs")
 #: Of ``forwardtune train``.
 METHODS = ("mezo", "adam")
 #: Of transformers, those that need no further settings.

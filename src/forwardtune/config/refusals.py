@@ -73,7 +73,9 @@ _COMBINATIONS = (
     ),
     Refusal(
         "<tune> prefix has no side path, by which <assignment> example and <perturbation> side_path evaluate: leave them out, or <tune> lora",
-        lambda run, given: run.tune == "prefix" and (run.assignment == "example" or run.perturbation == "side_path"),
+        lambda run, given: (
+            run.tune == "prefix" and (run.assignment == "example" or run.perturbation in ("side_path", "both_signs"))
+        ),
         {"tune": "prefix", "assignment": "example"},
     ),
     Refusal(

@@ -17,6 +17,7 @@ from ..cores import SharedCores
 from ..errors import InputError
 from ..noise import compile_kernels
 from ..optimizer import MeZO
+from ..points.both_signs import BothSigns
 from ..search.budget import first_settings
 from ..trajectory import read_log
 from .automatic import Automatic
@@ -122,6 +123,10 @@ class MeZOTrainer(Trainer):
             settings = {name: getattr(self.args, name) for name in options(MeZOSettings) if name in _ARGUMENTS}
             settings["eps"] = (self._logged_eps or first_eps) if eps == AUTO else eps
             settings["rule"] = self.args.make_rule()
+            if self.args.assignment == "example" and self.args.perturbation == AUTO:
+                settings["perturbation"] = (
+                    BothSigns.name
+                )  # here the closure is known to call the model with the same input
             self.optimizer = MeZO(
                 [group for group in groups if group["params"]],
                 lr=first_lr if isinstance(lr, str) else lr,

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models import forward
-from ..points.owners import examples_at, positions_of
+from ..points.owners import examples_at, in_all_copies, positions_of
 from ..tasks import Task
 
 
@@ -106,8 +106,9 @@ def _head_sees_only(model: nn.Module, positions: Tensor) -> Iterator[bool]:
 
     def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden, *rest = args
-        inside.enter_context(positions_of(positions))
-        return (hidden.flatten(0, 1)[positions.to(hidden.device)].unsqueeze(0), *rest)
+        places = in_all_copies(positions.to(hidden.device), hidden.shape[0] * hidden.shape[1])
+        inside.enter_context(positions_of(places))
+        return (hidden.flatten(0, 1)[places].unsqueeze(0), *rest)
 
     with ExitStack() as hooks, ExitStack() as inside:
         hooks.callback(head.register_forward_pre_hook(select).remove)

@@ -12,12 +12,13 @@ from ..errors import InputError, warn
 from ..method.estimators import Losses, Query
 from ..noise import Noise
 from ..parameters import TunedParameters
+from .both_signs import BothSigns
 from .copy import Copy
 from .perturbation import Closure, Perturbation, ReadElsewhereError
 from .scratch import Scratch
 from .side_path import SidePath
 
-PERTURBATIONS: dict[str, type[Perturbation]] = {cls.name: cls for cls in (Scratch, Copy, SidePath)}
+PERTURBATIONS: dict[str, type[Perturbation]] = {cls.name: cls for cls in (Scratch, Copy, SidePath, BothSigns)}
 
 
 class Evaluator:
@@ -40,14 +41,14 @@ class Evaluator:
     def __init__(self, tuned: TunedParameters, noise: Noise, perturbation: str, *, per_example: bool) -> None:
         if perturbation not in {"auto", *PERTURBATIONS}:
             raise InputError(f"unknown perturbation {perturbation!r}: choose auto, {', '.join(PERTURBATIONS)}")
-        if per_example and perturbation not in ("auto", SidePath.name):
+        if per_example and perturbation not in ("auto", SidePath.name, BothSigns.name):
             raise InputError(
                 f"perturbation={perturbation!r} moves the weights for the whole minibatch, and with assignment='example' every example has "
-                "a direction of its own: use perturbation='auto' or 'side_path'"
+                "a direction of its own: use perturbation='auto', 'side_path' or 'both_signs'"
             )
         self._tuned, self._noise = tuned, noise
         self._may_copy = perturbation == "auto" and not per_example
-        if per_example:
+        if per_example and perturbation == "auto":
             perturbation = SidePath.name
         elif perturbation == "auto" and tuned.module is None:
             perturbation = Copy.name

@@ -23,6 +23,7 @@ from torch import Tensor
 
 _declared: ContextVar[Owners | None] = ContextVar("examples", default=None)
 _positions: ContextVar[Tensor | None] = ContextVar("positions", default=None)
+_copies: ContextVar[tuple[int, set[int]]] = ContextVar("copies", default=(1, set()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,10 +33,12 @@ class Owners:
     Attributes:
         tokens: number of the example of every position, shape (rows, length), -1 for padding; on the CPU, whatever the model's device.
         count: number of examples.
+        copies: as how many copies of an input they stand one after the other, each with examples of its own.
     """
 
     tokens: Tensor
     count: int
+    copies: int = 1
     _selection: tuple[Tensor, Owners] | None = field(default=None, init=False, repr=False)
 
     @cached_property
@@ -79,9 +82,15 @@ class Owners:
         """The owners of some positions of the flattened input, which stand in one row."""
         if self._selection is None or self._selection[0] is not positions:
             tokens = self.tokens.reshape(-1)[positions.cpu()][None]
-            object.__setattr__(self, "_selection", (positions, Owners(tokens, self.count)))
+            object.__setattr__(self, "_selection", (positions, Owners(tokens, self.count, self.copies)))
         assert self._selection is not None
         return self._selection[1]
+
+    @cached_property
+    def twice(self) -> Owners:
+        """Those of the input twice, one below the other."""
+        tokens = torch.cat([self.tokens, torch.where(self.tokens < 0, -1, self.tokens + self.count)])
+        return Owners(tokens, 2 * self.count, 2)
 
     @cached_property
     def _of(self) -> dict[tuple[tuple[int, ...], torch.device], Tensor | None]:
@@ -96,7 +105,9 @@ class Owners:
         key = (tuple(lead), device)
         if key not in self._groups:
             owner = self._found(key[0])
-            self._groups[key] = None if owner is None else Groups(self.count, owner.expand(lead).reshape(-1), device)
+            self._groups[key] = (
+                None if owner is None else Groups(self.count, owner.expand(lead).reshape(-1), device, self.copies)
+            )
         return self._groups[key]
 
 
@@ -108,20 +119,28 @@ class Groups:
         count: number of examples.
         owner: the example of every row, shape (rows,), on the CPU; None: there is one.
         device: of the matrix.
+        copies: as of :class:`Owners`; those of a second copy have the directions of the first, turned round.
     """
 
     count: int
     owner: Tensor | None = None
     device: torch.device | str = "cpu"
+    copies: int = 1
+
+    @property
+    def directions(self) -> int:
+        """Number of different ones."""
+        return self.count // self.copies
 
     def one_hot(self, dtype: torch.dtype, repeat: int) -> Tensor | None:
-        """1 where an example owns a row, each so many times, shape (rows, examples * repeat)."""
+        """1, or -1 in a second copy, where a row has a direction, each so many times, shape (rows, directions * repeat)."""
         if self.owner is None:
             return None
         key = (dtype, repeat)
         if key not in self._one_hot:
-            hot = F.one_hot(self.owner, self.count).repeat_interleave(repeat, dim=1)
-            self._one_hot[key] = hot.to(self.device, dtype)
+            sign = 1 - 2 * (self.owner // self.directions)
+            hot = F.one_hot(self.owner % self.directions, self.directions) * sign[:, None]
+            self._one_hot[key] = hot.repeat_interleave(repeat, dim=1).to(self.device, dtype)
         return self._one_hot[key]
 
     @cached_property
@@ -150,10 +169,12 @@ class Groups:
         return x.view(self.count, -1, x.shape[-1]) if self._places is None else x[self._places[0]]
 
     def add_vectors(self, y: Tensor, vectors: Tensor, scale: float) -> None:
-        """Add scale times the vector of its example, shape (examples, m), to every row of the matrix y, in place."""
+        """Add scale times the vector of its direction, shape (directions, m), to every row of the matrix y, in place."""
         own = None if self._places is None else self.one_hot(y.dtype, 1)
         if own is None:
-            y.view(self.count, -1, y.shape[-1]).add_(vectors[:, None], alpha=scale)
+            copies = y.view(self.copies, self.directions, -1, y.shape[-1])
+            for k in range(self.copies):
+                copies[k].add_(vectors[:, None], alpha=(1 - 2 * k) * scale)
         else:
             y.addmm_(own, vectors, alpha=scale)
 
@@ -191,6 +212,25 @@ def examples_at(numbers: Tensor, count: int | None = None) -> Iterator[None]:
         yield
     finally:
         _declared.reset(token)
+
+
+@contextmanager
+def copies_of(count: int) -> Iterator[set[int]]:
+    """Inside, the model works on so many copies of its input at once. Yields how many places it was made to go on with."""
+    token = _copies.set((count, set()))
+    try:
+        yield _copies.get()[1]
+    finally:
+        _copies.reset(token)
+
+
+def in_all_copies(positions: Tensor, places: int) -> Tensor:
+    """Positions of the flattened input, in each of the copies that the model works on now; ``places``: of all copies."""
+    count, widths = _copies.get()
+    if count > 1:
+        positions = torch.cat([positions + places // count * k for k in range(count)])
+        widths.add(len(positions))
+    return positions
 
 
 @contextmanager

@@ -20,11 +20,13 @@ class PointDirections:
 
     Attributes:
         step, query: the present point.
+        copies: 2 while the rows of both sides of the probe are worked on together: there are as many directions again, turned round.
     """
 
     def __init__(self, tuned: TunedParameters, noise: Noise, left_out: set[int]) -> None:
         self._tuned, self._noise, self._left_out = tuned, noise, left_out
         self.step, self.query = 0, Query(0, 0.0)
+        self.copies = 1
         self._vectors: dict[tuple[Any, ...], dict[int, Tensor]] = {}  # full directions of vectors, at scale 1
         self._factors: dict[tuple[Any, ...], dict[int, tuple[Tensor, Tensor]]] = {}
 
@@ -103,12 +105,16 @@ class PointDirections:
         (*numbers.shape, n)."""
         owner = owner.expand(numbers.shape).reshape(-1)
         flat = numbers.reshape(-1)
+        many = count // self.copies
+        sign, owner = 1 - 2 * (owner // many), owner % many
         probes = self.query.probe + owner * self.query.stride
         shape = tensor.parameter.shape
         if not self.is_low_rank(tensor):
             found = self._noise.direction_rows(shape, flat, probes, **self._address(tensor))
         else:
             u = self._noise.factor_rows(shape, flat, probes, **self._address(tensor))
-            _, v = self.factors(tensor, count, tensor.parameter.dtype)  # those that projections take, too
+            _, v = self.factors(tensor, many, tensor.parameter.dtype)  # those that projections take, too
             found = torch.einsum("pr,prn->pn", u, v[owner].to(u.dtype))
+        if self.copies > 1:
+            found = found * sign[:, None]
         return found.view(*numbers.shape, shape[-1])

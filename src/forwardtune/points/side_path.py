@@ -33,8 +33,8 @@ from .side_weight import SideWeight
 # looks again where they differ: by rounding alone an accuracy, or what a model writes, may turn over at one point, not at all of them.
 _FURTHER = (8.0, -8.0, 4.0)
 # So much may the two differ, as a share of what the perturbation does to the loss and of the loss.
-_TOLERANCE = {torch.float64: (1e-6, 1e-9), torch.float32: (5e-2, 1e-5)}
-_ROUGH = (0.5, 3e-2)
+TOLERANCE = {torch.float64: (1e-6, 1e-9), torch.float32: (5e-2, 1e-5)}
+ROUGH = (0.5, 3e-2)
 
 
 class SidePathError(InputError, ReadElsewhereError):
@@ -120,19 +120,22 @@ class SidePath(Perturbation):
         return losses
 
     def _losses(self, step: int, queries: Sequence[Query], closure: Closure) -> list[Losses]:
-        losses = []
-        for query in queries:  # one by one: the number of examples is known from each
-            (found,) = super()._losses(step, [query], closure)
-            count = self._count if query.per_example and self._count is not None else len(found)
-            if len(found) != count:
-                said = "examples_at says" if self._declared else "what a tuned weight meets first has"
-                rows = "" if self._declared else " rows, which count as examples"
-                raise TypeError(
-                    f"the closure returned the losses of {len(found)} examples, and {said} {count}{rows}: return a loss for each, or say "
-                    "which row belongs to which with forwardtune.points.owners.examples_at"
-                )
-            losses.append(found)
-        return losses
+        return [self._of_one(step, query, closure) for query in queries]  # the number of examples is known from each
+
+    def _of_one(self, step: int, query: Query, closure: Closure) -> Losses:
+        (found,) = super()._losses(step, [query], closure)
+        return self._counted(found, query)
+
+    def _counted(self, found: Losses, query: Query) -> Losses:
+        count = self._count if query.per_example and self._count is not None else len(found)
+        if len(found) != count:
+            said = "examples_at says" if self._declared else "what a tuned weight meets first has"
+            rows = "" if self._declared else " rows, which count as examples"
+            raise TypeError(
+                f"the closure returned the losses of {len(found)} examples, and {said} {count}{rows}: return a loss for each, or say "
+                "which row belongs to which with forwardtune.points.owners.examples_at"
+            )
+        return found
 
     @staticmethod
     def _remedy(query: Query) -> tuple[str, str]:
@@ -182,8 +185,8 @@ class SidePath(Perturbation):
         """Those of the wanted examples whose loss is not that of perturbed weights: what moves it here, and what would there."""
         (side,) = self.losses(step, [query], closure)
         used = TunedParameters([tensor for tensor in self.tuned if tensor.id in self.used], self.tuned.module)
-        dtypes = [_TOLERANCE.get(tensor.parameter.dtype, _ROUGH) for tensor in used]
-        share, of_loss = max(dtypes, default=_ROUGH)
+        dtypes = [TOLERANCE.get(tensor.parameter.dtype, ROUGH) for tensor in used]
+        share, of_loss = max(dtypes, default=ROUGH)
         weights, wrong = Scratch(used, self.noise), {}
         for b in wanted:
             with weights:
@@ -206,9 +209,11 @@ class SidePath(Perturbation):
 
     def _input(self) -> Owners | None:
         """The owners of the model's input; None before it was seen."""
-        if (said := declared()) is not None:
-            self._declared = tuple(said.tokens.shape)
-        return said or self._owners
+        said = declared()
+        if said is None:
+            return self._owners
+        self._declared = tuple(said.tokens.shape)
+        return said if self.point.copies == 1 else said.twice
 
     def _present(self, lead: Sequence[int]) -> Owners | None:
         """The owners of what the model works on now; of these leading dimensions if it is the input. None: one vector is nobody's."""
@@ -217,8 +222,10 @@ class SidePath(Perturbation):
         owners = self._input()
         if owners is None:
             # One row may be what all rows have in common, as the positions of learned embeddings.
-            height = max(1, self._rows_passed) if lead[0] == 1 else lead[0]
-            owners = self._owners = _rows_are_examples((height, *lead[1:]))
+            copies = self.point.copies
+            height = max(1, self._rows_passed) if lead[0] == 1 else lead[0] // copies
+            owners = _rows_are_examples((height, *lead[1:]))
+            owners = self._owners = owners if copies == 1 else owners.twice
         self._count = owners.count
         positions = selected()
         return owners if positions is None else owners.at(positions)

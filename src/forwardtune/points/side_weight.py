@@ -14,6 +14,7 @@ from .head import as_parameter
 from .lazy import METADATA, refuse_writing
 
 if TYPE_CHECKING:
+    from .owners import Groups
     from .side_path import SidePath
 
 
@@ -139,7 +140,9 @@ def _spread(value: Any) -> Any:
 
 def _vectors(weight: SideWeight, count: int) -> Tensor:
     """The perturbed vectors of so many directions, (count, n), rounded as perturbed weights are."""
-    shift = weight._path.point.directions(weight._tensor, count)
+    point = weight._path.point
+    shift = point.directions(weight._tensor, count // point.copies)
+    shift = shift if point.copies == 1 else torch.cat([shift, -shift])
     arithmetic = torch.promote_types(weight.dtype, shift.dtype)
     return (weight._original.to(arithmetic) + shift).to(weight.dtype)
 
@@ -214,20 +217,27 @@ def _add_product(y: Tensor, x: Tensor, weight: SideWeight, *, transposed: bool) 
     # Autocast gives y in a dtype of its own, and in-place products take one dtype alone.
     rows, out = x.reshape(-1, x.shape[-1]).to(y.dtype), y.view(-1, y.shape[-1])
     if not path.point.is_low_rank(tensor):
-        z = path.point.directions(tensor, groups.count).to(y.dtype)
-        groups.add_to(out, torch.bmm(groups.gathered(rows), z if transposed else z.mT))
+        z = path.point.directions(tensor, groups.directions).to(y.dtype)
+        _add_by_example(groups, out, rows, lambda x: torch.bmm(x, z if transposed else z.mT))
         return True
-    u, v = path.point.factors(tensor, groups.count, y.dtype)
+    u, v = path.point.factors(tensor, groups.directions, y.dtype)
     inner, outer = (u, v) if transposed else (v, u)  # (directions, rank, n) and (directions, rank, m)
-    if groups.count * inner.shape[1] <= _AT_ONCE:
+    scale = path.point.scale
+    if groups.directions * inner.shape[1] <= _AT_ONCE:
         narrow = F.linear(rows, inner.flatten(0, 1))
         own = groups.one_hot(narrow.dtype, inner.shape[1])
         narrow = narrow if own is None else narrow.mul_(own)
-        out.addmm_(narrow, outer.flatten(0, 1), alpha=path.point.scale)  # the scale in the precision of the sum
+        out.addmm_(narrow, outer.flatten(0, 1), alpha=scale)  # the scale in the precision of the sum
     else:
-        narrow = torch.bmm(groups.gathered(rows), inner.mT)
-        groups.add_to(out, torch.bmm(narrow, outer).mul_(path.point.scale))
+        _add_by_example(groups, out, rows, lambda x: torch.bmm(torch.bmm(x, inner.mT), outer).mul_(scale))
     return True
+
+
+def _add_by_example(groups: Groups, out: Tensor, rows: Tensor, product: Callable[[Tensor], Tensor]) -> None:
+    """Add to the rows of every example what its direction, the same in all copies but for the sign, makes of them."""
+    copies = groups.gathered(rows).chunk(groups.copies)
+    parts = [product(x) if k == 0 else product(x).neg_() for k, x in enumerate(copies)]
+    groups.add_to(out, parts[0] if len(parts) == 1 else torch.cat(parts))
 
 
 def _add_shift(y: Tensor, bias: Any) -> bool:
@@ -238,7 +248,7 @@ def _add_shift(y: Tensor, bias: Any) -> bool:
     groups = path.groups(y.shape[:-1], bias._tensor, y.device)
     if groups is None or not y.is_contiguous():
         return False
-    vectors = path.point.vectors(bias._tensor, groups.count, y.dtype)
+    vectors = path.point.vectors(bias._tensor, groups.directions, y.dtype)
     groups.add_vectors(y.view(-1, y.shape[-1]), vectors, path.point.scale)
     return True
 
