@@ -95,6 +95,7 @@ CASES: dict[str, dict[str, tuple[Any, See, Any]]] = {
         "perturbation": ("copy", lambda b: b.mezo.perturbation.name, "copy"),
         "weight_decay": (0.02, lambda b: {group["weight_decay"] for group in b.mezo.param_groups}, {0.02}),
         "lr_scheduler": ("linear", lambda b: b.trainer.args.lr_scheduler_type.value, "linear"),
+        "move": ("all", lambda b: b.mezo.move, "all"),
         "clip_coefficient": (0.5, lambda b: b.mezo.clip_coefficient, 0.5),
         "eval_steps": (2, lambda b: b.dev._every, 2),
         "patience": (3, lambda b: b.dev._patience, 3),

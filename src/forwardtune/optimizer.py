@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import InputError, NonFiniteLossError
+from .errors import InputError, NonFiniteLossError, nearest
 from .method.estimators import Estimator, Losses, get_estimator
 from .method.record import StepRecord, estimated, mean_loss, updates_of
 from .method.rule import History, Rule, move_all
 from .method.rules import get_rule
+from .names import MOVES
 from .noise import Direction, LowRank, Noise, get_direction
 from .parameters import TunedParameters, require_settings
 from .points import Closure, Evaluator, Perturbation
@@ -65,6 +66,7 @@ class MeZO(torch.optim.Optimizer):
         perturbation: ``"scratch"``, ``"copy"`` or ``"side_path"`` (:mod:`forwardtune.points`), or ``"auto"``: the side path with
             ``assignment="example"``; else scratch, or copy without a module or where a weight is read on a way that scratch cannot see.
         seed: 64-bit seed of all directions and of stochastic rounding.
+        move: ``"read"``, a step moves what its evaluations read; ``"all"``, everything that is tuned (the paper's).
         clip_coefficient: largest magnitude of a coefficient; larger ones are clipped. ``None``: no clipping.
         max_skipped: after this many steps in a row with a loss that is not finite, raise.
         module: the module that holds ``params``, if those are not a module.
@@ -97,6 +99,7 @@ class MeZO(torch.optim.Optimizer):
         perturbation: str = "auto",
         weight_decay: float = 0.0,
         seed: int = 0,
+        move: str = "read",
         clip_coefficient: float | None = None,
         max_skipped: int = 10,
         module: nn.Module | None = None,
@@ -117,6 +120,9 @@ class MeZO(torch.optim.Optimizer):
             raise ValueError(f"clip_coefficient must be positive or None, got {clip_coefficient!r}")
         if not (isinstance(max_skipped, int) and max_skipped >= 1):
             raise ValueError(f"max_skipped must be an integer of at least 1, got {max_skipped!r}")
+        if move not in MOVES:
+            raise InputError(f"unknown move {move!r}{nearest(str(move), MOVES)}: choose {' or '.join(MOVES)}")
+        self.move = move
         self.estimator = get_estimator(estimator, eps, probes, normalize, assignment)
         rank = int(self.estimator.per_example) if rank is None else rank
         if not rank and refresh != 1:
@@ -236,7 +242,7 @@ class MeZO(torch.optim.Optimizer):
         losses, used, seconds = self._pending, self._used, self._seconds
         self._forget_estimate()
         # Where nothing was seen to be read, the closure evaluates the weights on some other way.
-        unused = tuple(t.id for t in self.tuned if t.id not in used) if used else ()
+        unused = tuple(t.id for t in self.tuned if t.id not in used) if used and self.move == "read" else ()
         record = estimated(
             self.next_step,
             self.param_groups,

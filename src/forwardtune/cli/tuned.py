@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,28 @@ from safetensors.torch import load_file, save_file
 
 from ..config import Train
 from ..errors import InputError
-from ..models import tune
+from ..models import freeze_unreached, tune
+from ..trajectory import Log
 from . import say
 
 #: The adapter that a run began with, so that its step log can be replayed anywhere.
 INITIAL = "initial.safetensors"
 
 
-def prepare_model(model: Any, tokenizer: Any, *, options: Train, first: Path | None) -> Any:
+def prepare_model(
+    model: Any,
+    tokenizer: Any,
+    *,
+    options: Train,
+    first: Path | None,
+    tensors: Collection[str] | None = None,
+    frozen: list[str] | None = None,
+) -> Any:
     """The model with what is to be tuned. An adapter takes its first weights from the file, if there is one.
+
+    Args:
+        tensors: names of the tuned tensors of the run that goes on; None: the model shows what text enters.
+        frozen: takes the names of the parts that it does not enter.
 
     Raises:
         InputError: Adam cannot tune it; or the file is damaged, or of another adapter.
@@ -34,6 +48,17 @@ def prepare_model(model: Any, tokenizer: Any, *, options: Train, first: Path | N
         prefix_length=options.prefix_length,
         seed=options.seed,
     )
+    if tensors is not None:
+        of_run = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in tensors}
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.requires_grad and id(parameter) in of_run)
+    elif options.method == "mezo" and options.move == "read" and (parts := freeze_unreached(model)):
+        numel = sum(parts.values())
+        say(
+            f"text does not enter {', '.join(parts)}: these {numel:,} weights stay as they are (--move all tunes them too)"
+        )
+        if frozen is not None:
+            frozen += parts
     tuned = tuned_weights(model)
     say(f"tuning {sum(p.numel() for p in tuned.values()):,} weights in {len(tuned)} tensors ({options.tune})")
     if options.method == "adam" and any(p.dtype == torch.float16 for p in tuned.values()):
@@ -59,3 +84,8 @@ def keep_first(model: Any, path: Path) -> None:
 
 def tuned_weights(model: Any) -> dict[str, torch.Tensor]:
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def tensors_of(log: Log) -> frozenset[str]:
+    """The names of the tensors that the run of a log tunes."""
+    return frozenset(tensor["name"] for tensor in log.header["tensors"])

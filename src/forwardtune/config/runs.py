@@ -98,6 +98,9 @@ class MeZOSettings:
     )
     refresh: int = _of_mezo(1, "steps for which one factor of low-rank directions stays", bounds=POSITIVE)
     perturbation: str = _of_mezo("auto", "how to perturb", choices=names.PERTURBATIONS)
+    move: str = _of_mezo(
+        "read", "what a step moves: what was read, or all that is tuned (the paper's)", choices=names.MOVES
+    )
     clip_coefficient: float | None = _of_mezo(
         None, "largest magnitude of a projected gradient", shown="none", bounds=POSITIVE
     )

@@ -6,9 +6,10 @@ This package is the one part of the library that knows ``peft``.
 from .kinds import Kind, model_kind
 from .loading import EMBEDDED_MODEL, context_length, load_model, require_device, save_model
 from .prefix import forward
+from .reached import freeze_unreached
 from .tuning import tune
 
 __all__ = [
-    "EMBEDDED_MODEL", "Kind", "context_length", "forward", "load_model", "model_kind", "require_device", "save_model",
+    "EMBEDDED_MODEL", "Kind", "context_length", "forward", "freeze_unreached", "load_model", "model_kind", "require_device", "save_model",
     "tune",
 ]  # fmt: skip

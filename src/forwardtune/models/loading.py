@@ -17,7 +17,7 @@ from torch import nn
 
 from ..errors import InputError, nearest
 from .converted import through_cache
-from .kinds import base_model, checkpoint_kind, is_adapted
+from .kinds import base_model, is_adapted, is_package, loader_of
 from .prefix import prefix_length
 
 #: Name of the model that comes as a Python package, so that no hub is needed.
@@ -107,7 +107,7 @@ def context_length(model: Any) -> int:
 def _load_base(name: str, dtype: str, device: str, announce: Callable[[str], object]) -> tuple[Any, Any]:
     where, gguf = _locate(name)
     if gguf is None:
-        model, tokenizer = _read(name, where, dtype, device)
+        model, tokenizer = _read(name, where, dtype, device, announce)
     else:
         dtype = "float32" if dtype == "auto" else dtype
 
@@ -133,15 +133,23 @@ def _load_base(name: str, dtype: str, device: str, announce: Callable[[str], obj
     return (model if device == "auto" else model.to(device)).eval(), tokenizer
 
 
-def _read(name: str, where: str | Path, dtype: str, device: str, **gguf: str) -> tuple[Any, Any]:
+def _read(
+    name: str,
+    where: str | Path,
+    dtype: str,
+    device: str,
+    announce: Callable[[str], object] = lambda text: None,
+    **gguf: str,
+) -> tuple[Any, Any]:
     """Have ``transformers`` load a base model; ``gguf`` names the GGUF file if it is one."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     try:
         # The configuration comes first: one file, where a tokenizer or a model would look for many.
-        kind = "causal" if gguf else checkpoint_kind(AutoConfig.from_pretrained(where))
+        config = None if gguf else AutoConfig.from_pretrained(where)
+        loader = AutoModelForCausalLM if config is None else loader_of(config)
         tokenizer = AutoTokenizer.from_pretrained(where, **gguf)
-        model, info = {"causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM}[kind].from_pretrained(
+        model, info = loader.from_pretrained(
             where,
             dtype=DTYPES.get(dtype, "auto"),
             output_loading_info=True,
@@ -158,6 +166,11 @@ def _read(name: str, where: str | Path, dtype: str, device: str, **gguf: str) ->
             "give a checkpoint that was saved with its language modelling head"
         )
     _require_no_offloading(name, model)
+    packages = [] if config is None else [name for name in config.architectures or () if is_package(name)]
+    if packages and type(model).__name__ not in packages:
+        announce(
+            f"  the language model inside {packages[0]} alone: what takes images is left out, also of what is saved"
+        )
     if gguf:
         # The weights are ordinary ones now. Neither Trainer nor a saved checkpoint should take them for quantised.
         model.hf_quantizer.remove_quantization_config(model)

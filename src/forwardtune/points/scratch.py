@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -17,6 +17,7 @@ from ..parameters import TunedParameters, TunedTensor
 from .arena import Arena
 from .head import Slices, as_parameter, is_table, nbytes, project_in_slices
 from .lazy import LazyWeight
+from .leaks import Leaks, among, storage_of
 from .perturbation import Closure, Perturbation, ReadElsewhereError, as_loss, without_compilation
 
 
@@ -30,7 +31,8 @@ class Scratch(Perturbation):
     A weight that another module reads as an attribute of its owner (``self.conv.weight``) is perturbed as a whole when that
     happens, and kept in a second tensor from the next block on. What is read on any other way, as from a list of parameters made at
     construction, cannot be seen: inside the block every tuned parameter therefore holds NaN (one element, expanded), which the loss then
-    shows. ``losses`` raises :class:`ReadElsewhereError` if that happens, and :meth:`check` finds it for losses that hide a NaN.
+    shows. ``losses`` raises :class:`ReadElsewhereError` if that happens, and :meth:`check` finds it for losses that hide a NaN. The error
+    says which tensors, as far as operations show it; :meth:`copy_whole` lets them be perturbed as a whole, too.
     """
 
     name = "scratch"
@@ -63,6 +65,9 @@ class Scratch(Perturbation):
         # Tensors that are read outside their owners: those seen in this block, and those perturbed as a whole since an earlier one.
         self._strays: dict[int, Tensor] = {}
         self._whole: dict[int, Tensor] = {}
+        self._read_past: set[int] = set()  # what is read on ways that are not seen
+        self._poison_of: dict[int, int] = {}  # address of the NaN that stands for a tensor -> its id
+        self._lent_at: dict[int, int] = {}  # address in scratch memory -> id of the tensor that lay there last
         self._seen: list[tuple[nn.Module, bool]] | None = None
         self._eager: AbstractContextManager[Any] = nullcontext()
 
@@ -70,6 +75,7 @@ class Scratch(Perturbation):
         self._originals = {tensor.id: tensor.read() for tensor in self.tuned}
         self._whole = {i: w for i, w in self._whole.items() if _alike(w, self._originals[i])}
         self._whole |= self._strays
+        self._whole |= {i: torch.empty_like(self._originals[i]) for i in self._read_past - self._whole.keys()}
         self._strays = {}
         self.used = set(self._whole)  # who reads these is not seen
         try:
@@ -115,6 +121,7 @@ class Scratch(Perturbation):
         for tensor in self.tuned:
             tensor.parameter.data = self._originals[tensor.id]
         self._outside, self._originals, self._point = {}, {}, None
+        self._poison_of, self._lent_at = {}, {}
         torch.clear_autocast_cache()
 
     def losses(self, step: int, queries: Sequence[Query], closure: Closure) -> list[Losses]:
@@ -126,8 +133,62 @@ class Scratch(Perturbation):
                 with self._clean():
                     clean = float(as_loss(closure()))
                 if math.isfinite(clean) and not math.isfinite(float(as_loss(closure()))):
-                    raise ReadElsewhereError(_ELSEWHERE)
+                    raise ReadElsewhereError(_ELSEWHERE, self._leaks(closure, None))
         return losses
+
+    @property
+    def copied(self) -> frozenset[int]:
+        """Ids of the tensors that were perturbed as a whole so far, in memory of their own, as they are read outside their owners."""
+        return frozenset(self._whole.keys() | self._strays.keys() | self._read_past)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that is kept for perturbed weights."""
+        return self._arena.nbytes + sum(map(nbytes, (self._whole | self._strays).values()))
+
+    def copy_whole(self, tensors: Iterable[int]) -> None:
+        """From the next block on these tensors, by id, can be read on any way: a perturbed copy is in their place."""
+        self._read_past.update(tensors)
+
+    def _leaks(self, closure: Closure, clean: list[tuple[nn.Module, bool]] | None) -> frozenset[int]:
+        """Ids of the tensors that the closure reads past its perturbed copies: as operations show, or by trials.
+
+        Args:
+            clean: which outputs have a NaN by themselves; None: the loss alone is looked at.
+        """
+        with Leaks(self._whose_place) as leaks:
+            try:
+                closure()
+            except Exception:
+                pass  # NaN in the place of a weight may lead anywhere; what was read until then counts
+        if leaks.found:
+            return frozenset(leaks.found)
+
+        def is_bad(numbers: Sequence[int]) -> bool:
+            self._poison(False)
+            self._poison_places(numbers)
+            self._seen = None if clean is None else []
+            try:
+                return math.isnan(float(as_loss(closure()))) or any(
+                    bad and not was for (_, bad), (_, was) in zip(self._seen or (), clean or (), strict=False)
+                )
+            except Exception:
+                return True
+            finally:
+                self._seen = None
+
+        found = among(sorted(self._outside), is_bad)
+        self._poison(True)
+        return found
+
+    def _whose_place(self, value: Tensor) -> int | None:
+        place = storage_of(value)
+        if place in self._poison_of:
+            return self._poison_of[place]
+        if place is None or not self._arena.is_given_back(value):
+            return None
+        address = value.data_ptr()
+        return self._lent_at.get(max((at for at in self._lent_at if at <= address), default=0))
 
     def check(self, step: int, query: Query, closure: Closure) -> tuple[Losses, Losses | None]:
         """Evaluate one point twice, with the weights there to be read on any way, and with NaN in their place.
@@ -157,7 +218,10 @@ class Scratch(Perturbation):
                     raised = error
                 first = next((m for (m, bad), (_, was) in zip(seen, clean_seen, strict=False) if bad and not was), None)
                 if first is not None or (raised is None and math.isnan(poisoned)):
-                    raise ReadElsewhereError(_ELSEWHERE + self._named(first)) from raised
+                    self._seen = None
+                    raise ReadElsewhereError(
+                        _ELSEWHERE + self._named(first), self._leaks(closure, clean_seen)
+                    ) from raised
                 if raised is not None:
                     raise raised
                 return (clean,), (poisoned,)
@@ -180,11 +244,23 @@ class Scratch(Perturbation):
 
     def _poison(self, on: bool) -> None:
         self._poisoned = on
-        for number, outside in self._outside.items():
+        self._poison_of = {}
+        for number in self._outside:
+            self._let_find(number, self._originals[number])
+        if on:
+            self._poison_places(self._outside)
+
+    def _poison_places(self, numbers: Iterable[int]) -> None:
+        for number in numbers:
             original = self._originals[number]
-            data = original.new_full((), math.nan).expand(original.shape) if on else original
-            self._by_id[number].parameter.data = data
-            outside.point_to(data)
+            poison = original.new_full((), math.nan)
+            self._poison_of[poison.untyped_storage().data_ptr()] = number
+            self._let_find(number, poison.expand(original.shape))
+
+    def _let_find(self, number: int, data: Tensor) -> None:
+        """Whoever looks for the tensor past the hooks finds this."""
+        self._by_id[number].parameter.data = data
+        self._outside[number].point_to(data)
 
     def _lender(self, owned: list[tuple[str, TunedTensor]]) -> Callable[[nn.Module, Any], None]:
         def lend(module: nn.Module, args: Any) -> None:
@@ -225,6 +301,7 @@ class Scratch(Perturbation):
         assert self._point is not None
         source = self._originals[tensor.id]
         out = self._arena.take(source)
+        self._lent_at[out.data_ptr()] = tensor.id
         self.noise.perturb(out, source, tensor=tensor.id, **self._point)
         return as_parameter(out, tensor)
 
