@@ -17,6 +17,7 @@ from .method.estimators import Estimator, Losses, get_estimator
 from .method.record import StepRecord, estimated, mean_loss, updates_of
 from .method.rule import History, Rule, move_all
 from .method.rules import get_rule
+from .method.unread import Unread, Used
 from .names import MOVES
 from .noise import Direction, LowRank, Noise, get_direction
 from .parameters import TunedParameters, require_settings
@@ -145,9 +146,10 @@ class MeZO(torch.optim.Optimizer):
         self.next_step = 0
         self._skipped = 0
         self._idle = IdleWatch()
+        self._unread = Unread()
         # What estimate() gathers for the coming step.
         self._pending: list[Losses] | None = None
-        self._used: set[int] = set()
+        self._used = Used()
         self._seconds = 0.0
         #: True while the weights belong to no step; then none can be taken.
         self.interrupted = False
@@ -217,7 +219,8 @@ class MeZO(torch.optim.Optimizer):
             self._forget_estimate()  # the step would be made of a part of its microbatches
             raise
         self._pending = self.estimator.merge(self._pending, losses)
-        self._used = (self._used | used) - self.evaluator.left_out  # an earlier microbatch may have had a path
+        self._used = Used.of(self._used).merged(used)
+        self._used -= self.evaluator.left_out  # an earlier microbatch may have had a path
         self._seconds += time.perf_counter() - began
         values = [loss for own in losses for loss in own]
         return math.fsum(values) / len(values) if all(map(math.isfinite, values)) else math.nan
@@ -228,7 +231,7 @@ class MeZO(torch.optim.Optimizer):
         super().zero_grad(set_to_none)
 
     def _forget_estimate(self) -> None:
-        self._pending, self._used, self._seconds = None, set(), 0.0
+        self._pending, self._used, self._seconds = None, Used(), 0.0
 
     @torch.no_grad()
     def apply(self) -> float:
@@ -242,7 +245,11 @@ class MeZO(torch.optim.Optimizer):
         losses, used, seconds = self._pending, self._used, self._seconds
         self._forget_estimate()
         # Where nothing was seen to be read, the closure evaluates the weights on some other way.
-        unused = tuple(t.id for t in self.tuned if t.id not in used) if used and self.move == "read" else ()
+        was_used = bool(used)
+        if self.move == "all":
+            used = Used()
+        unused = tuple(t.id for t in self.tuned if t.id not in used) if used else ()
+        unread = self._unread.after(used, self.tuned)
         record = estimated(
             self.next_step,
             self.param_groups,
@@ -250,10 +257,11 @@ class MeZO(torch.optim.Optimizer):
             losses,
             self.clip_coefficient,
             unused,
+            unread,
             self.tuned.numel,
             seconds,
         )
-        self._idle.look(record, self.tuned, bool(used), self.evaluator.left_out)
+        self._idle.look(record, self.tuned, was_used, self.evaluator.left_out)
         self.next_step += 1
         if self.held is None:
             self.take(record, began)
@@ -338,11 +346,13 @@ class MeZO(torch.optim.Optimizer):
             raise ValueError(f"the rule {self.rule.name!r} remembers earlier steps: pass the history of the replay")
         self.history = history or History()
         self.next_step = len(records)
+        self._unread = Unread.of_records(records)
         self._skipped = next((i for i, record in enumerate(reversed(records)) if not record.skipped), len(records))
 
     def state_dict(self) -> dict[str, Any]:
         """As for any optimizer, with the step number and what the rule remembers: the whole state of MeZO."""
-        own = {"next_step": self.next_step, "seed": self.noise.seed, "skipped": self._skipped}
+        own: dict[str, Any] = {"next_step": self.next_step, "seed": self.noise.seed, "skipped": self._skipped}
+        own |= {"unread": self._unread.state()}
         return {**super().state_dict(), "mezo": own | self.history.state(self.rule)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -363,4 +373,5 @@ class MeZO(torch.optim.Optimizer):
         self.history = history
         self._forget_estimate()
         self.next_step = own["next_step"]
+        self._unread = Unread.of_state(own.get("unread"), own["next_step"])
         self._skipped = own["skipped"]

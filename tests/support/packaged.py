@@ -129,3 +129,19 @@ PACKAGES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "Mistral3", {**_TEXT, "model_type": "mistral"}, {**_VISION, "model_type": "pixtral"}, image_token_index=319
     ),
 }  # fmt: skip
+
+
+_MANY = {**SIZES, "head_dim": 8, "num_experts": 64, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+
+# Mixtures whose experts are slices of one tensor.
+EXPERTS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "qwen3_moe": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM", {**_MANY, "tie_word_embeddings": False}),
+    "mixtral": (
+        "MixtralConfig", "MixtralForCausalLM", {**SIZES, "num_local_experts": 64, "tie_word_embeddings": False},
+    ),
+    "gpt_oss": (
+        "GptOssConfig",
+        "GptOssForCausalLM",
+        {**SIZES, "head_dim": 8, "num_local_experts": 64, "num_experts_per_tok": 2, "tie_word_embeddings": False},
+    ),
+}  # fmt: skip

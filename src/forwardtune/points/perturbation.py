@@ -44,7 +44,7 @@ class Perturbation(ABC):
             minus = loss()
 
     Attributes:
-        used: ids of the tuned tensors that were read inside the last block; None where that cannot be seen.
+        used: ids of the tuned tensors that were read inside the last block, and which rows of some; None where that cannot be seen.
     """
 
     name: str

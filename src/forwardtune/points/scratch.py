@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ..method.estimators import Losses, Query
+from ..method.unread import Used
 from ..noise import Noise
 from ..parameters import TunedParameters, TunedTensor
 from .arena import Arena
+from .experts import ExpertWeight, of_experts
 from .head import Slices, as_parameter, is_table, nbytes, project_in_slices
 from .lazy import LazyWeight
 from .leaks import Leaks, among, storage_of
@@ -26,7 +28,7 @@ class Scratch(Perturbation):
 
     The weights are only read. Hooks exist inside the block alone. A module is lent its scratch copy from the moment that
     it is called until it returns. An embedding computes only the rows that it looks up, and a vocabulary head that is asked
-    for few positions works through its rows in slices, where that gives the same bits.
+    for few positions works through its rows in slices, where that gives the same bits. Of the experts that are kept in one tensor those are perturbed that tokens are routed to.
 
     A weight that another module reads as an attribute of its owner (``self.conv.weight``) is perturbed as a whole when that
     happens, and kept in a second tensor from the next block on. What is read on any other way, as from a list of parameters made at
@@ -47,6 +49,7 @@ class Scratch(Perturbation):
             for module in tuned.module.modules()
             if (owned := [(k, by_parameter[id(p)]) for k, p in module._parameters.items() if id(p) in by_parameter])
         ]
+        self._experts = {id(module): of_experts(module, dict(owned)) for module, owned in self._owners}
         self._tables = {t.id for module, owned in self._owners if is_table(module) for k, t in owned if k == "weight"}
         # A slice of a vocabulary head takes no more scratch memory than the largest other module does.
         self.slices = Slices(
@@ -77,7 +80,7 @@ class Scratch(Perturbation):
         self._whole |= self._strays
         self._whole |= {i: torch.empty_like(self._originals[i]) for i in self._read_past - self._whole.keys()}
         self._strays = {}
-        self.used = set(self._whole)  # who reads these is not seen
+        self.used = Used(self._whole)  # who reads these is not seen
         try:
             for tensor in self.tuned:
                 if tensor.id not in self._whole:
@@ -264,10 +267,8 @@ class Scratch(Perturbation):
 
     def _lender(self, owned: list[tuple[str, TunedTensor]]) -> Callable[[nn.Module, Any], None]:
         def lend(module: nn.Module, args: Any) -> None:
-            assert self.used is not None
             self._lent.append((module, {name: module._parameters[name] for name, _ in owned}, self._arena.mark()))
             for name, tensor in owned:
-                self.used.add(tensor.id)
                 if tensor.id not in self._whole:
                     module._parameters[name] = self._inside(tensor, name, module)  # type: ignore[assignment]
 
@@ -290,16 +291,17 @@ class Scratch(Perturbation):
 
     def _inside(self, tensor: TunedTensor, name: str, module: nn.Module) -> Tensor:
         """The weight as its owner sees it while it runs."""
-        original = self._originals[tensor.id]
-        if self._point is None:
-            return as_parameter(original, tensor)
         if name == "weight" and is_table(module):
             return self._table(tensor, functools.cache(lambda: self._perturbed(tensor)))
+        if name in self._experts.get(id(module), ()):
+            return self._of_experts(tensor)
+        self._note_use(tensor)
         return self._perturbed(tensor)
 
     def _perturbed(self, tensor: TunedTensor) -> Tensor:
-        assert self._point is not None
         source = self._originals[tensor.id]
+        if self._point is None:
+            return as_parameter(source, tensor)
         out = self._arena.take(source)
         self._lent_at[out.data_ptr()] = tensor.id
         self.noise.perturb(out, source, tensor=tensor.id, **self._point)
@@ -322,8 +324,39 @@ class Scratch(Perturbation):
         return LazyWeight.wrap(self._originals[tensor.id], whole, lambda: self._note_use(tensor))
 
     def _note_use(self, tensor: TunedTensor) -> None:
-        assert self.used is not None
-        self.used.add(tensor.id)
+        assert isinstance(self.used, Used)
+        self.used.read(tensor.id)
+
+    def _note_rows(self, tensor: TunedTensor, numbers: Tensor) -> None:
+        assert isinstance(self.used, Used)
+        self.used.read_rows(tensor.id, numbers, tensor.parameter.shape[0])
+
+    def _of_experts(self, tensor: TunedTensor) -> Tensor:
+        """The weights of experts, as their owner sees them: of those that tokens are routed to."""
+        source = self._originals[tensor.id]
+        plain = self._point is None or not self._poisoned  # where weights may be read on any way, all of them are there
+        out = self._perturbed(tensor) if plain else as_parameter(self._arena.take(source), tensor)
+
+        def perturb(lo: int, hi: int) -> None:
+            if not plain:
+                assert self._point is not None
+                start = lo * source[0].numel()
+                piece = out.detach()[lo:hi]
+                self.noise.perturb(
+                    piece, source[lo:hi], tensor=tensor.id, start=start, shape=source.shape, **self._point
+                )
+
+        weight = ExpertWeight.of(
+            as_parameter(source, tensor),
+            out,
+            perturb,
+            lambda: self._note_use(tensor),
+            lambda numbers: self._note_rows(tensor, numbers),
+        )
+        if not plain:  # nor does code find them that knows nothing of this class
+            weight.point_to(source.new_full((), math.nan).expand(source.shape))
+            self._lent_at[out.data_ptr()] = tensor.id
+        return weight
 
     def _table(self, tensor: TunedTensor, whole: Callable[[], Tensor]) -> LazyWeight:
         """The weight of an embedding or a vocabulary head, of which only what is needed is computed."""
@@ -355,7 +388,14 @@ class Scratch(Perturbation):
             )
             return as_parameter(out, tensor)
 
-        return LazyWeight.wrap(source, whole, lambda: self._note_use(tensor), rows, project)
+        return LazyWeight.wrap(
+            source,
+            whole,
+            lambda: self._note_use(tensor),
+            rows,
+            project,
+            lambda numbers: self._note_rows(tensor, numbers),
+        )
 
 
 _ELSEWHERE = "the model reads a tuned weight on a way that perturbation='scratch' cannot see"
