@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -31,7 +32,9 @@ LOGGED = 10
 
 
 def main() -> None:
-    arguments = parser(__doc__, output="experts", rounds=5)
+    arguments = parser(__doc__)
+    arguments.add_argument("--rounds", type=int, default=7)
+    arguments.add_argument("--output", default="experts")
     arguments.add_argument("--experts", type=int, default=64)
     arguments.add_argument("--tokens", type=int, nargs="+", default=[8, 64, 512])
     options = arguments.parse_args()
@@ -49,15 +52,13 @@ def main() -> None:
                 return model(input_ids=ids, use_cache=False).logits[:, -1].float().logsumexp(dim=-1).mean()
 
         read, everything = MeZO(model, lr=1e-9), MeZO(model, lr=1e-9, move="all")
-
-        def step_of_all(loss: Callable[[], torch.Tensor] = loss, everything: MeZO = everything) -> None:
-            everything.step(loss)
-
-        with mock.patch.object(scratch, "of_experts", lambda *_: frozenset()):
+        with mock.patch.object(scratch, "of_experts", return_value=frozenset()):
             everything.step(loss)
         works: dict[str, Callable[[], object]] = {
-            "forward": loss, "read": lambda: read.step(loss), "all": step_of_all,
-        }  # fmt: skip
+            "forward": loss,
+            "read": partial(read.step, loss),
+            "all": partial(everything.step, loss),
+        }
         seconds = interleave(works, options.rounds)
         row = {"tokens": tokens, "seconds": seconds}
         row |= {f"{name}_over_floor": seconds[name] / (2 * seconds["forward"]) for name in ("read", "all")}
@@ -67,7 +68,10 @@ def main() -> None:
         row["log_bytes"] = logged(model, loss)
         rows.append(row)
         print(row, flush=True)
-    write(options, {"weights": sum(p.numel() for p in model.parameters()), "experts": options.experts, "rows": rows})
+    write(
+        options.output,
+        {"weights": sum(p.numel() for p in model.parameters()), "experts": options.experts, "rows": rows},
+    )
 
 
 def logged(model: Any, loss: Callable[[], torch.Tensor]) -> dict[str, float]:
