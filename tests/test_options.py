@@ -66,6 +66,7 @@ CASES: dict[str, dict[str, tuple[Any, See, Any]]] = {
         "data_dir": ("elsewhere", lambda b: {e.example.row["place"] for e in b.session.splits["train"]}, {"elsewhere"}),
         "dtype": ("bfloat16", lambda b: b.trainer.model.get_input_embeddings().weight.dtype, torch.bfloat16),
         "device": ("cpu", lambda b: b.trainer.args.use_cpu, True),
+        "attn_implementation": ("eager", lambda b: b.trainer.model.config._attn_implementation, "eager"),
         "max_length": (24, lambda b: max(e.length for split in b.session.splits.values() for e in split), 24),
         "train_examples": (7, lambda b: b.lengths("train"), 7),
         "dev_examples": (5, lambda b: b.lengths("dev"), 5),

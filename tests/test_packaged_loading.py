@@ -131,3 +131,24 @@ def test_experts_of_a_list_are_no_part():
     model = Routed()
     assert freeze_unreached(model) == {"eye": 6}
     assert {name for name, p in model.named_parameters() if not p.requires_grad} == {"eye.weight", "eye.bias"}
+
+
+def test_attention_is_torchs_own_unless_another_is_asked_for(tmp_path):
+    folder = str(support.save_tiny_model(tmp_path))
+    ids = support.token_batch()
+    models = {name: load_model(folder, attn_implementation=name)[0] for name in (None, "sdpa", "eager")}
+    assert [model.config._attn_implementation for model in models.values()] == ["sdpa", "sdpa", "eager"]
+    with torch.no_grad():
+        logits = [model(input_ids=ids).logits for model in models.values()]
+    assert torch.equal(logits[0], logits[1])
+    assert torch.allclose(logits[0], logits[2], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "words"), [
+    ("nonsense", "is not supported"), ("flash_attention_2", "FlashAttention2"), ("flex_attention", "ends the process on a CPU"),
+])  # fmt: skip
+def test_attention_that_is_not_there_is_refused(name, words, tmp_path):
+    setting = Setting(support.save_tiny_model(tmp_path / "model"), write_task(tmp_path / "task"))
+    said = message_of(*setting.train(tmp_path / "run", attn_implementation=name))
+    assert words in said
+    assert not (tmp_path / "run").exists()

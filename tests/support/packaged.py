@@ -145,3 +145,18 @@ EXPERTS: dict[str, tuple[str, str, dict[str, Any]]] = {
         {**SIZES, "head_dim": 8, "num_local_experts": 64, "num_experts_per_tok": 2, "tie_word_embeddings": False},
     ),
 }  # fmt: skip
+
+
+_WINDOW = {**SIZES, "sliding_window": 16}
+
+# A token sees the last 16 alone, in every layer or in every other.
+WINDOWS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "mistral": ("MistralConfig", "MistralForCausalLM", _WINDOW),
+    "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", {**_WINDOW, "head_dim": 8}),
+    "gemma3": (
+        "Gemma3TextConfig",
+        "Gemma3ForCausalLM",
+        {**_WINDOW, "head_dim": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "gpt_oss": ("GptOssConfig", "GptOssForCausalLM", {**EXPERTS["gpt_oss"][2], "sliding_window": 16}),
+}  # fmt: skip

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from ..config import Train
 from ..errors import InputError
-from ..models import freeze_unreached, tune
+from ..models import expert_stacks, freeze_unreached, lora_modules, tune
 from ..trajectory import Log
 from . import say
 
@@ -61,6 +61,8 @@ def prepare_model(
             frozen += parts
     tuned = tuned_weights(model)
     say(f"tuning {sum(p.numel() for p in tuned.values()):,} weights in {len(tuned)} tensors ({options.tune})")
+    if options.tune == "lora":
+        say(_adapted(model))
     if options.method == "adam" and any(p.dtype == torch.float16 for p in tuned.values()):
         raise InputError("Adam cannot tune float16 weights: choose --dtype float32 or bfloat16, or --tune lora")
     if first is not None and first.is_file() and options.tune in ("lora", "prefix"):
@@ -73,6 +75,17 @@ def prepare_model(
         for name, p in tuned.items():
             p.copy_(kept[name])
     return model
+
+
+def _adapted(model: Any) -> str:
+    """What is said of the places of an adapter, and of experts that it does not reach."""
+    places = lora_modules(model)
+    said = f"  LoRA on {', '.join(f'{name} ({count})' for name, count in places.items())}"
+    beyond = {name: p for name, p in expert_stacks(model).items() if name.rpartition(".")[2] not in places}
+    if beyond:
+        numel = sum(p.numel() for p in beyond.values())
+        said += f"; not on the experts, {numel:,} weights: --lora-targets NAMES,experts reaches them"
+    return said
 
 
 def keep_first(model: Any, path: Path) -> None:

@@ -7,9 +7,9 @@ from .kinds import Kind, model_kind
 from .loading import EMBEDDED_MODEL, context_length, load_model, require_device, save_model
 from .prefix import forward
 from .reached import freeze_unreached
-from .tuning import tune
+from .tuning import expert_stacks, lora_modules, tune
 
 __all__ = [
-    "EMBEDDED_MODEL", "Kind", "context_length", "forward", "freeze_unreached", "load_model", "model_kind", "require_device", "save_model",
+    "EMBEDDED_MODEL", "Kind", "context_length", "expert_stacks", "forward", "freeze_unreached", "load_model", "lora_modules", "model_kind", "require_device", "save_model",
     "tune",
 ]  # fmt: skip
