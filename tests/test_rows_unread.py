@@ -307,3 +307,16 @@ def test_a_tensor_that_was_read_as_a_whole_once_has_no_unread_rows():
     everything = Unread()
     assert everything.after(Used(), tuned) == {}  # nothing was seen to be read
     assert everything.after(part, tuned) == {}
+
+
+def test_rows_that_no_example_looks_up_keep_their_bits_on_a_side_path():
+    model = support.tiny_model("llama_untied")
+    before = support.snapshot(model)
+    optimizer = MeZO(model, lr=1e-3, assignment="example")
+    ids = support.token_batch(3, 6)
+    for _ in range(3):
+        optimizer.step(lambda: model(input_ids=ids).logits.float().pow(2).mean(dim=(1, 2)))
+    name = "model.embed_tokens.weight"
+    now = dict(model.named_parameters())[name]
+    moved = {i for i, row in enumerate(now) if not support.same_bits(row, before[name][i])}
+    assert moved == set(ids.flatten().tolist())

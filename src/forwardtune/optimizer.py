@@ -54,7 +54,7 @@ class MeZO(torch.optim.Optimizer):
     the model in evaluation mode, as dropout would differ between the two sides.
 
     A step moves what its evaluations went through: a tuned tensor that none of them read (a vision tower in a step on text) stays as it is,
-    without weight decay. With ``perturbation="copy"`` that cannot be seen, and every tuned tensor is moved. Half-precision weights are updated
+    without weight decay, and so do the rows of a table, and experts in one tensor, that the run has not read so far. With ``perturbation="copy"`` that cannot be seen, and every tuned tensor is moved. Half-precision weights are updated
     with stochastic rounding. torch's global random state is neither read nor changed.
 
     Args:
