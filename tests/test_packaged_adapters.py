@@ -17,7 +17,7 @@ from forwardtune.method.estimators import Query
 from forwardtune.models import forward, load_model, lora_modules, save_model, tune
 from forwardtune.points import Copy, Scratch
 from support.command import Setting, done, message_of, write_task
-from support.packaged import EXPERTS, HYBRIDS, WINDOWS, build
+from support.packaged import EXPERTS, HYBRIDS, PACKAGES, WINDOWS, build
 
 pytest.importorskip("peft", reason="needs peft")
 # What peft and transformers say to each other.
@@ -179,3 +179,15 @@ def test_lora_tunes_a_hybrid(family, tmp_path):
     loss = json.loads((tmp_path / "run" / "metrics.json").read_text())["test"]["loss"]
     again = json.loads(done(*setting.eval(model=tmp_path / "run")).out)
     assert again["test"]["loss"] == pytest.approx(loss, abs=1e-6)
+
+
+def test_an_adapter_on_layers_that_text_does_not_enter_is_frozen_there(tmp_path):
+    """The vision tower has query and value projections too."""
+    setting = Setting(saved(build(PACKAGES, "gemma3"), tmp_path / "model"), write_task(tmp_path / "task"))
+    ran = done(*setting.train(tmp_path / "run", steps=2, no_before=True, tune="lora", dev_examples=0))
+    assert "text does not enter base_model.model.model.vision_tower:" in ran.err
+    header = json.loads((tmp_path / "run" / "steps.jsonl").read_text().splitlines()[0])
+    assert not [tensor["name"] for tensor in header["tensors"] if "vision" in tensor["name"]]
+    done("replay", tmp_path / "run" / "steps.jsonl", "--model", setting.model, "--output-dir", tmp_path / "again")
+    first, second = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("run", "again"))
+    assert first == second

@@ -14,6 +14,7 @@ from ..config import Train
 from ..errors import InputError
 from ..models import expert_stacks, freeze_unreached, lora_modules, tune
 from ..trajectory import Log
+from ..trajectory.updates import Trajectory
 from . import say
 
 #: The adapter that a run began with, so that its step log can be replayed anywhere.
@@ -99,6 +100,6 @@ def tuned_weights(model: Any) -> dict[str, torch.Tensor]:
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def tensors_of(log: Log) -> frozenset[str]:
+def tensors_of(log: Log | Trajectory) -> frozenset[str]:
     """The names of the tensors that the run of a log tunes."""
     return frozenset(tensor["name"] for tensor in log.header["tensors"])
