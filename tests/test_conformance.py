@@ -483,7 +483,7 @@ def test_the_self_check_works_with_a_clean_query_first():
     optimizer = MeZO(model, estimator="one_sided", probes=2)
     with pytest.warns(UserWarning, match="perturbation='scratch' cannot see"):
         optimizer.step(model)
-    assert optimizer.perturbation.name == "copy"
+    assert optimizer.evaluator.copied == {0}
 
 
 # --- rules -----------------------------------------------------------------------------------------------------------

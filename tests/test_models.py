@@ -274,25 +274,6 @@ def test_tied_weight_is_found_by_each_of_its_names() -> None:
     assert trainable(model) == {"model.embed_tokens.weight"}
 
 
-def test_lora_on_a_tied_head_is_refused_and_the_model_left_alone() -> None:
-    """Merged, it would move the embedding, and the merged model would score otherwise than the adapter did."""
-    for targets in (["lm_head"], ["q_proj", "lm_head"]):
-        model = support.tiny_model("llama")
-        with pytest.raises(
-            InputError, match=r"embed_tokens.weight and lm_head.weight are tied.*LoRA targets, or untie"
-        ):
-            tune(model, support.tokenizer(), "lora", lora_targets=targets)
-        assert trainable(model) == {name for name, _ in model.named_parameters()}
-    model = tune(support.tiny_model("llama_untied"), support.tokenizer(), "lora", lora_targets=["lm_head"])
-    x = support.token_batch()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_()
-        tuned = model(x).logits
-        assert torch.allclose(model.merge_and_unload()(x).logits, tuned, rtol=1e-4, atol=1e-4)
-
-
 def test_text_that_no_layer_lets_see_the_prefix_is_said() -> None:
     window, x = 16, support.token_batch(2, 40)
     config = transformers.Gemma3TextConfig(

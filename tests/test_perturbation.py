@@ -18,7 +18,8 @@ from forwardtune import MeZO
 from forwardtune.method.estimators import Query
 from forwardtune.noise import Noise
 from forwardtune.parameters import TunedParameters
-from forwardtune.points import PERTURBATIONS, Copy, Perturbation, Scratch, head
+from forwardtune.points import PERTURBATIONS, Copy, Perturbation, Scratch, head, leaks
+from forwardtune.points import scratch as scratch_module
 
 NOISE = Noise(seed=17)
 EXACT = {kind.name: kind for kind in (Scratch, Copy)}  # bit for bit: the side path is so up to rounding
@@ -203,6 +204,19 @@ def _old_weight_norm(module: nn.Module) -> nn.Module:
     return module
 
 
+class ReadsByAddress(ReadsChild):
+    """NumPy takes the memory that the parameter points to; torch knows nothing of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = [self.child.weight]
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch._C.DisableTorchFunctionSubclass():
+            weight = torch.from_numpy(self.kept[0].data.numpy().copy())
+        return F.linear(x, weight)
+
+
 class CallsForward(ReadsChild):
     def forward(self, x: Tensor) -> Tensor:
         return self.child.forward(x)
@@ -349,12 +363,18 @@ EXACT_IN_SCRATCH = {
     "recursion_and_after": lambda: Net(RecursesAndReads(afterwards=True)),
     "reads_table_of_child": lambda: Net(ReadsTable(), ids=True),
 }
-NEEDS_COPY = {
-    "returns_its_weight": lambda: Net(ReturnsItsWeight()),
-    "keeps_a_list": lambda: Net(KeepsAList()),
-    "scripted": lambda: Net(ReadsInScript()),
+# What has to be copied as a whole, as operations show who reads it.
+COPIED_ALONE = {
+    # The module that runs next has the memory that was handed out.
+    "returns_its_weight": (
+        lambda: Net(ReturnsItsWeight()),
+        {"middle.positions.weight", "middle.mix.weight", "middle.mix.bias"},
+    ),
+    "keeps_a_list": (lambda: Net(KeepsAList()), {"middle.child.weight", "middle.child.bias"}),
+    "scripted": (lambda: Net(ReadsInScript()), {"middle.child.weight"}),
+    "by_address": (lambda: Net(ReadsByAddress()), {"middle.child.weight"}),
 }
-MODULES = EXACT_IN_SCRATCH | NEEDS_COPY
+MODULES = EXACT_IN_SCRATCH | {name: make for name, (make, _) in COPIED_ALONE.items()}
 
 
 def build(name: str, dtype: torch.dtype = torch.float32) -> Net:
@@ -382,8 +402,30 @@ def test_scratch_is_chosen_and_exact_where_each_weight_is_read_by_its_owner(name
     assert torch.equal(net(), clean)
 
 
-@pytest.mark.parametrize("name", NEEDS_COPY)
-def test_the_self_check_falls_back_to_an_exact_copy_where_a_weight_is_read_elsewhere(name):
+@pytest.mark.parametrize("name", COPIED_ALONE)
+def test_what_is_read_unseen_is_named_and_copied_alone(name):
+    net, wanted = build(name), COPIED_ALONE[name][1]
+    expected = by_hand(net, lambda net: net())
+    optimizer = MeZO(net)
+    with Untouched(net), pytest.warns(UserWarning, match=FALLBACK) as told:
+        optimizer.estimate(loss_of(net))
+    assert len(told) == 1
+    assert isinstance(optimizer.perturbation, Scratch)
+    assert {optimizer.tuned[i].name for i in optimizer.evaluator.copied} == wanted
+    with Untouched(net):
+        again = Scratch(tune(net), NOISE)
+        again.copy_whole(optimizer.evaluator.copied)
+        assert_equal(evaluate(again, net), expected)
+
+
+@pytest.fixture
+def none_found(monkeypatch):
+    """No operation shows what is read, and no trials are made."""
+    monkeypatch.setattr(Scratch, "_leaks", lambda *_: frozenset())
+
+
+@pytest.mark.parametrize("name", COPIED_ALONE)
+def test_where_the_weight_is_not_found_everything_is_copied(name, none_found):
     net = build(name)
     expected = by_hand(net, lambda net: net())
     optimizer = MeZO(net)
@@ -392,6 +434,34 @@ def test_the_self_check_falls_back_to_an_exact_copy_where_a_weight_is_read_elsew
     assert type(optimizer.perturbation) is Copy
     with Untouched(net):
         assert_equal(evaluate(Copy(tune(net), NOISE), net), expected)
+
+
+@pytest.mark.parametrize("wanted", [(), (3,), (0, 7, 8), range(9)], ids=str)
+def test_trials_find_what_no_operation_shows(wanted, monkeypatch):
+    asked = []
+
+    def is_bad(numbers):
+        asked.append(numbers)
+        return bool(set(numbers) & set(wanted))
+
+    assert leaks.among(range(9), is_bad) == frozenset(wanted)
+    monkeypatch.setattr(leaks, "TRIALS", 3)
+    asked.clear()
+    assert not leaks.among(range(9), is_bad)
+    assert len(asked) <= 3
+
+
+def test_a_weight_in_memory_that_no_operation_shows_is_found_by_trials(monkeypatch):
+    class Blind(leaks.Leaks):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(scratch_module, "Leaks", Blind)
+    for name in ("keeps_a_list", "scripted", "by_address"):
+        optimizer = MeZO(build(name))
+        with pytest.warns(UserWarning, match=FALLBACK):
+            optimizer.estimate(loss_of(optimizer.module))
+        assert {optimizer.tuned[i].name for i in optimizer.evaluator.copied} == COPIED_ALONE[name][1]
 
 
 @pytest.mark.parametrize("ids", [-1, 9])

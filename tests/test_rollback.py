@@ -241,7 +241,7 @@ def test_the_lines_of_notes_and_rollbacks(tmp_path):
         log.rolled_back(1)
         log.note({"held_out": "nan"})
     contents = log_lines(log.path)
-    assert contents[0]["format"] == 3
+    assert contents[0]["format"] == 4
     assert contents[1] == {"note": {"plan": {"tries": 7}}}
     assert [content.get("step") for content in contents[2:4]] == [0, 1]
     assert contents[4:6] == [{"rollback": 1}, {"note": {"held_out": "nan"}}]

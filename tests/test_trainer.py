@@ -422,7 +422,7 @@ def test_schedules_put_their_learning_rate_into_the_log(
 
 def test_weight_decay_spares_norms_and_biases(tmp_path: Path) -> None:
     """Coefficients are clipped to nothing, so that decay is all that moves the weights."""
-    changes = {"weight_decay": 0.5, "learning_rate": 0.1, "clip_coefficient": 1e-30, "max_steps": 1}
+    changes = {"weight_decay": 0.5, "learning_rate": 0.1, "clip_coefficient": 1e-30, "max_steps": 1, "move": "all"}
     trainer = trained(tmp_path, model=support.tiny_model("gpt2"), **changes)
     header = read_log(trainer.step_log).header
     assert header["groups"] == [{"weight_decay": 0.5}, {"weight_decay": 0.0}]

@@ -89,7 +89,7 @@ def test_the_header_says_what_the_steps_mean(path):
         "format", "noise", "seed", "direction", "estimator", "eps", "probes", "rule", "groups", "tensors", "base",
         "versions", "run", "check",
     ]  # fmt: skip
-    assert [header[key] for key in list(header)[:8]] == [3, 1, 2**64 - 1, "rademacher", "spsa", 0.25, 2, "sgd"]
+    assert [header[key] for key in list(header)[:8]] == [4, 1, 2**64 - 1, "rademacher", "spsa", 0.25, 2, "sgd"]
     assert header["groups"] == [{"weight_decay": 0.5}, {"weight_decay": 0.0}]
     assert header["tensors"] == [
         {"name": name, "shape": shape, "dtype": "float32", "group": group}
@@ -134,23 +134,23 @@ def test_every_line_is_a_sealed_object(path):
 
 
 GOLDEN = (
-    r'{"format":3,"noise":1,"seed":5,"direction":"gaussian","estimator":"spsa","eps":0.25,"probes":1,"rule":"sgd",'
+    r'{"format":4,"noise":1,"seed":5,"direction":"gaussian","estimator":"spsa","eps":0.25,"probes":1,"rule":"sgd",'
     r'"groups":[{"weight_decay":0.5}],"tensors":[{"name":"bias","shape":[1],"dtype":"bfloat16","group":0},'
     r'{"name":"weight","shape":[1,2],"dtype":"bfloat16","group":0}],'
     r'"base":"87f0c6ec25c58057a476ad00c4e4bb32be507f0b38090590c7257895a6be8ad6",'
-    r'"versions":{"forwardtune":"golden"},"run":{"model":"g\u00f6ld"},"check":"255c073a0535f34f"}'
+    r'"versions":{"forwardtune":"golden"},"run":{"model":"g\u00f6ld"},"check":"b4557443476f2d14"}'
     "\n"
     r'{"step":0,"lr":0.5,"coefficients":[1.0],"losses":[1.5,1.0],"loss":1.25,"unchanged":0,"seconds":0.125,'
-    r'"check":"19805513b4006bca"}'
+    r'"check":"a3f59e6a1f1aca73"}'
     "\n"
     r'{"step":1,"lr":0.5,"coefficients":[],"losses":["inf",0.1],"loss":"inf","unchanged":3,"seconds":0.125,'
-    r'"check":"f470ad824f2f270c"}'
+    r'"check":"f8afd1b506f2664c"}'
     "\n"
     r'{"step":2,"lr":0.5,"coefficients":[-0.39999999999999997],"losses":[0.1,0.3],"loss":0.2,"unchanged":0,'
-    r'"seconds":0.125,"check":"bf4a4b390d28c2fd"}'
+    r'"seconds":0.125,"check":"ca9bf5cfc77995bc"}'
     "\n"
     r'{"end":3,"digest":"f9f904eeab4ce7edde5a54f7bf9309d6ef6cfe970ec5c046b3dfd88be60553e8",'
-    r'"check":"6abb5981e6568884"}'
+    r'"check":"905c272e849666d4"}'
     "\n"
 )
 
@@ -181,12 +181,12 @@ def test_the_golden_log(path, monkeypatch):
     assert path.read_bytes() == GOLDEN.encode()
 
 
-@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize("version", [2, 3, 4])
 def test_golden_logs_of_all_formats_are_replayed_exported_and_resumed(version, path):
     """Format 2 had neither notes nor rollbacks: the same lines otherwise."""
     path.write_text(GOLDEN)
     reseal(path, lambda contents: contents[0].update(format=version))
-    assert (path.read_text() == GOLDEN) == (version == 3)
+    assert (path.read_text() == GOLDEN) == (version == 4)
     text, log, exported = path.read_text(), read_log(path), path.with_suffix(".safetensors")
     assert (log.steps, log.rollbacks, log.notes) == (3, [], [])
     export_trajectory(log, exported)
@@ -417,8 +417,8 @@ def test_an_export_of_another_version_is_refused(part, path):
     small_run(path)
     log = read_log(path)
     exported = path.with_suffix(".safetensors")
-    export_trajectory(dataclasses.replace(log, header={**log.header, part: 4}), exported)
-    with pytest.raises(LogError, match=f"version 4 of the.*{part}"):
+    export_trajectory(dataclasses.replace(log, header={**log.header, part: 5}), exported)
+    with pytest.raises(LogError, match=f"version 5 of the.*{part}"):
         replay(exported, small_model(), steps=2)
 
 
@@ -530,7 +530,7 @@ def with_momentum(**settings: Any) -> Callable[[list[dict[str, Any]]], object]:
     [
         (of(noise=2), "version 2 of the noise"),
         (of(format=1), "version 1 of the log format"),
-        (of(format=4), "version 4 of the log format"),
+        (of(format=5), "version 5 of the log format"),
         (of(direction="sphere"), "the direction 'sphere'"),
         (of(rule="adam"), "the rule 'adam'"),
         (of(rule="muon"), "the rule 'muon'"),

@@ -13,6 +13,8 @@ STATES = ("auto", "exact", "window")
 DIRECTIONS = ("gaussian", "rademacher")
 #: Of :mod:`forwardtune.points`.
 PERTURBATIONS = ("auto", "scratch", "copy", "side_path", "both_signs")
+#: Of :class:`forwardtune.MeZO`: what a step moves.
+MOVES = ("read", "all")
 #: Of ``forwardtune train``.
 METHODS = ("mezo", "adam")
 #: Of transformers, those that need no further settings.

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import InputError, NonFiniteLossError
+from .errors import InputError, NonFiniteLossError, nearest
 from .method.estimators import Estimator, Losses, get_estimator
 from .method.record import StepRecord, estimated, mean_loss, updates_of
 from .method.rule import History, Rule, move_all
 from .method.rules import get_rule
+from .method.unread import Unread, Used
+from .names import MOVES
 from .noise import Direction, LowRank, Noise, get_direction
 from .parameters import TunedParameters, require_settings
 from .points import Closure, Evaluator, Perturbation
@@ -52,7 +54,7 @@ class MeZO(torch.optim.Optimizer):
     the model in evaluation mode, as dropout would differ between the two sides.
 
     A step moves what its evaluations went through: a tuned tensor that none of them read (a vision tower in a step on text) stays as it is,
-    without weight decay. With ``perturbation="copy"`` that cannot be seen, and every tuned tensor is moved. Half-precision weights are updated
+    without weight decay, and so do the rows of a table, and experts in one tensor, that the run has not read so far. With ``perturbation="copy"`` that cannot be seen, and every tuned tensor is moved. Half-precision weights are updated
     with stochastic rounding. torch's global random state is neither read nor changed.
 
     Args:
@@ -65,6 +67,7 @@ class MeZO(torch.optim.Optimizer):
         perturbation: ``"scratch"``, ``"copy"`` or ``"side_path"`` (:mod:`forwardtune.points`), or ``"auto"``: the side path with
             ``assignment="example"``; else scratch, or copy without a module or where a weight is read on a way that scratch cannot see.
         seed: 64-bit seed of all directions and of stochastic rounding.
+        move: ``"read"``, a step moves what its evaluations read; ``"all"``, everything that is tuned (the paper's).
         clip_coefficient: largest magnitude of a coefficient; larger ones are clipped. ``None``: no clipping.
         max_skipped: after this many steps in a row with a loss that is not finite, raise.
         module: the module that holds ``params``, if those are not a module.
@@ -97,6 +100,7 @@ class MeZO(torch.optim.Optimizer):
         perturbation: str = "auto",
         weight_decay: float = 0.0,
         seed: int = 0,
+        move: str = "read",
         clip_coefficient: float | None = None,
         max_skipped: int = 10,
         module: nn.Module | None = None,
@@ -117,6 +121,9 @@ class MeZO(torch.optim.Optimizer):
             raise ValueError(f"clip_coefficient must be positive or None, got {clip_coefficient!r}")
         if not (isinstance(max_skipped, int) and max_skipped >= 1):
             raise ValueError(f"max_skipped must be an integer of at least 1, got {max_skipped!r}")
+        if move not in MOVES:
+            raise InputError(f"unknown move {move!r}{nearest(str(move), MOVES)}: choose {' or '.join(MOVES)}")
+        self.move = move
         self.estimator = get_estimator(estimator, eps, probes, normalize, assignment)
         rank = int(self.estimator.per_example) if rank is None else rank
         if not rank and refresh != 1:
@@ -139,9 +146,10 @@ class MeZO(torch.optim.Optimizer):
         self.next_step = 0
         self._skipped = 0
         self._idle = IdleWatch()
+        self._unread = Unread()
         # What estimate() gathers for the coming step.
         self._pending: list[Losses] | None = None
-        self._used: set[int] = set()
+        self._used = Used()
         self._seconds = 0.0
         #: True while the weights belong to no step; then none can be taken.
         self.interrupted = False
@@ -211,7 +219,8 @@ class MeZO(torch.optim.Optimizer):
             self._forget_estimate()  # the step would be made of a part of its microbatches
             raise
         self._pending = self.estimator.merge(self._pending, losses)
-        self._used = (self._used | used) - self.evaluator.left_out  # an earlier microbatch may have had a path
+        self._used = Used.of(self._used).merged(used)
+        self._used -= self.evaluator.left_out  # an earlier microbatch may have had a path
         self._seconds += time.perf_counter() - began
         values = [loss for own in losses for loss in own]
         return math.fsum(values) / len(values) if all(map(math.isfinite, values)) else math.nan
@@ -222,7 +231,7 @@ class MeZO(torch.optim.Optimizer):
         super().zero_grad(set_to_none)
 
     def _forget_estimate(self) -> None:
-        self._pending, self._used, self._seconds = None, set(), 0.0
+        self._pending, self._used, self._seconds = None, Used(), 0.0
 
     @torch.no_grad()
     def apply(self) -> float:
@@ -236,7 +245,11 @@ class MeZO(torch.optim.Optimizer):
         losses, used, seconds = self._pending, self._used, self._seconds
         self._forget_estimate()
         # Where nothing was seen to be read, the closure evaluates the weights on some other way.
+        was_used = bool(used)
+        if self.move == "all":
+            used = Used()
         unused = tuple(t.id for t in self.tuned if t.id not in used) if used else ()
+        unread = self._unread.after(used, self.tuned)
         record = estimated(
             self.next_step,
             self.param_groups,
@@ -244,10 +257,11 @@ class MeZO(torch.optim.Optimizer):
             losses,
             self.clip_coefficient,
             unused,
+            unread,
             self.tuned.numel,
             seconds,
         )
-        self._idle.look(record, self.tuned, bool(used), self.evaluator.left_out)
+        self._idle.look(record, self.tuned, was_used, self.evaluator.left_out)
         self.next_step += 1
         if self.held is None:
             self.take(record, began)
@@ -332,11 +346,13 @@ class MeZO(torch.optim.Optimizer):
             raise ValueError(f"the rule {self.rule.name!r} remembers earlier steps: pass the history of the replay")
         self.history = history or History()
         self.next_step = len(records)
+        self._unread = Unread.of_records(records)
         self._skipped = next((i for i, record in enumerate(reversed(records)) if not record.skipped), len(records))
 
     def state_dict(self) -> dict[str, Any]:
         """As for any optimizer, with the step number and what the rule remembers: the whole state of MeZO."""
-        own = {"next_step": self.next_step, "seed": self.noise.seed, "skipped": self._skipped}
+        own: dict[str, Any] = {"next_step": self.next_step, "seed": self.noise.seed, "skipped": self._skipped}
+        own |= {"unread": self._unread.state()}
         return {**super().state_dict(), "mezo": own | self.history.state(self.rule)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -357,4 +373,5 @@ class MeZO(torch.optim.Optimizer):
         self.history = history
         self._forget_estimate()
         self.next_step = own["next_step"]
+        self._unread = Unread.of_state(own.get("unread"), own["next_step"])
         self._skipped = own["skipped"]

@@ -19,6 +19,8 @@ from transformers import PrinterCallback, TrainerCallback
 from .. import memory
 from ..config import AUTO
 from ..objectives import TaskObjective
+from ..optimizer import MeZO
+from ..points.idle import summary
 from . import say
 from .results import COMPLETIONS, TERMS, add_lines, read_lines, write_lines
 from .session import Session, bar
@@ -105,6 +107,25 @@ def advise(objective: str, flat: int, steps: int) -> None:
             f"{what} objective, so they moved nothing. What helps: more --probes, a larger --batch-size, a larger --eps, or an "
             "objective with a smooth part such as 'accuracy + 0.1 * loss', where the task has answers"
         )
+
+
+class Copied(TrainerCallback):
+    """Says once which weights are read outside the modules that own them, as in hybrids, and so are perturbed as a whole."""
+
+    def __init__(self, optimizer: Callable[[], MeZO]) -> None:
+        self._optimizer, self._is_told = optimizer, False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        optimizer = self._optimizer()
+        copied = optimizer.evaluator.copied
+        if copied and not self._is_told:
+            self._is_told = True
+            numel = sum(optimizer.tuned[i].parameter.numel() for i in copied)
+            say(
+                f"{len(copied)} of {len(optimizer.tuned)} tuned tensors are read outside the modules that own them "
+                f"({summary(optimizer.tuned, sorted(copied))}): a perturbed copy of their {numel:,} weights is kept, of "
+                f"{optimizer.tuned.numel:,}"
+            )
 
 
 class ObjectiveLog(TrainerCallback):

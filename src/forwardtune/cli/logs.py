@@ -37,7 +37,9 @@ def run_replay(options: argparse.Namespace) -> None:
     dtype = dtypes.pop() if len(dtypes) == 1 and not adapted else run.dtype
     model, tokenizer = load_model(options.model, dtype=dtype, device=options.device)
     if adapted:
-        model = tuned.prepare_model(model, tokenizer, options=run, first=Path(options.log).parent / tuned.INITIAL)
+        first = Path(options.log).parent / tuned.INITIAL
+        tensors = tuned.tensors_of(trajectory)
+        model = tuned.prepare_model(model, tokenizer, options=run, first=first, tensors=tensors)
     with bar(len(trajectory.header["tensors"]), "replaying", "tensor") as progress:
         steps = replay(trajectory, model, steps=options.steps, progress=reach(progress))
     save_model(model, tokenizer, folder)

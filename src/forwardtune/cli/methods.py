@@ -24,10 +24,10 @@ from ..tasks.batching import collate
 from ..tasks.encoding import Encoded
 from ..trajectory import Log, read_log, replay
 from . import say
-from .callbacks import ObjectiveLog, Run, Trained, advise
+from .callbacks import Copied, ObjectiveLog, Run, Trained, advise
 from .results import TERMS, read_lines, resume_command
 from .session import Session
-from .tuned import INITIAL, prepare_model, tuned_weights
+from .tuned import INITIAL, prepare_model, tensors_of, tuned_weights
 
 if TYPE_CHECKING:
     from ..hf.trainer import MeZOTrainer
@@ -51,8 +51,15 @@ def train_mezo(session: Session, folder: Path, log: Log | None, settings: dict[s
             say(f"going back to step {step}, which was best on the dev split")
             session.model, options = None, session.options
             gc.collect()
-            model, _ = load_model(options.model, dtype=options.dtype, device=options.device)
-            session.model = prepare_model(model, session.tokenizer, options=options, first=folder / INITIAL)
+            model, _ = load_model(
+                options.model,
+                dtype=options.dtype,
+                device=options.device,
+                attn_implementation=options.attn_implementation,
+            )
+            session.model = prepare_model(
+                model, session.tokenizer, options=options, first=folder / INITIAL, tensors=tensors_of(step_log)
+            )
             replay(step_log, session.model, steps=step)
     return trained
 
@@ -65,6 +72,7 @@ def _run_mezo(session: Session, folder: Path, log: Log | None, settings: dict[st
     automatic, done = trainer.automatic, log.steps if log else 0
     automatic.announce = say
     automatic.measured_elsewhere = "dev" in session.splits and options.eval_steps is not None
+    trainer.add_callback(Copied(lambda: trainer.mezo))
     trainer.add_callback(ObjectiveLog(objective, folder, completions=bool(options.log_completions)))
     say(f"tuning for {options.steps} steps{f', {done} of them done' if done else ''}; steps go to {trainer.step_log}")
     run = Run(

@@ -162,7 +162,13 @@ def open_session(
     if options.dtype == "auto":
         options.dtype = _dtype_of_run(Path(options.model))
     say(f"loading {options.model}")
-    model, tokenizer = load_model(options.model, dtype=options.dtype, device=options.device, announce=say)
+    model, tokenizer = load_model(
+        options.model,
+        dtype=options.dtype,
+        device=options.device,
+        attn_implementation=options.attn_implementation,
+        announce=say,
+    )
     kind = model_kind(model)
     task = task.worded_for(kind)
     splits = {name: split.worded_for(kind) for name, split in splits.items()}

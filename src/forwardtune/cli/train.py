@@ -44,6 +44,8 @@ _ADAM_EPOCHS = 5
 _MEASURED = "dev_measured"
 # The rule that drew the splits; logs that do not say were drawn by the default one.
 _RULE = "split_rule"
+# Parts of the model that text does not enter.
+_FROZEN = "frozen"
 # Test examples of which the completions are kept.
 _SAMPLES = 32
 
@@ -70,7 +72,14 @@ def run(parsed: argparse.Namespace) -> int:
         say(f"the run in {folder} is complete after {log.steps} steps: nothing to do (more --steps would extend it)")
         return _report(metrics, folder, options.method, parsed.json)
 
-    prepare = partial(tuned.prepare_model, options=options, first=folder / tuned.INITIAL if log else None)
+    frozen: list[str] = []
+    prepare = partial(
+        tuned.prepare_model,
+        options=options,
+        first=folder / tuned.INITIAL if log else None,
+        tensors=tuned.tensors_of(log) if log else None,
+        frozen=frozen,
+    )
     session = open_session(options, "train", "dev", "test", prepare_model=prepare, resumed=log)
     if options.steps is None:
         options.steps = _steps(session, began)  # before anything is evaluated: the time may be too short
@@ -84,7 +93,7 @@ def run(parsed: argparse.Namespace) -> int:
         write_json(folder / METRICS, metrics)
         write_json(folder / OUTCOMES, outcomes)
     # What the step log records beside the options.
-    described: dict[str, Any] = {_RULE: session.task.splits}
+    described: dict[str, Any] = {_RULE: session.task.splits, **({_FROZEN: frozen} if frozen else {})}
     if "dev" in session.splits:
         whole = len(session.splits["dev"])
         measured = log.header["run"].get(_MEASURED, whole) if log else measured_examples(options, options.steps, whole)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,29 @@ from safetensors.torch import load_file, save_file
 
 from ..config import Train
 from ..errors import InputError
-from ..models import tune
+from ..models import expert_stacks, freeze_unreached, lora_modules, tune
+from ..trajectory import Log
+from ..trajectory.updates import Trajectory
 from . import say
 
 #: The adapter that a run began with, so that its step log can be replayed anywhere.
 INITIAL = "initial.safetensors"
 
 
-def prepare_model(model: Any, tokenizer: Any, *, options: Train, first: Path | None) -> Any:
+def prepare_model(
+    model: Any,
+    tokenizer: Any,
+    *,
+    options: Train,
+    first: Path | None,
+    tensors: Collection[str] | None = None,
+    frozen: list[str] | None = None,
+) -> Any:
     """The model with what is to be tuned. An adapter takes its first weights from the file, if there is one.
+
+    Args:
+        tensors: names of the tuned tensors of the run that goes on; None: the model shows what text enters.
+        frozen: takes the names of the parts that it does not enter.
 
     Raises:
         InputError: Adam cannot tune it; or the file is damaged, or of another adapter.
@@ -34,8 +49,21 @@ def prepare_model(model: Any, tokenizer: Any, *, options: Train, first: Path | N
         prefix_length=options.prefix_length,
         seed=options.seed,
     )
+    if tensors is not None:
+        of_run = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in tensors}
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.requires_grad and id(parameter) in of_run)
+    elif options.method == "mezo" and options.move == "read" and (parts := freeze_unreached(model)):
+        numel = sum(parts.values())
+        say(
+            f"text does not enter {', '.join(parts)}: these {numel:,} weights stay as they are (--move all tunes them too)"
+        )
+        if frozen is not None:
+            frozen += parts
     tuned = tuned_weights(model)
     say(f"tuning {sum(p.numel() for p in tuned.values()):,} weights in {len(tuned)} tensors ({options.tune})")
+    if options.tune == "lora":
+        say(_adapted(model))
     if options.method == "adam" and any(p.dtype == torch.float16 for p in tuned.values()):
         raise InputError("Adam cannot tune float16 weights: choose --dtype float32 or bfloat16, or --tune lora")
     if first is not None and first.is_file() and options.tune in ("lora", "prefix"):
@@ -50,6 +78,17 @@ def prepare_model(model: Any, tokenizer: Any, *, options: Train, first: Path | N
     return model
 
 
+def _adapted(model: Any) -> str:
+    """What is said of the places of an adapter, and of experts that it does not reach."""
+    places = lora_modules(model)
+    said = f"  LoRA on {', '.join(f'{name} ({count})' for name, count in places.items())}"
+    beyond = {name: p for name, p in expert_stacks(model).items() if name.rpartition(".")[2] not in places}
+    if beyond:
+        numel = sum(p.numel() for p in beyond.values())
+        said += f"; not on the experts, {numel:,} weights: --lora-targets NAMES,experts reaches them"
+    return said
+
+
 def keep_first(model: Any, path: Path) -> None:
     """Write the weights that an adapter starts from: random numbers or activations, which another machine may round
     differently."""
@@ -59,3 +98,8 @@ def keep_first(model: Any, path: Path) -> None:
 
 def tuned_weights(model: Any) -> dict[str, torch.Tensor]:
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def tensors_of(log: Log | Trajectory) -> frozenset[str]:
+    """The names of the tensors that the run of a log tunes."""
+    return frozenset(tensor["name"] for tensor in log.header["tensors"])

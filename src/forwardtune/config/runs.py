@@ -36,6 +36,11 @@ class Data:
     device: str | None = option(
         None, "cpu, cuda, mps, or auto to spread over devices", shown="cuda if there is one", free=True
     )
+    attn_implementation: str | None = option(
+        None,
+        "eager, sdpa, flash_attention_2 or another that transformers knows",
+        shown="sdpa where the model has it",
+    )
     batch_size: int = option(
         16, "examples in a minibatch", bounds=POSITIVE, defaults={"adam": 8}, argument="per_device_train_batch_size"
     )
@@ -98,6 +103,9 @@ class MeZOSettings:
     )
     refresh: int = _of_mezo(1, "steps for which one factor of low-rank directions stays", bounds=POSITIVE)
     perturbation: str = _of_mezo("auto", "how to perturb", choices=names.PERTURBATIONS)
+    move: str = _of_mezo(
+        "read", "what a step moves: what was read, or all that is tuned (the paper's)", choices=names.MOVES
+    )
     clip_coefficient: float | None = _of_mezo(
         None, "largest magnitude of a projected gradient", shown="none", bounds=POSITIVE
     )
@@ -122,7 +130,10 @@ class Train(MeZOSettings, Data):
     lora_rank: int = option(8, "width of the LoRA matrices", bounds=POSITIVE, only={"tune": ("lora",)})
     lora_alpha: float = option(16.0, "scale of LoRA, times 1/rank", bounds=POSITIVE, only={"tune": ("lora",)})
     lora_targets: str | None = option(
-        None, "names of the layers to adapt, by commas", shown="query and value projections", only={"tune": ("lora",)}
+        None,
+        "names of the layers to adapt, by commas; experts: those in one tensor",
+        shown="query and value projections",
+        only={"tune": ("lora",)},
     )
     prefix_length: int = option(5, "positions of the prefix", bounds=POSITIVE, only={"tune": ("prefix",)})
     steps: int | None = option(None, "optimizer steps", shown=f"{STEPS}; adam: 5 epochs", bounds=POSITIVE, free=True)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+from torch import Tensor
 
 from ..noise import Update
 from .estimators import Estimator, Losses
@@ -28,6 +30,8 @@ class StepRecord:
         unchanged: how many weights the update left at the same stored value.
         seconds: from the start of the first evaluation to the end of the update.
         unused: ids of the tuned tensors that no evaluation of the step went through; the update left them alone.
+        unread: which rows of a tensor, by id, no evaluation of the run has read up to this step, of those that were read in part: bool,
+            shape (rows,), on the CPU; the update left them alone.
         examples: how many examples had directions of their own; 0: the directions were the minibatch's.
         left_out: ids of the tuned tensors that were found to have no side path since the step before; from then on steps leave them alone.
     """
@@ -43,6 +47,7 @@ class StepRecord:
     unused: tuple[int, ...] = ()
     examples: int = 0
     left_out: tuple[int, ...] = ()
+    unread: Mapping[int, Tensor] = field(default_factory=dict, compare=False)
 
     @property
     def skipped(self) -> bool:
@@ -67,6 +72,7 @@ def estimated(
     losses: Sequence[Losses],
     clip: float | None,
     unused: tuple[int, ...],
+    unread: Mapping[int, Tensor],
     unchanged: int,
     seconds: float,
 ) -> StepRecord:
@@ -90,6 +96,7 @@ def estimated(
         unchanged=unchanged,
         seconds=seconds,
         unused=unused,
+        unread=unread,
         examples=len(losses[0]) if estimator.per_example else 0,
     )
 
@@ -124,4 +131,6 @@ def updates_of(rule: Rule, record: StepRecord) -> list[Update]:
         rule.plan(record.step, record.coefficients, lr, weight_decay)
         for lr, weight_decay in zip(record.lr, record.weight_decay, strict=True)
     ]
-    return [replace(update, unused=frozenset(record.unused)) for update in updates] if record.unused else updates
+    if not record.unused and not record.unread:
+        return updates
+    return [replace(update, unused=frozenset(record.unused), unread=record.unread) for update in updates]

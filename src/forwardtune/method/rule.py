@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..noise import Count, Noise, Update
 from ..parameters import TunedParameters, TunedTensor
+from .masked import Masked
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,9 @@ class History:
         kept = {
             "taken": self.taken,
             "missed": dict(self.missed),
-            "recent": [(update.step, update.sizes, sorted(update.unused)) for update in self.recent],
+            "recent": [
+                (u.step, u.sizes, sorted(u.unused), *([dict(u.unread)] if u.unread else [])) for u in self.recent
+            ],
             "moments": {name: list(moments) for name, moments in self.moments.items()},
         }
         return {"rule": {"name": rule.name, "settings": rule.settings(), **kept}}
@@ -89,7 +92,7 @@ class History:
         return cls(
             taken=saved["taken"],
             missed=dict(saved.get("missed", {})),
-            recent=[Update(step, tuple(sizes), unused=frozenset(*unused)) for step, sizes, *unused in saved["recent"]],
+            recent=[_recalled(*update) for update in saved["recent"]],
             moments={
                 name: tuple(moment.to(parameters[name].device, copy=True) for moment in tensors)
                 for name, tensors in saved["moments"].items()
@@ -102,6 +105,12 @@ class History:
             return self
         recent = [update for update in self.recent if tensor not in update.unused]
         return replace(self, taken=self.taken - self.missed[tensor], recent=recent)
+
+
+def _recalled(
+    step: int, sizes: Sequence[float], unused: Sequence[int] = (), unread: Mapping[int, Tensor] | None = None
+) -> Update:
+    return Update(step, tuple(sizes), unused=frozenset(unused), unread=unread or {})
 
 
 def _described(rule: dict[str, Any] | None) -> str:
@@ -188,10 +197,13 @@ def move_all(
         own = updates[tensor.group]
         if ragged:
             own = [Update(update.step, ()) if tensor.id in update.unused else update for update in own]
-        if rule.moves_together and noise.launches_together(tensor.parameter):
+        before = history.of(tensor.id)
+        unread = {u.step: u.unread[tensor.id] for u in (*before.recent, *own) if tensor.id in u.unread}
+        if not unread and rule.moves_together and noise.launches_together(tensor.parameter):
             together.setdefault((tensor.parameter.device, tuple(own)), []).append(tensor)
         else:
-            counts.append(rule.move(noise, tensor, own, history.of(tensor.id), keep=keep))
+            own_noise = Masked.of(noise, tensor.parameter.shape, unread) if unread else noise
+            counts.append(rule.move(own_noise, tensor, own, before, keep=keep))
         if progress is not None:
             progress(done + 1, len(tuned))
     counts += [rule.move_together(noise, tensors, own) for (_, own), tensors in together.items()]

@@ -6,9 +6,10 @@ This package is the one part of the library that knows ``peft``.
 from .kinds import Kind, model_kind
 from .loading import EMBEDDED_MODEL, context_length, load_model, require_device, save_model
 from .prefix import forward
-from .tuning import tune
+from .reached import freeze_unreached
+from .tuning import expert_stacks, lora_modules, tune
 
 __all__ = [
-    "EMBEDDED_MODEL", "Kind", "context_length", "forward", "load_model", "model_kind", "require_device", "save_model",
+    "EMBEDDED_MODEL", "Kind", "context_length", "expert_stacks", "forward", "freeze_unreached", "load_model", "lora_modules", "model_kind", "require_device", "save_model",
     "tune",
 ]  # fmt: skip

@@ -17,8 +17,9 @@ from torch import nn
 
 from ..errors import InputError, nearest
 from .converted import through_cache
-from .kinds import base_model, checkpoint_kind, is_adapted
+from .kinds import base_model, is_adapted, is_package, loader_of
 from .prefix import prefix_length
+from .tuning import matching, untie
 
 #: Name of the model that comes as a Python package, so that no hub is needed.
 EMBEDDED_MODEL = "smollm2-135m"
@@ -30,7 +31,12 @@ _ADAPTER = "adapter_config.json"
 
 
 def load_model(
-    name: str, *, dtype: str = "auto", device: str = "cpu", announce: Callable[[str], object] = lambda text: None
+    name: str,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    attn_implementation: str | None = None,
+    announce: Callable[[str], object] = lambda text: None,
 ) -> tuple[Any, Any]:
     """Load a causal or masked language model and its tokenizer, in evaluation mode.
 
@@ -41,6 +47,8 @@ def load_model(
         name: a hub id, a local folder, a ``.gguf`` file, or ``smollm2-135m``, the embedded model.
         dtype: of the base model: ``auto`` (as stored; float32 for GGUF), ``float32``, ``bfloat16`` or ``float16``.
         device: a torch device, such as ``cpu`` or ``cuda``, or ``auto``, which spreads the layers over all GPUs.
+        attn_implementation: as in ``from_pretrained``: ``eager``, ``sdpa``, ``flash_attention_2`` ...; by default torch's own fused
+            attention (sdpa) where the model has it, which takes the masks of packed rows, else eager.
         announce: told what takes long.
 
     Raises:
@@ -50,10 +58,15 @@ def load_model(
     if dtype != "auto" and dtype not in DTYPES:
         raise InputError(f"unknown dtype {dtype!r}: choose auto, {', '.join(DTYPES)}")
     require_device(device)
+    if attn_implementation == "flex_attention" and device == "cpu":
+        raise InputError(
+            "flex_attention is compiled for GPUs, and ends the process on a CPU: leave attn_implementation out, or choose sdpa",
+            "attn_implementation",
+        )
     folder = Path(name).expanduser()
     if (folder / _ADAPTER).is_file():
-        return _load_adapted(folder, dtype, device, announce)
-    return _load_base(name, dtype, device, announce)
+        return _load_adapted(folder, dtype, device, attn_implementation, announce)
+    return _load_base(name, dtype, device, attn_implementation, announce)
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
@@ -104,21 +117,23 @@ def context_length(model: Any) -> int:
     return length - prefix_length(model)
 
 
-def _load_base(name: str, dtype: str, device: str, announce: Callable[[str], object]) -> tuple[Any, Any]:
+def _load_base(
+    name: str, dtype: str, device: str, attention: str | None, announce: Callable[[str], object]
+) -> tuple[Any, Any]:
     where, gguf = _locate(name)
     if gguf is None:
-        model, tokenizer = _read(name, where, dtype, device)
+        model, tokenizer = _read(name, where, dtype, device, attention, announce)
     else:
         dtype = "float32" if dtype == "auto" else dtype
 
         def convert() -> tuple[Any, Any]:
             with _parsed_once():
-                return _read(name, where, dtype, device, gguf_file=gguf)
+                return _read(name, where, dtype, device, attention, gguf_file=gguf)
 
         if device == "auto":
             model, tokenizer = convert()
         else:
-            read = partial(_read, name, dtype=dtype, device=device)
+            read = partial(_read, name, dtype=dtype, device=device, attention=attention)
             model, tokenizer = through_cache(Path(where, gguf), dtype, convert, read, announce)
             # Tensors go where torch would put them: NumPy and mapped files align them otherwise, and kernels may choose by that.
             for tensor in (*model.parameters(), *model.buffers()):
@@ -133,19 +148,29 @@ def _load_base(name: str, dtype: str, device: str, announce: Callable[[str], obj
     return (model if device == "auto" else model.to(device)).eval(), tokenizer
 
 
-def _read(name: str, where: str | Path, dtype: str, device: str, **gguf: str) -> tuple[Any, Any]:
+def _read(
+    name: str,
+    where: str | Path,
+    dtype: str,
+    device: str,
+    attention: str | None,
+    announce: Callable[[str], object] = lambda text: None,
+    **gguf: str,
+) -> tuple[Any, Any]:
     """Have ``transformers`` load a base model; ``gguf`` names the GGUF file if it is one."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     try:
         # The configuration comes first: one file, where a tokenizer or a model would look for many.
-        kind = "causal" if gguf else checkpoint_kind(AutoConfig.from_pretrained(where))
+        config = None if gguf else AutoConfig.from_pretrained(where)
+        loader = AutoModelForCausalLM if config is None else loader_of(config)
         tokenizer = AutoTokenizer.from_pretrained(where, **gguf)
-        model, info = {"causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM}[kind].from_pretrained(
+        model, info = loader.from_pretrained(
             where,
             dtype=DTYPES.get(dtype, "auto"),
             output_loading_info=True,
             **({"device_map": "auto"} if device == "auto" else {}),
+            **({"attn_implementation": attention} if attention else {}),
             **gguf,
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -158,6 +183,11 @@ def _read(name: str, where: str | Path, dtype: str, device: str, **gguf: str) ->
             "give a checkpoint that was saved with its language modelling head"
         )
     _require_no_offloading(name, model)
+    packages = [] if config is None else [name for name in config.architectures or () if is_package(name)]
+    if packages and type(model).__name__ not in packages:
+        announce(
+            f"  the language model inside {packages[0]} alone: what takes images is left out, also of what is saved"
+        )
     if gguf:
         # The weights are ordinary ones now. Neither Trainer nor a saved checkpoint should take them for quantised.
         model.hf_quantizer.remove_quantization_config(model)
@@ -192,7 +222,9 @@ def _parsed_once() -> Iterator[None]:
                 setattr(gguf, name, function)
 
 
-def _load_adapted(folder: Path, dtype: str, device: str, announce: Callable[[str], object]) -> tuple[Any, Any]:
+def _load_adapted(
+    folder: Path, dtype: str, device: str, attention: str | None, announce: Callable[[str], object]
+) -> tuple[Any, Any]:
     from peft import PeftConfig, PeftModel
     from peft.utils import PeftType
     from safetensors import SafetensorError
@@ -207,7 +239,7 @@ def _load_adapted(folder: Path, dtype: str, device: str, announce: Callable[[str
     if not config.base_model_name_or_path:
         raise InputError(f"{folder} does not say which model it adapts: set base_model_name_or_path in {_ADAPTER}")
     try:
-        base, tokenizer = _load_base(config.base_model_name_or_path, dtype, device, announce)
+        base, tokenizer = _load_base(config.base_model_name_or_path, dtype, device, attention, announce)
     except InputError as error:
         raise InputError(
             f"{folder} adapts another model. {error}. If that model moved, set base_model_name_or_path in {_ADAPTER}"
@@ -216,6 +248,8 @@ def _load_adapted(folder: Path, dtype: str, device: str, announce: Callable[[str
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
             warnings.filterwarnings("error", "Found missing adapter keys")
+            if config.peft_type == PeftType.LORA and config.target_modules:
+                untie(base, matching(base, config.target_modules))  # so that it can be merged
             # torch_device is where the file is read; the weights go where the base model's are.
             model = PeftModel.from_pretrained(base, str(folder), is_trainable=False, torch_device="cpu")
         if (folder / "tokenizer_config.json").is_file():

@@ -123,6 +123,17 @@ def _draw_tokens(model: Any, tokenizer: Any, count: int, seed: int) -> Tensor:
     return torch.tensor(words)[picked]
 
 
+def _without_keys(model: Any) -> int:
+    """How many layers of a hybrid model keep something else than keys and values of tokens alone."""
+    from transformers import DynamicCache
+
+    try:
+        layers = DynamicCache(config=model.config).layers
+    except (TypeError, ValueError, AttributeError):
+        return 0
+    return sum("LinearAttention" in type(layer).__name__ for layer in layers)
+
+
 @torch.no_grad()
 def _keys_and_values(model: Any, tokens: Tensor) -> Tensor:
     """What the model's attention layers keep of the tokens, shape (layers, 2, heads, tokens, head width)."""
@@ -137,6 +148,12 @@ def _keys_and_values(model: Any, tokens: Tensor) -> Tensor:
         reason = f" ({type(error).__name__}: {error})"
     kept: list[Any] = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
     shapes = {getattr(tensor, "shape", None) for tensor in kept}
+    if stateful := _without_keys(model):
+        raise InputError(
+            f"{type(model).__name__} cannot be tuned by a prefix: {stateful} of its layers keep a state and not keys and values of "
+            "tokens (linear attention, convolutions, state spaces), and a prefix is keys and values. Choose lora, all, or a pattern "
+            "of parameter names"
+        )
     if reason or len(shapes) != 1 or None in shapes or kept[0].shape[2] != len(tokens):
         raise InputError(
             f"{type(model).__name__} cannot be tuned by a prefix: its layers do not all take keys and values of one "

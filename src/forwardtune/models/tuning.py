@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -59,13 +60,13 @@ def tune(
     Args:
         model: from :func:`load_model`, or any such model without an adapter.
         tokenizer: its tokenizer; ``prefix`` draws tokens from it.
-        lora_targets: last parts of the names of the modules to adapt; by default those that ``peft`` adapts in this
-            architecture, else the query and value projections by their usual names.
+        lora_targets: last parts of the names of the modules to adapt, or of tensors that hold a slice for every expert, all of which
+            are ``experts``; by default the modules that ``peft`` adapts in this architecture, else the query and value projections by
+            their usual names. A tied head gets a copy of its weights, as merging would move the embedding too; a warning says so.
         seed: of A, or of the tokens that the prefix starts from.
 
     Raises:
-        InputError: a pattern or a target that matches nothing, a LoRA target whose weight is tied, a size that is not
-            positive, a model that has an adapter already, or one that the mode cannot tune.
+        InputError: a pattern or a target that matches nothing, a size that is not positive, a model that has an adapter already, or one that the mode cannot tune.
 
     Defaults are the MeZO paper's, appendix E.5.
     """
@@ -123,17 +124,18 @@ def _add_lora(model: Any, rank: int, alpha: float, targets: Sequence[str] | None
 
     if rank < 1 or not 0 < alpha < float("inf"):
         raise InputError(f"LoRA needs a positive rank and alpha, got {rank} and {alpha}: 8 and 16 are usual")
-    wanted = _lora_targets(model, targets)
-    layers = _matching(model, wanted)
-    weights = {id(layer.weight) for layer in layers}
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for names in _tied(model):
-        if id(parameters[names[0]]) in weights:
-            raise InputError(
-                f"{' and '.join(names)} are tied, one tensor in both places: LoRA on one of them could not be merged without "
-                "moving the other. Leave it out of the LoRA targets, or untie the weights (tie_word_embeddings=False in "
-                "the model's configuration, and a copy of the tensor) and save that model first"
-            )
+    stacks = expert_stacks(model)
+    names = {name.rpartition(".")[2] for name in stacks}
+    given = [t for target in targets or () for t in (sorted(names) if target == "experts" and names else [target])]
+    of_experts = [target for target in given if target in names]
+    modules = [target for target in given if target not in names]
+    wanted = [] if of_experts and not modules else _lora_targets(model, modules)
+    layers = matching(model, wanted)
+    for place in untie(model, layers):
+        warn(
+            f"{place} is tied to the embedding, one tensor in both places: LoRA adapts the head alone, which gets a copy of its weights, "
+            "so that the adapter can be merged without moving the embedding"
+        )
     config = peft.LoraConfig(
         # There is no task of masked language modelling in peft; without one the model is called as it is.
         task_type="CAUSAL_LM" if model_kind(model) == "causal" else None,
@@ -143,11 +145,49 @@ def _add_lora(model: Any, rank: int, alpha: float, targets: Sequence[str] | None
         else alpha,  # other readers of adapter_config.json expect an integer
         lora_dropout=0.0,
         target_modules=wanted,
+        target_parameters=sorted({_behind_layers(name) for name in stacks if name.rpartition(".")[2] in of_experts})
+        or None,
         fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in layers),
     )
     model.requires_grad_(False)
     with _wrapping(seed):
         return peft.get_peft_model(model, config)
+
+
+def expert_stacks(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The tensors that hold a matrix for every expert, by name."""
+    return {
+        f"{prefix}.{name}": parameter
+        for prefix, module in model.named_modules()
+        if not isinstance(module, nn.modules.conv._ConvNd)
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim == 3 and parameter.is_floating_point()
+    }
+
+
+def _behind_layers(name: str) -> str:
+    """What stands behind the number of a layer: ``model.layers.3.mlp.experts.down_proj`` -> ``mlp.experts.down_proj``."""
+    return re.sub(r".*\.\d+\.", "", name)
+
+
+def untie(model: Any, layers: Sequence[Any]) -> list[str]:
+    """Give those of the layers whose weight is tied a copy of their own, and let the configuration say so. Returns their names."""
+    tied = {id(dict(model.named_parameters(remove_duplicate=False))[names[0]]) for names in _tied(model)}
+    found = []
+    for name, module in model.named_modules():
+        if any(module is layer for layer in layers) and id(module.weight) in tied:
+            module.weight = nn.Parameter(module.weight.detach().clone(), requires_grad=module.weight.requires_grad)
+            found.append(f"{name}.weight")
+    if found:
+        for config in (model.config, model.config.get_text_config()):
+            config.tie_word_embeddings = False
+    return found
+
+
+def lora_modules(model: Any) -> dict[str, int]:
+    """The last parts of the names of what a LoRA adapter adapts, modules and tensors of experts, and how many there are of each."""
+    names = [*model.targeted_module_names, *model.targeted_parameter_names]
+    return dict(sorted(Counter(name.rpartition(".")[2] for name in names).items()))
 
 
 def _tied(model: nn.Module) -> list[list[str]]:
@@ -165,19 +205,19 @@ def _lora_targets(model: nn.Module, given: Sequence[str] | None) -> list[str] | 
     layers = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
     advice = f"Layers are {_some(layers)}: give the last parts of such names as LoRA targets"
     for target in given or ():
-        if not _matching(model, [target]):
+        if not matching(model, [target]):
             near = nearest(target, {name.rpartition(".")[2] for name in layers}) or "."
             raise InputError(f"no linear layer is called {target!r}{near} {advice}")
     default = given or DEFAULTS.get(getattr(model.config, "model_type", ""))
     if default:
         return default if isinstance(default, str) else list(default)
     for usual in _PROJECTIONS:
-        if all(_matching(model, [name]) for name in usual):
+        if all(matching(model, [name]) for name in usual):
             return usual
     raise InputError(f"no query and value projections were found in {type(model).__name__}. {advice}")
 
 
-def _matching(model: nn.Module, targets: list[str] | str) -> list[Any]:
+def matching(model: nn.Module, targets: Collection[str] | str) -> list[Any]:
     """The linear layers that peft would adapt for these targets."""
     pattern = targets if isinstance(targets, str) else rf"(.*\.)?({'|'.join(map(re.escape, targets))})"
     linear = (module for module in model.named_modules() if isinstance(module[1], (nn.Linear, Conv1D)))

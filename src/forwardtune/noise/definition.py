@@ -6,7 +6,7 @@ element that is passed, so a shard gives the same bits as the whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, NamedTuple, TypeAlias
@@ -41,12 +41,14 @@ class Update:
 
     Attributes:
         unused: ids of the tensors that the step leaves alone.
+        unread: which rows of a tensor, by id, were not read up to the step, and are left alone too: bool, shape (rows,).
     """
 
     step: int
     sizes: tuple[float, ...]
     decay: float = 1.0
     unused: frozenset[int] = field(default=frozenset(), kw_only=True)
+    unread: Mapping[int, Tensor] = field(default_factory=dict, kw_only=True, compare=False, repr=False)
 
     @property
     def is_empty(self) -> bool:

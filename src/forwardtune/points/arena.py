@@ -53,6 +53,14 @@ class _Stack:
             self._grow(self._peak)
             self._top = (0, 0, 0)
 
+    def is_given_back(self, tensor: Tensor) -> bool:
+        """Whether it lies in memory of this stack that is not lent now."""
+        place, (index, offset, _) = tensor.untyped_storage().data_ptr(), self._top
+        for number, chunk in enumerate(self._chunks):
+            if chunk.untyped_storage().data_ptr() == place:
+                return (number, tensor.data_ptr() - chunk.data_ptr()) >= (index, offset)
+        return False
+
     def _grow(self, size: int) -> None:
         with torch.inference_mode(False):  # the memory outlives the evaluation that first asks for it
             self._chunks.append(torch.empty(size, dtype=torch.uint8, device=self._device))
@@ -83,3 +91,8 @@ class Arena:
         """Give back everything taken since the mark."""
         for device, stack in self._stacks.items():
             stack.release(mark.get(device, (0, 0, 0)), poison=poison)
+
+    def is_given_back(self, tensor: Tensor) -> bool:
+        """Whether it lies in memory of the arena that is not lent now."""
+        stack = self._stacks.get(tensor.device)
+        return stack is not None and stack.is_given_back(tensor)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -14,9 +15,12 @@ from ..noise import Noise
 from ..parameters import TunedParameters
 from .both_signs import BothSigns
 from .copy import Copy
+from .idle import summary
 from .perturbation import Closure, Perturbation, ReadElsewhereError
 from .scratch import Scratch
 from .side_path import SidePath
+
+Result = TypeVar("Result")
 
 PERTURBATIONS: dict[str, type[Perturbation]] = {cls.name: cls for cls in (Scratch, Copy, SidePath, BothSigns)}
 
@@ -76,7 +80,7 @@ class Evaluator:
             )
         perturbation = self.prepare(step, queries, closure)
         try:
-            losses = perturbation.losses(step, queries, closure)
+            losses = self._with_copies(perturbation, lambda: perturbation.losses(step, queries, closure))
         except ReadElsewhereError as error:
             perturbation = self._otherwise(error)
             losses = perturbation.losses(step, queries, closure)
@@ -93,7 +97,7 @@ class Evaluator:
         warn_of_training_mode(self._tuned.module)
         self.checking = True
         try:
-            losses, again = perturbation.check(step, query, closure)
+            losses, again = self._with_copies(perturbation, lambda: perturbation.check(step, query, closure))
         except ReadElsewhereError as error:
             perturbation = self._otherwise(error)
             self._checked.add(query.per_example)
@@ -112,6 +116,32 @@ class Evaluator:
             )
         return perturbation
 
+    def _with_copies(self, perturbation: Perturbation, evaluate: Callable[[], Result]) -> Result:
+        """What ``evaluate`` gives. Tensors that turn out to be read where ``scratch`` cannot see it are perturbed as a whole from then on,
+        they alone; that is said, with what it takes.
+
+        Raises:
+            ReadElsewhereError: it cannot be found out which they are.
+        """
+        new: frozenset[int] = frozenset()
+        while True:
+            try:
+                result = evaluate()
+                break
+            except ReadElsewhereError as error:
+                if not isinstance(perturbation, Scratch) or error.tensors <= new:
+                    raise
+                perturbation.copy_whole(error.tensors)
+                new, why = new | error.tensors, str(error)
+        if new:
+            self.perturbation = perturbation
+            numel = sum(self._tuned[i].parameter.numel() for i in new)
+            warn(
+                f"{why}: {summary(self._tuned, sorted(new))}. So every step evaluates a perturbed copy of {len(new)} of "
+                f"{len(self._tuned)} tuned tensors as a whole ({numel:,} of {self._tuned.numel:,} weights in more memory)"
+            )
+        return result
+
     def _otherwise(self, error: ReadElsewhereError) -> Perturbation:
         """``copy`` where that is allowed, with a word about why, and what it takes."""
         if isinstance(error, InputError):  # says itself what to do
@@ -126,6 +156,12 @@ class Evaluator:
         self._name = Copy.name
         self.perturbation = self._made()
         return self.perturbation
+
+    @property
+    def copied(self) -> frozenset[int]:
+        """The ids of the tuned tensors that are read outside the modules which own them, as far as is known: each is perturbed as a
+        whole, in memory of its own."""
+        return self.perturbation.copied if isinstance(self.perturbation, Scratch) else frozenset()
 
     @property
     def left_out(self) -> frozenset[int]:

@@ -35,14 +35,14 @@ class IdleWatch:
         if new := left_out - self._named:
             self._named = left_out
             warn(
-                f"{len(new)} of {len(tuned)} tuned tensors have no side path in this model ({_summary(tuned, sorted(new))}): steps leave "
+                f"{len(new)} of {len(tuned)} tuned tensors have no side path in this model ({summary(tuned, sorted(new))}): steps leave "
                 "them as they are. Directions that the minibatch shares, the default, would move them too",
             )
         idle = [number for number in record.unused if number not in left_out]
         if record.step == 0 and idle:
             warn(
                 f"{len(idle)} of {len(tuned)} tuned tensors took no part in the first step "
-                f"({_summary(tuned, idle)}): a step moves only what its evaluations went through. Set "
+                f"({summary(tuned, idle)}): a step moves only what its evaluations went through. Set "
                 "requires_grad=False on what is not meant to be tuned",
             )
         if self._flat is None or record.skipped:
@@ -57,7 +57,7 @@ class IdleWatch:
             )
 
 
-def _summary(tuned: TunedParameters, ids: Sequence[int]) -> str:
+def summary(tuned: TunedParameters, ids: Sequence[int]) -> str:
     """The largest modules that hold nothing else of what is tuned, the first few by name."""
     among, others = {tuned[i].name for i in ids}, {t.name for t in tuned} - {tuned[i].name for i in ids}
     taken = {prefix for name in others for prefix in _prefixes(name)}

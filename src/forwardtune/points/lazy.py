@@ -25,6 +25,7 @@ class LazyWeight(Tensor):
     _project: Callable[[Tensor, Tensor | None], Tensor | None]
     _whole: Callable[[], Tensor]
     _note_use: Callable[[], None]
+    _note_rows: Callable[[Tensor], None]
     _original: Tensor
     _is_param = True  # for isinstance(weight, nn.Parameter)
 
@@ -35,18 +36,21 @@ class LazyWeight(Tensor):
         note_use: Callable[[], None],
         rows: Callable[[Tensor], Tensor | None] = _nothing,
         project: Callable[[Tensor, Tensor | None], Tensor | None] = _nothing,
+        note_rows: Callable[[Tensor], None] | None = None,
     ) -> LazyWeight:
         """A stand-in for ``original``.
 
         Args:
             whole: computes the tensor.
-            note_use: called whenever something of the tensor is read.
+            note_use: called when the tensor is read as a whole.
             rows: ``rows(numbers)`` computes ``tensor[numbers]``; None: the whole is wanted instead.
             project: ``project(x, bias)`` computes ``x tensor^T + bias``; None: the whole is wanted instead.
+            note_rows: called with the numbers of rows that are looked up; None: that is a use of the tensor like any other.
         """
         weight = Tensor._make_subclass(LazyWeight, original.detach(), original.requires_grad)
         weight._original, weight._whole, weight._note_use = original, whole, note_use
         weight._rows, weight._project = rows, project
+        weight._note_rows = (lambda numbers: note_use()) if note_rows is None else note_rows
         return weight
 
     def point_to(self, data: Tensor) -> None:
@@ -63,10 +67,9 @@ class LazyWeight(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if func is F.embedding and kwargs.get("max_norm") is None and isinstance(args[1], cls):
                 numbers, table = args
+                table._note_rows(numbers)
                 rows = table._rows(numbers)
-                if rows is not None:
-                    table._note_use()
-                    return rows
+                return F.embedding(numbers, table._whole()) if rows is None else rows
             if func is F.linear and not kwargs and isinstance(args[1], cls):
                 x, table, bias = (*args, None)[:3]
                 if not isinstance(x, cls) and not isinstance(bias, cls):

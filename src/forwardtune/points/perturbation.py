@@ -19,7 +19,17 @@ Closure = Callable[[], "Tensor | float"]
 
 
 class ReadElsewhereError(RuntimeError):
-    """A tuned weight was read on a way that ``scratch`` cannot see, so its perturbation would be missing from the loss."""
+    """A tuned weight was read on a way that ``scratch`` cannot see, so its perturbation would be missing from the loss.
+
+    Attributes:
+        tensors: ids of the tensors that were read so, as far as that was found out.
+    """
+
+    tensors: frozenset[int] = frozenset()
+
+    def __init__(self, message: str, tensors: frozenset[int] = frozenset()) -> None:
+        super().__init__(message)
+        self.tensors = tensors
 
 
 class Perturbation(ABC):
@@ -34,7 +44,7 @@ class Perturbation(ABC):
             minus = loss()
 
     Attributes:
-        used: ids of the tuned tensors that were read inside the last block; None where that cannot be seen.
+        used: ids of the tuned tensors that were read inside the last block, and which rows of some; None where that cannot be seen.
     """
 
     name: str

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -12,11 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from ..method.estimators import Losses, Query
+from ..method.unread import Used
 from ..noise import Noise
 from ..parameters import TunedParameters, TunedTensor
 from .arena import Arena
+from .experts import ExpertWeight, of_experts
 from .head import Slices, as_parameter, is_table, nbytes, project_in_slices
 from .lazy import LazyWeight
+from .leaks import Leaks, among, storage_of
 from .perturbation import Closure, Perturbation, ReadElsewhereError, as_loss, without_compilation
 
 
@@ -25,12 +28,13 @@ class Scratch(Perturbation):
 
     The weights are only read. Hooks exist inside the block alone. A module is lent its scratch copy from the moment that
     it is called until it returns. An embedding computes only the rows that it looks up, and a vocabulary head that is asked
-    for few positions works through its rows in slices, where that gives the same bits.
+    for few positions works through its rows in slices, where that gives the same bits. Of the experts that are kept in one tensor those are perturbed that tokens are routed to.
 
     A weight that another module reads as an attribute of its owner (``self.conv.weight``) is perturbed as a whole when that
     happens, and kept in a second tensor from the next block on. What is read on any other way, as from a list of parameters made at
     construction, cannot be seen: inside the block every tuned parameter therefore holds NaN (one element, expanded), which the loss then
-    shows. ``losses`` raises :class:`ReadElsewhereError` if that happens, and :meth:`check` finds it for losses that hide a NaN.
+    shows. ``losses`` raises :class:`ReadElsewhereError` if that happens, and :meth:`check` finds it for losses that hide a NaN. The error
+    says which tensors, as far as operations show it; :meth:`copy_whole` lets them be perturbed as a whole, too.
     """
 
     name = "scratch"
@@ -45,6 +49,7 @@ class Scratch(Perturbation):
             for module in tuned.module.modules()
             if (owned := [(k, by_parameter[id(p)]) for k, p in module._parameters.items() if id(p) in by_parameter])
         ]
+        self._experts = {id(module): of_experts(module, dict(owned)) for module, owned in self._owners}
         self._tables = {t.id for module, owned in self._owners if is_table(module) for k, t in owned if k == "weight"}
         # A slice of a vocabulary head takes no more scratch memory than the largest other module does.
         self.slices = Slices(
@@ -65,6 +70,9 @@ class Scratch(Perturbation):
         self._whole: dict[int, Tensor] = {}
         # Vectors whose sweeps share a launch are perturbed at the beginning of a point, each in a tensor of its own.
         self._ahead: dict[int, Tensor] = {}
+        self._read_past: set[int] = set()  # what is read on ways that are not seen
+        self._poison_of: dict[int, int] = {}  # address of the NaN that stands for a tensor -> its id
+        self._lent_at: dict[int, int] = {}  # address in scratch memory -> id of the tensor that lay there last
         self._seen: list[tuple[nn.Module, bool]] | None = None
         self._eager: AbstractContextManager[Any] = nullcontext()
 
@@ -72,8 +80,9 @@ class Scratch(Perturbation):
         self._originals = {tensor.id: tensor.read() for tensor in self.tuned}
         self._whole = {i: w for i, w in self._whole.items() if _alike(w, self._originals[i])}
         self._whole |= self._strays
+        self._whole |= {i: torch.empty_like(self._originals[i]) for i in self._read_past - self._whole.keys()}
         self._strays = {}
-        self.used = set(self._whole)  # who reads these is not seen
+        self.used = Used(self._whole)  # who reads these is not seen
         try:
             for tensor in self.tuned:
                 if tensor.id not in self._whole:
@@ -127,6 +136,7 @@ class Scratch(Perturbation):
         for tensor in self.tuned:
             tensor.parameter.data = self._originals[tensor.id]
         self._outside, self._originals, self._point = {}, {}, None
+        self._poison_of, self._lent_at = {}, {}
         torch.clear_autocast_cache()
 
     def losses(self, step: int, queries: Sequence[Query], closure: Closure) -> list[Losses]:
@@ -138,8 +148,62 @@ class Scratch(Perturbation):
                 with self._clean():
                     clean = float(as_loss(closure()))
                 if math.isfinite(clean) and not math.isfinite(float(as_loss(closure()))):
-                    raise ReadElsewhereError(_ELSEWHERE)
+                    raise ReadElsewhereError(_ELSEWHERE, self._leaks(closure, None))
         return losses
+
+    @property
+    def copied(self) -> frozenset[int]:
+        """Ids of the tensors that were perturbed as a whole so far, in memory of their own, as they are read outside their owners."""
+        return frozenset(self._whole.keys() | self._strays.keys() | self._read_past)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that is kept for perturbed weights."""
+        return self._arena.nbytes + sum(map(nbytes, (self._whole | self._strays).values()))
+
+    def copy_whole(self, tensors: Iterable[int]) -> None:
+        """From the next block on these tensors, by id, can be read on any way: a perturbed copy is in their place."""
+        self._read_past.update(tensors)
+
+    def _leaks(self, closure: Closure, clean: list[tuple[nn.Module, bool]] | None) -> frozenset[int]:
+        """Ids of the tensors that the closure reads past its perturbed copies: as operations show, or by trials.
+
+        Args:
+            clean: which outputs have a NaN by themselves; None: the loss alone is looked at.
+        """
+        with Leaks(self._whose_place) as leaks:
+            try:
+                closure()
+            except Exception:
+                pass  # NaN in the place of a weight may lead anywhere; what was read until then counts
+        if leaks.found:
+            return frozenset(leaks.found)
+
+        def is_bad(numbers: Sequence[int]) -> bool:
+            self._poison(False)
+            self._poison_places(numbers)
+            self._seen = None if clean is None else []
+            try:
+                return math.isnan(float(as_loss(closure()))) or any(
+                    bad and not was for (_, bad), (_, was) in zip(self._seen or (), clean or (), strict=False)
+                )
+            except Exception:
+                return True
+            finally:
+                self._seen = None
+
+        found = among(sorted(self._outside), is_bad)
+        self._poison(True)
+        return found
+
+    def _whose_place(self, value: Tensor) -> int | None:
+        place = storage_of(value)
+        if place in self._poison_of:
+            return self._poison_of[place]
+        if place is None or not self._arena.is_given_back(value):
+            return None
+        address = value.data_ptr()
+        return self._lent_at.get(max((at for at in self._lent_at if at <= address), default=0))
 
     def check(self, step: int, query: Query, closure: Closure) -> tuple[Losses, Losses | None]:
         """Evaluate one point twice, with the weights there to be read on any way, and with NaN in their place.
@@ -169,7 +233,10 @@ class Scratch(Perturbation):
                     raised = error
                 first = next((m for (m, bad), (_, was) in zip(seen, clean_seen, strict=False) if bad and not was), None)
                 if first is not None or (raised is None and math.isnan(poisoned)):
-                    raise ReadElsewhereError(_ELSEWHERE + self._named(first)) from raised
+                    self._seen = None
+                    raise ReadElsewhereError(
+                        _ELSEWHERE + self._named(first), self._leaks(closure, clean_seen)
+                    ) from raised
                 if raised is not None:
                     raise raised
                 return (clean,), (poisoned,)
@@ -192,18 +259,28 @@ class Scratch(Perturbation):
 
     def _poison(self, on: bool) -> None:
         self._poisoned = on
-        for number, outside in self._outside.items():
+        self._poison_of = {}
+        for number in self._outside:
+            self._let_find(number, self._originals[number])
+        if on:
+            self._poison_places(self._outside)
+
+    def _poison_places(self, numbers: Iterable[int]) -> None:
+        for number in numbers:
             original = self._originals[number]
-            data = original.new_full((), math.nan).expand(original.shape) if on else original
-            self._by_id[number].parameter.data = data
-            outside.point_to(data)
+            poison = original.new_full((), math.nan)
+            self._poison_of[poison.untyped_storage().data_ptr()] = number
+            self._let_find(number, poison.expand(original.shape))
+
+    def _let_find(self, number: int, data: Tensor) -> None:
+        """Whoever looks for the tensor past the hooks finds this."""
+        self._by_id[number].parameter.data = data
+        self._outside[number].point_to(data)
 
     def _lender(self, owned: list[tuple[str, TunedTensor]]) -> Callable[[nn.Module, Any], None]:
         def lend(module: nn.Module, args: Any) -> None:
-            assert self.used is not None
             self._lent.append((module, {name: module._parameters[name] for name, _ in owned}, self._arena.mark()))
             for name, tensor in owned:
-                self.used.add(tensor.id)
                 if tensor.id not in self._whole:
                     module._parameters[name] = self._inside(tensor, name, module)  # type: ignore[assignment]
 
@@ -226,19 +303,21 @@ class Scratch(Perturbation):
 
     def _inside(self, tensor: TunedTensor, name: str, module: nn.Module) -> Tensor:
         """The weight as its owner sees it while it runs."""
-        original = self._originals[tensor.id]
-        if self._point is None:
-            return as_parameter(original, tensor)
         if name == "weight" and is_table(module):
             return self._table(tensor, functools.cache(lambda: self._perturbed(tensor)))
+        if name in self._experts.get(id(module), ()):
+            return self._of_experts(tensor)
+        self._note_use(tensor)
         return self._perturbed(tensor)
 
     def _perturbed(self, tensor: TunedTensor) -> Tensor:
-        assert self._point is not None
         source = self._originals[tensor.id]
+        if self._point is None:
+            return as_parameter(source, tensor)
         if tensor.id in self._ahead:
             return as_parameter(self._ahead[tensor.id], tensor)
         out = self._arena.take(source)
+        self._lent_at[out.data_ptr()] = tensor.id
         self.noise.perturb(out, source, tensor=tensor.id, **self._point)
         return as_parameter(out, tensor)
 
@@ -259,8 +338,39 @@ class Scratch(Perturbation):
         return LazyWeight.wrap(self._originals[tensor.id], whole, lambda: self._note_use(tensor))
 
     def _note_use(self, tensor: TunedTensor) -> None:
-        assert self.used is not None
-        self.used.add(tensor.id)
+        assert isinstance(self.used, Used)
+        self.used.read(tensor.id)
+
+    def _note_rows(self, tensor: TunedTensor, numbers: Tensor) -> None:
+        assert isinstance(self.used, Used)
+        self.used.read_rows(tensor.id, numbers, tensor.parameter.shape[0])
+
+    def _of_experts(self, tensor: TunedTensor) -> Tensor:
+        """The weights of experts, as their owner sees them: of those that tokens are routed to."""
+        source = self._originals[tensor.id]
+        plain = self._point is None or not self._poisoned  # where weights may be read on any way, all of them are there
+        out = self._perturbed(tensor) if plain else as_parameter(self._arena.take(source), tensor)
+
+        def perturb(lo: int, hi: int) -> None:
+            if not plain:
+                assert self._point is not None
+                start = lo * source[0].numel()
+                piece = out.detach()[lo:hi]
+                self.noise.perturb(
+                    piece, source[lo:hi], tensor=tensor.id, start=start, shape=source.shape, **self._point
+                )
+
+        weight = ExpertWeight.of(
+            as_parameter(source, tensor),
+            out,
+            perturb,
+            lambda: self._note_use(tensor),
+            lambda numbers: self._note_rows(tensor, numbers),
+        )
+        if not plain:  # nor does code find them that knows nothing of this class
+            weight.point_to(source.new_full((), math.nan).expand(source.shape))
+            self._lent_at[out.data_ptr()] = tensor.id
+        return weight
 
     def _table(self, tensor: TunedTensor, whole: Callable[[], Tensor]) -> LazyWeight:
         """The weight of an embedding or a vocabulary head, of which only what is needed is computed."""
@@ -292,7 +402,14 @@ class Scratch(Perturbation):
             )
             return as_parameter(out, tensor)
 
-        return LazyWeight.wrap(source, whole, lambda: self._note_use(tensor), rows, project)
+        return LazyWeight.wrap(
+            source,
+            whole,
+            lambda: self._note_use(tensor),
+            rows,
+            project,
+            lambda numbers: self._note_rows(tensor, numbers),
+        )
 
 
 _ELSEWHERE = "the model reads a tuned weight on a way that perturbation='scratch' cannot see"

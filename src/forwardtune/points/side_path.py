@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..method.estimators import Losses, Query
+from ..method.unread import Used
 from ..noise import Noise
 from ..parameters import TunedParameters, TunedTensor
 from .owners import Groups, Owners, declared, selected
@@ -64,7 +65,7 @@ class SidePath(Perturbation):
                 "a side path, on which every example has its direction, needs the module: pass MeZO(module, ...) or module=..."
             )
         self.left_out: set[int] = set()
-        self.used: set[int] = set()
+        self.used: Used = Used()
         by_parameter = {id(tensor.parameter): tensor for tensor in tuned}
         self._places = [
             (module, name, by_parameter[id(parameter)])
@@ -82,7 +83,7 @@ class SidePath(Perturbation):
         self._eager: AbstractContextManager[Any] = nullcontext()
 
     def __enter__(self) -> SidePath:
-        self.used = set()
+        self.used = Used()
         self._eager = without_compilation()
         self._eager.__enter__()
         assert self.tuned.module is not None

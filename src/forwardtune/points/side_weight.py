@@ -116,7 +116,7 @@ def _moves(weight: Any) -> bool:
     """Note that the tensor is read, if this stands for one; whether the present point moves it."""
     if not isinstance(weight, SideWeight):
         return False
-    weight._path.used.add(weight._tensor.id)
+    weight._path.used.read(weight._tensor.id)
     return weight._path.point.scale != 0
 
 
@@ -259,7 +259,8 @@ def _embedding(
     if max_norm is not None or not isinstance(weight, SideWeight) or isinstance(numbers, SideWeight):
         return None
     y, path = F.embedding(numbers, plain(weight)), weight._path
-    if not _moves(weight):
+    path.used.read_rows(weight._tensor.id, numbers, weight._original.shape[0])
+    if path.point.scale == 0:
         return y
     owner = path.owner(numbers.shape, numbers.device)
     height = path.height()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..errors import InputError
 from ..names import ON_BAD_ROW
-from .rows import SUFFIXES, Row, read_rows
+from .rows import SUFFIXES, Row, read_rows, require_text
 from .splits import RULES, Wanted, sample
 from .task import Example, Task, same_label
 from .template import RowError
@@ -170,6 +170,7 @@ def _load(task: Task, split: str, data_dir: str | Path | None, on_bad_row: str) 
         if path is None:
             raise InputError(f"task {task.name} has no {split} file: add '{split}: FILE' to its task file")
         rows, source = read_rows(path), str(path)
+    require_text(rows, source)
     rows = [_with_label(row, task) for row in rows]
     unlabelled = task.unlabelled
     labelled = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -17,6 +17,8 @@ Row = dict[str, Any]
 SUFFIXES = (".jsonl", ".csv", ".json", ".tsv")
 # What cells may be separated by, the likeliest first. The first line decides.
 _DELIMITERS = {".csv": ",;\t|", ".tsv": "\t,;|"}
+# Kinds of the parts of a message that are no text.
+_MEDIA = {"image", "image_url", "input_image", "video", "audio", "input_audio"}
 _NAMES = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 
 
@@ -45,6 +47,31 @@ def read_rows(path: Path) -> list[Row]:
         raise InputError(f"{path} is not UTF-8 text: convert it, for example with iconv -t utf-8") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def require_text(rows: Iterable[Row], source: str) -> None:
+    """Raise InputError if a row holds an image or a sound, as data sets of the hub, or messages, do: models are tuned on text here."""
+    for number, row in enumerate(rows, start=1):
+        for column, value in row.items():
+            if _holds_media(value):
+                raise InputError(
+                    f"{source}, example {number}: column {column!r} holds an image or other media, and only text is tuned on and "
+                    "measured here, vision-language models included: use data without that column"
+                )
+
+
+def _holds_media(value: Any) -> bool:
+    """Whether it is, or contains, what ``datasets`` gives for an image or a sound, or a part of a message that is one."""
+    if isinstance(value, Mapping):
+        media = (
+            value.get("type") in _MEDIA
+            or {"bytes", "path"} == value.keys()
+            or {"array", "sampling_rate"} <= value.keys()
+        )
+        return media or any(map(_holds_media, value.values()))
+    if isinstance(value, list):
+        return any(map(_holds_media, value))
+    return isinstance(value, bytes) or type(value).__module__.partition(".")[0] == "PIL"
 
 
 def _json(path: Path, file: TextIO) -> list[Row]:

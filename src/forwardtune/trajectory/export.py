@@ -27,7 +27,7 @@ from ..errors import LogError
 from ..method.moments import Elementwise
 from ..method.rule import Rule, Step
 from ..noise import Update
-from .format import numbers, ranges
+from .format import numbers, ranges, rows_read, without_rows
 from .reader import Log, Rollback, check_header, rule_of
 from .updates import Trajectory, trajectory_of
 
@@ -69,6 +69,8 @@ def export_trajectory(log: Log, path: str | PathLike[str]) -> int:
         header["rollbacks"] = [[rollback.at, rollback.to] for rollback in log.rollbacks]
     if unused := _runs(trajectory.updates[0]):
         header["unused"] = unused
+    if rows := _rows(trajectory.updates[0]):
+        header["rows"] = rows
     packed = base64.b85encode(zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)).decode()
     path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"forwardtune": "trajectory", "header": packed, "digest": trajectory.digest}
@@ -92,6 +94,18 @@ def _runs(updates: list[Update]) -> list[list[Any]]:
         else:
             runs.append([update.step, update.step, text])
     return runs
+
+
+def _rows(updates: list[Update]) -> list[list[Any]]:
+    """Which rows were read for the first time, for every step at which some were: step, by id of the tensor."""
+    before: Mapping[int, Tensor] = {}
+    found: list[list[Any]] = []
+    for update in updates:
+        if update.sizes:
+            if rows := rows_read(before, update.unread):
+                found.append([update.step, rows])
+            before = update.unread
+    return found
 
 
 def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
@@ -151,7 +165,11 @@ def read_trajectory(path: str | PathLike[str]) -> Trajectory:
             for first, last, text in header.pop("unused", [])
             for step in range(first, last + 1)
         }
+        read = dict(header.pop("rows", []))
+        unread_at: list[Mapping[int, Tensor]] = []
         sizes = tensors["sizes"]
+        for step in range(sizes.shape[1]):
+            unread_at.append(without_rows(unread_at[-1] if unread_at else {}, read.get(step, {}), header))
         if sizes.shape[2] != header["probes"] and header.get("assignment", "shared") == "shared":
             raise ValueError("it has another number of directions than its header")
         sizes = sizes.expand(groups, -1, sizes.shape[2])
@@ -159,7 +177,16 @@ def read_trajectory(path: str | PathLike[str]) -> Trajectory:
         decay = tensors.get("decay", one).expand(groups, sizes.shape[1])
         rated = "lr" in tensors
         lr = tensors.get("lr", one).expand(groups, sizes.shape[1])
-    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, zlib.error) as error:
+    except (
+        SafetensorError,
+        KeyError,
+        IndexError,
+        AttributeError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+        zlib.error,
+    ) as error:
         raise LogError(f"{path} is not an intact exported trajectory ({error}): export it again from the log") from None
     check_header(path, header)
     rule = rule_of(path, header)
@@ -173,9 +200,9 @@ def read_trajectory(path: str | PathLike[str]) -> Trajectory:
             return Update(step, ())
         left = unused.get(step, frozenset())
         return (
-            Step(step, tuple(row), factor, lr=rate, unused=left)
+            Step(step, tuple(row), factor, lr=rate, unused=left, unread=unread_at[step])
             if rated
-            else Update(step, tuple(row), factor, unused=left)
+            else Update(step, tuple(row), factor, unused=left, unread=unread_at[step])
         )
 
     updates = [

@@ -8,9 +8,13 @@ import json
 import math
 import platform
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
 
 from ..errors import LogError
 from ..method.estimators import Estimator, get_estimator
@@ -18,9 +22,11 @@ from ..method.record import StepRecord, coefficients_of, mean_loss
 from ..noise import NOISE_VERSION, SPECIFIED, Direction, LowRank, Noise, get_direction
 from ..optimizer import MeZO
 
-FORMAT_VERSION = 3
-#: Formats that can be read: in version 2 every step moved every tensor.
-READABLE = (2, 3)
+#: Which rows of a tensor, by id, no step has read so far: bool, shape (rows,).
+Unread: TypeAlias = "Mapping[int, Tensor]"
+FORMAT_VERSION = 4
+#: Formats that can be read: in version 2 every step moved every tensor, in version 3 all of its rows.
+READABLE = (2, 3, 4)
 _SEAL_DIGITS = 16
 _SEAL_LENGTH = len(',"check":""}') + _SEAL_DIGITS
 
@@ -121,8 +127,8 @@ def estimator_of(header: dict[str, Any]) -> Estimator | None:
     return get_estimator(header["estimator"], **settings)
 
 
-def step_content(record: StepRecord) -> dict[str, Any]:
-    """One step's line. Learning rates that are equal in all groups are written once.
+def step_content(record: StepRecord, unread: Unread = MappingProxyType({})) -> dict[str, Any]:
+    """One step's line. Learning rates that are equal in all groups are written once. ``unread`` are the rows after the line before.
 
     Losses of examples stand as float32, in base 64, and give the coefficients.
     """
@@ -145,10 +151,13 @@ def step_content(record: StepRecord) -> dict[str, Any]:
         "seconds": round(record.seconds, 6),
         **({"unused": ranges(record.unused)} if record.unused else {}),
         **({"left_out": ranges(record.left_out)} if record.left_out else {}),
+        **({"rows": rows} if (rows := rows_read(unread, record.unread)) else {}),
     }
 
 
-def step_record(content: dict[str, Any], header: dict[str, Any], estimator: Estimator | None) -> StepRecord:
+def step_record(
+    content: dict[str, Any], header: dict[str, Any], estimator: Estimator | None, unread: Unread
+) -> StepRecord:
     """The inverse of :func:`step_content`, with what :func:`estimator_of` gives for the header."""
     groups = header["groups"]
     lr = content["lr"]
@@ -178,7 +187,38 @@ def step_record(content: dict[str, Any], header: dict[str, Any], estimator: Esti
         unused=numbers(content.get("unused", ""), len(header["tensors"])),
         examples=examples,
         left_out=numbers(content.get("left_out", ""), len(header["tensors"])),
+        unread=without_rows(unread, content.get("rows", {}), header),
     )
+
+
+def rows_read(before: Unread, after: Unread) -> dict[str, str]:
+    """By id, the rows that were read for the first time, of the tensors that were read in part alone."""
+    found = {}
+    for number in sorted(before.keys() | after.keys()):
+        was, now = before.get(number), after.get(number)
+        if now is was:
+            continue
+        read = was if now is None else ~now if was is None else was & ~now
+        assert read is not None
+        if bool(read.any()):
+            found[str(number)] = ranges(read.nonzero().view(-1).tolist())
+    return found
+
+
+def without_rows(unread: Unread, rows: Mapping[str, str], header: Mapping[str, Any]) -> Unread:
+    """The inverse of :func:`rows_read`: what is unread after these rows were read."""
+    if not rows:
+        return unread
+    after = dict(unread)
+    for key, text in rows.items():
+        number = int(key)
+        height = header["tensors"][number]["shape"][0]
+        was = after.pop(number, None)
+        left = torch.ones(height, dtype=torch.bool) if was is None else was.clone()
+        left[list(numbers(text, height))] = False
+        if bool(left.any()):
+            after[number] = left
+    return after
 
 
 def ranges(numbers: Sequence[int]) -> str:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from itertools import accumulate
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
+
+from torch import Tensor
 
 from ..errors import LogError, LogWriteError
 from ..method.estimators import ESTIMATORS
@@ -94,6 +97,7 @@ class StepLog:
             self.close()
             raise
         self._check, self.base = log.check, log.header["base"]
+        self._unread = log.records[-1].unread if log.records else {}
         self.step_check = log.step_checks[-1] if log.steps else None
         optimizer.recorders.append(self.record)
         return self
@@ -105,6 +109,7 @@ class StepLog:
         self.step_check: str | None = None
         self._optimizer = optimizer
         self._check = ""
+        self._unread: Mapping[int, Tensor] = {}  # rows, as the lines so far say
         self._failed = False
         self._weight_decay = tuple(float(group["weight_decay"]) for group in optimizer.param_groups)
         if not new and not path.exists():
@@ -127,7 +132,8 @@ class StepLog:
         """Write one step. Raises LogWriteError when the file cannot take it, as on a full disk."""
         if record.weight_decay != self._weight_decay:
             raise LogError("weight decay changed during the run, which a step log cannot hold: start a new run")
-        self._write(*seal(self._check, step_content(record)))
+        self._write(*seal(self._check, step_content(record, self._unread)))
+        self._unread = record.unread
         self.step_check = self._check
 
     def note(self, content: dict[str, Any]) -> None:

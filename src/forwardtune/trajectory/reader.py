@@ -131,8 +131,8 @@ def read_log(path: str | PathLike[str]) -> Log:
         if content.get("step") != len(records):
             raise _refused(path, number, f"it holds step {content.get('step')}, but step {len(records)} comes next")
         try:
-            records.append(step_record(content, header, estimator))
-        except (KeyError, TypeError, ValueError, struct.error):
+            records.append(step_record(content, header, estimator, records[-1].unread if records else {}))
+        except (KeyError, IndexError, AttributeError, TypeError, ValueError, struct.error):
             raise _refused(path, number, "a field of the step is missing or of another kind") from None
         step_checks.append(check)
         end = None
