@@ -51,7 +51,7 @@ def train_mezo(session: Session, folder: Path, log: Log | None, settings: dict[s
             say(f"going back to step {step}, which was best on the dev split")
             session.model, options = None, session.options
             gc.collect()
-            model, _ = load_model(options.model, dtype=options.dtype, device=options.device)
+            model, _ = load_model(options.model, dtype=options.dtype, device=options.device, quantize=options.quantize)
             session.model = prepare_model(model, session.tokenizer, options=options, first=folder / INITIAL)
             replay(step_log, session.model, steps=step)
     return trained

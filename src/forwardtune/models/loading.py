@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from functools import partial
 from importlib import metadata
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from ..errors import InputError, nearest
 from .converted import through_cache
 from .kinds import base_model, checkpoint_kind, is_adapted
 from .prefix import prefix_length
+from .quantised import cannot_run, is_quantised, keep_as_stored, quantisation, require_known_format
 
 #: Name of the model that comes as a Python package, so that no hub is needed.
 EMBEDDED_MODEL = "smollm2-135m"
@@ -30,7 +32,12 @@ _ADAPTER = "adapter_config.json"
 
 
 def load_model(
-    name: str, *, dtype: str = "auto", device: str = "cpu", announce: Callable[[str], object] = lambda text: None
+    name: str,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    quantize: str | None = None,
+    announce: Callable[[str], object] = lambda text: None,
 ) -> tuple[Any, Any]:
     """Load a causal or masked language model and its tokenizer, in evaluation mode.
 
@@ -41,19 +48,21 @@ def load_model(
         name: a hub id, a local folder, a ``.gguf`` file, or ``smollm2-135m``, the embedded model.
         dtype: of the base model: ``auto`` (as stored; float32 for GGUF), ``float32``, ``bfloat16`` or ``float16``.
         device: a torch device, such as ``cpu`` or ``cuda``, or ``auto``, which spreads the layers over all GPUs.
-        announce: told what takes long.
+        quantize: ``nf4``, ``int8`` or ``int4`` (:mod:`forwardtune.models.quantised`): quantise the base model as it is loaded. A checkpoint
+            that is quantised already is loaded as it is stored.
+        announce: told what takes long, and of a quantised checkpoint that transformers makes dense on this device.
 
     Raises:
         InputError: no such model, one that is not a causal or masked language model or lacks weights, a device that is
-            not there, or a model that is too large for ``device="auto"``.
+            not there, a model that is too large for ``device="auto"``, or a quantised one that cannot run here or is to be quantised again.
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise InputError(f"unknown dtype {dtype!r}: choose auto, {', '.join(DTYPES)}")
     require_device(device)
     folder = Path(name).expanduser()
     if (folder / _ADAPTER).is_file():
-        return _load_adapted(folder, dtype, device, announce)
-    return _load_base(name, dtype, device, announce)
+        return _load_adapted(folder, dtype, device, quantize, announce)
+    return _load_base(name, dtype, device, quantize, announce)
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
@@ -104,10 +113,12 @@ def context_length(model: Any) -> int:
     return length - prefix_length(model)
 
 
-def _load_base(name: str, dtype: str, device: str, announce: Callable[[str], object]) -> tuple[Any, Any]:
+def _load_base(
+    name: str, dtype: str, device: str, quantize: str | None, announce: Callable[[str], object]
+) -> tuple[Any, Any]:
     where, gguf = _locate(name)
     if gguf is None:
-        model, tokenizer = _read(name, where, dtype, device)
+        model, tokenizer = _read(name, where, dtype, device, quantize, announce)
     else:
         dtype = "float32" if dtype == "auto" else dtype
 
@@ -115,7 +126,9 @@ def _load_base(name: str, dtype: str, device: str, announce: Callable[[str], obj
             with _parsed_once():
                 return _read(name, where, dtype, device, gguf_file=gguf)
 
-        if device == "auto":
+        if quantize is not None:
+            model, tokenizer = _quantised_gguf(name, Path(where, gguf), dtype, device, quantize, convert, announce)
+        elif device == "auto":
             model, tokenizer = convert()
         else:
             read = partial(_read, name, dtype=dtype, device=device)
@@ -133,23 +146,69 @@ def _load_base(name: str, dtype: str, device: str, announce: Callable[[str], obj
     return (model if device == "auto" else model.to(device)).eval(), tokenizer
 
 
-def _read(name: str, where: str | Path, dtype: str, device: str, **gguf: str) -> tuple[Any, Any]:
+def _quantised_gguf(
+    name: str,
+    file: Path,
+    dtype: str,
+    device: str,
+    quantize: str,
+    convert: Callable[[], tuple[Any, Any]],
+    announce: Callable[[str], object],
+) -> tuple[Any, Any]:
+    """A GGUF file is read as an ordinary checkpoint, from the cache or a folder for the moment, and quantised as one."""
+    found, tokenizer = through_cache(file, dtype, convert, lambda entry: (entry, None), announce)
+    if isinstance(found, Path):
+        return _read(name, found, dtype, device, quantize, announce)
+    with TemporaryDirectory() as folder:
+        found.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        del found
+        return _read(name, folder, dtype, device, quantize, announce)
+
+
+def _read(
+    name: str,
+    where: str | Path,
+    dtype: str,
+    device: str,
+    quantize: str | None = None,
+    announce: Callable[[str], object] = lambda text: None,
+    **gguf: str,
+) -> tuple[Any, Any]:
     """Have ``transformers`` load a base model; ``gguf`` names the GGUF file if it is one."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
+    # The configuration comes first: one file, where a tokenizer or a model would look for many.
+    config, stored = None, None
+    options: dict[str, Any] = {"device_map": "auto"} if device == "auto" else {}
     try:
-        # The configuration comes first: one file, where a tokenizer or a model would look for many.
-        kind = "causal" if gguf else checkpoint_kind(AutoConfig.from_pretrained(where))
-        tokenizer = AutoTokenizer.from_pretrained(where, **gguf)
-        model, info = {"causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM}[kind].from_pretrained(
-            where,
-            dtype=DTYPES.get(dtype, "auto"),
-            output_loading_info=True,
-            **({"device_map": "auto"} if device == "auto" else {}),
-            **gguf,
-        )
+        if not gguf:
+            config = AutoConfig.from_pretrained(where)
+        kind = "causal" if config is None else checkpoint_kind(config)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise InputError(f"model {name!r} could not be loaded: {_reason(error)}") from None
+    if config is not None:
+        stored = require_known_format(name, config)
+        options |= _how_quantised(name, config, stored, dtype, device, quantize)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, **gguf)
+        model, info = {"causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM}[kind].from_pretrained(
+            where, dtype=DTYPES.get(dtype, "auto"), output_loading_info=True, **options, **gguf
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        if stored is not None:
+            raise InputError(cannot_run(name, stored, _reason(error)), "quantize") from None
+        raise InputError(f"model {name!r} could not be loaded: {_reason(error)}") from None
+    except (RuntimeError, AttributeError, TypeError) as error:  # packages of quantisation raise what they like
+        if stored is None:
+            raise
+        raise InputError(cannot_run(name, stored, _reason(error)), "quantize") from None
+    if stored is not None and not is_quantised(model):
+        announce(
+            f"  the checkpoint is quantised ({stored}), and this device has nothing that computes with it: transformers made it dense, so "
+            f"that it takes the memory of {str(model.dtype).removeprefix('torch.')}, and any of its weights can be tuned"
+        )
+    keep_as_stored(model)
     # Weights that the checkpoint lacks, such as a head, were made up at random.
     random = sorted({key for key, _ in model.named_parameters(remove_duplicate=False)} & set(info["missing_keys"]))
     if random:
@@ -166,6 +225,23 @@ def _read(name: str, where: str | Path, dtype: str, device: str, **gguf: str) ->
             if hasattr(getattr(module, "config", None), "_is_quantized"):
                 module.config._is_quantized = False
     return model, tokenizer
+
+
+def _how_quantised(
+    name: str, config: Any, stored: str | None, dtype: str, device: str, quantize: str | None
+) -> dict[str, Any]:
+    """What ``from_pretrained`` is told of quantisation."""
+    if quantize is None:
+        return {}
+    if stored is not None:
+        raise InputError(
+            f"model {name!r} is quantised already ({stored}): leave quantize={quantize!r} out, or give its dense checkpoint",
+            "quantize",
+        )
+    computes = DTYPES.get(dtype) or getattr(config.get_text_config(), "dtype", None) or torch.float32
+    options: dict[str, Any] = {"quantization_config": quantisation(quantize, computes, device)}
+    # Each tensor is quantised where it is to stay, so that the dense model is never there as a whole.
+    return options if device == "auto" else options | {"device_map": {"": device}}
 
 
 _converting = threading.Lock()
@@ -192,7 +268,9 @@ def _parsed_once() -> Iterator[None]:
                 setattr(gguf, name, function)
 
 
-def _load_adapted(folder: Path, dtype: str, device: str, announce: Callable[[str], object]) -> tuple[Any, Any]:
+def _load_adapted(
+    folder: Path, dtype: str, device: str, quantize: str | None, announce: Callable[[str], object]
+) -> tuple[Any, Any]:
     from peft import PeftConfig, PeftModel
     from peft.utils import PeftType
     from safetensors import SafetensorError
@@ -207,10 +285,11 @@ def _load_adapted(folder: Path, dtype: str, device: str, announce: Callable[[str
     if not config.base_model_name_or_path:
         raise InputError(f"{folder} does not say which model it adapts: set base_model_name_or_path in {_ADAPTER}")
     try:
-        base, tokenizer = _load_base(config.base_model_name_or_path, dtype, device, announce)
+        base, tokenizer = _load_base(config.base_model_name_or_path, dtype, device, quantize, announce)
     except InputError as error:
         raise InputError(
-            f"{folder} adapts another model. {error}. If that model moved, set base_model_name_or_path in {_ADAPTER}"
+            f"{folder} adapts another model. {error}. If that model moved, set base_model_name_or_path in {_ADAPTER}",
+            error.argument,
         ) from None
     try:
         with warnings.catch_warnings():

@@ -13,8 +13,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import InputError, nearest, warn
+from ..parameters import dtype_name
 from .kinds import is_adapted, model_kind
 from .prefix import add_prefix
+from .quantised import is_quantised, is_quantised_layer, keep_as_stored, storage_of
 
 MODES = ("all", "lora", "prefix")
 
@@ -69,6 +71,7 @@ def tune(
 
     Defaults are the MeZO paper's, appendix E.5.
     """
+    keep_as_stored(model)
     if is_adapted(model):
         raise InputError("the model has an adapter already: give the base model, or merge the adapter and save that")
     if mode == "lora":
@@ -82,6 +85,11 @@ def tune(
         if not mode:
             raise InputError(
                 f"nothing is named to be tuned: choose {', '.join(MODES)}, or a pattern of parameter names"
+            )
+        if mode == "all" and is_quantised(model):
+            raise InputError(
+                "the model is quantised: integers stand in the place of most weights and cannot be moved by small steps. Choose lora or prefix, "
+                "or a pattern of other weights, such as 'norm|bias'"
             )
         _select(model, "" if mode == "all" else mode)
     return model.eval()
@@ -109,10 +117,11 @@ def _select(model: nn.Module, pattern: str) -> None:
             warn(
                 f"{' and '.join(named_by)} is tied to {' and '.join(others)}, one tensor in both places: it is tuned in both"
             )
-    for name, parameter in named:
-        if id(parameter) in chosen and not parameter.is_floating_point():
+    for name, parameter in storage_of(model):
+        if id(parameter) in chosen:
             raise InputError(
-                f"{name} is quantised ({parameter.dtype}) and cannot be tuned itself: choose lora or prefix"
+                f"{name} is quantised ({dtype_name(parameter.dtype)} {type(parameter.data).__name__}) and cannot be tuned itself: choose "
+                "lora or prefix, or a pattern of other weights, such as 'norm|bias'"
             )
     for _, parameter in named:
         parameter.requires_grad_(id(parameter) in chosen)
@@ -125,7 +134,7 @@ def _add_lora(model: Any, rank: int, alpha: float, targets: Sequence[str] | None
         raise InputError(f"LoRA needs a positive rank and alpha, got {rank} and {alpha}: 8 and 16 are usual")
     wanted = _lora_targets(model, targets)
     layers = _matching(model, wanted)
-    weights = {id(layer.weight) for layer in layers}
+    weights = {id(weight) for layer in layers if (weight := getattr(layer, "weight", None)) is not None}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for names in _tied(model):
         if id(parameters[names[0]]) in weights:
@@ -162,7 +171,7 @@ def _lora_targets(model: nn.Module, given: Sequence[str] | None) -> list[str] | 
     """Which modules get LoRA: those given, peft's default for the architecture, or the usual names."""
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
 
-    layers = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    layers = [name for name, module in model.named_modules() if _is_linear(module)]
     advice = f"Layers are {_some(layers)}: give the last parts of such names as LoRA targets"
     for target in given or ():
         if not _matching(model, [target]):
@@ -180,8 +189,12 @@ def _lora_targets(model: nn.Module, given: Sequence[str] | None) -> list[str] | 
 def _matching(model: nn.Module, targets: list[str] | str) -> list[Any]:
     """The linear layers that peft would adapt for these targets."""
     pattern = targets if isinstance(targets, str) else rf"(.*\.)?({'|'.join(map(re.escape, targets))})"
-    linear = (module for module in model.named_modules() if isinstance(module[1], (nn.Linear, Conv1D)))
-    return [layer for name, layer in linear if re.fullmatch(pattern, name)]
+    return [layer for name, layer in model.named_modules() if _is_linear(layer) and re.fullmatch(pattern, name)]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether LoRA can stand beside it; quantised layers need not be torch's own."""
+    return isinstance(module, (nn.Linear, Conv1D)) or (is_quantised_layer(module) and hasattr(module, "in_features"))
 
 
 def _some(names: Sequence[str]) -> str:

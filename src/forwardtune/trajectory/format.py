@@ -57,7 +57,7 @@ def _check(previous: str, body: str) -> str:
 
 
 #: Fields of the header that describe a run, or its file, and decide nothing.
-DESCRIPTIVE = ("format", "base", "versions", "run")
+DESCRIPTIVE = ("format", "base", "frozen", "versions", "run")
 #: What a field means that the header leaves out.
 ABSENT: dict[str, Any] = {
     "normalize": "none", "rule_settings": {}, "assignment": "shared", "rank": 0, "refresh": 1, "clip_coefficient": None,
@@ -66,7 +66,14 @@ ABSENT: dict[str, Any] = {
 
 def header_content(optimizer: MeZO, run: dict[str, Any] | None = None) -> dict[str, Any]:
     """The header of a run that starts from the optimizer's present weights (which it digests)."""
-    return {**identity(optimizer), "base": optimizer.tuned.digest(), "versions": _versions(), "run": run or {}}
+    frozen = optimizer.tuned.frozen_digest()
+    return {
+        **identity(optimizer),
+        "base": optimizer.tuned.digest(),
+        **({"frozen": frozen} if frozen else {}),
+        "versions": _versions(),
+        "run": run or {},
+    }
 
 
 def identity(optimizer: MeZO) -> dict[str, Any]:

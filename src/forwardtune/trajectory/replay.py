@@ -125,10 +125,17 @@ def tuned_by_header(trajectory: Trajectory, module: nn.Module) -> TunedParameter
 
 
 def require_base(trajectory: Trajectory, tuned: TunedParameters) -> None:
-    """Raise LogError unless the tuned tensors hold the run's base weights."""
+    """Raise LogError unless the tuned tensors hold the run's base weights, and a quantised model below them is the run's."""
     if tuned.digest() != trajectory.header["base"]:
         raise LogError(
             f"these are not the weights that the run of {trajectory.path} began with: its names, shapes and dtypes fit, "
             f"its values do not. Load the same base model ({trajectory.header['run'].get('model', 'not recorded')}), "
             "untuned"
+        )
+    frozen = trajectory.header.get("frozen")
+    if frozen is not None and tuned.frozen_digest() != frozen:
+        raise LogError(
+            f"the run of {trajectory.path} tuned over a quantised model, and this model is not stored in the same bits: load the "
+            f"run's own base model ({trajectory.header['run'].get('model', 'not recorded')}), quantised as it was then "
+            f"({trajectory.header['run'].get('quantize') or 'as stored'}), with the same versions of the packages"
         )
