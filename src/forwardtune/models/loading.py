@@ -20,7 +20,14 @@ from ..errors import InputError, nearest
 from .converted import through_cache
 from .kinds import base_model, checkpoint_kind, is_adapted
 from .prefix import prefix_length
-from .quantised import cannot_run, is_quantised, keep_as_stored, quantisation, require_known_format
+from .quantised import (
+    cannot_run,
+    is_quantised,
+    keep_as_stored,
+    quantisation,
+    require_known_format,
+    with_weights,
+)
 
 #: Name of the model that comes as a Python package, so that no hub is needed.
 EMBEDDED_MODEL = "smollm2-135m"
@@ -296,7 +303,8 @@ def _load_adapted(
             warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
             warnings.filterwarnings("error", "Found missing adapter keys")
             # torch_device is where the file is read; the weights go where the base model's are.
-            model = PeftModel.from_pretrained(base, str(folder), is_trainable=False, torch_device="cpu")
+            with with_weights(base):
+                model = PeftModel.from_pretrained(base, str(folder), is_trainable=False, torch_device="cpu")
         if (folder / "tokenizer_config.json").is_file():
             tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UserWarning) as error:

@@ -14,6 +14,7 @@ Vocabulary head, embeddings, norms and biases stay as they are.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -180,6 +181,22 @@ def _lend_dense_weight(module: nn.Module) -> None:
 
     module.register_forward_pre_hook(lend)
     module.register_forward_hook(take_back, always_call=True)
+
+
+@contextmanager
+def with_weights(model: nn.Module) -> Iterator[None]:
+    """Inside, layers whose weights are packed under another name have one called ``weight``, of the right shape, without memory: peft asks
+    it for shape and device when it puts an adapter beside a layer."""
+    packed: list[Any] = [m for m in model.modules() if "weight_packed" in m._parameters and "weight" not in m._parameters]
+    for module in packed:
+        scale = module.weight_scale
+        shape = (int(module.out_features), int(module.in_features))
+        module._parameters["weight"] = nn.Parameter(scale.new_zeros(()).expand(shape), requires_grad=False)
+    try:
+        yield
+    finally:
+        for module in packed:
+            del module._parameters["weight"]
 
 
 def _decompressed(module: Any) -> Tensor:

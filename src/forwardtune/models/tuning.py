@@ -16,7 +16,7 @@ from ..errors import InputError, nearest, warn
 from ..parameters import dtype_name
 from .kinds import is_adapted, model_kind
 from .prefix import add_prefix
-from .quantised import is_quantised, is_quantised_layer, keep_as_stored, storage_of
+from .quantised import is_quantised, is_quantised_layer, keep_as_stored, storage_of, with_weights
 
 MODES = ("all", "lora", "prefix")
 
@@ -155,7 +155,7 @@ def _add_lora(model: Any, rank: int, alpha: float, targets: Sequence[str] | None
         fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in layers),
     )
     model.requires_grad_(False)
-    with _wrapping(seed):
+    with _wrapping(seed), with_weights(model):
         return peft.get_peft_model(model, config)
 
 
