@@ -247,14 +247,14 @@ def test_an_adapter_is_merged_into_a_dense_model(load: Load, kind: str, tmp_path
 def test_what_cannot_be_merged_is_refused(load: Load, tmp_path: Path) -> None:
     model, tokenizer = load("nf4")
     save_model(tune(model, tokenizer, "prefix"), tokenizer, tmp_path / "prefix")
-    with pytest.raises(InputError, match="PREFIX_TUNING.*merge a LoRA adapter"):
+    with pytest.raises(InputError, match=r"PREFIX_TUNING.*merge a LoRA adapter"):
         merge_adapter(tmp_path / "prefix", quantize="nf4")
 
 
 def test_a_log_belongs_to_one_quantisation(load: Load, tmp_path: Path) -> None:
     tuned(load, "nf4", "lora", tmp_path / "steps.jsonl")
     for other in ("int8", "int4"):
-        with pytest.raises(LogError, match="not stored in the same bits.*quantised as it was then"):
+        with pytest.raises(LogError, match=r"not stored in the same bits.*quantised as it was then"):
             replay(tmp_path / "steps.jsonl", tune(*load(other), "lora"))
 
 
@@ -306,9 +306,7 @@ def adapter(folder: Path) -> bytes:
     return (folder / "adapter_model.safetensors").read_bytes()
 
 
-def test_a_gguf_file_is_quantised_with_and_without_its_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_gguf_file_is_quantised_with_and_without_its_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("gguf")
     pytest.importorskip("torchao", reason="needs torchao")
     support.write_gguf(tmp_path / "model.gguf")

@@ -24,6 +24,7 @@ from .quantised import (
     cannot_run,
     is_quantised,
     keep_as_stored,
+    let_go_of_file,
     quantisation,
     require_known_format,
     with_weights,
@@ -216,6 +217,8 @@ def _read(
             f"that it takes the memory of {str(model.dtype).removeprefix('torch.')}, and any of its weights can be tuned"
         )
     keep_as_stored(model)
+    if quantize is not None:
+        let_go_of_file(model)
     # Weights that the checkpoint lacks, such as a head, were made up at random.
     random = sorted({key for key, _ in model.named_parameters(remove_duplicate=False)} & set(info["missing_keys"]))
     if random:

@@ -22,7 +22,7 @@ def merge_adapter(folder: str | Path, dtype: str = "auto", *, quantize: str | No
     that it was quantised from. Sums are in float32, and rounded once.
 
     Args:
-        folder: with a LoRA adapter, such as ``forwardtune train --tune lora`` leaves.
+        folder: with a LoRA adapter, such as :func:`~forwardtune.models.save_model` writes.
         dtype: of the result: ``auto`` (the base model's), ``float32``, ``bfloat16`` or ``float16``.
         quantize: how a dense base model was quantised as it was loaded; None: as the run in the folder recorded it.
 

@@ -95,9 +95,9 @@ def require_known_format(name: str, config: Any) -> str | None:
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
     found, stored = getattr(config, "quantization_config", None), stored_format(config)
-    if isinstance(found, dict) and not (found.get("load_in_4bit") or found.get("load_in_8bit")):
-        if found.get("quant_method") not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-            raise InputError(cannot_run(name, str(stored), "transformers does not know this format"), "quantize")
+    by_flags = isinstance(found, dict) and (found.get("load_in_4bit") or found.get("load_in_8bit"))
+    if isinstance(found, dict) and not by_flags and found.get("quant_method") not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        raise InputError(cannot_run(name, str(stored), "transformers does not know this format"), "quantize")
     return stored
 
 
@@ -132,8 +132,8 @@ def weights_of(model: nn.Module) -> int:
     """How many weights a model has, however many are packed into one element."""
     stored = {id(parameter) for _, parameter in storage_of(model)}
     count = sum(p.numel() for p in model.parameters() if id(p) not in stored)
-    layers = [module for module in model.modules() if is_quantised_layer(module)]
-    return count + sum(int(m.in_features) * int(m.out_features) for m in layers if hasattr(m, "in_features"))  # type: ignore[arg-type]
+    layers: list[Any] = [m for m in model.modules() if is_quantised_layer(m) and hasattr(m, "in_features")]
+    return count + sum(int(layer.in_features) * int(layer.out_features) for layer in layers)
 
 
 def is_quantised_layer(module: nn.Module) -> bool:
@@ -167,6 +167,13 @@ def keep_as_stored(model: Any) -> None:
             _lend_dense_weight(module)
 
 
+def let_go_of_file(model: nn.Module) -> None:
+    """Copy what was not quantised as it was loaded: one tensor that lies in a mapped checkpoint keeps all of it in memory, dense."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if is_plain(tensor):
+            tensor.data = tensor.data.clone()
+
+
 def _lend_dense_weight(module: nn.Module) -> None:
     """Let the module find a dense weight while it runs, made just before."""
     stored = module._parameters.get("weight")
@@ -187,7 +194,9 @@ def _lend_dense_weight(module: nn.Module) -> None:
 def with_weights(model: nn.Module) -> Iterator[None]:
     """Inside, layers whose weights are packed under another name have one called ``weight``, of the right shape, without memory: peft asks
     it for shape and device when it puts an adapter beside a layer."""
-    packed: list[Any] = [m for m in model.modules() if "weight_packed" in m._parameters and "weight" not in m._parameters]
+    packed: list[Any] = [
+        m for m in model.modules() if "weight_packed" in m._parameters and "weight" not in m._parameters
+    ]
     for module in packed:
         scale = module.weight_scale
         shape = (int(module.out_features), int(module.in_features))

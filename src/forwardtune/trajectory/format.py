@@ -17,6 +17,7 @@ from ..method.estimators import Estimator, get_estimator
 from ..method.record import StepRecord, coefficients_of, mean_loss
 from ..noise import NOISE_VERSION, SPECIFIED, Direction, LowRank, Noise, get_direction
 from ..optimizer import MeZO
+from ..parameters import TunedParameters
 
 FORMAT_VERSION = 3
 #: Formats that can be read: in version 2 every step moved every tensor.
@@ -74,6 +75,17 @@ def header_content(optimizer: MeZO, run: dict[str, Any] | None = None) -> dict[s
         "versions": _versions(),
         "run": run or {},
     }
+
+
+def require_frozen(path: object, header: dict[str, Any], tuned: TunedParameters) -> None:
+    """Raise LogError if the run of a log tuned over a quantised model, and this one is not stored in the same bits."""
+    frozen = header.get("frozen")
+    if frozen is not None and tuned.frozen_digest() != frozen:
+        raise LogError(
+            f"the run of {path} tuned over a quantised model, and this model is not stored in the same bits: load the run's own base model "
+            f"({header['run'].get('model', 'not recorded')}), quantised as it was then ({header['run'].get('quantize') or 'as stored'}), "
+            "with the same versions of the packages"
+        )
 
 
 def identity(optimizer: MeZO) -> dict[str, Any]:

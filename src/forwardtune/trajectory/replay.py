@@ -15,7 +15,7 @@ from ..noise import Update
 from ..optimizer import MeZO
 from ..parameters import TunedParameters, dtype_name
 from .export import read_trajectory
-from .format import noise_of
+from .format import noise_of, require_frozen
 from .reader import Log, read_log
 from .updates import Trajectory, trajectory_of
 
@@ -132,10 +132,4 @@ def require_base(trajectory: Trajectory, tuned: TunedParameters) -> None:
             f"its values do not. Load the same base model ({trajectory.header['run'].get('model', 'not recorded')}), "
             "untuned"
         )
-    frozen = trajectory.header.get("frozen")
-    if frozen is not None and tuned.frozen_digest() != frozen:
-        raise LogError(
-            f"the run of {trajectory.path} tuned over a quantised model, and this model is not stored in the same bits: load the "
-            f"run's own base model ({trajectory.header['run'].get('model', 'not recorded')}), quantised as it was then "
-            f"({trajectory.header['run'].get('quantize') or 'as stored'}), with the same versions of the packages"
-        )
+    require_frozen(trajectory.path, trajectory.header, tuned)
