@@ -220,7 +220,10 @@ def _read(
     if quantize is not None:
         let_go_of_file(model)
     # Weights that the checkpoint lacks, such as a head, were made up at random.
-    random = sorted({key for key, _ in model.named_parameters(remove_duplicate=False)} & set(info["missing_keys"]))
+    needed = {key for key, _ in model.named_parameters(remove_duplicate=False)}
+    if is_quantised(model):
+        needed |= {key for key, _ in model.named_buffers()}  # GPTQ and AWQ keep their integers in buffers
+    random = sorted(needed & set(info["missing_keys"]))
     if random:
         raise InputError(
             f"model {name!r} lacks {len(random)} weights of {type(model).__name__} ({', '.join(random[:3])} ...): "
