@@ -19,7 +19,16 @@ from forwardtune.models import forward, is_quantised, load_model, merge_adapter,
 from forwardtune.models.quantised import quantisation
 from forwardtune.trajectory import read_log
 from support.command import Setting, cli, done, message_of, read, write_task
-from support.quantised import AT_LOAD, STORED, dense_model, save_dense, save_fp8, save_quantised, write_config
+from support.quantised import (
+    AT_LOAD,
+    STORED,
+    dense_model,
+    save_dense,
+    save_fp8,
+    save_mxfp4,
+    save_quantised,
+    write_config,
+)
 from support.trainers import Kill, KilledError, quiet_config
 
 # Their packages say of themselves what is not ours to mend.
@@ -359,16 +368,19 @@ def test_a_format_that_cannot_run_here_is_refused(setting: Setting, method: str,
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this device computes with float8")
-def test_what_is_made_dense_is_said(setting: Setting, tmp_path: Path) -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this device computes with these formats")
+@pytest.mark.parametrize(("kind", "save"), [("fp8", save_fp8), ("mxfp4", save_mxfp4)])
+def test_what_is_made_dense_is_said(setting: Setting, kind: str, save: Callable[[Path], Path], tmp_path: Path) -> None:
     """transformers does it without a word where it is quiet, and the memory is that of the dense model."""
-    here = Setting(save_fp8(tmp_path / "fp8"), setting.task)
+    here = Setting(save(tmp_path / kind), setting.task)
     ran = done(*here.train(tmp_path / "run", steps=2))  # all weights: they are ordinary ones
-    assert "quantised (fp8)" in ran.err
+    assert f"quantised ({kind})" in ran.err
     assert "transformers made it dense" in ran.err
     assert "frozen" not in read(tmp_path / "run" / "steps.jsonl")[0]
     model, _ = load_model(str(here.model))
-    assert far(logits(model), logits(dense_model())) < 0.1
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    if kind == "fp8":
+        assert far(logits(model), logits(dense_model())) < 0.1
 
 
 def test_what_quantize_cannot_do_is_refused(setting: Setting, dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:

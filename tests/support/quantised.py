@@ -153,6 +153,29 @@ def save_fp8(folder: Path, block: int = 32) -> Path:
     return folder
 
 
+def save_mxfp4(folder: Path) -> Path:
+    """A tiny GPT-OSS, whose experts are stored as 4-bit floats with a scale for every 32."""
+    import transformers
+    from safetensors.torch import save_file
+
+    sizes = {**SIZES, "hidden_size": 64, "intermediate_size": 64, "head_dim": 16, "num_local_experts": 4}
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    config = transformers.GptOssConfig(**sizes, num_experts_per_tok=2, pad_token_id=0, rope_parameters=rope)
+    model, tensors = transformers.GptOssForCausalLM(config).to(torch.bfloat16), {}
+    for name, tensor in model.state_dict().items():
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            experts, inner, out = tensor.shape
+            numbers = torch.arange(experts * out * inner // 2, dtype=torch.int64) % 251
+            tensors[f"{name}_blocks"] = numbers.to(torch.uint8).reshape(experts, out, inner // 32, 16)
+            tensors[f"{name}_scales"] = torch.full((experts, out, inner // 32), 120, dtype=torch.uint8)
+        else:
+            tensors[name] = tensor.contiguous().clone()
+    write_config(folder, model, {"quant_method": "mxfp4"})
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
 def write_config(folder: Path, model: Any, quantised: dict[str, Any]) -> None:
     """The model's config.json, which says how the checkpoint is quantised."""
     folder.mkdir(exist_ok=True)
