@@ -262,6 +262,21 @@ def test_what_cannot_be_merged_is_refused(load: Load, tmp_path: Path) -> None:
         merge_adapter(tmp_path / "prefix", quantize="nf4")
 
 
+def test_an_adapter_of_a_dense_model_is_merged_too(dense: Path, tmp_path: Path) -> None:
+    model, tokenizer = load_model(str(dense), dtype="float32")
+    model = tune(model, tokenizer, "lora")
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.fill_(0.05)
+    save_model(model, tokenizer, tmp_path / "adapter")
+    merged, _ = merge_adapter(tmp_path / "adapter", "float32")
+    assert far(logits(merged), logits(model)) < 1e-2  # whose base is rounded to bfloat16, as it is stored
+    assert merge_adapter(tmp_path / "adapter")[0].dtype == torch.bfloat16
+    with pytest.raises(InputError, match="holds no adapter"):
+        merge_adapter(dense)
+
+
 def test_a_log_belongs_to_one_quantisation(load: Load, tmp_path: Path) -> None:
     tuned(load, "nf4", "lora", tmp_path / "steps.jsonl")
     for other in ("int8", "int4"):

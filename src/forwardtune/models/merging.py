@@ -9,7 +9,6 @@ import torch
 
 from ..errors import InputError
 from ..files import read_json
-from .kinds import is_adapted
 from .loading import DTYPES, load_model
 from .quantised import is_quantised, make_dense
 
@@ -32,12 +31,12 @@ def merge_adapter(folder: str | Path, dtype: str = "auto", *, quantize: str | No
     folder = Path(folder).expanduser()
     if dtype != "auto" and dtype not in DTYPES:
         raise InputError(f"unknown dtype {dtype!r}: choose auto, {', '.join(DTYPES)}")
+    if not (folder / "adapter_config.json").is_file():
+        raise InputError(f"{folder} holds no adapter (no adapter_config.json): there is nothing to merge")
     recorded = read_json(folder / "metrics.json").get("settings", {})
     adapted, tokenizer = load_model(
         str(folder), dtype=recorded.get("dtype", "auto"), quantize=quantize or recorded.get("quantize")
     )
-    if not is_adapted(adapted):
-        raise InputError(f"{folder} holds a model without an adapter: there is nothing to merge")
     if adapted.peft_type != "LORA":
         raise InputError(
             f"{folder} holds an adapter of type {adapted.peft_type.value}, which is no change of weights and cannot be merged: merge a LoRA "
