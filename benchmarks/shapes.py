@@ -24,6 +24,8 @@ OPT = {
     "13b": (40, 40, 5120),
     "30b": (48, 56, 7168),
 }
+#: name -> (vocabulary, width, inner width, layers, heads, heads of keys and values); the second is TinyLlama's
+LLAMA = {"smollm2-135m": (49152, 576, 1536, 30, 9, 3), "1.1b": (32000, 2048, 5632, 22, 32, 4)}
 #: All shapes: that of SmolLM2-135M, and OPT's by their sizes.
 SHAPES = ("smollm2-135m", *OPT)
 
@@ -31,7 +33,7 @@ SHAPES = ("smollm2-135m", *OPT)
 def make(name: str, dtype: torch.dtype, device: str = "cpu") -> Any:
     """A model of that shape in evaluation mode. Weights are uniform noise, so no operation meets special values."""
     with torch.device("meta"):
-        model = (LlamaForCausalLM(_smollm2()) if name == "smollm2-135m" else OPTForCausalLM(_opt(name))).to(dtype)
+        model = (LlamaForCausalLM(_llama(name)) if name in LLAMA else OPTForCausalLM(_opt(name))).to(dtype)
     buffers = {key: buffer for key, buffer in model.named_buffers() if buffer.is_meta}
     model = model.to_empty(device=device)
     model.tie_weights()
@@ -77,15 +79,16 @@ def loss_of(model: Any, batch: dict[str, Tensor]) -> Callable[[], Tensor]:
     return lambda: losses().mean()
 
 
-def _smollm2() -> LlamaConfig:
+def _llama(name: str) -> LlamaConfig:
+    vocabulary, width, inner, layers, heads, pairs = LLAMA[name]
     return LlamaConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        tie_word_embeddings=True,
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=pairs,
+        tie_word_embeddings=name == "smollm2-135m",
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,11 @@ class Built:
 See = Callable[[Built], Any]
 # run -> option -> (a value that is not the default, what to look at, what is there)
 CASES: dict[str, dict[str, tuple[Any, See, Any]]] = {
+    "quantised": {
+        "quantize": ("int8", lambda b: {type(p.data).__name__ for p in b.trainer.model.parameters()}, {"Tensor", "Int8Tensor"}),
+        "tune": ("lora", lambda b: b.lora.peft_type.value, "LORA"),
+        "steps": (2, lambda b: b.trainer.state.global_step, 2),
+    },
     "lora": {
         "model": ("MODEL", lambda b: Path(b.trainer.model.config._name_or_path).name, "MODEL"),
         "task": ("mine.yaml", lambda b: b.session.task.name, "mine"),
@@ -181,7 +187,8 @@ def built(folder: Path) -> dict[str, Built]:
     """What is built of each case's command line."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        return {name: build(name, folder, patch) for name in CASES}
+        without = () if find_spec("torchao") else ("quantised",)
+        return {name: build(name, folder, patch) for name in CASES if name not in without}
 
 
 def build(name: str, folder: Path, patch: pytest.MonkeyPatch) -> Built:
@@ -217,6 +224,8 @@ def build(name: str, folder: Path, patch: pytest.MonkeyPatch) -> Built:
 
 @pytest.mark.parametrize(("name", "option"), [(name, option) for name, case in CASES.items() for option in case])
 def test_option_reaches_what_is_built(built: dict[str, Built], folder: Path, name: str, option: str) -> None:
+    if name not in built:
+        pytest.skip("needs torchao")
     value, look, expected = CASES[name][option]
     found = look(built[name])
     assert issubclass(found, expected) if option == "method" else found == expected, found

@@ -63,6 +63,8 @@ def test_what_belongs_to_a_setting_is_taken_beside_it(command: str) -> None:
         needed = {other: values[-1] for other, values in one.only.items()}
         value = next((choice for choice in one.choices or () if choice != "none"), one.default)
         beside = {"normalize": {"probes": 2}, "patience": {"eval_steps": 2}}.get(name, {})
+        if name == "quantize" and "tune" in declared:
+            beside = {"tune": "lora"}
         if value is None and one.read:
             value = one.read("1m" if name == "time_budget" else "1")
         describe(command, {**ABSENT, **beside, **needed, name: value})

@@ -19,5 +19,7 @@ MOVES = ("read", "all")
 METHODS = ("mezo", "adam")
 #: Of transformers, those that need no further settings.
 LR_SCHEDULERS = ("constant", "linear", "cosine", "inverse_sqrt", "polynomial")
+#: Of :mod:`forwardtune.models`: how a dense checkpoint is quantised as it is loaded.
+QUANTISATIONS = ("nf4", "int8", "int4")
 #: Of :mod:`forwardtune.tasks`: what is done with rows that a task cannot use.
 ON_BAD_ROW = ("refuse", "skip")

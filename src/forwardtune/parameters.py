@@ -140,9 +140,23 @@ class TunedParameters(Sequence[TunedTensor]):
         for tensor in self:
             parameter = tensor.read()
             state.update(f"{tensor.name}\0{dtype_name(parameter.dtype)}\0{tuple(parameter.shape)}\0".encode())
-            flat = parameter.reshape(-1)
-            for lo in range(0, flat.numel(), _DIGEST_CHUNK):
-                state.update(_raw_bytes(flat[lo : lo + _DIGEST_CHUNK]))
+            _digest_values(state, parameter)
+        return state.hexdigest()
+
+    def frozen_digest(self) -> str | None:
+        """SHA-256 over all else that a quantised module is stored as, integers and scales, as hex; None if it is not quantised.
+
+        What runs over one quantisation of a model is worth nothing over another, and their tuned tensors, an adapter's, may be the same.
+        """
+        if self.module is None or not getattr(self.module, "is_quantized", False):  # transformers' mark
+            return None
+        tuned = {name for tensor in self for name in (tensor.name, *tensor.aliases)}
+        state = hashlib.sha256()
+        for name, stored in sorted(self.module.state_dict().items()):
+            if isinstance(stored, Tensor) and name not in tuned:
+                for part, tensor in _stored(name, stored):
+                    state.update(f"{part}\0{dtype_name(tensor.dtype)}\0{tuple(tensor.shape)}\0".encode())
+                    _digest_values(state, tensor)
         return state.hexdigest()
 
 
@@ -170,6 +184,26 @@ def _raw_bytes(flat: Tensor) -> memoryview | bytes:
         return memoryview(raw.numpy())  # type: ignore[arg-type]  # NumPy's stubs lag behind Buffer
     except RuntimeError:  # torch without NumPy
         return bytes(raw.tolist())
+
+
+def _digest_values(state: Any, tensor: Tensor) -> None:
+    flat = tensor.reshape(-1)
+    for lo in range(0, flat.numel(), _DIGEST_CHUNK):
+        state.update(_raw_bytes(flat[lo : lo + _DIGEST_CHUNK]))
+
+
+def _stored(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The ordinary tensors that one is made of, by name."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield name, tensor
+        return
+    for part in tensor.__tensor_flatten__()[0]:
+        yield from _stored(f"{name}.{part}", getattr(tensor, part))
+
+
+def is_plain(parameter: Tensor) -> bool:
+    """Whether it is an ordinary tensor of numbers that can be perturbed; a quantised one is not."""
+    return parameter.dtype in DTYPES and _holds_its_values(parameter)
 
 
 def _holds_its_values(parameter: Tensor) -> bool:

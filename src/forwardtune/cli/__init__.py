@@ -6,6 +6,7 @@ wrong, 130 stopped by Ctrl-C.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
@@ -75,6 +76,8 @@ def _quiet_libraries() -> None:
     """Libraries report errors alone, and our warnings are one line without the source code around them."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # which kernels they miss, at every import
+        logging.getLogger(name).setLevel(logging.ERROR)
 
     def show(message: Warning | str, category: type[Warning], filename: str, *_: Any) -> None:
         if "forwardtune" in filename or issubclass(category, UserWarning):

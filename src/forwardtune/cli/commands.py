@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .. import __version__
+from ..names import QUANTISATIONS
 from .options import add_config, add_options
 from .parser import Parser
 
@@ -74,6 +75,7 @@ def _add_logs(commands: Any) -> None:
     parser.add_argument("--output-dir", required=True, help="new folder for the tuned model")
     parser.add_argument("--steps", type=int, help="replay only this many steps; needed for an unfinished log")
     parser.add_argument("--device", default="cpu", help="where the weights are rebuilt [cpu]")
+    parser.add_argument("--quantize", choices=QUANTISATIONS, help="how the run quantised its model [as the log says]")
     parser.set_defaults(run="logs.run_replay")
 
     parser = commands.add_parser("inspect", help="verify a step log and say what it holds")

@@ -34,8 +34,9 @@ def run_replay(options: argparse.Namespace) -> None:
     say(f"loading {options.model}")
     run = recorded(trajectory.header["run"])
     adapted = run.tune in ("lora", "prefix")  # then the logged dtype is the adapter's, not the model's
-    dtype = dtypes.pop() if len(dtypes) == 1 and not adapted else run.dtype
-    model, tokenizer = load_model(options.model, dtype=dtype, device=options.device)
+    dtype = dtypes.pop() if len(dtypes) == 1 and not adapted and "frozen" not in trajectory.header else run.dtype
+    quantize = options.quantize or run.quantize
+    model, tokenizer = load_model(options.model, dtype=dtype, device=options.device, quantize=quantize, announce=say)
     if adapted:
         first = Path(options.log).parent / tuned.INITIAL
         tensors = tuned.tensors_of(trajectory)

@@ -56,6 +56,7 @@ def train_mezo(session: Session, folder: Path, log: Log | None, settings: dict[s
                 dtype=options.dtype,
                 device=options.device,
                 attn_implementation=options.attn_implementation,
+                quantize=options.quantize,
             )
             session.model = prepare_model(
                 model, session.tokenizer, options=options, first=folder / INITIAL, tensors=tensors_of(step_log)

@@ -19,7 +19,15 @@ from ..cores import SharedCores
 from ..errors import InputError
 from ..evaluation import evaluate, find_layout, prepare
 from ..files import read_json
-from ..models import context_length, load_model, model_kind
+from ..models import (
+    KEPT_QUANTISED,
+    checkpoint_format,
+    context_length,
+    is_quantised,
+    load_model,
+    model_kind,
+    weights_of,
+)
 from ..noise import load_kernels
 from ..objectives import Reward, logits_at, option_likelihoods
 from ..objectives.mixture import parse
@@ -159,21 +167,25 @@ def open_session(
     transformers.utils.logging.disable_progress_bar()
     if options.device is None:
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if options.dtype == "auto":
-        options.dtype = _dtype_of_run(Path(options.model))
+    take_settings_of_run(options)
+    _refuse_integers(options)
     say(f"loading {options.model}")
     model, tokenizer = load_model(
         options.model,
         dtype=options.dtype,
         device=options.device,
         attn_implementation=options.attn_implementation,
+        quantize=options.quantize,
         announce=say,
     )
     kind = model_kind(model)
     task = task.worded_for(kind)
     splits = {name: split.worded_for(kind) for name, split in splits.items()}
-    count = sum(p.numel() for p in model.parameters())
-    say(f"  {count / 1e6:.1f}M weights, {str(model.dtype).removeprefix('torch.')}, on {options.device}")
+    dtype = str(model.dtype).removeprefix("torch.")
+    quantised = f", quantised ({options.quantize or checkpoint_format(options.model) or 'below an adapter'})"
+    say(
+        f"  {weights_of(model) / 1e6:.1f}M weights, {dtype}{quantised if is_quantised(model) else ''}, on {options.device}"
+    )
     if model.dtype == torch.float16 and options.device == "cpu":
         say("  float16 is slow on a processor: --dtype float32 or bfloat16 may be several times as fast")
     if prepare_model is not None:
@@ -273,11 +285,25 @@ def _with_reference(
     return done
 
 
-def _dtype_of_run(folder: Path) -> str:
-    """An adapter does not say in which dtype its base model was when it was tuned; our runs do."""
-    if not (folder / "adapter_config.json").is_file():
-        return "auto"
-    return str(read_json(folder / METRICS).get("settings", {}).get("dtype", "auto"))
+def take_settings_of_run(options: Any) -> None:
+    """An adapter does not say in which dtype its base model was when it was tuned, or how it was quantised; our runs do."""
+    folder = Path(options.model)
+    if (folder / "adapter_config.json").is_file():
+        recorded = read_json(folder / METRICS).get("settings", {})
+        if options.dtype == "auto":
+            options.dtype = str(recorded.get("dtype", "auto"))
+        if options.quantize is None:
+            options.quantize = recorded.get("quantize")
+
+
+def _refuse_integers(options: Any) -> None:
+    """Raise InputError, before the model is loaded, if weights are to be tuned that are stored as integers."""
+    stored = checkpoint_format(options.model)
+    if getattr(options, "tune", None) == "all" and stored and stored.split()[0] in KEPT_QUANTISED:
+        raise InputError(
+            f"{options.model} is quantised ({stored}): integers stand in the place of most weights, and --tune all would have to move them. "
+            "Give --tune lora, prefix, or a pattern of names, such as 'norm|bias'"
+        )
 
 
 def bar(total: int, description: str, unit: str, initial: int = 0) -> Any:

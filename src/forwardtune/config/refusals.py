@@ -39,6 +39,23 @@ class Refusal:
 
 _COMBINATIONS = (
     Refusal(
+        "<quantize> {quantize} leaves integers in the place of most weights, and <tune> all would have to move them: give <tune> lora, "
+        "prefix, or a pattern of names, such as 'norm|bias'",
+        lambda run, given: run.quantize is not None and run.tune == "all",
+        {"quantize": "nf4", "tune": "all"},
+    ),
+    Refusal(
+        "<quantize> int4 cannot be written to a file by torchao, and <tune> {tune} changes weights of the model itself: give <tune> lora or "
+        "prefix, or <quantize> nf4 or int8",
+        lambda run, given: run.quantize == "int4" and run.tune not in ("lora", "prefix"),
+        {"quantize": "int4", "tune": "norm"},
+    ),
+    Refusal(
+        "<method> adam goes backwards through the model, which <quantize> int4 cannot: give <quantize> nf4 or int8, or <method> mezo",
+        lambda run, given: run.quantize == "int4" and run.method == "adam",
+        {"quantize": "int4", "tune": "lora", "method": "adam"},
+    ),
+    Refusal(
         "<eval_steps> measures development examples, and <dev_examples> is 0: leave one of them out",
         lambda run, given: run.eval_steps is not None and run.dev_examples == 0,
         {"eval_steps": 2, "dev_examples": 0},

@@ -33,6 +33,9 @@ class Data:
         None, "folder with the task's data (.jsonl, .csv, .json, .tsv), instead of the hub", is_place=True, free=True
     )
     dtype: str = option("auto", "auto (as stored), float32, bfloat16 or float16")
+    quantize: str | None = option(
+        None, "quantise the model as it is loaded", shown="as stored", choices=names.QUANTISATIONS
+    )
     device: str | None = option(
         None, "cpu, cuda, mps, or auto to spread over devices", shown="cuda if there is one", free=True
     )

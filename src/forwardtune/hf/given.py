@@ -7,23 +7,33 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..errors import warn
+from ..models.quantised import keep_as_stored
+
+_ABSENT = object()
 
 
 @contextmanager
 def quantised_base(model: Any) -> Iterator[None]:
-    """Inside, Trainer takes a quantised model without an adapter; MeZO tunes its unquantised weights without a gradient.
+    """Inside, Trainer takes a quantised model of any format, with an adapter or without: MeZO needs no gradient of it.
 
-    Trainer's check looks at this attribute, which transformers sets on models with an adapter of its own.
+    Trainer's check (``validate_quantization_for_training``) asks this attribute of the model, which transformers sets on one that has an
+    adapter of its own, and asks no further. It is there while Trainer is made, on this model alone.
     """
     mark = "_hf_peft_config_loaded"
     unmarked = getattr(model, "is_quantized", False) and not getattr(model, mark, False)
-    if unmarked:
-        setattr(model, mark, True)
+    if not unmarked:
+        yield
+        return
+    keep_as_stored(model)
+    before = vars(model).get(mark, _ABSENT)
+    setattr(model, mark, True)
     try:
         yield
     finally:
-        if unmarked:
-            setattr(model, mark, False)
+        if before is _ABSENT:
+            delattr(model, mark)
+        else:
+            setattr(model, mark, before)
 
 
 def warn_of_missing_ends(inputs: Mapping[str, Any], tokenizer: Any) -> None:

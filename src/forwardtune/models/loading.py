@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from functools import partial
 from importlib import metadata
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -19,6 +20,15 @@ from ..errors import InputError, nearest
 from .converted import through_cache
 from .kinds import base_model, is_adapted, is_package, loader_of
 from .prefix import prefix_length
+from .quantised import (
+    cannot_run,
+    is_quantised,
+    keep_as_stored,
+    let_go_of_file,
+    quantisation,
+    require_known_format,
+    with_weights,
+)
 from .tuning import matching, untie
 
 #: Name of the model that comes as a Python package, so that no hub is needed.
@@ -36,6 +46,7 @@ def load_model(
     dtype: str = "auto",
     device: str = "cpu",
     attn_implementation: str | None = None,
+    quantize: str | None = None,
     announce: Callable[[str], object] = lambda text: None,
 ) -> tuple[Any, Any]:
     """Load a causal or masked language model and its tokenizer, in evaluation mode.
@@ -49,11 +60,13 @@ def load_model(
         device: a torch device, such as ``cpu`` or ``cuda``, or ``auto``, which spreads the layers over all GPUs.
         attn_implementation: as in ``from_pretrained``: ``eager``, ``sdpa``, ``flash_attention_2`` ...; by default torch's own fused
             attention (sdpa) where the model has it, which takes the masks of packed rows, else eager.
-        announce: told what takes long.
+        quantize: ``nf4``, ``int8`` or ``int4`` (:mod:`forwardtune.models.quantised`): quantise the base model as it is loaded. A checkpoint
+            that is quantised already is loaded as it is stored.
+        announce: told what takes long, and of a quantised checkpoint that transformers makes dense on this device.
 
     Raises:
         InputError: no such model, one that is not a causal or masked language model or lacks weights, a device that is
-            not there, or a model that is too large for ``device="auto"``.
+            not there, a model that is too large for ``device="auto"``, or a quantised one that cannot run here or is to be quantised again.
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise InputError(f"unknown dtype {dtype!r}: choose auto, {', '.join(DTYPES)}")
@@ -65,8 +78,8 @@ def load_model(
         )
     folder = Path(name).expanduser()
     if (folder / _ADAPTER).is_file():
-        return _load_adapted(folder, dtype, device, attn_implementation, announce)
-    return _load_base(name, dtype, device, attn_implementation, announce)
+        return _load_adapted(folder, dtype, device, attn_implementation, quantize, announce)
+    return _load_base(name, dtype, device, attn_implementation, quantize, announce)
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
@@ -118,11 +131,16 @@ def context_length(model: Any) -> int:
 
 
 def _load_base(
-    name: str, dtype: str, device: str, attention: str | None, announce: Callable[[str], object]
+    name: str,
+    dtype: str,
+    device: str,
+    attention: str | None,
+    quantize: str | None,
+    announce: Callable[[str], object],
 ) -> tuple[Any, Any]:
     where, gguf = _locate(name)
     if gguf is None:
-        model, tokenizer = _read(name, where, dtype, device, attention, announce)
+        model, tokenizer = _read(name, where, dtype, device, attention, quantize, announce)
     else:
         dtype = "float32" if dtype == "auto" else dtype
 
@@ -130,7 +148,11 @@ def _load_base(
             with _parsed_once():
                 return _read(name, where, dtype, device, attention, gguf_file=gguf)
 
-        if device == "auto":
+        if quantize is not None:
+            model, tokenizer = _quantised_gguf(
+                name, Path(where, gguf), dtype, device, attention, quantize, convert, announce
+            )
+        elif device == "auto":
             model, tokenizer = convert()
         else:
             read = partial(_read, name, dtype=dtype, device=device, attention=attention)
@@ -148,35 +170,79 @@ def _load_base(
     return (model if device == "auto" else model.to(device)).eval(), tokenizer
 
 
+def _quantised_gguf(
+    name: str,
+    file: Path,
+    dtype: str,
+    device: str,
+    attention: str | None,
+    quantize: str,
+    convert: Callable[[], tuple[Any, Any]],
+    announce: Callable[[str], object],
+) -> tuple[Any, Any]:
+    """A GGUF file is read as an ordinary checkpoint, from the cache or a folder for the moment, and quantised as one."""
+    found, tokenizer = through_cache(file, dtype, convert, lambda entry: (entry, None), announce)
+    if isinstance(found, Path):
+        return _read(name, found, dtype, device, attention, quantize, announce)
+    with TemporaryDirectory() as folder:
+        found.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        del found
+        return _read(name, folder, dtype, device, attention, quantize, announce)
+
+
 def _read(
     name: str,
     where: str | Path,
     dtype: str,
     device: str,
     attention: str | None,
+    quantize: str | None = None,
     announce: Callable[[str], object] = lambda text: None,
     **gguf: str,
 ) -> tuple[Any, Any]:
     """Have ``transformers`` load a base model; ``gguf`` names the GGUF file if it is one."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    # The configuration comes first: one file, where a tokenizer or a model would look for many.
+    config, stored = None, None
+    options: dict[str, Any] = {"device_map": "auto"} if device == "auto" else {}
+    options |= {"attn_implementation": attention} if attention else {}
     try:
-        # The configuration comes first: one file, where a tokenizer or a model would look for many.
-        config = None if gguf else AutoConfig.from_pretrained(where)
+        if not gguf:
+            config = AutoConfig.from_pretrained(where)
         loader = AutoModelForCausalLM if config is None else loader_of(config)
-        tokenizer = AutoTokenizer.from_pretrained(where, **gguf)
-        model, info = loader.from_pretrained(
-            where,
-            dtype=DTYPES.get(dtype, "auto"),
-            output_loading_info=True,
-            **({"device_map": "auto"} if device == "auto" else {}),
-            **({"attn_implementation": attention} if attention else {}),
-            **gguf,
-        )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise InputError(f"model {name!r} could not be loaded: {_reason(error)}") from None
+    if config is not None:
+        stored = require_known_format(name, config)
+        options |= _how_quantised(name, config, stored, dtype, device, quantize)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, **gguf)
+        model, info = loader.from_pretrained(
+            where, dtype=DTYPES.get(dtype, "auto"), output_loading_info=True, **options, **gguf
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        if stored is not None:
+            raise InputError(cannot_run(name, stored, _reason(error)), "quantize") from None
+        raise InputError(f"model {name!r} could not be loaded: {_reason(error)}") from None
+    except (RuntimeError, AttributeError, TypeError) as error:  # packages of quantisation raise what they like
+        if stored is None:
+            raise
+        raise InputError(cannot_run(name, stored, _reason(error)), "quantize") from None
+    if stored is not None and not is_quantised(model):
+        announce(
+            f"  the checkpoint is quantised ({stored}), and this device has nothing that computes with it: transformers made it dense, so "
+            f"that it takes the memory of {str(model.dtype).removeprefix('torch.')}, and any of its weights can be tuned"
+        )
+    keep_as_stored(model)
+    if quantize is not None:
+        let_go_of_file(model)
     # Weights that the checkpoint lacks, such as a head, were made up at random.
-    random = sorted({key for key, _ in model.named_parameters(remove_duplicate=False)} & set(info["missing_keys"]))
+    needed = {key for key, _ in model.named_parameters(remove_duplicate=False)}
+    if is_quantised(model):
+        needed |= {key for key, _ in model.named_buffers()}  # GPTQ and AWQ keep their integers in buffers
+    random = sorted(needed & set(info["missing_keys"]))
     if random:
         raise InputError(
             f"model {name!r} lacks {len(random)} weights of {type(model).__name__} ({', '.join(random[:3])} ...): "
@@ -196,6 +262,23 @@ def _read(
             if hasattr(getattr(module, "config", None), "_is_quantized"):
                 module.config._is_quantized = False
     return model, tokenizer
+
+
+def _how_quantised(
+    name: str, config: Any, stored: str | None, dtype: str, device: str, quantize: str | None
+) -> dict[str, Any]:
+    """What ``from_pretrained`` is told of quantisation."""
+    if quantize is None:
+        return {}
+    if stored is not None:
+        raise InputError(
+            f"model {name!r} is quantised already ({stored}): leave quantize={quantize!r} out, or give its dense checkpoint",
+            "quantize",
+        )
+    computes = DTYPES.get(dtype) or getattr(config.get_text_config(), "dtype", None) or torch.float32
+    options: dict[str, Any] = {"quantization_config": quantisation(quantize, computes, device)}
+    # Each tensor is quantised where it is to stay, so that the dense model is never there as a whole.
+    return options if device == "auto" else options | {"device_map": {"": device}}
 
 
 _converting = threading.Lock()
@@ -223,7 +306,12 @@ def _parsed_once() -> Iterator[None]:
 
 
 def _load_adapted(
-    folder: Path, dtype: str, device: str, attention: str | None, announce: Callable[[str], object]
+    folder: Path,
+    dtype: str,
+    device: str,
+    attention: str | None,
+    quantize: str | None,
+    announce: Callable[[str], object],
 ) -> tuple[Any, Any]:
     from peft import PeftConfig, PeftModel
     from peft.utils import PeftType
@@ -239,10 +327,11 @@ def _load_adapted(
     if not config.base_model_name_or_path:
         raise InputError(f"{folder} does not say which model it adapts: set base_model_name_or_path in {_ADAPTER}")
     try:
-        base, tokenizer = _load_base(config.base_model_name_or_path, dtype, device, attention, announce)
+        base, tokenizer = _load_base(config.base_model_name_or_path, dtype, device, attention, quantize, announce)
     except InputError as error:
         raise InputError(
-            f"{folder} adapts another model. {error}. If that model moved, set base_model_name_or_path in {_ADAPTER}"
+            f"{folder} adapts another model. {error}. If that model moved, set base_model_name_or_path in {_ADAPTER}",
+            error.argument,
         ) from None
     try:
         with warnings.catch_warnings():
@@ -251,7 +340,8 @@ def _load_adapted(
             if config.peft_type == PeftType.LORA and config.target_modules:
                 untie(base, matching(base, config.target_modules))  # so that it can be merged
             # torch_device is where the file is read; the weights go where the base model's are.
-            model = PeftModel.from_pretrained(base, str(folder), is_trainable=False, torch_device="cpu")
+            with with_weights(base):
+                model = PeftModel.from_pretrained(base, str(folder), is_trainable=False, torch_device="cpu")
         if (folder / "tokenizer_config.json").is_file():
             tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UserWarning) as error:

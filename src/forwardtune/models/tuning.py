@@ -14,8 +14,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import InputError, nearest, warn
+from ..parameters import dtype_name
 from .kinds import is_adapted, model_kind
 from .prefix import add_prefix
+from .quantised import is_quantised, is_quantised_layer, keep_as_stored, storage_of, with_weights
 
 MODES = ("all", "lora", "prefix")
 
@@ -70,6 +72,7 @@ def tune(
 
     Defaults are the MeZO paper's, appendix E.5.
     """
+    keep_as_stored(model)
     if is_adapted(model):
         raise InputError("the model has an adapter already: give the base model, or merge the adapter and save that")
     if mode == "lora":
@@ -83,6 +86,11 @@ def tune(
         if not mode:
             raise InputError(
                 f"nothing is named to be tuned: choose {', '.join(MODES)}, or a pattern of parameter names"
+            )
+        if mode == "all" and is_quantised(model):
+            raise InputError(
+                "the model is quantised: integers stand in the place of most weights and cannot be moved by small steps. Choose lora or prefix, "
+                "or a pattern of other weights, such as 'norm|bias'"
             )
         _select(model, "" if mode == "all" else mode)
     return model.eval()
@@ -110,10 +118,11 @@ def _select(model: nn.Module, pattern: str) -> None:
             warn(
                 f"{' and '.join(named_by)} is tied to {' and '.join(others)}, one tensor in both places: it is tuned in both"
             )
-    for name, parameter in named:
-        if id(parameter) in chosen and not parameter.is_floating_point():
+    for name, parameter in storage_of(model):
+        if id(parameter) in chosen:
             raise InputError(
-                f"{name} is quantised ({parameter.dtype}) and cannot be tuned itself: choose lora or prefix"
+                f"{name} is quantised ({dtype_name(parameter.dtype)} {type(parameter.data).__name__}) and cannot be tuned itself: choose "
+                "lora or prefix, or a pattern of other weights, such as 'norm|bias'"
             )
     for _, parameter in named:
         parameter.requires_grad_(id(parameter) in chosen)
@@ -150,7 +159,7 @@ def _add_lora(model: Any, rank: int, alpha: float, targets: Sequence[str] | None
         fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in layers),
     )
     model.requires_grad_(False)
-    with _wrapping(seed):
+    with _wrapping(seed), with_weights(model):
         return peft.get_peft_model(model, config)
 
 
@@ -175,7 +184,7 @@ def untie(model: Any, layers: Sequence[Any]) -> list[str]:
     tied = {id(dict(model.named_parameters(remove_duplicate=False))[names[0]]) for names in _tied(model)}
     found = []
     for name, module in model.named_modules():
-        if any(module is layer for layer in layers) and id(module.weight) in tied:
+        if any(module is layer for layer in layers) and id(getattr(module, "weight", None)) in tied:
             module.weight = nn.Parameter(module.weight.detach().clone(), requires_grad=module.weight.requires_grad)
             found.append(f"{name}.weight")
     if found:
@@ -202,7 +211,7 @@ def _lora_targets(model: nn.Module, given: Sequence[str] | None) -> list[str] | 
     """Which modules get LoRA: those given, peft's default for the architecture, or the usual names."""
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
 
-    layers = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    layers = [name for name, module in model.named_modules() if _is_linear(module)]
     advice = f"Layers are {_some(layers)}: give the last parts of such names as LoRA targets"
     for target in given or ():
         if not matching(model, [target]):
@@ -220,8 +229,12 @@ def _lora_targets(model: nn.Module, given: Sequence[str] | None) -> list[str] | 
 def matching(model: nn.Module, targets: Collection[str] | str) -> list[Any]:
     """The linear layers that peft would adapt for these targets."""
     pattern = targets if isinstance(targets, str) else rf"(.*\.)?({'|'.join(map(re.escape, targets))})"
-    linear = (module for module in model.named_modules() if isinstance(module[1], (nn.Linear, Conv1D)))
-    return [layer for name, layer in linear if re.fullmatch(pattern, name)]
+    return [layer for name, layer in model.named_modules() if _is_linear(layer) and re.fullmatch(pattern, name)]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether LoRA can stand beside it; quantised layers need not be torch's own."""
+    return isinstance(module, (nn.Linear, Conv1D)) or (is_quantised_layer(module) and hasattr(module, "in_features"))
 
 
 def _some(names: Sequence[str]) -> str:

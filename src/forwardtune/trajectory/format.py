@@ -21,6 +21,7 @@ from ..method.estimators import Estimator, get_estimator
 from ..method.record import StepRecord, coefficients_of, mean_loss
 from ..noise import NOISE_VERSION, SPECIFIED, Direction, LowRank, Noise, get_direction
 from ..optimizer import MeZO
+from ..parameters import TunedParameters
 
 #: Which rows of a tensor, by id, no step has read so far: bool, shape (rows,).
 Unread: TypeAlias = "Mapping[int, Tensor]"
@@ -63,7 +64,7 @@ def _check(previous: str, body: str) -> str:
 
 
 #: Fields of the header that describe a run, or its file, and decide nothing.
-DESCRIPTIVE = ("format", "base", "versions", "run")
+DESCRIPTIVE = ("format", "base", "frozen", "versions", "run")
 #: What a field means that the header leaves out.
 ABSENT: dict[str, Any] = {
     "normalize": "none", "rule_settings": {}, "assignment": "shared", "rank": 0, "refresh": 1, "clip_coefficient": None,
@@ -72,7 +73,25 @@ ABSENT: dict[str, Any] = {
 
 def header_content(optimizer: MeZO, run: dict[str, Any] | None = None) -> dict[str, Any]:
     """The header of a run that starts from the optimizer's present weights (which it digests)."""
-    return {**identity(optimizer), "base": optimizer.tuned.digest(), "versions": _versions(), "run": run or {}}
+    frozen = optimizer.tuned.frozen_digest()
+    return {
+        **identity(optimizer),
+        "base": optimizer.tuned.digest(),
+        **({"frozen": frozen} if frozen else {}),
+        "versions": _versions(),
+        "run": run or {},
+    }
+
+
+def require_frozen(path: object, header: dict[str, Any], tuned: TunedParameters) -> None:
+    """Raise LogError if the run of a log tuned over a quantised model, and this one is not stored in the same bits."""
+    frozen = header.get("frozen")
+    if frozen is not None and tuned.frozen_digest() != frozen:
+        raise LogError(
+            f"the run of {path} tuned over a quantised model, and this model is not stored in the same bits: load the run's own base model "
+            f"({header['run'].get('model', 'not recorded')}), quantised as it was then ({header['run'].get('quantize') or 'as stored'}), "
+            "with the same versions of the packages"
+        )
 
 
 def identity(optimizer: MeZO) -> dict[str, Any]:

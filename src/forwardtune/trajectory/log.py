@@ -19,7 +19,7 @@ from ..method.record import StepRecord
 from ..method.rules import RULES, logged_rule
 from ..noise import DIRECTIONS
 from ..optimizer import MeZO
-from .format import ABSENT, DESCRIPTIVE, header_content, identity, seal, step_content
+from .format import ABSENT, DESCRIPTIVE, header_content, identity, require_frozen, seal, step_content
 from .lock import LogLock
 from .reader import Log, Rollback, read_log
 from .replay import apply_log
@@ -284,3 +284,4 @@ def require_same_run(log: Log, optimizer: MeZO) -> None:
         else:
             detail = f"{key} is {theirs!r} in the log, {ours!r} here"
         raise LogError(f"{log.path} belongs to another run: {detail}. Use the run's own settings, or another folder")
+    require_frozen(log.path, log.header, optimizer.tuned)

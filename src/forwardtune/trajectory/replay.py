@@ -15,7 +15,7 @@ from ..noise import Update
 from ..optimizer import MeZO
 from ..parameters import TunedParameters, dtype_name
 from .export import read_trajectory
-from .format import noise_of
+from .format import noise_of, require_frozen
 from .reader import Log, read_log
 from .updates import Trajectory, trajectory_of
 
@@ -125,10 +125,11 @@ def tuned_by_header(trajectory: Trajectory, module: nn.Module) -> TunedParameter
 
 
 def require_base(trajectory: Trajectory, tuned: TunedParameters) -> None:
-    """Raise LogError unless the tuned tensors hold the run's base weights."""
+    """Raise LogError unless the tuned tensors hold the run's base weights, and a quantised model below them is the run's."""
     if tuned.digest() != trajectory.header["base"]:
         raise LogError(
             f"these are not the weights that the run of {trajectory.path} began with: its names, shapes and dtypes fit, "
             f"its values do not. Load the same base model ({trajectory.header['run'].get('model', 'not recorded')}), "
             "untuned"
         )
+    require_frozen(trajectory.path, trajectory.header, tuned)
