@@ -143,7 +143,7 @@ def open_session(
         resumed: the log of the run that goes on, with the number of threads that it had.
     """
     cores = SharedCores(say)
-    task = get_task(options.task)
+    task = get_task(options.task, options.data, streaming=options.streaming)
     rewards = _rewards(task, options)
     splits = _load_splits(task, options, [*wanted, "train"] if shots and "train" not in wanted else wanted)
     for reward in rewards:

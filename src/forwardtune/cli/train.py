@@ -192,7 +192,7 @@ def _resumed(asked: dict[str, Any], folder: Path) -> tuple[Log, dict[str, Any]]:
                 "resume it, or start another run in another folder"
             )
         run[name] = recorded if wanted is None else wanted
-    recorded, rule = header.get(_RULE, DEFAULT_RULE), get_task(run["task"]).splits
+    recorded, rule = header.get(_RULE, DEFAULT_RULE), get_task(run["task"], run["data"]).splits
     if recorded != rule:
         raise InputError(
             f"the run in {folder} has splits drawn by the rule {recorded}, and task {run['task']} now says {rule}: resume "

@@ -39,6 +39,12 @@ class Refusal:
 
 _COMBINATIONS = (
     Refusal(
+        "<data> and <data_dir> both say where the examples are: leave one of them out",
+        lambda run, given: run.data is not None and run.data_dir is not None,
+        {"data": "mine.jsonl", "data_dir": "mine"},
+        ("train", "plan", "eval", "probe"),
+    ),
+    Refusal(
         "<eval_steps> measures development examples, and <dev_examples> is 0: leave one of them out",
         lambda run, given: run.eval_steps is not None and run.dev_examples == 0,
         {"eval_steps": 2, "dev_examples": 0},

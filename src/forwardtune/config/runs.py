@@ -30,8 +30,16 @@ class Data:
         None, "a task of the package, such as sst2 or reviews, or a task file (.yaml)", required=True, is_place=True
     )
     data_dir: str | None = option(
-        None, "folder with the task's data (.jsonl, .csv, .json, .tsv), instead of the hub", is_place=True, free=True
+        None, "folder with files named after the task's splits, instead of the hub", is_place=True, free=True
     )
+    data: str | None = option(
+        None,
+        "the examples: a file, folder, pattern, or data set of the hub (NAME, NAME:CONFIG, NAME@REVISION)",
+        shown="the task's own",
+        is_place=True,
+        free=True,
+    )
+    streaming: bool = option(False, "read the first 10,000 rows alone, of data that are large")
     dtype: str = option("auto", "auto (as stored), float32, bfloat16 or float16")
     device: str | None = option(
         None, "cpu, cuda, mps, or auto to spread over devices", shown="cuda if there is one", free=True

@@ -110,7 +110,7 @@ class Encoder:
     # --- cutting ------------------------------------------------------------------------------------------------------
 
     def _fitting(
-        self, task: Task, number: int, text: str, context: tuple[int, int], encode: Callable[[str], Encoded]
+        self, task: Task, where: str, text: str, context: tuple[int, int], encode: Callable[[str], Encoded]
     ) -> Encoded:
         """The text in tokens, with as little as needed cut off the left of its context (start and end)."""
         start, end = context
@@ -134,7 +134,7 @@ class Encoder:
         encoded = encode_cut(places[-1] if places else 0)
         answers = _input_length(encoded, task) - len(encoded.prompt)
         raise InputError(
-            f"task {task.name}, example {number}: an input of {self.max_length} tokens leaves no room for its context "
+            f"task {task.name}, {where}: an input of {self.max_length} tokens leaves no room for its context "
             f"beside the rest of the prompt{f' and answers of {answers} tokens' if answers else ''}: choose a model with "
             "a longer context, or raise max_length",
             "max_length",
@@ -153,11 +153,12 @@ class Encoder:
         encoded = []
         for number, example in enumerate(examples, start=1):
             start, end = (place + len(preamble) for place in example.context)
-            encode = partial(self._split, task, example, number)
-            encoded.append(self._fitting(task, number, preamble + example.prompt, (start, end), encode))
+            where = _named(example, number)
+            encode = partial(self._split, task, example, where)
+            encoded.append(self._fitting(task, where, preamble + example.prompt, (start, end), encode))
         return encoded
 
-    def _split(self, task: Task, example: Example, number: int, prompt: str) -> Encoded:
+    def _split(self, task: Task, example: Example, where: str, prompt: str) -> Encoded:
         # Prompt and answer are tokenised together, as the model saw text in training. What all continuations share is
         # the prompt; a token that spans the border counts as part of the answers.
         alone = self._texts.open(prompt)
@@ -172,7 +173,7 @@ class Encoder:
         options = [tokens[shared:] for tokens in whole]
         if not border or not all(options):
             raise InputError(
-                f"task {task.name}, example {number}: prompt and answers {texts} share no border of tokens; "
+                f"task {task.name}, {where}: prompt and answers {texts} share no border of tokens; "
                 "change the end of the prompt"
             )
         if task.preference is not None and self.tokenizer.eos_token_id is not None:
@@ -199,7 +200,8 @@ class Encoder:
 
     def _longest(self, task: Task, examples: Sequence[Example], preamble: str) -> int:
         uncut = (
-            self._split(task, example, i, preamble + example.prompt) for i, example in enumerate(examples, start=1)
+            self._split(task, example, _named(example, i), preamble + example.prompt)
+            for i, example in enumerate(examples, start=1)
         )
         return max(_input_length(encoded, task) for encoded in uncut)
 
@@ -220,11 +222,10 @@ class Encoder:
                 tokens = self._texts.closed(text.replace(MASK, self.tokenizer.mask_token))
                 return Encoded(tokens, words, example.right, mask=0, example=example)
 
-            encoded = self._fitting(task, number, example.prompt, example.context, encode)
+            where = _named(example, number)
+            encoded = self._fitting(task, where, example.prompt, example.context, encode)
             if encoded.prompt.count(mask) != 1:
-                raise InputError(
-                    f"task {task.name}, example {number}: its text has a mask token of its own: drop the row"
-                )
+                raise InputError(f"task {task.name}, {where}: its text has a mask token of its own: drop the row")
             filled.append(replace(encoded, mask=encoded.prompt.index(mask)))
         return filled
 
@@ -239,6 +240,11 @@ class Encoder:
             f"task {task.name}: the answer {text!r} is not one token of this model ({pieces}), so it cannot fill a mask: "
             "choose another word in a task file"
         )
+
+
+def _named(example: Example, number: int) -> str:
+    """What an example is called in messages: by the file and row that it comes from, else by its number."""
+    return example.where or f"example {number}"
 
 
 def _input_length(encoded: Encoded, task: Task) -> int:
