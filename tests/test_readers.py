@@ -16,7 +16,7 @@ import pyarrow.parquet
 import pytest
 
 from forwardtune.errors import InputError
-from forwardtune.tasks import Task, get_task, load_split, load_splits, sources
+from forwardtune.tasks import Task, get_task, given_data, load_split, load_splits
 from forwardtune.tasks.encoding import Encoder
 from forwardtune.tasks.rows import open_rows, read_rows
 from support import tokenizer
@@ -255,7 +255,7 @@ def _like_a_hub(folder: Path) -> Path:
 def test_data_set_of_the_hub_has_configurations_and_may_be_streamed(
     tmp_path: Path, streaming: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "STREAMED", 8)
+    monkeypatch.setattr(given_data, "STREAMED", 8)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     where = _like_a_hub(tmp_path / "hub")
     hub = f"{{path: {where}, name: long, train: train, test: test, streaming: {str(streaming).lower()}}}"
@@ -288,12 +288,12 @@ def test_hub_id_may_name_a_configuration_and_a_revision(monkeypatch: pytest.Monk
         "train": "train",
         "test": "validation",
     }
-    sources.read_hub({**task.hub, "streaming": True}, "test")
+    given_data.open_split(task, "test")
     assert asked.pop() == (("someone/some-data", "long"), {"split": "validation", "streaming": True, "revision": "v2"})
 
 
 def test_files_are_streamed_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "STREAMED", 8)
+    monkeypatch.setattr(given_data, "STREAMED", 8)
     (tmp_path / "a.jsonl").write_bytes(lines(ROWS) + b"this line is never read\n")
     split = load_split(get_task(str(_task(tmp_path)), str(tmp_path / "a.jsonl"), streaming=True), "train")
     assert len(split) == 8

@@ -42,6 +42,22 @@ class MeZOConfig(MeZOSettings, TrainingArguments):
         metadata={"help": "Take fewer threads while other processes keep cores busy; OMP_NUM_THREADS overrides it."},
     )
 
+    max_length: int | None = field(
+        default=1024,
+        metadata={"help": "Longest input in tokens that conversations and texts are cut to, or packed into."},
+    )
+    packing: bool = field(default=False, metadata={"help": "Put several conversations or texts into a row."})
+    eval_packing: bool | None = field(
+        default=None, metadata={"help": "The same for eval_dataset; by default as packing."}
+    )
+    dataset_text_field: str = field(default="text", metadata={"help": "Column of plain texts."})
+    assistant_only_loss: bool = field(
+        default=True, metadata={"help": "Learn the assistant's turns of messages alone (TRL's default is all of them)."}
+    )
+    completion_only_loss: bool | None = field(
+        default=None, metadata={"help": "Learn the completion alone where there is a prompt; by default yes."}
+    )
+
     def __post_init__(self) -> None:
         self.validate()
         super().__post_init__()

@@ -20,6 +20,7 @@ from ..optimizer import MeZO
 from ..search.budget import first_settings
 from ..trajectory import read_log
 from .automatic import Automatic
+from .chat_data import require_apart, with_chat_data
 from .config import MeZOConfig
 from .example_losses import ExampleLosses
 from .given import quantised_base, warn_of_missing_ends
@@ -46,6 +47,11 @@ class MeZOTrainer(Trainer):
             that cannot batch one, such as text, wants it removed from the data. Its methods ``begin_step(step, part)`` and ``end_step()``, if it has them, are told of every
             step, and what ``take_statistics()`` returns is logged (:class:`forwardtune.objectives.TaskObjective`).
         run: anything to keep in the step log's header, as JSON.
+        formatting_func: row -> text, which is tuned on in place of the columns.
+
+    A ``train_dataset`` with ``messages``, ``prompt`` and ``completion``, or ``text`` is made into tokens and labels as by TRL's SFTTrainer
+    (:class:`.chat_data.ChatData`), unless ``objective`` or ``data_collator`` is given; ``max_length``, ``packing`` and what is learnt
+    are in :class:`MeZOConfig`.
 
     Raises:
         ValueError: more than one process or GPU, or an optimizer that is not MeZO.
@@ -57,20 +63,29 @@ class MeZOTrainer(Trainer):
     lr_scheduler: Any
 
     def __init__(
-        self, *args: Any, objective: Objective | None = None, run: dict[str, Any] | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        objective: Objective | None = None,
+        run: dict[str, Any] | None = None,
+        formatting_func: Callable[[Any], str] | None = None,
+        **kwargs: Any,
     ) -> None:
         self._example_losses = ExampleLosses()
         self._objective = objective  # Trainer's hyperparameter search puts a number of its own into `objective`
         self._part = 0
         self._trial: Any = None
         self._run = run
-        given = kwargs.get("model", args[0] if args else None)
-        self._use_cache = getattr(getattr(given, "config", None), "use_cache", None)
-        with quantised_base(given):
-            super().__init__(*args, **kwargs)
-        self._set_use_cache(self._use_cache)
-        if not isinstance(self.args, MeZOConfig):
+        asked = signature(Trainer.__init__).bind(self, *args, **kwargs).arguments
+        given = asked.get("model")
+        if not isinstance(asked.get("args"), MeZOConfig):
             raise ValueError("MeZOTrainer needs args=MeZOConfig(...), whose defaults are MeZO's")
+        self._use_cache = getattr(getattr(given, "config", None), "use_cache", None)
+        self._chat_data = with_chat_data(asked, formatting_func) if objective is None else None
+        with quantised_base(given):
+            Trainer.__init__(**asked)
+        self._set_use_cache(self._use_cache)
+        if self._chat_data is not None and self.args.packing:
+            require_apart(self.model, self.train_dataset, self.data_collator)
         if objective is not None:  # which may need what the model does not take
             self.args.remove_unused_columns = False
         if self.args.world_size > 1 or self.args.n_gpu > 1:
@@ -209,6 +224,13 @@ class MeZOTrainer(Trainer):
         if per_example:  # Trainer adds up what its microbatches give
             loss /= self.current_gradient_accumulation_steps
         return torch.tensor(loss, device=self.args.device)
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As Trainer's. Conversations and texts are made into tokens here, too."""
+        if self._chat_data is not None and eval_dataset is not None and not isinstance(eval_dataset, str):
+            packing = self.args.packing if self.args.eval_packing is None else self.args.eval_packing
+            eval_dataset = self._chat_data.prepare(eval_dataset, packing=bool(packing))
+        return super().evaluate(eval_dataset, *args, **kwargs)
 
     def tell_objective(self, method: str, *arguments: int) -> Any:
         """Call a method of the objective, if it has it."""

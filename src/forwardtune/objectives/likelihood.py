@@ -68,6 +68,19 @@ def target_likelihood(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     return -scores.gather(1, batch["labels"][:, None])[:, 0]
 
 
+def learnt_tokens(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Of each example's learnt tokens (teacher forcing), the mean log-likelihood, as a score of one option, shape (batch, 1), and
+    the share that the model finds likeliest, shape (batch,)."""
+    logits = logits_at(model, batch)
+    rows, tokens, slots = batch["logit_rows"], batch["tokens"], batch["slots"]
+    likely = logits.argmax(dim=-1)[rows] == tokens
+    log_likelihood = logits[rows, tokens] - logits.logsumexp(dim=-1)[rows]
+    per_token = torch.stack([log_likelihood, likely.float(), torch.ones_like(log_likelihood)])
+    total = per_token.new_zeros(3, int(batch["options"].max()) + 1).index_add(1, slots, per_token)
+    mean, share = (total[:2] / total[2])[:, batch["options"][:, 0]]
+    return mean[:, None], share
+
+
 def preference_margins(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     """How much more the model prefers the chosen text than its reference does, shape (batch,).
 

@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import InputError, nearest
 from . import columnar
 from .rows import SUFFIXES
-from .sources import Source, read_files, read_hub, split_names, splits_of_hub
+from .sources import STREAMED, Source, read_files, read_hub, split_names, splits_of_hub
 from .task import Task
 from .text_file import suffix_of
 
@@ -36,23 +36,40 @@ def with_data(task: Task, data: str, *, streaming: bool = False) -> Task:
         raise InputError(f"{data}: there is no such data file{nearest(str(path), near)}")
     else:
         found = {"files": {}, "hub": splits_of_hub(data)}
-    task = replace(task, **found, streaming=streaming, unlabelled=task.unlabelled)
+    task = replace(task, **found, streaming=streaming)
     splits = task.hub or task.files
     if "train" not in splits:
         raise InputError(f"{data} has no training data: name the file or the split that has them 'train'")
     return replace(task, holds_out="test" not in splits)
 
 
-def open_split(task: Task, split: str) -> Source:
-    """A split's rows, from the task's own source. Raises InputError: the task has no such split, or it cannot be read."""
+def open_split(task: Task, split: str, rows: int | None = None) -> Source:
+    """A split's rows, or the first of them, from the task's own source.
+
+    Raises:
+        InputError: the task has no such split, or it cannot be read.
+    """
+    rows = STREAMED if rows is None and task.streaming else rows
     if task.hub is not None:
-        return read_hub({**task.hub, "streaming": task.streaming}, split)
+        return read_hub({**task.hub, "streaming": task.streaming}, split, rows)
     if split not in task.files:
         raise InputError(
             f"task {task.name} has no {split} file: add '{split}: FILE' to its task file, or give all of its data",
             "data",
         )
-    return read_files(task.files[split], streaming=task.streaming)
+    return read_files(task.files[split], rows)
+
+
+def columns_of_data(task: Task) -> tuple[list[str], str]:
+    """The columns of the training data, and where they come from. Raises InputError: there are no data, or no row."""
+    if not task.files and task.hub is None:
+        raise InputError(
+            f"task {task.name} has no data of its own: give data=FILE, a folder or a data set of the hub", "data"
+        )
+    source = open_split(task, "train", rows=1)
+    if not source.rows:
+        raise InputError(f"{source.name} holds no example")
+    return list(source.rows[0]), source.name
 
 
 def _in_folder(folder: Path) -> dict[str, Path]:

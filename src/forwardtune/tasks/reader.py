@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, nearest
-from .given_data import with_data
+from .chat import CHAT, TASK, ChatTask, recognised
+from .given_data import columns_of_data, with_data
 from .metrics import CHOICE_METRICS, TEXT_METRICS
 from .splits import RULES
 from .task import MASK, Task
@@ -33,7 +34,7 @@ def task_names() -> list[str]:
 
 
 def get_task(name: str, data: str | None = None, *, streaming: bool = False) -> Task:
-    """A task of the package by its name, or one from a YAML file by its path.
+    """A task of the package by its name, ``chat``, or one from a YAML file by its path.
 
     Args:
         data: where the examples are, in place of the task's own (:func:`.given_data.with_data`).
@@ -44,7 +45,11 @@ def get_task(name: str, data: str | None = None, *, streaming: bool = False) -> 
     """
     task = replace(_by_name(name), streaming=True) if streaming else _by_name(name)
     if data is not None:
-        return with_data(task, data, streaming=task.streaming)
+        task = with_data(task, data, streaming=task.streaming)
+    if isinstance(task, ChatTask):
+        return recognised(task, *columns_of_data(task))
+    if data is not None:
+        return task
     if not task.files and task.hub is None:
         raise InputError(
             f"task {task.name} ({name}) names no data: give files (train: and test:) or a data set of the hub (hub:) in its task "
@@ -55,13 +60,15 @@ def get_task(name: str, data: str | None = None, *, streaming: bool = False) -> 
 
 
 def _by_name(name: str) -> Task:
+    if name == CHAT:
+        return TASK
     if name in task_names():
         return read_task(LIBRARY / f"{name}.yaml")
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
         return read_task(path)
     raise InputError(
-        f"unknown task {name!r}: choose one of {', '.join(task_names())}, or give the path of a task file (.yaml)"
+        f"unknown task {name!r}: choose one of {', '.join(task_names())}, {CHAT} for conversations, or give the path of a task file (.yaml)"
         f"{nearest(name, task_names())}"
     )
 

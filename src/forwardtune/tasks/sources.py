@@ -7,7 +7,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -57,17 +57,17 @@ class _Reading:
                 yield row
 
 
-def read_files(path: Path, *, streaming: bool = False) -> Source:
-    """The rows of a data file, of the data files in a folder, or of those that a pattern such as ``part-*.csv`` names.
+def read_files(path: Path, limit: int | None = None) -> Source:
+    """The rows, or the first of them, of a data file, of the data files in a folder, or of those that a pattern such as
+    ``part-*.csv`` names.
 
     Raises:
         InputError: there is none, or one cannot be read (:func:`.rows.open_rows`).
     """
     reading = _Reading()
     rows = reading.rows(data_files(path))
-    read = list(islice(rows, STREAMED)) if streaming else list(rows)
-    remarks = tuple(dict.fromkeys(reading.remarks))
-    return Source(str(path), read, reading.begins, (*remarks, *_cut(rows)) if streaming else remarks)
+    read = list(islice(rows, limit))
+    return Source(str(path), read, reading.begins, (*dict.fromkeys(reading.remarks), *_cut(rows, limit)))
 
 
 def data_files(path: Path) -> list[Path]:
@@ -85,19 +85,21 @@ def data_files(path: Path) -> list[Path]:
     return [path]
 
 
-def read_hub(hub: Mapping[str, Any], split: str) -> Source:
-    """The rows of a data set of the hub, or of a folder that is laid out like one. Raises InputError: it cannot be loaded."""
+def read_hub(hub: Mapping[str, Any], split: str, limit: int | None = None) -> Source:
+    """The rows, or the first of them, of a data set of the hub, or of a folder that is laid out like one.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
     import datasets
 
     streaming = bool(hub.get("streaming"))
     how = {"revision": hub["revision"]} if "revision" in hub else {}
     name = f"{hub['path']} ({hub[split]})"
     try:
-        dataset = iter(
-            datasets.load_dataset(hub["path"], hub.get("name"), split=hub[split], streaming=streaming, **how)
-        )
-        rows = list(islice(dataset, STREAMED)) if streaming else list(dataset)
-        return Source(name, rows, [(0, name)], _cut(dataset) if streaming else ())
+        dataset = datasets.load_dataset(hub["path"], hub.get("name"), split=hub[split], streaming=streaming, **how)
+        rows = iter(dataset)
+        return Source(name, list(islice(rows, limit)), [(0, name)], _cut(rows, limit))
     except Exception as error:  # the hub's client has many errors of its own
         raise _unreachable(hub["path"], error) from None
 
@@ -133,9 +135,9 @@ def split_names(splits: list[str]) -> dict[str, str]:
     return found | ({"test": held[0]} if held else {})
 
 
-def _cut(rows: Iterator[Row]) -> tuple[str, ...]:
+def _cut(rows: Iterator[Row], limit: int | None) -> tuple[str, ...]:
     """What to say if there are more rows than were read."""
-    return (f"the first {STREAMED:,} rows",) if next(rows, None) is not None else ()
+    return (f"the first {limit:,} rows",) if limit is not None and next(rows, None) is not None else ()
 
 
 def _unreachable(path: str, error: Exception, also: str = "") -> InputError:
@@ -144,8 +146,3 @@ def _unreachable(path: str, error: Exception, also: str = "") -> InputError:
         "give a local copy with data_dir",
         "data_dir",
     )
-
-
-def first_row(source: Source) -> Row:
-    """The first row, whose columns are all rows'."""
-    return next(chain(source.rows, [{}]))

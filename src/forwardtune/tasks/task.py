@@ -79,6 +79,11 @@ class Task:
         return self.answers is None and self.options is None and self.preference is None
 
     @property
+    def conversational(self) -> bool:
+        """Whether an example is a conversation or a text, some of whose tokens are learnt (:mod:`.chat`)."""
+        return False
+
+    @property
     def fixed_answers(self) -> bool:
         """Whether every example has the same options."""
         return self.answers is not None and not any(columns_of(text) for text in self.answers.values())
