@@ -64,7 +64,8 @@ def columns_of_data(task: Task) -> tuple[list[str], str]:
     """The columns of the training data, and where they come from. Raises InputError: there are no data, or no row."""
     if not task.files and task.hub is None:
         raise InputError(
-            f"task {task.name} has no data of its own: give data=FILE, a folder or a data set of the hub", "data"
+            f"task {task.name} has no examples of its own: name a file, a folder or a set of the hub with data='FILE'",
+            "data",
         )
     source = open_split(task, "train", rows=1)
     if not source.rows:
