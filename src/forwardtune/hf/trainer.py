@@ -27,8 +27,8 @@ from .given import quantised_base, warn_of_missing_ends
 from .log_keeper import LogKeeper, steps_in_pass
 from .model_card import describe
 from .resuming import Resumption
+from .run_logs import RunLogs
 
-STEP_LOG = "steps.jsonl"
 _ARGUMENTS = signature(MeZO).parameters
 
 Objective = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
@@ -74,6 +74,8 @@ class MeZOTrainer(Trainer):
         self._objective = objective  # Trainer's hyperparameter search puts a number of its own into `objective`
         self._part = 0
         self._trial: Any = None
+        #: Which log a run writes.
+        self.run_logs = RunLogs()
         self._run = run
         asked = signature(Trainer.__init__).bind(self, *args, **kwargs).arguments
         given = asked.get("model")
@@ -247,7 +249,10 @@ class MeZOTrainer(Trainer):
     def train(
         self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """As Trainer's. ``True`` resumes from the last logged step, a path from that checkpoint of this run."""
+        """As Trainer's. ``True`` resumes from the last logged step, a path from that checkpoint of this run.
+
+        A second call goes on from the present weights, with a log of its own beside the first one's (:class:`.run_logs.RunLogs`).
+        """
         self._trial = trial
         self.args.validate()
         self.forget_own()
@@ -263,7 +268,10 @@ class MeZOTrainer(Trainer):
             self.cores = SharedCores(self.automatic.announce)
         try:
             checkpoint = None
-            if resume_from_checkpoint:
+            if not resume_from_checkpoint:
+                self.run_logs.begin(self.run_folder)
+            else:
+                self.run_logs.go_on(self.run_folder, self.model)
                 resumption = Resumption(self, resume_from_checkpoint, self._keeper.lock())
                 if self.args.eps == AUTO:
                     self._logged_eps = resumption.log.header["eps"]
@@ -336,4 +344,4 @@ class MeZOTrainer(Trainer):
     @property
     def step_log(self) -> Path:
         """Where the steps are logged."""
-        return self.run_folder / STEP_LOG
+        return self.run_logs.path(self.run_folder)
