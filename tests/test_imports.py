@@ -166,6 +166,12 @@ def test_the_core_runs_with_torch_alone(tmp_path):
     assert "install numba" in warning
 
 
+def test_the_package_shows_what_users_need_and_nothing_else():
+    for shown in (set(forwardtune.__all__), {name for name in dir(forwardtune) if not name.startswith("_")}):
+        assert shown == {"MeZO", "MeZOConfig", "MeZOTrainer", "StepLog", "replay"}
+    assert forwardtune.AutoLR.__name__ == "AutoLR"  # not shown, and there
+
+
 def test_every_public_name_exists():
     assert all(hasattr(forwardtune, name) for name in forwardtune.__all__)
     assert set(forwardtune.__all__) <= set(dir(forwardtune))

@@ -76,6 +76,8 @@ CASES: dict[str, dict[str, tuple[Any, See, Any]]] = {
         "seed": (5, lambda b: (b.trainer.args.seed, b.mezo.noise.seed), (5, 5)),
         "objective": ("accuracy + 0.5 * loss", lambda b: [(t.weight, t.name) for t in b.trainer._objective.terms],
                       [(1.0, "accuracy"), (0.5, "loss")]),
+        "class_weights": ("0=3,1=1", lambda b: [round(w / b.session.task.class_weights[1], 6) for w in b.session.task.class_weights],
+                          [3.0, 1.0]),
         "tune": ("lora", lambda b: b.lora.peft_type.value, "LORA"),
         "lora_rank": (3, lambda b: b.lora.r, 3),
         "lora_alpha": (0.5, lambda b: {m.scaling["default"] for m in b.trainer.model.modules() if hasattr(m, "scaling") and
@@ -119,7 +121,7 @@ CASES: dict[str, dict[str, tuple[Any, See, Any]]] = {
         "assignment": ("example", lambda b: (b.mezo.estimator.assignment, b.mezo.perturbation.name), ("example", "side_path")),
         "rank": (2, lambda b: b.mezo.noise.structure.rank, 2),
         "refresh": (3, lambda b: b.mezo.noise.structure.refresh, 3),
-        "steps": (2, lambda b: b.mezo.next_step, 2),
+        "epochs": (2.0, lambda b: b.mezo.next_step, 2),
     },
     "timed": {  # it stops before its first step
         "tune": (r"layers\.1\.", lambda b: sum(p.requires_grad for p in b.session.model.parameters()), 9),

@@ -26,6 +26,7 @@ from ..objectives.mixture import parse
 from ..tasks import Split, Task, doubts, get_task, load_splits
 from ..tasks.batching import Layout
 from ..tasks.encoding import Encoded, Encoder
+from ..tasks.weights import class_weights
 from ..trajectory import Log
 from . import say
 from .results import METRICS
@@ -186,6 +187,7 @@ def open_session(
         if name in splits:
             encoded[name] = encoder(task, splits[name].examples)
             say(f"{name}: {splits[name]}")
+    task = _weighed(task, options, encoded)
     if encoder.truncated:
         say(f"  {encoder.truncated} prompts were cut on the left of their context to {encoder.max_length} tokens")
     if shots:
@@ -247,6 +249,23 @@ def _rewards(task: Task, options: Any) -> list[Reward]:
                 f"--{name.replace('_', '-')} is of {what} text, and objective {objective!r} generates none: leave it out"
             )
     return rewards
+
+
+def _weighed(task: Task, options: Any, encoded: dict[str, list[Encoded]]) -> Task:
+    """The task with the weights of its classes that were asked for."""
+    asked = getattr(options, "class_weights", None)
+    if asked is None:
+        return task
+    if not any(term.name == "loss" for term in parse(options.objective, task)):
+        raise InputError(
+            f"--class-weights are of the loss, and --objective {options.objective} has none: leave them out"
+        )
+    weights = class_weights(asked, task, [example.label for example in encoded["train"]])
+    say(
+        "classes weigh "
+        + ", ".join(f"{name} {weight:.3g}" for name, weight in zip(task.answers or (), weights, strict=True))
+    )
+    return replace(task, class_weights=weights)
 
 
 @torch.no_grad()

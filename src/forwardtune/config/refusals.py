@@ -60,6 +60,16 @@ _COMBINATIONS = (
         {"steps": 3, "time_budget": 60.0},
     ),
     Refusal(
+        "<steps> and <epochs> both say how long to tune: leave one of them out",
+        lambda run, given: {"steps", "epochs"} <= given,
+        {"steps": 3, "epochs": 2.0},
+    ),
+    Refusal(
+        "<epochs> and <time_budget> both say how long to tune: leave one of them out",
+        lambda run, given: {"epochs", "time_budget"} <= given,
+        {"epochs": 2.0, "time_budget": 60.0},
+    ),
+    Refusal(
         "<patience> counts measurements of the dev split: give <eval_steps> too",
         lambda run, given: (
             run.patience is not None and run.eval_steps is None and (run.lr != AUTO or run.dev_examples == 0)

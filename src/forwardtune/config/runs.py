@@ -117,6 +117,9 @@ class Train(MeZOSettings, Data):
 
     method: str = option("mezo", "mezo, or adam: backpropagation", choices=names.METHODS)
     objective: str = _of_mezo("loss", "loss, accuracy, f1, exact_match, module:function, file.py:function, or a sum")
+    class_weights: str | None = option(
+        None, "weights of classes in the loss: balanced, or labels with weights such as spam=5,ham=1", shown="all alike"
+    )
     temperature: float = _of_mezo(0.0, "of sampled text; 0 takes the likeliest tokens", bounds=FINITE)
     log_completions: int | None = _of_mezo(
         None,
@@ -134,6 +137,13 @@ class Train(MeZOSettings, Data):
     )
     prefix_length: int = option(5, "positions of the prefix", bounds=POSITIVE, only={"tune": ("prefix",)})
     steps: int | None = option(None, "optimizer steps", shown=f"{STEPS}; adam: 5 epochs", bounds=POSITIVE, free=True)
+    epochs: float | None = option(
+        None,
+        "passes over the training examples, in place of steps",
+        shown="as many as the steps take",
+        bounds=POSITIVE,
+        free=True,
+    )
     time_budget: float | None = _of_mezo(None, "as many steps as fit this time: 90s, 30m, 1h30m", read=seconds_of)
     lr: NumberOrAuto = option(  # noqa: RUF009
         AUTO,

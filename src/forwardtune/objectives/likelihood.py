@@ -43,13 +43,16 @@ def score_loss(task: Task, scores: Tensor, labels: Tensor) -> Tensor:
     """The loss of every example from its options' scores, or from its preference margin, shape (batch,).
 
     ``cross_entropy``: ``-log softmax(scores)[label]``; ``likelihood``: ``-scores[label]``; ``preference``:
-    ``-log sigmoid(beta * margin)`` (direct preference optimization).
+    ``-log sigmoid(beta * margin)`` (direct preference optimization). The first two are times the weight of the label's class,
+    where the task has weights.
     """
     if task.loss == "preference":
         return F.softplus(-task.beta * scores)
     if task.loss == "likelihood":
-        return -scores.gather(1, labels[:, None])[:, 0]
-    return F.cross_entropy(scores, labels, reduction="none")
+        losses = -scores.gather(1, labels[:, None])[:, 0]
+    else:
+        losses = F.cross_entropy(scores, labels, reduction="none")
+    return losses if task.class_weights is None else losses * losses.new_tensor(task.class_weights)[labels]
 
 
 def task_scores(model: nn.Module, batch: Mapping[str, Any], task: Task) -> Tensor:

@@ -54,6 +54,9 @@ class Task:
     options: tuple[str, str] | None = None  # column that holds a list, template with {option} of one of its entries
     preference: tuple[str, str] | None = None  # columns of the chosen and the rejected text
     beta: float = 0.1  # how far a preferred text may move the model from its reference (DPO)
+    class_weights: tuple[float, ...] | None = (
+        None  # of each answer in the loss (:mod:`.weights`); None: all count alike
+    )
     unlabelled: str | None = None  # label value of rows that are left out
     replace: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # column -> {text: text in its place}
     context: str | None = None  # the column that may be cut on the left; by default the prompt's first
