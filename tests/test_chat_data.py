@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from forwardtune.tasks import get_task, load_splits
 from forwardtune.tasks.chat import TASK, form_of
 from forwardtune.tasks.chat_tokens import ChatTokens
 from forwardtune.tasks.encoding import Encoder
-from support.chat import ANSWER, CASES, GOLDEN, MARKED, MORE, PLAIN, SYSTEM, USER, chat_tokenizer
+from support.chat import ANSWER, CASES, GOLDEN, MARKED, MORE, PAIRS, PLAIN, SYSTEM, USER, chat_tokenizer
 from support.command import cli, done, read, refused, write_jsonl
 from support.examples import CLOSE, sharp_model
 
@@ -73,6 +74,13 @@ def test_trainer_builds_what_trl_builds(tmp_path: Path, name: str, template: str
         assert [
             label if place else -100 for label, place in zip(expected["labels"], row["position_ids"], strict=True)
         ] == row["labels"]
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_preferences_are_those_that_trl_builds(tmp_path: Path, name: str) -> None:
+    trainer = trainer_for(tmp_path, PAIRS[name] * 2)
+    expected = [(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in TRL[name]] * 2
+    assert [(one.prompt, *one.options) for one in trainer.train_dataset] == expected
 
 
 def learnt_text(tokenizer: Any, messages: list[dict[str, Any]]) -> list[str]:
@@ -342,6 +350,22 @@ def test_trainer_takes_conversations(tmp_path: Path, kind: str) -> None:
     support.assert_same_bits(base, support.snapshot(trainer.model))
 
 
+@pytest.mark.parametrize("name", ["preference", "implicit prompt"])
+def test_trainer_takes_preferences(tmp_path: Path, name: str) -> None:
+    """At first the model is its own reference, and every loss is log 2; then chosen texts gain."""
+    settings: dict[str, Any] = {"max_steps": 20, "learning_rate": 3e-2, "eps": 1e-2, "beta": 0.5}
+    trainer = trainer_for(tmp_path, DATA[name], eval_dataset=datasets.Dataset.from_list(DATA[name][:6]), **settings)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < math.log(2) - 0.01
+    with pytest.raises(InputError, match="pass them as eval_dataset to MeZOTrainer"):
+        trainer.evaluate(DATA[name][:2])
+    pairs = [
+        ChatTokens(chat_tokenizer()).of_pair(TASK.of_form("preference").example(row, "").row, "") for row in DATA[name]
+    ]
+    assert [(one.prompt, *one.options) for one in trainer.train_dataset] == pairs
+
+
 @torch.no_grad()
 def test_packed_rows_have_the_losses_of_their_sequences(tmp_path: Path) -> None:
     model = sharp_model()
@@ -364,8 +388,10 @@ def test_model_that_mixes_packed_sequences_is_refused(tmp_path: Path) -> None:
 
 
 def test_trainer_says_what_it_cannot_take(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="preferences and rewarded prompts need an objective"):
-        trainer_for(tmp_path, DATA["preference"])
+    with pytest.raises(
+        InputError, match="train_dataset holds prompts alone, of which nothing can be learnt without a reward"
+    ):
+        trainer_for(tmp_path, [{"prompt": "a"}])
     with pytest.raises(InputError, match=r"packing needs max_length"):
         trainer_for(tmp_path, CONVERSATIONS, packing=True, max_length=None)
     with pytest.raises(InputError, match="formatting_func must return text, not 3"):

@@ -40,6 +40,7 @@ LAYERS = (
     {"tasks", "models"},
     {"objectives"},
     {"evaluation"},
+    {"reference"},
     {"hf", "paper"},
     {"cli"},
     {"__main__"},

@@ -1,4 +1,4 @@
-"""Conversations, and a tokenizer with a chat template; what TRL's SFTTrainer makes of them is in ``golden/chat.json``.
+"""Conversations, and a tokenizer with a chat template; what TRL's trainers make of them is in ``golden/chat.json``.
 
 ``python tests/support/chat.py`` writes that file anew, with TRL installed.
 """
@@ -56,6 +56,14 @@ CASES: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
 }  # fmt: skip
 
 
+#: Preferences, by TRL's names.
+PAIRS: dict[str, list[dict[str, Any]]] = {
+    "preferences": [{"prompt": [SYSTEM, USER], "chosen": [ANSWER], "rejected": [{**ANSWER, "content": "Chile."}]}],
+    "implicit prompt": [{"chosen": [USER, ANSWER], "rejected": [USER, {**ANSWER, "content": "Chile."}]}],
+    "texts": [{"prompt": "The capital is", "chosen": " Lima.", "rejected": " Chile, I think."}],
+}
+
+
 def chat_tokenizer(template: str | None = PLAIN) -> Any:
     """The tests' tokenizer, with a chat template."""
     from support import tokenizer
@@ -83,11 +91,30 @@ def _of_trl(name: str) -> list[dict[str, Any]]:
         ]
 
 
+def _of_dpo(name: str) -> list[dict[str, Any]]:
+    import datasets
+    from trl import DPOConfig, DPOTrainer
+
+    from support import tiny_model
+
+    with tempfile.TemporaryDirectory() as folder:
+        args = DPOConfig(folder, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to=[])
+        rows = datasets.Dataset.from_list(PAIRS[name])
+        trainer = DPOTrainer(tiny_model(), tiny_model(), args, train_dataset=rows, processing_class=chat_tokenizer())
+        return [
+            {key: row[key] for key in ("prompt_ids", "chosen_ids", "rejected_ids")} for row in trainer.train_dataset
+        ]
+
+
 if __name__ == "__main__":
     import sys
 
     import trl
 
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    made = {"trl": trl.__version__, **{name: _of_trl(name) for name in CASES}}
+    made = {
+        "trl": trl.__version__,
+        **{name: _of_trl(name) for name in CASES},
+        **{name: _of_dpo(name) for name in PAIRS},
+    }
     GOLDEN.write_text(json.dumps(made) + "\n", encoding="utf-8")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,9 @@ from ..evaluation import evaluate, find_layout, prepare
 from ..files import read_json
 from ..models import context_length, load_model, model_kind
 from ..noise import load_kernels
-from ..objectives import Reward, logits_at, option_likelihoods
+from ..objectives import Reward, logits_at
 from ..objectives.mixture import parse
+from ..reference import with_reference
 from ..tasks import Split, Task, doubts, get_task, load_splits
 from ..tasks.batching import Layout
 from ..tasks.encoding import Encoded, Encoder
@@ -203,7 +203,10 @@ def open_session(
             cores.look(lambda: logits_at(model, first))
     if task.preference is not None and prepare_model is not None:  # a model that was tuned before has no reference
         for name in encoded:
-            encoded[name] = _with_reference(model, tokenizer, encoded[name], name, options.batch_size)
+            with bar(len(encoded[name]), f"reference of {name}", "example") as progress:
+                encoded[name] = with_reference(
+                    model, tokenizer, encoded[name], batch_size=options.batch_size, progress=reach(progress)
+                )
     return Session(
         model,
         tokenizer,
@@ -266,24 +269,6 @@ def _weighed(task: Task, options: Any, encoded: dict[str, list[Encoded]]) -> Tas
         + ", ".join(f"{name} {weight:.3g}" for name, weight in zip(task.answers or (), weights, strict=True))
     )
     return replace(task, class_weights=weights)
-
-
-@torch.no_grad()
-def _with_reference(
-    model: Any, tokenizer: Any, examples: Sequence[Encoded], name: str, batch_size: int
-) -> list[Encoded]:
-    """The examples with the log-likelihoods of their texts under the model without its adapter: the frozen reference."""
-    layout = find_layout(model, tokenizer, examples)
-    done: list[Encoded] = []
-    without_adapter = model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
-    with without_adapter, bar(len(examples), f"reference of {name}", "example") as progress:
-        for lo in range(0, len(examples), batch_size):
-            batch = examples[lo : lo + batch_size]
-            inputs = prepare(model, tokenizer, batch, layout)
-            pairs = option_likelihoods(model, inputs)[0][inputs["options"]].tolist()
-            done += [replace(e, reference=tuple(pair)) for e, pair in zip(batch, pairs, strict=True)]
-            progress.update(len(batch))
-    return done
 
 
 def _dtype_of_run(folder: Path) -> str:

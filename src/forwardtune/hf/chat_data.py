@@ -26,18 +26,18 @@ def is_chat(dataset: Any, text_column: str, *, formatted: bool) -> bool:
         formatted: a function of the user's makes texts of its rows.
 
     Raises:
-        InputError: it holds preferences or prompts alone, of which no labels can be made.
+        InputError: it holds prompts alone, of which no labels can be made.
     """
     if isinstance(dataset, dict):
         return any(is_chat(one, text_column, formatted=formatted) for one in dataset.values())
-    columns = _columns(dataset)
+    columns = columns_of(dataset)
     if "input_ids" in columns:
         return False
     form = _form(columns, text_column, formatted)
-    if form in ("preference", "prompt"):
+    if form == "prompt":
         raise InputError(
-            f"train_dataset has the columns {', '.join(columns)}: preferences and rewarded prompts need an objective, which `forwardtune "
-            "train` with the task chat makes of them. Pass objective=..., a function of model and inputs, with a data_collator of its own"
+            "train_dataset holds prompts alone, of which nothing can be learnt without a reward: pass objective=..., a function of model "
+            "and inputs, or add a column 'completion'"
         )
     return form is not None
 
@@ -120,7 +120,7 @@ class ChatData:
         if packing and self.max_length is None:
             raise InputError("packing needs max_length, the length of the packed rows: give a number", "max_length")
         dataset = datasets.Dataset.from_list(list(dataset)) if isinstance(dataset, list) else dataset
-        columns = _columns(dataset)
+        columns = columns_of(dataset)
         if not columns or "input_ids" in columns:
             return dataset
         form = _form(columns, self.text_column, self.formatting is not None)
@@ -203,7 +203,8 @@ class ChatCollator:
         length = max(len(row["input_ids"]) for row in rows)
 
         def padded(name: str, value: int) -> torch.Tensor:
-            return torch.tensor([[*row[name], *[value] * (length - len(row[name]))] for row in rows])
+            found = [row.get(name, row["input_ids"]) for row in rows]  # labels, if there are none
+            return torch.tensor([[*tokens, *[value] * (length - len(tokens))] for tokens in found])
 
         batch: dict[str, Any] = {
             "input_ids": padded("input_ids", padding_id(self.tokenizer)),
@@ -255,7 +256,7 @@ def _form(columns: Sequence[str], text_column: str, formatted: bool) -> str | No
     return form_of(columns) or ("text" if text_column in columns else None)
 
 
-def _columns(dataset: Any) -> list[str]:
+def columns_of(dataset: Any) -> list[str]:
     """The columns of a data set that is known to have some; nothing of any other."""
     if isinstance(dataset, datasets.Dataset):
         return list(dataset.column_names)

@@ -56,6 +56,9 @@ class MeZOConfig(MeZOSettings, TrainingArguments):
     eval_packing: bool | None = field(
         default=None, metadata={"help": "The same for eval_dataset; by default as packing."}
     )
+    beta: float = field(
+        default=0.1, metadata={"help": "How far preferences may move the model from its reference (DPO)."}
+    )
     dataset_text_field: str = field(default="text", metadata={"help": "Column of plain texts."})
     assistant_only_loss: bool = field(
         default=True, metadata={"help": "Learn the assistant's turns of messages alone (TRL's default is all of them)."}

@@ -20,12 +20,13 @@ from ..optimizer import MeZO
 from ..search.budget import first_settings
 from ..trajectory import read_log
 from .automatic import Automatic
-from .chat_data import require_apart, with_chat_data
+from .chat_data import ChatData, require_apart, with_chat_data
 from .config import MeZOConfig
 from .example_losses import ExampleLosses
 from .given import quantised_base, warn_of_missing_ends
 from .log_keeper import LogKeeper, steps_in_pass
 from .model_card import describe
+from .preference_data import PreferenceData, are_preferences
 from .resuming import Resumption
 from .run_logs import RunLogs
 
@@ -50,8 +51,9 @@ class MeZOTrainer(Trainer):
         formatting_func: row -> text, which is tuned on in place of the columns.
 
     A ``train_dataset`` with ``messages``, ``prompt`` and ``completion``, or ``text`` is made into tokens and labels as by TRL's SFTTrainer
-    (:class:`.chat_data.ChatData`), unless ``objective`` or ``data_collator`` is given; ``max_length``, ``packing`` and what is learnt
-    are in :class:`MeZOConfig`.
+    (:class:`.chat_data.ChatData`), and one with ``chosen`` and ``rejected`` into preferences as by its DPOTrainer
+    (:class:`.preference_data.PreferenceData`), unless ``objective`` or ``data_collator`` is given; ``max_length``, ``packing``, ``beta``
+    and what is learnt are in :class:`MeZOConfig`.
 
     Raises:
         ValueError: more than one process or GPU, or an optimizer that is not MeZO.
@@ -82,11 +84,18 @@ class MeZOTrainer(Trainer):
         if not isinstance(asked.get("args"), MeZOConfig):
             raise ValueError("MeZOTrainer needs args=MeZOConfig(...), whose defaults are MeZO's")
         self._use_cache = getattr(getattr(given, "config", None), "use_cache", None)
-        self._chat_data = with_chat_data(asked, formatting_func) if objective is None else None
+        self._chat_data: ChatData | PreferenceData | None = None
+        if objective is None and asked.get("data_collator") is None and are_preferences(asked.get("train_dataset")):
+            self._chat_data = preferences = PreferenceData(asked)
+            objective = self._objective = preferences.objective
+        elif objective is None:
+            self._chat_data = with_chat_data(asked, formatting_func)
         with quantised_base(given):
             Trainer.__init__(**asked)
         self._set_use_cache(self._use_cache)
-        if self._chat_data is not None and self.args.packing:
+        if isinstance(self._chat_data, PreferenceData):
+            self._chat_data.refer(self)
+        elif self._chat_data is not None and self.args.packing:
             require_apart(self.model, self.train_dataset, self.data_collator)
         if objective is not None:  # which may need what the model does not take
             self.args.remove_unused_columns = False

@@ -75,7 +75,7 @@ class ChatTask(Task):
 
 
 #: The task, before its data are known.
-TASK = ChatTask(CHAT, "", "", None, "token_accuracy", "likelihood")
+TASK = ChatTask(CHAT, "", "", None, "token_accuracy", "likelihood", max_new_tokens=128)
 
 
 def recognised(task: ChatTask, columns: Iterable[str], source: str) -> ChatTask:
