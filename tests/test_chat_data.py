@@ -109,10 +109,11 @@ _THINKING = (
         (PLAIN, ["Lima, on the coast.<eos>\n", "Santiago.<eos>\n"]),
         (MARKED, ["Lima, on the coast.<eos>\n", "Santiago.<eos>\n"]),
         (_THINKING, ["Lima, on the coast.<eos>\n", "<think></think>Santiago.<eos>\n<pad>"]),
+        (_THINKING.replace(" and loop.last", ""), ["<think></think>Lima, on the coast.<eos>\n", "<think></think>Santiago.<eos>\n<pad>"]),
         (PLAIN.replace("{% if add_generation_prompt %}{{ '<bos>assistant\n' }}{% endif %}", ""),
          ["<bos>assistant\nLima, on the coast.<eos>\n", "<bos>assistant\nSantiago.<eos>\n"]),  # nothing asks for the turn
     ],
-    ids=["plain", "marked", "thinking", "no request"],
+    ids=["plain", "marked", "thinking", "always thinking", "no request"],
 )  # fmt: skip
 def test_the_assistants_turns_are_learnt_and_nothing_else(template: str, expected: list[str]) -> None:
     assert learnt_text(chat_tokenizer(template), [SYSTEM, USER, ANSWER, *MORE]) == expected

@@ -16,7 +16,7 @@ import pyarrow.parquet
 import pytest
 
 from forwardtune.errors import InputError
-from forwardtune.tasks import Task, get_task, given_data, load_split, load_splits
+from forwardtune.tasks import Task, doubts, get_task, given_data, load_split, load_splits
 from forwardtune.tasks.encoding import Encoder
 from forwardtune.tasks.rows import open_rows, read_rows
 from support import tokenizer
@@ -232,6 +232,7 @@ def test_test_examples_are_set_aside_where_there_are_none(tmp_path: Path) -> Non
     assert drawn[0]["test"].numbers == drawn[1]["test"].numbers
     assert drawn[0]["train"].numbers != drawn[1]["train"].numbers
     assert load_splits(task, only=["test"])["test"].numbers == drawn[0]["test"].numbers
+    assert doubts(drawn[0]) == []  # of one file, and no row twice
     (tmp_path / "few.jsonl").write_bytes(lines(ROWS[:4]))
     with pytest.raises(InputError, match="4 rows are too few to set some aside for tests"):
         load_splits(get_task(str(_task(tmp_path)), str(tmp_path / "few.jsonl")))

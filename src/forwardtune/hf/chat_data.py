@@ -42,50 +42,6 @@ def is_chat(dataset: Any, text_column: str, *, formatted: bool) -> bool:
     return form is not None
 
 
-def with_chat_data(asked: dict[str, Any], formatting: Callable[[Any], str] | None) -> ChatData | None:
-    """Put tokens and labels in the place of conversations and texts among a trainer's arguments, with a collator for them.
-
-    Nothing is changed if there are none, or if there is a collator already. Returns what prepares others like them, or None.
-
-    Raises:
-        InputError: as :func:`is_chat` and :meth:`ChatData.prepare`; ``formatting`` without a data set for it, or no tokenizer.
-    """
-    args, tokenizer = asked["args"], asked.get("processing_class")
-    named = [name for name in ("train_dataset", "eval_dataset") if asked.get(name) is not None]
-    has_own = asked.get("data_collator") is not None
-    chat = (
-        []
-        if has_own
-        else [name for name in named if is_chat(asked[name], args.dataset_text_field, formatted=formatting is not None)]
-    )
-    if not chat:
-        if formatting is not None:
-            raise InputError(
-                "formatting_func makes texts of rows, and the data have tokens or a data_collator already: leave one out"
-            )
-        return None
-    if tokenizer is None:
-        raise InputError(
-            "conversations and texts need a tokenizer: pass processing_class=tokenizer", "processing_class"
-        )
-    data = ChatData(
-        tokenizer,
-        args.max_length,
-        args.dataset_text_field,
-        args.assistant_only_loss,
-        args.completion_only_loss,
-        formatting,
-    )
-    packing = {
-        "train_dataset": args.packing,
-        "eval_dataset": args.packing if args.eval_packing is None else args.eval_packing,
-    }
-    for name in chat:
-        asked[name] = data.prepare(asked[name], packing=packing[name])
-    asked["data_collator"] = ChatCollator(tokenizer)
-    return data
-
-
 @dataclass
 class ChatData:
     """Makes tokens and labels of the rows of a data set.
@@ -97,6 +53,8 @@ class ChatData:
         assistant_only: whether the assistant's turns alone are learnt of ``messages``.
         completion_only: whether completions alone are learnt; None: yes.
         formatting: row -> text, in place of the columns.
+        packing, eval_packing: whether several rows are put into one.
+        objective: none but the model's own loss.
     """
 
     tokenizer: Any
@@ -105,6 +63,18 @@ class ChatData:
     assistant_only: bool = True
     completion_only: bool | None = None
     formatting: Callable[[Any], str] | None = None
+    packing: bool = False
+    eval_packing: bool = False
+    objective: None = None
+
+    def settle(self, trainer: Any) -> None:
+        """See to it that the model keeps packed rows apart, when the trainer has put it where it will be."""
+        if self.packing:
+            require_apart(trainer.model, trainer.train_dataset, trainer.data_collator)
+
+    def prepare_eval(self, dataset: Any) -> Any:
+        """A data set to evaluate, as :meth:`prepare` makes it."""
+        return self.prepare(dataset, packing=self.eval_packing)
 
     def prepare(self, dataset: Any, *, packing: bool) -> Any:
         """The data set with ``input_ids`` and ``labels``, and with ``position_ids`` where rows are packed.

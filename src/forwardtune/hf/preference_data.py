@@ -11,9 +11,8 @@ from ..evaluation import find_layout
 from ..objectives import TaskObjective
 from ..reference import with_reference
 from ..tasks.batching import Layout, collate
-from ..tasks.chat import TASK, form_of
+from ..tasks.chat import TASK
 from ..tasks.encoding import Encoded, Encoder
-from .chat_data import columns_of
 
 _DATASETS = ("train_dataset", "eval_dataset")
 
@@ -45,7 +44,7 @@ class PreferenceData:
         self.objective = TaskObjective("loss", task, self._tokenizer)
         self._layout: Layout | None = None
 
-    def refer(self, trainer: Any) -> None:
+    def settle(self, trainer: Any) -> None:
         """Find out what the untuned model says of the texts, when the trainer has put it where it will be."""
         size = trainer.args.per_device_train_batch_size
         self._layout = find_layout(trainer.model, self._tokenizer, trainer.train_dataset)
@@ -57,15 +56,10 @@ class PreferenceData:
         assert self._layout is not None
         return collate(examples, self._layout)
 
-    def prepare(self, dataset: Any, *, packing: bool) -> Any:
-        """Examples made before are taken. Raises InputError for others: the model is no longer their reference."""
+    def prepare_eval(self, dataset: Any) -> Any:
+        """Examples made before. Raises InputError for others: the model is no longer their reference."""
         if not all(isinstance(example, Encoded) for example in dataset):
             raise InputError(
                 "preferences to evaluate need the untuned model as a reference: pass them as eval_dataset to MeZOTrainer"
             )
         return dataset
-
-
-def are_preferences(dataset: Any) -> bool:
-    """Whether a data set has the columns of preferences."""
-    return form_of(columns_of(dataset)) == "preference"

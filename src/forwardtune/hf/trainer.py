@@ -20,13 +20,12 @@ from ..optimizer import MeZO
 from ..search.budget import first_settings
 from ..trajectory import read_log
 from .automatic import Automatic
-from .chat_data import ChatData, require_apart, with_chat_data
 from .config import MeZOConfig
+from .data_sets import prepared_data
 from .example_losses import ExampleLosses
 from .given import quantised_base, warn_of_missing_ends
 from .log_keeper import LogKeeper, steps_in_pass
 from .model_card import describe
-from .preference_data import PreferenceData, are_preferences
 from .resuming import Resumption
 from .run_logs import RunLogs
 
@@ -84,19 +83,14 @@ class MeZOTrainer(Trainer):
         if not isinstance(asked.get("args"), MeZOConfig):
             raise ValueError("MeZOTrainer needs args=MeZOConfig(...), whose defaults are MeZO's")
         self._use_cache = getattr(getattr(given, "config", None), "use_cache", None)
-        self._chat_data: ChatData | PreferenceData | None = None
-        if objective is None and asked.get("data_collator") is None and are_preferences(asked.get("train_dataset")):
-            self._chat_data = preferences = PreferenceData(asked)
-            objective = self._objective = preferences.objective
-        elif objective is None:
-            self._chat_data = with_chat_data(asked, formatting_func)
+        self._data = prepared_data(asked, objective, formatting_func)
+        if self._data is not None:
+            objective = self._objective = self._data.objective
         with quantised_base(given):
             Trainer.__init__(**asked)
         self._set_use_cache(self._use_cache)
-        if isinstance(self._chat_data, PreferenceData):
-            self._chat_data.refer(self)
-        elif self._chat_data is not None and self.args.packing:
-            require_apart(self.model, self.train_dataset, self.data_collator)
+        if self._data is not None:
+            self._data.settle(self)
         if objective is not None:  # which may need what the model does not take
             self.args.remove_unused_columns = False
         if self.args.world_size > 1 or self.args.n_gpu > 1:
@@ -238,9 +232,8 @@ class MeZOTrainer(Trainer):
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As Trainer's. Conversations and texts are made into tokens here, too."""
-        if self._chat_data is not None and eval_dataset is not None and not isinstance(eval_dataset, str):
-            packing = self.args.packing if self.args.eval_packing is None else self.args.eval_packing
-            eval_dataset = self._chat_data.prepare(eval_dataset, packing=bool(packing))
+        if self._data is not None and eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = self._data.prepare_eval(eval_dataset)
         return super().evaluate(eval_dataset, *args, **kwargs)
 
     def tell_objective(self, method: str, *arguments: int) -> Any:
