@@ -244,6 +244,20 @@ def test_data_are_tuned_on_without_a_task_file(tmp_path: Path, model: Path, name
         assert json.loads(again.out)["test"] == pytest.approx(metrics["test"], abs=1e-5)
 
 
+def test_task_chat_is_not_a_folder_of_that_name_and_a_run_is_resumed_from_elsewhere(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "chat").mkdir()
+    write_jsonl(tmp_path / "my.jsonl", CONVERSATIONS)
+    run = ("--steps", 2, "--lr", 1e-3, "--eps", 1e-3, "--device", "cpu", "--dev-examples", 0)
+    done("train", "--model", model, "--task", "chat", "--data", "my.jsonl", "--output-dir", tmp_path / "run", *run)
+    assert read(tmp_path / "run")["settings"]["task"] == "chat"
+    monkeypatch.chdir(model)
+    done("train", "--output-dir", tmp_path / "run", "--resume", "--steps", 4)
+    assert read(tmp_path / "run")["steps"] == 4
+
+
 def test_csv_of_prompts_and_completions(tmp_path: Path, model: Path) -> None:
     lines = [f'"{row["prompt"]}";"{row["completion"]}"' for row in DATA["plain completion"]]
     (tmp_path / "my.csv").write_text("\n".join(["prompt;completion", *lines]))

@@ -307,7 +307,8 @@ def test_files_are_streamed_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     ("data", "words"),
     [
         ("none.jsonl", r"none\.jsonl: there is no such data file"),
-        ("som.jsonl", r"there is no such data file; did you mean .*some\.jsonl\?"),
+        ("som.jsonl", r"there is no such data file; did you mean some\.jsonl\?"),
+        ("a/very/long/way/to/what/is/not/there.csv", r"there is no such data file$"),
         ("none/*.csv", r"no data file has such a name"),
         ("empty", "empty holds no data file"),
         ("no-such/data-set", r"data set no-such/data-set could not be loaded .*there is no such file or folder either"),
@@ -318,6 +319,8 @@ def test_data_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "some.jsonl").write_bytes(lines(ROWS))
+    (tmp_path / "a/very/long/way/to/what/is/not").mkdir(parents=True)
+    (tmp_path / "a/very/long/way/to/what/is/not/x.csv").write_bytes(cells(ROWS))
     task = _task(tmp_path)
     with refused(tmp_path, words) as ran:
         from support.command import cli

@@ -19,6 +19,7 @@ from ..files import read_json
 from ..models import EMBEDDED_MODEL, save_model
 from ..processes import require_one_process
 from ..tasks import get_task, task_names
+from ..tasks.chat import CHAT
 from ..tasks.splits import DEFAULT_RULE
 from ..trajectory import Log, read_log
 from . import methods, say, tuned
@@ -212,7 +213,7 @@ def _absolute(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings, in which what is a file or a folder here has a path that holds anywhere."""
     absolute = dict(settings)
     for name, value in settings.items():
-        if options_of(Train)[name].is_place and value not in (None, EMBEDDED_MODEL, *task_names()):
+        if options_of(Train)[name].is_place and value not in (None, EMBEDDED_MODEL, CHAT, *task_names()):
             path = Path(value).expanduser()
             absolute[name] = os.path.abspath(path) if path.exists() else value
     return absolute

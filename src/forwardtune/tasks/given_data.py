@@ -32,8 +32,8 @@ def with_data(task: Task, data: str, *, streaming: bool = False) -> Task:
         files = _in_folder(path) if path.is_dir() else {"train": path}
         found: dict[str, Any] = {"files": files, "hub": None}
     elif path.suffix or data.count("/") > 1 or data.startswith((".", "~", "/")):
-        near = [str(other) for other in path.parent.glob("*") if suffix_of(other) in SUFFIXES]
-        raise InputError(f"{data}: there is no such data file{nearest(str(path), near)}")
+        near = [other.name for other in path.parent.glob("*") if suffix_of(other) in SUFFIXES]
+        raise InputError(f"{data}: there is no such data file{nearest(path.name, near)}")
     else:
         found = {"files": {}, "hub": splits_of_hub(data)}
     task = replace(task, **found, streaming=streaming)
