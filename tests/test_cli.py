@@ -393,8 +393,8 @@ def test_wrong_option(setting: Setting, tmp_path: Path, changes: dict[str, objec
     [
         ("train", "--learning-rate=1e-5", "unrecognized arguments: --learning-rate=1e-5; did you mean --lr.$"),
         ("train", "--learning_rate", "did you mean --lr.$"),
-        ("train", "--epochs", "did you mean --steps. .an epoch is training examples / batch size of them"),
-        ("train", "--num-train-epochs", "did you mean --steps. .an epoch"),
+        ("train", "--num-train-epochs", "did you mean --epochs"),
+        ("train", "--max-steps", "did you mean --steps"),
         ("plan", "--per_device_train_batch_size", "did you mean --batch-size"),
         ("train", "--mdoel", "did you mean --model"),
         ("train", "--xyzzy", "unrecognized arguments: --xyzzy$"),

@@ -40,6 +40,7 @@ LAYERS = (
     {"tasks", "models"},
     {"objectives"},
     {"evaluation"},
+    {"reference"},
     {"hf", "paper"},
     {"cli"},
     {"__main__"},
@@ -166,6 +167,12 @@ def test_the_core_runs_with_torch_alone(tmp_path):
     (warning,) = child.stdout.strip().splitlines()
     assert "plain torch" in warning
     assert "install numba" in warning
+
+
+def test_the_package_shows_what_users_need_and_nothing_else():
+    for shown in (set(forwardtune.__all__), {name for name in dir(forwardtune) if not name.startswith("_")}):
+        assert shown == {"MeZO", "MeZOConfig", "MeZOTrainer", "StepLog", "replay"}
+    assert forwardtune.AutoLR.__name__ == "AutoLR"  # not shown, and there
 
 
 def test_every_public_name_exists():

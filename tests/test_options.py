@@ -69,6 +69,7 @@ CASES: dict[str, dict[str, tuple[Any, See, Any]]] = {
     "lora": {
         "model": ("MODEL", lambda b: Path(b.trainer.model.config._name_or_path).name, "MODEL"),
         "task": ("mine.yaml", lambda b: b.session.task.name, "mine"),
+        "streaming": (True, lambda b: b.session.task.streaming, True),
         "data_dir": ("elsewhere", lambda b: {e.example.row["place"] for e in b.session.splits["train"]}, {"elsewhere"}),
         "dtype": ("bfloat16", lambda b: b.trainer.model.get_input_embeddings().weight.dtype, torch.bfloat16),
         "device": ("cpu", lambda b: b.trainer.args.use_cpu, True),
@@ -82,6 +83,8 @@ CASES: dict[str, dict[str, tuple[Any, See, Any]]] = {
         "seed": (5, lambda b: (b.trainer.args.seed, b.mezo.noise.seed), (5, 5)),
         "objective": ("accuracy + 0.5 * loss", lambda b: [(t.weight, t.name) for t in b.trainer._objective.terms],
                       [(1.0, "accuracy"), (0.5, "loss")]),
+        "class_weights": ("0=3,1=1", lambda b: [round(w / b.session.task.class_weights[1], 6) for w in b.session.task.class_weights],
+                          [3.0, 1.0]),
         "tune": ("lora", lambda b: b.lora.peft_type.value, "LORA"),
         "lora_rank": (3, lambda b: b.lora.r, 3),
         "lora_alpha": (0.5, lambda b: {m.scaling["default"] for m in b.trainer.model.modules() if hasattr(m, "scaling") and
@@ -122,10 +125,11 @@ CASES: dict[str, dict[str, tuple[Any, See, Any]]] = {
         "steps": (2, lambda b: b.mezo.next_step, 2),
     },
     "examples": {
+        "data": ("one.jsonl", lambda b: [b.lengths(s) for s in ("train", "dev", "test")], [12, 4, 4]),
         "assignment": ("example", lambda b: (b.mezo.estimator.assignment, b.mezo.perturbation.name), ("example", "side_path")),
         "rank": (2, lambda b: b.mezo.noise.structure.rank, 2),
         "refresh": (3, lambda b: b.mezo.noise.structure.refresh, 3),
-        "steps": (2, lambda b: b.mezo.next_step, 2),
+        "epochs": (2.0, lambda b: b.mezo.next_step, 2),
     },
     "timed": {  # it stops before its first step
         "tune": (r"layers\.1\.", lambda b: sum(p.requires_grad for p in b.session.model.parameters()), 9),
@@ -176,6 +180,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for split, some in (("train", [*rows[:20], *bad]), ("test", rows[20:])):
             write_jsonl(place / f"{split}.jsonl", some)
     data = "train: train.jsonl\ntest: test.jsonl\n"
+    write_jsonl(folder / "one.jsonl", rows[:20])
     (folder / "mine.yaml").write_text(f"prompt: '{{text}} It was'\nanswers: {{0: terrible, 1: great}}\n{data}")
     (folder / "free.yaml").write_text(f"prompt: '{{text}} It was'\nmax_new_tokens: 3\n{data}")
     (folder / "option_rewards.py").write_text("def short(completions):\n    return [-len(c) for c in completions]\n")
@@ -231,7 +236,7 @@ def test_option_reaches_what_is_built(built: dict[str, Built], folder: Path, nam
     assert issubclass(found, expected) if option == "method" else found == expected, found
     if built[name].log:
         written = built[name].log[option]
-        assert written == (str(folder / str(value)) if option in ("model", "task", "data_dir") else value)
+        assert written == (str(folder / str(value)) if option in ("model", "task", "data", "data_dir") else value)
 
 
 def test_seed_draws_the_examples(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

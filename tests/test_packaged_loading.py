@@ -11,7 +11,7 @@ import torch
 import support
 from forwardtune.errors import InputError
 from forwardtune.models import freeze_unreached, load_model, model_kind
-from forwardtune.tasks.rows import require_text
+from forwardtune.tasks.media import require_text
 from support.command import Setting, done, message_of, read, write_jsonl, write_task
 from support.packaged import PACKAGES, build
 
@@ -61,8 +61,14 @@ def test_images_in_the_data_are_refused(value):
     with pytest.raises(
         InputError, match=r"data, example 2: column 'picture' holds an image.*use data without that column"
     ):
-        require_text([{"text": "a", "picture": None}, {"text": "b", "picture": value}], "data")
-    require_text([{"text": "a", "path": "a.png", "spans": [{"start": 1, "end": 2}]}], "data")
+        require_text(
+            [{"text": "a", "picture": None}, {"text": "b", "picture": value}],
+            lambda number: f"data, example {number + 1}",
+        )
+    require_text(
+        [{"text": "a", "path": "a.png", "spans": [{"start": 1, "end": 2}]}],
+        lambda number: f"data, example {number + 1}",
+    )
 
 
 def test_images_are_refused_before_a_model_is_opened(tmp_path):

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import support
-from forwardtune.cli import session as sessions
+from forwardtune import reference
 from forwardtune.cli.session import open_session
 from forwardtune.cli.tuned import prepare_model
 from forwardtune.config import Train
@@ -215,7 +215,7 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         counts.append(len(batch["options"]))
         return option_likelihoods(model, batch)
 
-    monkeypatch.setattr(sessions, "option_likelihoods", watched)
+    monkeypatch.setattr(reference, "option_likelihoods", watched)
     return counts
 
 

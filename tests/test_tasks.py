@@ -738,6 +738,6 @@ def test_hub_out_of_reach_is_one_message_with_the_way_out() -> None:
 
 
 def test_labels_that_yaml_took_for_truth_values_are_said(tmp_path: Path) -> None:
-    task = get_task(str(write_task(tmp_path, task_text(answers="{yes: money, no: passwords}"))))
+    task = get_task(str(write_task(tmp_path, task_text(answers="{yes: money, no: passwords, maybe: both}"))))
     with pytest.raises(InputError, match="put the labels of the answers in quotes"):
         task.example({"text": "a", "label": "yes"}, "row 1")

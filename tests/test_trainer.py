@@ -20,6 +20,7 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainingArguments,
+    default_data_collator,
 )
 from transformers.trainer_utils import HPSearchBackend
 
@@ -260,13 +261,9 @@ def test_accumulation_equals_the_large_batch(tmp_path: Path, objective: Any, smo
         ("fp16_full_eval", True, "cannot honour.*dtype=torch.float16"),
         ("deepspeed", {"zero_optimization": {"stage": 2}}, "cannot honour.*DeepSpeed.*Drop it"),
         ("fsdp", True, "cannot honour.*FSDP.*device_map"),
-        ("max_grad_norm", 1.0, "cannot honour.*no gradient to clip.*clip_coefficient"),
-        ("gradient_checkpointing", True, "cannot honour.*checkpointing.*Drop it"),
         ("neftune_noise_alpha", 5.0, "cannot honour.*NEFTune.*Drop it"),
         ("torch_compile", True, "cannot honour.*torch_compile.*Drop it"),
         ("auto_find_batch_size", True, "cannot honour.*auto_find_batch_size.*Choose the batch size"),
-        ("optim", "sgd", "cannot honour.*optim='sgd'.*Drop it"),
-        ("optim", "adafactor", "cannot honour.*optim='adafactor'.*Drop it"),
         ("learning_rate", "much", "learning_rate: 'much' is neither"),
         ("learning_rate", -1.0, "learning_rate: -1.0 is neither"),
         ("eps", 0.0, "eps: 0.0 is neither a positive number nor 'auto'"),
@@ -286,6 +283,88 @@ def test_what_has_no_meaning_is_refused_with_the_remedy_whenever_it_is_set(
     with pytest.raises(ValueError, match=words):
         trainer.train()
     assert not (tmp_path / "steps.jsonl").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
+def test_copied_arguments_of_gradients_are_ignored_with_one_warning(tmp_path: Path) -> None:
+    copied = TrainingArguments(
+        str(tmp_path / "out"), **{**QUIET, "max_steps": 3, "learning_rate": 1e-3, "per_device_train_batch_size": 4, "seed": 3},
+        max_grad_norm=0.5, optim="adamw_8bit", gradient_checkpointing=True, adam_beta2=0.98,
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="ignored") as told:
+        taken = MeZOConfig(**copied.to_dict(), eps=1e-3)
+    (warning,) = (w for w in told if "ignored" in str(w.message))
+    for listed in (
+        "max_grad_norm=0.5",
+        "optim='adamw_8bit'",
+        "gradient_checkpointing=True",
+        "adam_beta2=0.98",
+        "clip_coefficient limits",
+    ):
+        assert listed in str(warning.message)
+    assert warning.filename == __file__
+    plain = config(tmp_path / "plain", max_steps=3, lr_scheduler_type="linear")
+    logs = []
+    for args in (taken, plain):
+        trainer = MeZOTrainer(
+            model=support.tiny_model(), args=args, train_dataset=DATA, data_collator=default_data_collator
+        )
+        trainer.train()  # says nothing
+        logs.append(log_lines(trainer.step_log))
+    assert logs[0] == logs[1]
+
+
+def test_adams_own_arguments_are_taken_where_the_rule_is_adam(tmp_path: Path) -> None:
+    assert config(tmp_path, rule="adam", adam_beta2=0.9).make_rule().settings()["beta2"] == 0.9
+
+
+@pytest.mark.parametrize(("name", "value"), [("max_grad_norm", 1.0), ("optim", "adafactor"), ("optim_args", "a=1")])
+def test_what_is_of_gradients_is_ignored_whenever_it_is_set(tmp_path: Path, name: str, value: Any) -> None:
+    trainer = make(tmp_path)
+    setattr(trainer.args, name, value)
+    with pytest.warns(UserWarning, match=f"ignored, as there is neither a backward pass .*{name}="):
+        trainer.train()
+    assert trainer.step_log.exists()
+
+
+def test_a_second_run_of_a_trainer_has_a_log_of_its_own(tmp_path: Path) -> None:
+    trainer = make(tmp_path)
+    trainer.train()
+    first = (tmp_path / "steps.jsonl").read_bytes()
+    between = support.snapshot(trainer.model)
+    trainer.train()
+    assert trainer.step_log == tmp_path / "steps-2.jsonl"
+    assert (tmp_path / "steps.jsonl").read_bytes() == first
+    base = support.tiny_model()
+    replay(tmp_path / "steps.jsonl", base)
+    support.assert_same_bits(base, between)
+    replay(tmp_path / "steps-2.jsonl", base)
+    support.assert_same_bits(base, support.snapshot(trainer.model))
+    trainer.train()
+    assert read_log(tmp_path / "steps-3.jsonl").end is not None
+    other = make(tmp_path)  # knows nothing of it, however often it is asked
+    for _ in range(2):
+        with pytest.raises(LogError, match="already holds a run"):
+            other.train()
+
+
+def test_a_second_run_that_was_killed_goes_on_from_the_base_model_or_from_the_first_runs(tmp_path: Path) -> None:
+    whole = make(tmp_path / "whole")
+    whole.train()
+    whole.train()
+    stopped = trained(tmp_path / "killed")
+    between = support.snapshot(stopped.model)
+    stopped.add_callback(Kill(2))
+    with pytest.raises(KilledError):
+        stopped.train()
+    shutil.copytree(tmp_path / "killed", tmp_path / "again")
+    for folder, first in (("killed", None), ("again", between)):
+        trainer = make(tmp_path / folder)
+        if first is not None:
+            trainer.model.load_state_dict(first)
+        trainer.train(resume_from_checkpoint=True)
+        assert trainer.step_log.name == "steps-2.jsonl"
+        support.assert_same_bits(trainer.model, support.snapshot(whole.model))
 
 
 def test_numbers_that_are_set_later_may_be_text(tmp_path: Path) -> None:

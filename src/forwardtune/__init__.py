@@ -6,26 +6,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .errors import NonFiniteLossError
+    from .errors import NonFiniteLossError as NonFiniteLossError
     from .hf.config import MeZOConfig
     from .hf.trainer import MeZOTrainer
-    from .method.record import StepRecord
+    from .method.record import StepRecord as StepRecord
     from .optimizer import MeZO
-    from .search.auto_lr import AutoLR
+    from .search.auto_lr import AutoLR as AutoLR
     from .trajectory import StepLog, replay
 
 __version__ = "0.1.0"
 __all__ = [
-    "AutoLR",
     "MeZO",
     "MeZOConfig",
     "MeZOTrainer",
-    "NonFiniteLossError",
     "StepLog",
-    "StepRecord",
-    "__version__",
     "replay",
-]
+]  # what most need; the others below can be imported, too
 
 # Each name is imported when it is first asked for: `forwardtune --help` needs no torch, MeZO no transformers.
 _HOMES = {
@@ -48,4 +44,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return [*__all__, "__doc__", "__file__", "__name__", "__path__", "__version__"]

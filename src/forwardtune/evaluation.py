@@ -12,7 +12,17 @@ import torch
 from torch import Tensor
 
 from .models import model_kind
-from .objectives import Context, Reward, Written, option_scores, score_loss, target_likelihood, task_scores, write
+from .objectives import (
+    Context,
+    Reward,
+    Written,
+    learnt_tokens,
+    option_scores,
+    score_loss,
+    target_likelihood,
+    task_scores,
+    write,
+)
 from .tasks import Task, metrics
 from .tasks.batching import Layout, collate
 from .tasks.encoding import Encoded
@@ -57,7 +67,8 @@ def evaluate(
     Returns:
         ``{"accuracy": ..., "loss": ..., "examples": ...}`` for a choice, for preferences with a reference also
         ``margin_accuracy``, the share whose margin over the reference is positive; for free text, decoded greedily, the task's
-        metric with what follows the same rules (``f1`` and ``exact_match``), ``loss`` and ``examples``.
+        metric with what follows the same rules (``f1`` and ``exact_match``), ``loss`` and ``examples``; for conversations
+        ``token_accuracy``, the share of an example's learnt tokens that the model finds likeliest, ``loss`` and ``examples``.
     """
     model.eval()
     layout = layout or find_layout(model, tokenizer, examples)
@@ -76,6 +87,9 @@ def evaluate(
             measured = _measure_text(task, batch, written, rewards)
             if task.label:
                 measured["loss"] = target_likelihood(model, _inputs(model, batch, layout, context)).tolist()
+        elif task.conversational:
+            scores, share = learnt_tokens(model, _inputs(model, batch, layout, context))
+            measured = {"token_accuracy": share.tolist(), "loss": (-scores[:, 0]).tolist()}
         else:
             scores = task_scores(model, _inputs(model, batch, layout, context), task)
             if calibrations is not None:

@@ -187,6 +187,11 @@ def steps_of_budget(left: float, cost: Cost, session: Session) -> int:
     return steps
 
 
+def steps_of_epochs(epochs: float, session: Session) -> int:
+    """The steps of so many passes over the training examples, the last minibatch of each as small as it may be."""
+    return math.ceil(epochs * math.ceil(len(session.splits["train"]) / session.options.batch_size))
+
+
 def _plan(steps: int, options: Train) -> Plan:
     estimator = get_estimator(options.estimator, 1.0, options.probes, options.normalize)
     return Plan.of(steps, len(estimator.queries()), find_eps=options.eps == AUTO)

@@ -12,6 +12,7 @@ from ..errors import nearest
 _ELSEWHERE = {
     "batch-size": "bs per-device-train-batch-size train-batch-size",
     "data-dir": "data",
+    "data": "data-file data-files dataset dataset-name train-file",
     "dtype": "torch-dtype",
     "eps": "epsilon zo-eps",
     "eval-steps": "eval-every evaluation-steps",
@@ -25,8 +26,9 @@ _ELSEWHERE = {
     "objective": "reward reward-funcs",
     "output-dir": "out output",
     "save-steps": "checkpoint-steps",
-    "steps": "epochs max-iters max-steps num-epochs num-train-epochs",
-    "task": "dataset dataset-name task-name",
+    "steps": "max-iters max-steps",
+    "epochs": "num-epochs num-train-epochs",
+    "task": "task-name",
     "time-budget": "max-time",
     "train-examples": "max-train-samples",
     "tune": "adapter",
@@ -62,8 +64,7 @@ def hint(given: str, known: Sequence[str]) -> str:
     name = given.lstrip("-").replace("_", "-").lower()
     ours = f"--{next((ours for ours, others in _ELSEWHERE.items() if name in others.split()), name)}"
     if ours in known:
-        beside = " (an epoch is training examples / batch size of them)" if name.endswith("epochs") else ""
-        return f"; did you mean {ours}?{beside}"
+        return f"; did you mean {ours}?"
     begun = [one for one in known if one.startswith(f"--{name}")]
     if len(begun) == 1:
         return f"; did you mean {begun[0]}?"

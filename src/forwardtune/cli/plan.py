@@ -15,7 +15,7 @@ from .. import memory
 from ..config import STEPS
 from ..durations import duration
 from . import say, tuned
-from .costs import Cost, measure, seconds_of_run, steps_of_budget, steps_within
+from .costs import Cost, measure, seconds_of_run, steps_of_budget, steps_of_epochs, steps_within
 from .options import ask, flag
 from .results import plain
 from .session import Session, open_session
@@ -31,7 +31,7 @@ def run(parsed: argparse.Namespace) -> int:
     prepare_model = partial(tuned.prepare_model, options=options, first=None)
     session = open_session(options, "train", "dev", "test", prepare_model=prepare_model)
     cost = measure(session)
-    wanted = options.steps or STEPS
+    wanted = steps_of_epochs(options.epochs, session) if options.epochs else options.steps or STEPS
     facts: dict[str, Any] = {
         **session.facts("plan", options.method),
         "seconds_per_step": cost.step,
@@ -66,7 +66,7 @@ def _tell(facts: dict[str, Any], cost: Cost, session: Session, given: dict[str, 
     flags = [
         flag(name) if value is True else f"{flag(name)} {shlex.quote(str(value))}"
         for name, value in given.items()
-        if name not in ("steps", "time_budget")
+        if name not in ("steps", "epochs", "time_budget")
     ]
     limit = f"--time-budget {options.time_budget:.0f}s" if options.time_budget else f"--steps {facts['steps']}"
     say(f"  forwardtune train {' '.join(flags)} {limit} --output-dir DIR")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,11 +28,13 @@ from ..models import (
     weights_of,
 )
 from ..noise import load_kernels
-from ..objectives import Reward, logits_at, option_likelihoods
+from ..objectives import Reward, logits_at
 from ..objectives.mixture import parse
+from ..reference import with_reference
 from ..tasks import Split, Task, doubts, get_task, load_splits
 from ..tasks.batching import Layout
 from ..tasks.encoding import Encoded, Encoder
+from ..tasks.weights import class_weights
 from ..trajectory import Log
 from . import say
 from .results import METRICS
@@ -151,7 +152,7 @@ def open_session(
         resumed: the log of the run that goes on, with the number of threads that it had.
     """
     cores = SharedCores(say)
-    task = get_task(options.task)
+    task = get_task(options.task, options.data, streaming=options.streaming)
     rewards = _rewards(task, options)
     splits = _load_splits(task, options, [*wanted, "train"] if shots and "train" not in wanted else wanted)
     for reward in rewards:
@@ -204,6 +205,7 @@ def open_session(
         if name in splits:
             encoded[name] = encoder(task, splits[name].examples)
             say(f"{name}: {splits[name]}")
+    task = _weighed(task, options, encoded)
     if encoder.truncated:
         say(f"  {encoder.truncated} prompts were cut on the left of their context to {encoder.max_length} tokens")
     if shots:
@@ -219,7 +221,10 @@ def open_session(
             cores.look(lambda: logits_at(model, first))
     if task.preference is not None and prepare_model is not None:  # a model that was tuned before has no reference
         for name in encoded:
-            encoded[name] = _with_reference(model, tokenizer, encoded[name], name, options.batch_size)
+            with bar(len(encoded[name]), f"reference of {name}", "example") as progress:
+                encoded[name] = with_reference(
+                    model, tokenizer, encoded[name], batch_size=options.batch_size, progress=reach(progress)
+                )
     return Session(
         model,
         tokenizer,
@@ -267,22 +272,21 @@ def _rewards(task: Task, options: Any) -> list[Reward]:
     return rewards
 
 
-@torch.no_grad()
-def _with_reference(
-    model: Any, tokenizer: Any, examples: Sequence[Encoded], name: str, batch_size: int
-) -> list[Encoded]:
-    """The examples with the log-likelihoods of their texts under the model without its adapter: the frozen reference."""
-    layout = find_layout(model, tokenizer, examples)
-    done: list[Encoded] = []
-    without_adapter = model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
-    with without_adapter, bar(len(examples), f"reference of {name}", "example") as progress:
-        for lo in range(0, len(examples), batch_size):
-            batch = examples[lo : lo + batch_size]
-            inputs = prepare(model, tokenizer, batch, layout)
-            pairs = option_likelihoods(model, inputs)[0][inputs["options"]].tolist()
-            done += [replace(e, reference=tuple(pair)) for e, pair in zip(batch, pairs, strict=True)]
-            progress.update(len(batch))
-    return done
+def _weighed(task: Task, options: Any, encoded: dict[str, list[Encoded]]) -> Task:
+    """The task with the weights of its classes that were asked for."""
+    asked = getattr(options, "class_weights", None)
+    if asked is None:
+        return task
+    if not any(term.name == "loss" for term in parse(options.objective, task)):
+        raise InputError(
+            f"--class-weights are of the loss, and --objective {options.objective} has none: leave them out"
+        )
+    weights = class_weights(asked, task, [example.label for example in encoded["train"]])
+    say(
+        "classes weigh "
+        + ", ".join(f"{name} {weight:.3g}" for name, weight in zip(task.answers or (), weights, strict=True))
+    )
+    return replace(task, class_weights=weights)
 
 
 def take_settings_of_run(options: Any) -> None:

@@ -19,10 +19,11 @@ from ..files import read_json
 from ..models import EMBEDDED_MODEL, save_model
 from ..processes import require_one_process
 from ..tasks import get_task, task_names
+from ..tasks.chat import CHAT
 from ..tasks.splits import DEFAULT_RULE
 from ..trajectory import Log, read_log
 from . import methods, say, tuned
-from .costs import evaluation_steps, measure, measured_examples, steps_of_budget
+from .costs import evaluation_steps, measure, measured_examples, steps_of_budget, steps_of_epochs
 from .options import ask, flag
 from .results import (
     COMPLETIONS,
@@ -145,6 +146,8 @@ def _measure(session: Session, folder: Path, what: str, step: int) -> tuple[dict
 def _steps(session: Session, began: float) -> int:
     """The steps of a run that was not told them."""
     options = session.options
+    if options.epochs:
+        return steps_of_epochs(options.epochs, session)
     if options.method == "adam":
         return max(1, _ADAM_EPOCHS * len(session.splits["train"]) // options.batch_size)
     if not options.time_budget:
@@ -160,7 +163,9 @@ def _steps(session: Session, began: float) -> int:
 
 def _is_done(options: Train, log: Log, metrics: dict[str, Any]) -> bool:
     """Whether a run has all its steps, or ended early as it was told to, and no more are asked for."""
-    steps = options.steps or log.header["run"]["steps"]
+    steps = options.steps
+    if steps is None:  # other epochs are asked for
+        return False
     return bool(log.steps >= steps or ("stopped" in metrics and steps <= log.header["run"]["steps"]))
 
 
@@ -201,7 +206,10 @@ def _resumed(asked: dict[str, Any], folder: Path) -> tuple[Log, dict[str, Any]]:
                 "resume it, or start another run in another folder"
             )
         run[name] = recorded if wanted is None else wanted
-    recorded, rule = header.get(_RULE, DEFAULT_RULE), get_task(run["task"]).splits
+    for length, other in (("epochs", "steps"), ("steps", "epochs")):
+        if asked.get(length) is not None and asked.get(other) is None:
+            run[other] = None
+    recorded, rule = header.get(_RULE, DEFAULT_RULE), get_task(run["task"], run["data"]).splits
     if recorded != rule:
         raise InputError(
             f"the run in {folder} has splits drawn by the rule {recorded}, and task {run['task']} now says {rule}: resume "
@@ -214,7 +222,7 @@ def _absolute(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings, in which what is a file or a folder here has a path that holds anywhere."""
     absolute = dict(settings)
     for name, value in settings.items():
-        if options_of(Train)[name].is_place and value not in (None, EMBEDDED_MODEL, *task_names()):
+        if options_of(Train)[name].is_place and value not in (None, EMBEDDED_MODEL, CHAT, *task_names()):
             path = Path(value).expanduser()
             absolute[name] = os.path.abspath(path) if path.exists() else value
     return absolute

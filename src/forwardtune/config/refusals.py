@@ -56,6 +56,12 @@ _COMBINATIONS = (
         {"quantize": "int4", "tune": "lora", "method": "adam"},
     ),
     Refusal(
+        "<data> and <data_dir> both say where the examples are: leave one of them out",
+        lambda run, given: run.data is not None and run.data_dir is not None,
+        {"data": "mine.jsonl", "data_dir": "mine"},
+        ("train", "plan", "eval", "probe"),
+    ),
+    Refusal(
         "<eval_steps> measures development examples, and <dev_examples> is 0: leave one of them out",
         lambda run, given: run.eval_steps is not None and run.dev_examples == 0,
         {"eval_steps": 2, "dev_examples": 0},
@@ -69,6 +75,16 @@ _COMBINATIONS = (
         "<steps> and <time_budget> both say how long to tune: leave one of them out",
         lambda run, given: {"steps", "time_budget"} <= given,
         {"steps": 3, "time_budget": 60.0},
+    ),
+    Refusal(
+        "<steps> and <epochs> both say how long to tune: leave one of them out",
+        lambda run, given: {"steps", "epochs"} <= given,
+        {"steps": 3, "epochs": 2.0},
+    ),
+    Refusal(
+        "<epochs> and <time_budget> both say how long to tune: leave one of them out",
+        lambda run, given: {"epochs", "time_budget"} <= given,
+        {"epochs": 2.0, "time_budget": 60.0},
     ),
     Refusal(
         "<patience> counts measurements of the dev split: give <eval_steps> too",

@@ -30,8 +30,16 @@ class Data:
         None, "a task of the package, such as sst2 or reviews, or a task file (.yaml)", required=True, is_place=True
     )
     data_dir: str | None = option(
-        None, "folder with the task's data (.jsonl, .csv, .json, .tsv), instead of the hub", is_place=True, free=True
+        None, "folder with files named after the task's splits, instead of the hub", is_place=True, free=True
     )
+    data: str | None = option(
+        None,
+        "the examples: a file, folder, pattern, or data set of the hub (NAME, NAME:CONFIG, NAME@REVISION)",
+        shown="the task's own",
+        is_place=True,
+        free=True,
+    )
+    streaming: bool = option(False, "read the first 10,000 rows alone, of data that are large")
     dtype: str = option("auto", "auto (as stored), float32, bfloat16 or float16")
     quantize: str | None = option(
         None, "quantise the model as it is loaded", shown="as stored", choices=names.QUANTISATIONS
@@ -120,6 +128,9 @@ class Train(MeZOSettings, Data):
 
     method: str = option("mezo", "mezo, or adam: backpropagation", choices=names.METHODS)
     objective: str = _of_mezo("loss", "loss, accuracy, f1, exact_match, module:function, file.py:function, or a sum")
+    class_weights: str | None = option(
+        None, "weights of classes in the loss: balanced, or labels with weights such as spam=5,ham=1", shown="all alike"
+    )
     temperature: float = _of_mezo(0.0, "of sampled text; 0 takes the likeliest tokens", bounds=FINITE)
     log_completions: int | None = _of_mezo(
         None,
@@ -140,6 +151,13 @@ class Train(MeZOSettings, Data):
     )
     prefix_length: int = option(5, "positions of the prefix", bounds=POSITIVE, only={"tune": ("prefix",)})
     steps: int | None = option(None, "optimizer steps", shown=f"{STEPS}; adam: 5 epochs", bounds=POSITIVE, free=True)
+    epochs: float | None = option(
+        None,
+        "passes over the training examples, in place of steps",
+        shown="as many as the steps take",
+        bounds=POSITIVE,
+        free=True,
+    )
     time_budget: float | None = _of_mezo(None, "as many steps as fit this time: 90s, 30m, 1h30m", read=seconds_of)
     lr: NumberOrAuto = option(  # noqa: RUF009
         AUTO,

@@ -97,6 +97,7 @@ class LogKeeper(TrainerCallback):
             require_no_log(trainer.step_log)  # before anything is measured
             plan = automatic.plan(state.max_steps)
             self._log = StepLog(trainer.step_log, optimizer, trainer._run, lock=lock)
+            trainer.run_logs.opened(trainer.step_log)
             automatic.begin(self._log, plan)
             if cores is not None and torch.get_num_threads() < cores.most:
                 self._note_threads()

@@ -22,13 +22,14 @@ from ..search.budget import first_settings
 from ..trajectory import read_log
 from .automatic import Automatic
 from .config import MeZOConfig
+from .data_sets import prepared_data
 from .example_losses import ExampleLosses
 from .given import quantised_base, warn_of_missing_ends
 from .log_keeper import LogKeeper, steps_in_pass
 from .model_card import describe
 from .resuming import Resumption
+from .run_logs import RunLogs
 
-STEP_LOG = "steps.jsonl"
 _ARGUMENTS = signature(MeZO).parameters
 
 Objective = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
@@ -47,6 +48,12 @@ class MeZOTrainer(Trainer):
             that cannot batch one, such as text, wants it removed from the data. Its methods ``begin_step(step, part)`` and ``end_step()``, if it has them, are told of every
             step, and what ``take_statistics()`` returns is logged (:class:`forwardtune.objectives.TaskObjective`).
         run: anything to keep in the step log's header, as JSON.
+        formatting_func: row -> text, which is tuned on in place of the columns.
+
+    A ``train_dataset`` with ``messages``, ``prompt`` and ``completion``, or ``text`` is made into tokens and labels as by TRL's SFTTrainer
+    (:class:`.chat_data.ChatData`), and one with ``chosen`` and ``rejected`` into preferences as by its DPOTrainer
+    (:class:`.preference_data.PreferenceData`), unless ``objective`` or ``data_collator`` is given; ``max_length``, ``packing``, ``beta``
+    and what is learnt are in :class:`MeZOConfig`.
 
     Raises:
         ValueError: more than one process or GPU, or an optimizer that is not MeZO.
@@ -58,20 +65,33 @@ class MeZOTrainer(Trainer):
     lr_scheduler: Any
 
     def __init__(
-        self, *args: Any, objective: Objective | None = None, run: dict[str, Any] | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        objective: Objective | None = None,
+        run: dict[str, Any] | None = None,
+        formatting_func: Callable[[Any], str] | None = None,
+        **kwargs: Any,
     ) -> None:
         self._example_losses = ExampleLosses()
         self._objective = objective  # Trainer's hyperparameter search puts a number of its own into `objective`
         self._part = 0
         self._trial: Any = None
+        #: Which log a run writes.
+        self.run_logs = RunLogs()
         self._run = run
-        given = kwargs.get("model", args[0] if args else None)
-        self._use_cache = getattr(getattr(given, "config", None), "use_cache", None)
-        with quantised_base(given):
-            super().__init__(*args, **kwargs)
-        self._set_use_cache(self._use_cache)
-        if not isinstance(self.args, MeZOConfig):
+        asked = signature(Trainer.__init__).bind(self, *args, **kwargs).arguments
+        given = asked.get("model")
+        if not isinstance(asked.get("args"), MeZOConfig):
             raise ValueError("MeZOTrainer needs args=MeZOConfig(...), whose defaults are MeZO's")
+        self._use_cache = getattr(getattr(given, "config", None), "use_cache", None)
+        self._data = prepared_data(asked, objective, formatting_func)
+        if self._data is not None:
+            objective = self._objective = self._data.objective
+        with quantised_base(given):
+            Trainer.__init__(**asked)
+        self._set_use_cache(self._use_cache)
+        if self._data is not None:
+            self._data.settle(self)
         if objective is not None:  # which may need what the model does not take
             self.args.remove_unused_columns = False
         if self.args.world_size > 1 or self.args.n_gpu > 1:
@@ -215,6 +235,12 @@ class MeZOTrainer(Trainer):
             loss /= self.current_gradient_accumulation_steps
         return torch.tensor(loss, device=self.args.device)
 
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As Trainer's. Conversations and texts are made into tokens here, too."""
+        if self._data is not None and eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = self._data.prepare_eval(eval_dataset)
+        return super().evaluate(eval_dataset, *args, **kwargs)
+
     def tell_objective(self, method: str, *arguments: int) -> Any:
         """Call a method of the objective, if it has it."""
         return getattr(self._objective, method, lambda *arguments: None)(*arguments)
@@ -230,7 +256,10 @@ class MeZOTrainer(Trainer):
     def train(
         self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """As Trainer's. ``True`` resumes from the last logged step, a path from that checkpoint of this run."""
+        """As Trainer's. ``True`` resumes from the last logged step, a path from that checkpoint of this run.
+
+        A second call goes on from the present weights, with a log of its own beside the first one's (:class:`.run_logs.RunLogs`).
+        """
         self._trial = trial
         self.args.validate()
         self.forget_own()
@@ -246,7 +275,10 @@ class MeZOTrainer(Trainer):
             self.cores = SharedCores(self.automatic.announce)
         try:
             checkpoint = None
-            if resume_from_checkpoint:
+            if not resume_from_checkpoint:
+                self.run_logs.begin(self.run_folder)
+            else:
+                self.run_logs.go_on(self.run_folder, self.model)
                 resumption = Resumption(self, resume_from_checkpoint, self._keeper.lock())
                 if self.args.eps == AUTO:
                     self._logged_eps = resumption.log.header["eps"]
@@ -319,4 +351,4 @@ class MeZOTrainer(Trainer):
     @property
     def step_log(self) -> Path:
         """Where the steps are logged."""
-        return self.run_folder / STEP_LOG
+        return self.run_logs.path(self.run_folder)

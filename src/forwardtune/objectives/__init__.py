@@ -6,6 +6,7 @@ what the model writes, and ``mixture`` makes one objective of what the user name
 
 from .generation import GREEDY, Context, Sampling, Written, generate, write
 from .likelihood import (
+    learnt_tokens,
     logits_at,
     option_cross_entropy,
     option_likelihoods,
@@ -19,7 +20,7 @@ from .mixture import TaskObjective
 from .rewards import Reward, RewardError, load_reward
 
 __all__ = [
-    "GREEDY", "Context", "Reward", "RewardError", "Sampling", "TaskObjective", "Written", "generate", "load_reward",
+    "GREEDY", "Context", "Reward", "RewardError", "Sampling", "TaskObjective", "Written", "generate", "learnt_tokens", "load_reward",
     "logits_at", "option_cross_entropy", "option_likelihoods", "option_scores", "preference_margins", "score_loss",
     "target_likelihood", "task_scores", "write",
 ]  # fmt: skip

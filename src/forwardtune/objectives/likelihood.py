@@ -43,13 +43,16 @@ def score_loss(task: Task, scores: Tensor, labels: Tensor) -> Tensor:
     """The loss of every example from its options' scores, or from its preference margin, shape (batch,).
 
     ``cross_entropy``: ``-log softmax(scores)[label]``; ``likelihood``: ``-scores[label]``; ``preference``:
-    ``-log sigmoid(beta * margin)`` (direct preference optimization).
+    ``-log sigmoid(beta * margin)`` (direct preference optimization). The first two are times the weight of the label's class,
+    where the task has weights.
     """
     if task.loss == "preference":
         return F.softplus(-task.beta * scores)
     if task.loss == "likelihood":
-        return -scores.gather(1, labels[:, None])[:, 0]
-    return F.cross_entropy(scores, labels, reduction="none")
+        losses = -scores.gather(1, labels[:, None])[:, 0]
+    else:
+        losses = F.cross_entropy(scores, labels, reduction="none")
+    return losses if task.class_weights is None else losses * losses.new_tensor(task.class_weights)[labels]
 
 
 def task_scores(model: nn.Module, batch: Mapping[str, Any], task: Task) -> Tensor:
@@ -66,6 +69,19 @@ def target_likelihood(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     """Negative mean log-likelihood of the right continuation's tokens (teacher forcing), shape (batch,)."""
     scores = option_scores(model, batch)
     return -scores.gather(1, batch["labels"][:, None])[:, 0]
+
+
+def learnt_tokens(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Of each example's learnt tokens (teacher forcing), the mean log-likelihood, as a score of one option, shape (batch, 1), and
+    the share that the model finds likeliest, shape (batch,)."""
+    logits = logits_at(model, batch)
+    rows, tokens, slots = batch["logit_rows"], batch["tokens"], batch["slots"]
+    likely = logits.argmax(dim=-1)[rows] == tokens
+    log_likelihood = logits[rows, tokens] - logits.logsumexp(dim=-1)[rows]
+    per_token = torch.stack([log_likelihood, likely.float(), torch.ones_like(log_likelihood)])
+    total = per_token.new_zeros(3, int(batch["options"].max()) + 1).index_add(1, slots, per_token)
+    mean, share = (total[:2] / total[2])[:, batch["options"][:, 0]]
+    return mean[:, None], share
 
 
 def preference_margins(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:

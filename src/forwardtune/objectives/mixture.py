@@ -224,12 +224,17 @@ def _term(factor: str | None, name: str, specification: str, task: Task) -> Term
         )
     if ":" in name:
         if not task.free_text:
+            kind = (
+                "of conversations: give data with a prompt alone"
+                if task.conversational
+                else "a choice: give a task without answers"
+            )
             raise InputError(
-                f"objective {specification!r}: {name} rewards what the model writes, and task {task.name} is a choice: "
-                "give a task without answers"
+                f"objective {specification!r}: {name} rewards what the model writes, and task {task.name} is {kind}"
             )
         return Term(weight, name, load_reward(name, weight))
     suits = ["accuracy"] if not task.free_text else list(metrics.related(task.metric)) if task.label else []
+    suits = [] if task.conversational else suits
     suits += ["loss"] if task.loss != "none" else []
     if name not in suits:
         raise InputError(

@@ -74,7 +74,11 @@ def collate(batch: Sequence[Encoded], layout: Layout) -> dict[str, Tensor]:
                     positions += range(n, n + inputs)
                     branches += [branch] * inputs
                     blocks = blocks or (branch > 1 and inputs > 0)
-                answers += [(place, token, slot) for place, token in zip(predictors, predicted, strict=True)]
+                answers += [
+                    (place, token, slot)
+                    for i, (place, token) in enumerate(zip(predictors, predicted, strict=True), start=-scored)
+                    if i not in sequence.unscored
+                ]
             owners += [which] * (len(ids) - len(owners))
             examples += [number] * (len(ids) - len(examples))
         for column, pad in zip(columns, (layout.pad, 0, 0, 0, -1), strict=True):

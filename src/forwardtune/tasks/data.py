@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 from ..errors import InputError
 from ..names import ON_BAD_ROW
-from .rows import SUFFIXES, Row, read_rows, require_text
-from .splits import RULES, Wanted, sample
+from .given_data import open_split
+from .media import require_text
+from .rows import SUFFIXES, Row
+from .sources import Source, read_files
+from .splits import RULES, Wanted, sample, set_aside
 from .task import Example, Task, same_label
 from .template import RowError
 
@@ -33,10 +36,15 @@ class Split:
     task: Task
     rows: Sequence[Row]  # those that were chosen
     numbers: Sequence[int]  # their places in the source, from 0
-    source: str  # where they come from, for people
+    origin: Source  # where they come from
     available: int  # how many there were to choose from
     skipped: int = 0  # how many rows of the source were left out because the task cannot use them
     first_skipped: str = ""  # what is wrong with the first of them
+
+    @property
+    def source(self) -> str:
+        """Where the rows come from, for people."""
+        return self.origin.name
 
     @cached_property
     def examples(self) -> list[Example]:
@@ -52,7 +60,7 @@ class Split:
         tried: list[Example | RowError] = []
         for row, number in zip(self.rows, self.numbers, strict=True):
             try:
-                tried.append(wording.example(row, f"{self.source}, example {number + 1}"))
+                tried.append(wording.example(row, self.origin.where(number)))
             except RowError as error:
                 tried.append(error.with_traceback(None))
         return tried
@@ -78,7 +86,8 @@ class Split:
 
     def __str__(self) -> str:
         chosen = f"all {self.available}" if len(self) == self.available else f"{len(self)} of {self.available}"
-        return f"{chosen} examples of {self.source}"
+        remarks = f" ({', '.join(self.origin.remarks)})" if self.origin.remarks else ""
+        return f"{chosen} examples of {self.source}{remarks}"
 
 
 def load_split(
@@ -136,11 +145,16 @@ def load_splits(
     rule, devs = RULES[task.splits], task.dev_examples if dev_examples is None else dev_examples
     own_dev = data_dir is None and "dev" in (task.hub or task.files)
     wanted = Wanted(train_examples, 0 if own_dev else devs, test_examples, per_class, seed)
-    if "test" in only:
+    rest: Split | None = None
+    if task.holds_out and data_dir is None:
+        whole = _load(task, "train", data_dir, on_bad_row)
+        test, others = set_aside(len(whole), test_examples, task.name)
+        splits["test"], rest = _take(whole, test), replace(_take(whole, others), available=len(others))
+    elif "test" in only:
         whole = _load(task, "test", data_dir, on_bad_row)
         splits["test"] = _take(whole, rule.test(task, len(whole), wanted))
     if "train" in only or ("dev" in only and not own_dev):
-        whole = _load(task, "train", data_dir, on_bad_row)
+        whole = _load(task, "train", data_dir, on_bad_row) if rest is None else rest
         labels = [str(row.get(task.label)).strip() for row in whole.rows]
         train, dev = rule.train_and_dev(task, labels, whole.source, wanted)
         splits["train"], splits["dev"] = _take(whole, train), _take(whole, dev)
@@ -163,22 +177,16 @@ def _load(task: Task, split: str, data_dir: str | Path | None, on_bad_row: str) 
     """All labelled rows of a task's data, with labels as its answers spell them."""
     if on_bad_row not in ON_BAD_ROW:
         raise InputError(f"on_bad_row must be {' or '.join(ON_BAD_ROW)}, got {on_bad_row!r}")
-    if data_dir is None and task.hub is not None:
-        rows, source = _from_hub(task.hub, split), f"{task.hub['path']} ({task.hub[split]})"
-    else:
-        path = task.files.get(split) if data_dir is None else _in_folder(task, split, Path(data_dir))
-        if path is None:
-            raise InputError(f"task {task.name} has no {split} file: add '{split}: FILE' to its task file")
-        rows, source = read_rows(path), str(path)
-    require_text(rows, source)
-    rows = [_with_label(row, task) for row in rows]
+    origin = open_split(task, split) if data_dir is None else read_files(_in_folder(task, split, Path(data_dir)))
+    require_text(origin.rows, origin.where)
+    rows = [_with_label(row, task) for row in origin.rows]
     unlabelled = task.unlabelled
     labelled = [
         i for i, row in enumerate(rows) if unlabelled is None or not same_label(str(row.get(task.label)), unlabelled)
     ]
     if not labelled:
-        raise InputError(f"{source} holds no example")
-    whole = Split(task, [rows[i] for i in labelled], labelled, source, len(labelled))
+        raise InputError(f"{origin.name} holds no example")
+    whole = Split(task, [rows[i] for i in labelled], labelled, replace(origin, rows=[]), len(labelled))
     return whole.without_bad_rows() if on_bad_row == "skip" else whole
 
 
@@ -205,20 +213,7 @@ def _in_folder(task: Task, split: str, folder: Path) -> Path:
     for path in tried:
         if path.is_file():
             return path
-    raise InputError(f"no {split} data for task {task.name} in {folder}: looked for {', '.join(map(str, tried))}")
-
-
-def _from_hub(hub: Mapping[str, str], split: str) -> list[Row]:
-    try:
-        import datasets
-    except ImportError:
-        raise InputError("data sets of the hub need the datasets package: pip install datasets") from None
-    try:
-        return list(datasets.load_dataset(hub["path"], hub.get("name"), split=hub[split]))
-    except Exception as error:  # the hub's client has many errors of its own
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(
-            f"data set {hub['path']} could not be loaded from the hub ({reason}): check the network, or give a local copy "
-            "with data_dir",
-            "data_dir",
-        ) from None
+    raise InputError(
+        f"no {split} data for task {task.name} in {folder}: looked for {tried[0]}, {tried[1]} and so on, and for "
+        f"{' and '.join(names)} in {folder} itself"
+    )

@@ -9,38 +9,17 @@ from functools import cached_property, partial
 from typing import Any
 
 from ..errors import InputError, warn
+from .chat import ChatTask
+from .chat_encoding import encode_chat
+from .encoded import Encoded as Encoded
+from .encoded import named
 from .task import MASK, Example, Task
 from .tokens import Tokens, least, word_starts
 
 #: Between demonstrations, and before the prompt.
 SEPARATOR = "\n\n"
-_NOTHING = Example("")
 # To a token; a text is seen to be too long by an end of so many times the longest input.
 _MANY_CHARACTERS = 32
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """One example in tokens."""
-
-    prompt: list[int]  # possibly cut; for a masked model the whole input
-    options: list[list[int]]  # every continuation (the answers, or the target alone), or the token that fills the mask
-    right: tuple[int, ...] = (0,)  # which options are right; training takes the first
-    texts: tuple[str, ...] = ()  # the target texts, for scoring free text
-    scored: int = 0  # so many of the prompt's last tokens are part of every option: options that begin alike
-    mask: int | None = None  # place of the mask in the prompt; None for causal models
-    example: Example = _NOTHING  # what was encoded
-    reference: tuple[float, float] | None = None  # log-likelihoods of a preference's texts under the reference model
-
-    @property
-    def label(self) -> int:
-        """The right option that is trained on."""
-        return self.right[0]
-
-    @property
-    def length(self) -> int:
-        """Tokens in the model's input when the options share their prompt."""
-        return len(self.prompt) + (0 if self.mask is not None else sum(len(option) - 1 for option in self.options))
 
 
 @dataclass
@@ -64,6 +43,13 @@ class Encoder:
             InputError: nothing of a context would be left, a tokenizer without a mask token for a masked task, or a
                 label word of several tokens.
         """
+        if isinstance(task, ChatTask):
+            if self.demonstrations:
+                raise InputError(
+                    "demonstrations stand before a task file's prompts: leave demonstrations out", "demonstrations"
+                )
+            encoded, self.truncated = encode_chat(self.tokenizer, self.max_length, task, examples)
+            return encoded
         self._warn_of_control_tokens(task, examples)
         return self._filled_masks(task, examples) if task.kind == "masked" else self._continued(task, examples)
 
@@ -73,7 +59,7 @@ class Encoder:
         Raises:
             InputError: the task has no such prompt, or is not a choice between continuations.
         """
-        if task.free_text or task.preference is not None or task.kind == "masked":
+        if task.free_text or task.conversational or task.preference is not None or task.kind == "masked":
             raise InputError(
                 f"task {task.name} cannot be calibrated, only a choice between continuations can: leave calibrations out",
                 "calibrations",
@@ -110,7 +96,7 @@ class Encoder:
     # --- cutting ------------------------------------------------------------------------------------------------------
 
     def _fitting(
-        self, task: Task, number: int, text: str, context: tuple[int, int], encode: Callable[[str], Encoded]
+        self, task: Task, where: str, text: str, context: tuple[int, int], encode: Callable[[str], Encoded]
     ) -> Encoded:
         """The text in tokens, with as little as needed cut off the left of its context (start and end)."""
         start, end = context
@@ -134,7 +120,7 @@ class Encoder:
         encoded = encode_cut(places[-1] if places else 0)
         answers = _input_length(encoded, task) - len(encoded.prompt)
         raise InputError(
-            f"task {task.name}, example {number}: an input of {self.max_length} tokens leaves no room for its context "
+            f"task {task.name}, {where}: an input of {self.max_length} tokens leaves no room for its context "
             f"beside the rest of the prompt{f' and answers of {answers} tokens' if answers else ''}: choose a model with "
             "a longer context, or raise max_length",
             "max_length",
@@ -153,11 +139,12 @@ class Encoder:
         encoded = []
         for number, example in enumerate(examples, start=1):
             start, end = (place + len(preamble) for place in example.context)
-            encode = partial(self._split, task, example, number)
-            encoded.append(self._fitting(task, number, preamble + example.prompt, (start, end), encode))
+            where = named(example, number)
+            encode = partial(self._split, task, example, where)
+            encoded.append(self._fitting(task, where, preamble + example.prompt, (start, end), encode))
         return encoded
 
-    def _split(self, task: Task, example: Example, number: int, prompt: str) -> Encoded:
+    def _split(self, task: Task, example: Example, where: str, prompt: str) -> Encoded:
         # Prompt and answer are tokenised together, as the model saw text in training. What all continuations share is
         # the prompt; a token that spans the border counts as part of the answers.
         alone = self._texts.open(prompt)
@@ -172,7 +159,7 @@ class Encoder:
         options = [tokens[shared:] for tokens in whole]
         if not border or not all(options):
             raise InputError(
-                f"task {task.name}, example {number}: prompt and answers {texts} share no border of tokens; "
+                f"task {task.name}, {where}: prompt and answers {texts} share no border of tokens; "
                 "change the end of the prompt"
             )
         if task.preference is not None and self.tokenizer.eos_token_id is not None:
@@ -199,7 +186,8 @@ class Encoder:
 
     def _longest(self, task: Task, examples: Sequence[Example], preamble: str) -> int:
         uncut = (
-            self._split(task, example, i, preamble + example.prompt) for i, example in enumerate(examples, start=1)
+            self._split(task, example, named(example, i), preamble + example.prompt)
+            for i, example in enumerate(examples, start=1)
         )
         return max(_input_length(encoded, task) for encoded in uncut)
 
@@ -220,11 +208,10 @@ class Encoder:
                 tokens = self._texts.closed(text.replace(MASK, self.tokenizer.mask_token))
                 return Encoded(tokens, words, example.right, mask=0, example=example)
 
-            encoded = self._fitting(task, number, example.prompt, example.context, encode)
+            where = named(example, number)
+            encoded = self._fitting(task, where, example.prompt, example.context, encode)
             if encoded.prompt.count(mask) != 1:
-                raise InputError(
-                    f"task {task.name}, example {number}: its text has a mask token of its own: drop the row"
-                )
+                raise InputError(f"task {task.name}, {where}: its text has a mask token of its own: drop the row")
             filled.append(replace(encoded, mask=encoded.prompt.index(mask)))
         return filled
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, nearest
+from .chat import CHAT, TASK, ChatTask, recognised
+from .given_data import columns_of_data, with_data
 from .metrics import CHOICE_METRICS, TEXT_METRICS
 from .splits import RULES
 from .task import MASK, Task
@@ -31,19 +33,42 @@ def task_names() -> list[str]:
     return sorted(path.stem for path in LIBRARY.glob("*.yaml"))
 
 
-def get_task(name: str) -> Task:
-    """A task of the package by its name, or one from a YAML file by its path.
+def get_task(name: str, data: str | None = None, *, streaming: bool = False) -> Task:
+    """A task of the package by its name, ``chat``, or one from a YAML file by its path.
+
+    Args:
+        data: where the examples are, in place of the task's own (:func:`.given_data.with_data`).
+        streaming: read the first rows of the data alone.
 
     Raises:
-        InputError: no such task or file, or a file with something wrong in it.
+        InputError: no such task, file or data, or a file with something wrong in it.
     """
+    task = replace(_by_name(name), streaming=True) if streaming else _by_name(name)
+    if data is not None:
+        task = with_data(task, data, streaming=task.streaming)
+    if isinstance(task, ChatTask):
+        return recognised(task, *columns_of_data(task))
+    if data is not None:
+        return task
+    if not task.files and task.hub is None:
+        raise InputError(
+            f"task {task.name} ({name}) names no data: give files (train: and test:) or a data set of the hub (hub:) in its task "
+            "file, or data=... beside it",
+            "data",
+        )
+    return task
+
+
+def _by_name(name: str) -> Task:
+    if name == CHAT:
+        return TASK
     if name in task_names():
         return read_task(LIBRARY / f"{name}.yaml")
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
         return read_task(path)
     raise InputError(
-        f"unknown task {name!r}: choose one of {', '.join(task_names())}, or give the path of a task file (.yaml)"
+        f"unknown task {name!r}: choose one of {', '.join(task_names())}, {CHAT} for conversations, or give the path of a task file (.yaml)"
         f"{nearest(name, task_names())}"
     )
 
@@ -112,14 +137,18 @@ def _kind_of_answer(content: dict[str, Any]) -> str:
 def _source(content: dict[str, Any], path: Path) -> dict[str, Any]:
     files = {split: path.parent / _text(content[split], split) for split in _FILES if split in content}
     hub = content.get("hub")
-    if (hub is None) == (not files):
+    if hub is not None and files:
         raise _WrongError("give either files (train: and test:) or a data set of the hub (hub:)")
     if hub is None:
         return {"files": files}
     if not (isinstance(hub, dict) and {"path", "train", "test"} <= set(hub)):
         raise _WrongError("hub must be {path: ..., train: ..., test: ...}, with name: ... for a configuration")
-    _known(hub, ("path", "name", *_FILES, "label"), "hub: ")
-    return {"hub": {key: str(value) for key, value in hub.items()}}
+    _known(hub, ("path", "name", "revision", "streaming", *_FILES, "label"), "hub: ")
+    streaming = hub.get("streaming", False)
+    if not isinstance(streaming, bool):
+        raise _WrongError(f"hub: streaming must be true or false, got {streaming!r}")
+    kept = {key: str(value) for key, value in hub.items() if key != "streaming"}
+    return {"hub": kept, **({"streaming": True} if streaming else {})}
 
 
 def _known(content: dict[str, Any], known: tuple[str, ...], where: str = "") -> None:

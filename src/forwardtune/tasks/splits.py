@@ -123,6 +123,22 @@ def sample(task: Task, split: str, count: int, limit: int, seed: int) -> list[in
     return random.Random(f"{seed} {task.name} {split}").sample(range(count), limit)
 
 
+def set_aside(count: int, wanted: int, name: str) -> tuple[list[int], list[int]]:
+    """Places of the test rows and of the others, of data that are not divided: at most a fifth, the same for every seed.
+
+    Raises:
+        InputError: there are too few rows to set any aside.
+    """
+    test = min(wanted, count // 5)
+    if not test:
+        raise InputError(
+            f"task {name}: {count} rows are too few to set some aside for tests: give 5 or more, or a folder with test data of its own"
+        )
+    order = list(range(count))
+    random.Random(f"{_TEST_SEED} {name} set aside").shuffle(order)
+    return sorted(order[:test]), sorted(order[test:])
+
+
 def _of_each_class(
     task: Task, labels: Sequence[str], order: Sequence[int], wanted: Wanted
 ) -> tuple[list[int], list[int], list[tuple[tuple[str, str], int]]]:

@@ -25,6 +25,7 @@ class Example:
     context: tuple[int, int] = (0, 0)  # start and end of the part of the prompt that may be cut on the left
     calibration: str = ""  # the prompt without content, for surface-form-competition calibration
     row: Mapping[str, Any] = field(default_factory=dict)  # the columns that it was made of
+    where: str = field(default="", compare=False)  # the file and the row that it was made of, for messages
 
     @property
     def label(self) -> int:
@@ -53,12 +54,17 @@ class Task:
     options: tuple[str, str] | None = None  # column that holds a list, template with {option} of one of its entries
     preference: tuple[str, str] | None = None  # columns of the chosen and the rejected text
     beta: float = 0.1  # how far a preferred text may move the model from its reference (DPO)
+    class_weights: tuple[float, ...] | None = (
+        None  # of each answer in the loss (:mod:`.weights`); None: all count alike
+    )
     unlabelled: str | None = None  # label value of rows that are left out
     replace: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # column -> {text: text in its place}
     context: str | None = None  # the column that may be cut on the left; by default the prompt's first
     calibration: str | None = None  # template of the prompt without content; by default the prompt's last words
     files: Mapping[str, Path] = field(default_factory=dict)  # split (train, dev, test) -> data file
-    hub: Mapping[str, str] | None = None  # path, name, label column and splits of a data set of the hub
+    hub: Mapping[str, str] | None = None  # path, name, revision, label column and splits of a data set of the hub
+    streaming: bool = False  # whether the first rows alone are read
+    holds_out: bool = False  # whether test examples are set aside from the training data
     dev_examples: int = 500
     splits: str = "forwardtune"  # the rule that draws them (:mod:`.splits`)
     stop: str = "\n"  # free text ends here
@@ -74,6 +80,11 @@ class Task:
     def free_text(self) -> bool:
         """Whether the answer is generated, not chosen."""
         return self.answers is None and self.options is None and self.preference is None
+
+    @property
+    def conversational(self) -> bool:
+        """Whether an example is a conversation or a text, some of whose tokens are learnt (:mod:`.chat`)."""
+        return False
 
     @property
     def fixed_answers(self) -> bool:
@@ -102,12 +113,16 @@ class Task:
         """A label value as the answers spell it; as it is if they do not know it.
 
         1, 1.0, "1.0" and true are the same label (a data frame with a gap turns whole numbers into fractions), unless the
-        answers tell them apart.
+        answers tell them apart. Where the answers are for words such as yes and no, or true and false, they are for all such
+        words and for 1 and 0.
         """
         text = str(value).strip()
         if self.answers is None or text in self.answers:
             return text
         alike = [label for label in self.answers if same_label(label, text)]
+        senses = {_sense(label): label for label in self.answers}
+        if not alike and None not in senses and len(senses) == len(self.answers):
+            return senses.get(_sense(text) or _sense_of_number(text), text)
         return alike[0] if len(alike) == 1 else text
 
     def example(self, row: Mapping[str, Any], where: str) -> Example:
@@ -129,7 +144,7 @@ class Task:
         joint = "" if self.kind == "masked" or prompt[-1:].isspace() else " "
         options, right, targets = self._answers_of(fields, where)
         options, targets = (tuple(joint + text for text in texts) for texts in (options, targets))
-        return Example(prompt, options, right, targets, context, calibration, row)
+        return Example(prompt, options, right, targets, context, calibration, row, where)
 
     def _answers_of(self, fields: Fields, where: str) -> tuple[tuple[str, ...], tuple[int, ...], tuple[str, ...]]:
         """The texts of a row's options and which of them are right, or its targets."""
@@ -164,6 +179,21 @@ class Task:
 
 # What YAML takes for a truth value unless it stands in quotes.
 _YAML_BOOLEANS = {"yes", "no", "on", "off"}
+
+
+_SENSES = {
+    **dict.fromkeys(("true", "yes", "y", "on"), "yes"),
+    **dict.fromkeys(("false", "no", "n", "off"), "no"),
+}
+
+
+def _sense(label: str) -> str | None:
+    """Whether a word says yes or no; None if it is another word."""
+    return _SENSES.get(label.strip().lower())
+
+
+def _sense_of_number(label: str) -> str | None:
+    return {"1": "yes", "0": "no"}.get(_number(label))
 
 
 def same_label(one: str, other: str) -> bool:

@@ -24,10 +24,8 @@ class Tokens:
         begin = starts[0] if starts else 0
         self._opening = whole[:begin]
         self._closing = len(whole) - begin - len(bare) if starts else 0
-        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-        special |= set(map(str, tokenizer.all_special_tokens))
-        longest_first = sorted(special, key=lambda token: (-len(token), token))
-        self._control = re.compile("|".join(map(re.escape, longest_first))) if special else None
+        special = control_tokens(tokenizer)
+        self._control = re.compile("|".join(map(re.escape, special))) if special else None
 
     def closed(self, text: str) -> list[int]:
         """The tokens of a whole text, with the marks around it."""
@@ -54,6 +52,13 @@ class Tokens:
             return set()
         written_out = self._control.match(text) and not self._control.match(template)
         return set() if written_out else set(Counter(self.control(text)) - Counter(self.control(template)))
+
+
+def control_tokens(tokenizer: Any) -> list[str]:
+    """The strings that the tokenizer reads as control tokens, the longest first."""
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    special |= set(map(str, tokenizer.all_special_tokens))
+    return sorted(special, key=lambda token: (-len(token), token))
 
 
 def padding_id(tokenizer: Any) -> int:
