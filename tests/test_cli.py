@@ -108,7 +108,7 @@ def test_eval_prints_one_json_object(setting: Setting, flag: list[str]) -> None:
     result = json.loads(ran.out)
     found = [result[key] for key in ("command", "method", "model", "task", "metric")]
     assert found == ["eval", "zero-shot", str(setting.model), "task", "accuracy"]
-    assert result["test"].keys() == {"accuracy", "loss", "examples"}
+    assert result["test"].keys() == {"accuracy", "loss", "examples", "macro_f1", "calibration_error"}
     assert result["test"]["examples"] == result["splits"]["test"] == 6
     assert 0 <= result["test"]["accuracy"] <= 1 < 10 * result["test"]["loss"]
 

@@ -39,7 +39,7 @@ LAYERS = (
     {"search"},
     {"tasks", "models"},
     {"objectives"},
-    {"evaluation"},
+    {"evaluation", "predictions"},
     {"hf", "paper"},
     {"cli"},
     {"__main__"},

@@ -17,6 +17,7 @@ METRICS = "metrics.json"
 OUTCOMES = "outcomes.json"
 HISTORY = "history.jsonl"
 COMPLETIONS = "completions.jsonl"
+PREDICTIONS = "predictions.jsonl"
 TERMS = "objective.jsonl"
 
 
@@ -38,14 +39,14 @@ def add_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
 
 
 def _text_of(lines: Iterable[dict[str, Any]]) -> str:
-    return "".join(json.dumps(plain(line)) + "\n" for line in lines)
+    return "".join(json.dumps(plain(line), ensure_ascii=False) + "\n" for line in lines)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a JSON Lines file; none if there is no file."""
     lines = []
     try:
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
             lines.append(json.loads(line))
     except (OSError, ValueError):  # a kill tore the last line
         pass

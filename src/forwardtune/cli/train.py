@@ -24,11 +24,13 @@ from ..trajectory import Log, read_log
 from . import methods, say, tuned
 from .costs import evaluation_steps, measure, measured_examples, steps_of_budget
 from .options import ask, flag
+from .predicted import Examined, examine, read_before, show_classes, write_predictions
 from .results import (
     COMPLETIONS,
     HISTORY,
     METRICS,
     OUTCOMES,
+    PREDICTIONS,
     new_folder,
     plain,
     read_lines,
@@ -62,8 +64,8 @@ def run(parsed: argparse.Namespace) -> int:
     options = asked.describe(given, resumed=parsed.resume)
     if log is None:
         # A run that was killed before its first step leaves its first evaluation behind, and nothing else.
-        begun = not read_json(folder / METRICS).keys() - {"before"}
-        leftovers = (METRICS, OUTCOMES, COMPLETIONS, tuned.INITIAL, "steps.jsonl.lock") if begun else ()
+        begun = not read_json(folder / METRICS).keys() - {"before", "by_class"}
+        leftovers = (METRICS, OUTCOMES, PREDICTIONS, COMPLETIONS, tuned.INITIAL, "steps.jsonl.lock") if begun else ()
         new_folder(folder, leftovers=leftovers, resumable=True)
     metrics = read_json(folder / METRICS) if log else {}
     if log and "test" in metrics and log.end and _is_done(options, log, metrics):
@@ -78,11 +80,14 @@ def run(parsed: argparse.Namespace) -> int:
     if options.tune in ("lora", "prefix") and log is None:
         tuned.keep_first(session.model, folder / tuned.INITIAL)
     outcomes: dict[str, list[float]] = read_json(folder / OUTCOMES) if log else {}
-    if not options.no_before and ("before" not in metrics or "before" not in outcomes):
-        before, outcomes["before"] = _measure(session, folder, "before", 0)
-        metrics = {"before": before}
+    answers = read_before(folder) if log else None
+    if not options.no_before and ("before" not in metrics or "before" not in outcomes or answers is None):
+        before = _measure(session, folder, "before", 0)
+        outcomes["before"], answers = before.outcomes, before.answers
+        metrics = {"before": before.measured, **({"by_class": {"before": before.classes}} if before.classes else {})}
         write_json(folder / METRICS, metrics)
         write_json(folder / OUTCOMES, outcomes)
+        write_predictions(folder, session, answers)
     # What the step log records beside the options.
     described: dict[str, Any] = {_RULE: session.task.splits}
     if "dev" in session.splits:
@@ -101,36 +106,36 @@ def run(parsed: argparse.Namespace) -> int:
         raise NonFiniteLossError(
             f"the loss or the step was not finite in all {steps} steps: nothing was learnt. Lower the learning rate (--lr)"
         )
-    metrics = {
-        **session.facts("train", options.method),
-        **({"before": metrics["before"]} if "before" in metrics else {}),
-    }
-    metrics["test"], outcomes["after"] = _measure(session, folder, "after", trained.facts.get("best_step", steps))
+    kept = {name: metrics[name] for name in ("before", "by_class") if name in metrics}
+    metrics = {**session.facts("train", options.method), **kept}
+    after = _measure(session, folder, "after", trained.facts.get("best_step", steps))
+    metrics["test"], outcomes["after"] = after.measured, after.outcomes
+    if after.classes:
+        metrics["by_class"] = {**metrics.get("by_class", {}), "test": after.classes}
     if "before" in outcomes:
         metrics["sign_test"] = sign_test(outcomes["before"], outcomes["after"])
     metrics.update(trained.facts, inference_peak_memory_bytes=inference_peak)
     save_model(session.model, session.tokenizer, folder)
     write_lines(folder / HISTORY, trained.history)
     write_json(folder / OUTCOMES, outcomes)
+    write_predictions(folder, session, answers, after.answers)
     write_json(folder / METRICS, metrics)
     return _report(metrics, folder, options.method, parsed.json)
 
 
-def _measure(session: Session, folder: Path, what: str, step: int) -> tuple[dict[str, float], list[float]]:
-    """Measure the test split after so many steps: as a whole, and by example. Keeps what was written for the first of them."""
-    outcomes: list[float] = []
-    texts: list[str] = []
-    measured = session.evaluate(what, outcomes=outcomes, completions=texts)
+def _measure(session: Session, folder: Path, what: str, step: int) -> Examined:
+    """Measure the test split after so many steps. Keeps what was written for the first of them, if that is logged."""
+    examined = examine(session, what)
     if session.options.log_completions:
         own: dict[str, Any] = {"step": step, "split": "test"}
         kept = [line for line in read_lines(folder / COMPLETIONS) if not own.items() <= line.items()]
-        judged = zip(session.splits["test"][:_SAMPLES], texts, outcomes, strict=False)
+        judged = zip(session.splits["test"][:_SAMPLES], examined.answers, examined.outcomes, strict=False)
         new = [
-            {**own, "prompt": e.example.prompt, "completion": text, "objective": {session.metric: value}}
-            for e, text, value in judged
+            {**own, "prompt": e.example.prompt, "completion": said["completion"], "objective": {session.metric: value}}
+            for e, said, value in judged
         ]
         write_lines(folder / COMPLETIONS, [*kept, *new])
-    return measured, outcomes
+    return examined
 
 
 def _steps(session: Session, began: float) -> int:
@@ -215,6 +220,8 @@ def _report(metrics: dict[str, Any], folder: Path, method: str, as_json: bool) -
     """Say what came of it."""
     say()
     table({name: metrics[key] for name, key in (("before", "before"), ("after", "test")) if key in metrics})
+    show_classes(metrics.get("by_class", {}).get("test", {}))
+    say()
     if test := metrics.get("sign_test"):
         say(
             f"{test['better']} examples came out better, {test['worse']} worse: p = {test['p_value']:.1e} by the sign test"
