@@ -39,7 +39,7 @@ LAYERS = (
     {"search"},
     {"tasks", "models"},
     {"objectives"},
-    {"evaluation", "predictions"},
+    {"evaluation", "predictions", "run_folder"},
     {"hf", "paper"},
     {"cli"},
     {"__main__"},

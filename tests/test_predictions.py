@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
+from forwardtune.cli import predict
 from forwardtune.predictions import by_class, calibration_error
 from support.command import FREE_TEXT, Setting, cli, done, read, refused, write_jsonl, write_task
 
@@ -118,3 +119,119 @@ def test_options_and_preferences(setting: Setting, tmp_path: Path) -> None:
     done(*Setting(setting.model, task).eval(output_dir=tmp_path / "preference"))
     lines = read(tmp_path / "preference" / "predictions.jsonl")
     assert all(line["right"] == (line["answer"] == "chosen") == (line["margin"] > 0) for line in lines)
+
+
+# --- predict --------------------------------------------------------------------------------------------------------
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def unlabelled(setting: Setting, path: Path) -> Path:
+    """The test rows without their labels."""
+    rows = rows_of(setting.task.parent / "test.csv")
+    path.write_text("\n".join(["id,text", *(f"{i},{row['text']}" for i, row in enumerate(rows))]) + "\n")
+    return path
+
+
+def test_predict_answers_as_the_run_did(setting: Setting, finished: Path, tmp_path: Path) -> None:
+    """Without a label, and without being told the task."""
+    source = unlabelled(setting, tmp_path / "new.csv")
+    common = ["--model", finished, "--input", source, "--batch-size", 4]
+    ran = done("predict", *common, "--output", tmp_path / "out.csv", "--json")
+    found, expected = rows_of(tmp_path / "out.csv"), read(finished / "predictions.jsonl")
+    assert [list(row) for row in found] == [["id", "text", "prediction", "confidence"]] * 6
+    assert [row["prediction"] for row in found] == [line["answer"] for line in expected]
+    assert [row["id"] for row in found] == list("012345")
+    for row, line in zip(found, expected, strict=True):
+        assert float(row["confidence"]) == pytest.approx(line["confidence"], abs=1e-5)
+    facts = json.loads(ran.out)
+    assert (facts["rows"], facts["predicted"], sum(facts["answers"].values())) == (6, 6, 6)
+    assert not list(tmp_path.glob("*.begun"))
+    done("predict", *common, "--output", tmp_path / "out.jsonl")
+    lines = read(tmp_path / "out.jsonl")
+    assert [line["prediction"] for line in lines] == [row["prediction"] for row in found]
+    assert all(line["prediction_scores"].keys() == {"0", "1"} for line in lines)
+
+
+def test_predict_writes_text(setting: Setting, tmp_path: Path) -> None:
+    task = write_task(tmp_path / "task", **FREE_TEXT)
+    done(*Setting(setting.model, task).eval(output_dir=tmp_path / "eval"))
+    source = unlabelled(setting, tmp_path / "new.csv")
+    done("predict", "--model", setting.model, "--task", task, "--input", source, "--output", tmp_path / "out.tsv")
+    with open(tmp_path / "out.tsv", newline="", encoding="utf-8") as file:
+        found = [row["prediction"] for row in csv.DictReader(file, delimiter="\t")]
+    assert found == [line["completion"] for line in read(tmp_path / "eval" / "predictions.jsonl")]
+
+
+def test_predict_goes_on_over_the_same_input_alone(
+    setting: Setting, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, output = unlabelled(setting, tmp_path / "new.csv"), tmp_path / "out.csv"
+    command = ["predict", "--model", finished, "--input", source, "--output", output, "--batch-size", 2]
+    monkeypatch.setattr("forwardtune.cli.predict._CHUNK", 1)
+    done(*command)
+    whole = output.read_bytes()
+    output.unlink()
+
+    real, calls = predict.evaluate, []
+
+    def interrupted(*arguments: Any, **how: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*arguments, **how)
+
+    monkeypatch.setattr(predict, "evaluate", interrupted)
+    assert cli(*command).code == 130
+    assert not output.exists()
+    text = source.read_text()
+    source.write_text(text.replace("film", "movie"))
+    with refused(tmp_path, "out.csv.begun was begun with another input: delete it") as ran:
+        ran(cli(*command))
+    source.write_text(text)
+    with refused(tmp_path, "begun with another model, weights") as ran:
+        ran(cli(*command, "--model", setting.model, "--task", setting.task))
+    with (tmp_path / "out.csv.begun").open("a") as torn:
+        torn.write('{"answer": "0", "conf')
+    ran = done(*command)
+    assert "2 rows were answered before" in ran.err
+    assert len(calls) == 4  # two of three chunks were left
+    assert output.read_bytes() == whole
+    with refused(tmp_path, "exists: choose another --output") as ran:
+        ran(cli(*command))
+
+
+def test_rows_that_cannot_be_asked(setting: Setting, finished: Path, tmp_path: Path) -> None:
+    source, output = tmp_path / "new.csv", tmp_path / "out.csv"
+    command = ["predict", "--model", finished, "--input", source, "--output", output]
+    source.write_text("text,id\na film,1\n,2\n")
+    with refused(tmp_path, r"row 2: column 'text' is empty.*1 of 2 rows.*--on-bad-row skip") as ran:
+        ran(cli(*command))
+    done(*command, "--on-bad-row", "skip")
+    assert [bool(row["prediction"]) for row in rows_of(output)] == [True, False]
+    output.unlink()
+    for text, words in (
+        ("body\na film\n", "no column 'text'"),
+        ("text,prediction\na film,x\n", "has a column 'prediction'.*rename"),
+        ("text\n", "holds no row"),
+    ):
+        source.write_text(text)
+        with refused(tmp_path, words) as ran:
+            ran(cli(*command))
+    with refused(tmp_path, r"one of \.csv, \.tsv, \.jsonl") as ran:
+        ran(cli(*command[:-1], tmp_path / "out.xlsx"))
+
+
+def test_a_run_knows_its_task_when_the_file_is_gone(finished: Path, setting: Setting, tmp_path: Path) -> None:
+    """As on another machine: the run keeps a copy of its task file."""
+    moved = shutil.copytree(finished, tmp_path / "moved")
+    metrics = read(moved)
+    metrics["settings"]["task"] = str(tmp_path / "gone.yaml")
+    (moved / "metrics.json").write_text(json.dumps(metrics))
+    source = unlabelled(setting, tmp_path / "new.csv")
+    done("predict", "--model", moved, "--input", source, "--output", tmp_path / "out.csv", "--batch-size", 4)
+    expected = [line["answer"] for line in read(finished / "predictions.jsonl")]
+    assert [row["prediction"] for row in rows_of(tmp_path / "out.csv")] == expected

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from .errors import InputError
 from .tasks import Task, metrics
 from .tasks.encoding import Encoded
+from .tasks.task import Example
+from .tasks.template import Fields
 
 # Of the reliability diagram of Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
 _BINS = 15
@@ -67,6 +71,23 @@ def answered(
         "scores": dict(zip(names, own, strict=True)),
         "right": bool(outcome),
     }
+
+
+def question(task: Task, row: Mapping[str, Any], where: str) -> Example:
+    """The example of a row that need not have a label. Its right answer, where one must be named, means nothing.
+
+    Raises:
+        RowError: a column that the prompt or the answers need is missing or empty; ``where`` names the row.
+        InputError: the task prefers texts, and so has no answer to give.
+    """
+    if task.preference is not None:
+        raise InputError(f"task {task.name} prefers one text to another: it has no answer to predict")
+    if task.free_text:
+        return replace(task, label="").example(row, where)
+    label = next(iter(task.answers)) if task.answers is not None else None
+    if task.options is not None:
+        label = Fields(row, where, task.name).value(task.options[0])
+    return task.example({**row, task.label: label}, where)
 
 
 def summary(

@@ -19,11 +19,11 @@ from transformers import PrinterCallback, TrainerCallback
 from .. import memory
 from ..config import AUTO
 from ..objectives import TaskObjective
+from ..run_folder import COMPLETIONS, DEV, TERMS, read_lines
 from . import say
-from .results import COMPLETIONS, TERMS, add_lines, read_lines, write_lines
+from .results import add_lines, write_lines
 from .session import Session, bar
 
-_DEV = "dev.jsonl"
 # The loss of a minibatch jumps about: the bar shows the mean of so many.
 _WINDOW = 20
 # After so many steps one sees whether an objective moves anything: from this share on that moved nothing, advice is given.
@@ -244,7 +244,7 @@ class Run:
     ) -> None:
         self._session, self._trainer, self._peak = session, trainer, 0
         self._monitor = Monitor(session, last, held)
-        self.dev = DevWatcher(session, folder / _DEV, self._monitor, **measured) if "dev" in session.splits else None
+        self.dev = DevWatcher(session, folder / DEV, self._monitor, **measured) if "dev" in session.splits else None
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(self._monitor)
         if self.dev is not None:

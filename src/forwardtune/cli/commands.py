@@ -16,7 +16,7 @@ def make_parser() -> Parser:
     parser = Parser(prog="forwardtune", description=_DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"forwardtune {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_train, _add_plan, _add_evaluations, _add_sweeps, _add_logs):
+    for add in (_add_train, _add_plan, _add_evaluations, _add_talk, _add_sweeps, _add_logs):
         add(commands)
     return parser
 
@@ -47,6 +47,17 @@ def _add_evaluations(commands: Any) -> None:
         add_options(parser, command)
         parser.add_argument("--output-dir", help="new folder for metrics.json")
         parser.set_defaults(run=f"evaluate.run_{command}")
+
+
+def _add_talk(commands: Any) -> None:
+    """``predict | generate | chat``: what a tuned model says to what has no answer yet."""
+    parser = commands.add_parser("predict", help="answer the rows of a file with a tuned model")
+    parser.add_argument("--input", required=True, help="the rows, as the run's data: .csv, .tsv, .jsonl, .json")
+    parser.add_argument(
+        "--output", required=True, help="new file, .csv, .tsv or .jsonl; what was begun is gone on with"
+    )
+    add_options(parser, "predict")
+    parser.set_defaults(run="predict.run")
 
 
 def _add_sweeps(commands: Any) -> None:

@@ -10,9 +10,10 @@ from typing import Any
 from .. import memory
 from ..errors import InputError
 from ..paper.extra import PROBING, require
+from ..run_folder import METRICS
 from .options import ask
 from .predicted import examine, show_classes, write_predictions
-from .results import METRICS, new_folder, plain, write_json
+from .results import new_folder, plain, write_json
 from .session import Session, open_session
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..config import recorded
 from ..models import load_model, save_model
+from ..run_folder import INITIAL
 from ..trajectory import export_trajectory, read_log, replay
 from ..trajectory.export import read_trajectory
 from ..trajectory.format import ABSENT
@@ -37,7 +38,7 @@ def run_replay(options: argparse.Namespace) -> None:
     dtype = dtypes.pop() if len(dtypes) == 1 and not adapted else run.dtype
     model, tokenizer = load_model(options.model, dtype=dtype, device=options.device)
     if adapted:
-        model = tuned.prepare_model(model, tokenizer, options=run, first=Path(options.log).parent / tuned.INITIAL)
+        model = tuned.prepare_model(model, tokenizer, options=run, first=Path(options.log).parent / INITIAL)
     with bar(len(trajectory.header["tensors"]), "replaying", "tensor") as progress:
         steps = replay(trajectory, model, steps=options.steps, progress=reach(progress))
     save_model(model, tokenizer, folder)

@@ -20,14 +20,15 @@ from ..evaluation import training_objective
 from ..method.record import StepRecord
 from ..models import load_model
 from ..objectives import Sampling, TaskObjective
+from ..run_folder import INITIAL, TERMS, read_lines
 from ..tasks.batching import collate
 from ..tasks.encoding import Encoded
 from ..trajectory import Log, read_log, replay
 from . import say
 from .callbacks import ObjectiveLog, Run, Trained, advise
-from .results import TERMS, read_lines, resume_command
+from .results import resume_command
 from .session import Session
-from .tuned import INITIAL, prepare_model, tuned_weights
+from .tuned import prepare_model, tuned_weights
 
 if TYPE_CHECKING:
     from ..hf.trainer import MeZOTrainer

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ..predictions import answered, asked, summary
+from ..run_folder import PREDICTIONS, read_lines
+from ..tasks import Task
+from ..tasks.encoding import Encoded
 from . import say
-from .results import PREDICTIONS, read_lines, write_lines
+from .results import write_lines
 from .session import Session
 
 # So many classes are shown, the worst of more.
@@ -40,14 +43,20 @@ def examine(session: Session, what: str) -> Examined:
     scores: list[list[float]] = []
     measured = session.evaluate(what, outcomes=outcomes, completions=texts, scores=scores)
     task, examples = session.task, session.splits["test"]
-    answers = [
-        answered(task, example, scores=own, completion=text, outcome=outcome)
-        for example, outcome, own, text in zip(
-            examples, outcomes, scores or [[]] * len(examples), texts or [None] * len(examples), strict=True
-        )
-    ]
+    answers = answers_of(task, examples, outcomes, scores, texts)
     numbers, classes = summary(task, [asked(task, example).get("gold") for example in examples], answers)
     return Examined({**measured, **numbers}, outcomes, answers, classes)
+
+
+def answers_of(
+    task: Task, examples: Sequence[Encoded], outcomes: list[float], scores: list[list[float]], texts: list[str]
+) -> list[dict[str, Any]]:
+    """What was answered to each example, from what :func:`~forwardtune.evaluation.evaluate` filled."""
+    said = []
+    for i, example in enumerate(examples):
+        own, text = scores[i] if scores else (), texts[i] if texts else None
+        said.append(answered(task, example, scores=own, completion=text, outcome=outcomes[i]))
+    return said
 
 
 def write_predictions(

@@ -11,14 +11,8 @@ from typing import Any
 
 from .. import files
 from ..errors import InputError
+from ..run_folder import OUTCOMES
 from . import say
-
-METRICS = "metrics.json"
-OUTCOMES = "outcomes.json"
-HISTORY = "history.jsonl"
-COMPLETIONS = "completions.jsonl"
-PREDICTIONS = "predictions.jsonl"
-TERMS = "objective.jsonl"
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -40,17 +34,6 @@ def add_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
 
 def _text_of(lines: Iterable[dict[str, Any]]) -> str:
     return "".join(json.dumps(plain(line), ensure_ascii=False) + "\n" for line in lines)
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a JSON Lines file; none if there is no file."""
-    lines = []
-    try:
-        for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
-            lines.append(json.loads(line))
-    except (OSError, ValueError):  # a kill tore the last line
-        pass
-    return lines
 
 
 def plain(value: Any) -> Any:

@@ -23,12 +23,12 @@ from ..models import context_length, load_model, model_kind
 from ..noise import load_kernels
 from ..objectives import Reward, logits_at, option_likelihoods
 from ..objectives.mixture import parse
+from ..run_folder import METRICS
 from ..tasks import Split, Task, doubts, get_task, load_splits
 from ..tasks.batching import Layout
 from ..tasks.encoding import Encoded, Encoder
 from ..trajectory import Log
 from . import say
-from .results import METRICS
 
 
 @dataclass
@@ -153,23 +153,10 @@ def open_session(
     if shots and shots > len(splits["train"]):
         raise InputError(f"--shots {shots} asks for more than the {len(splits['train'])} training examples: lower it")
 
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    if options.device is None:
-        options.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if options.dtype == "auto":
-        options.dtype = _dtype_of_run(Path(options.model))
-    say(f"loading {options.model}")
-    model, tokenizer = load_model(options.model, dtype=options.dtype, device=options.device, announce=say)
+    model, tokenizer = open_model(options)
     kind = model_kind(model)
     task = task.worded_for(kind)
     splits = {name: split.worded_for(kind) for name, split in splits.items()}
-    count = sum(p.numel() for p in model.parameters())
-    say(f"  {count / 1e6:.1f}M weights, {str(model.dtype).removeprefix('torch.')}, on {options.device}")
-    if model.dtype == torch.float16 and options.device == "cpu":
-        say("  float16 is slow on a processor: --dtype float32 or bfloat16 may be several times as fast")
     if prepare_model is not None:
         load_kernels(model.device)  # before memory is measured
         model = prepare_model(model, tokenizer)
@@ -216,6 +203,25 @@ def open_session(
         skipped={name: split.skipped for name, split in splits.items() if split.skipped},
         cores=cores if options.device == "cpu" else None,
     )
+
+
+def open_model(options: Any) -> tuple[Any, Any]:
+    """Load the model and its tokenizer; where the options leave device and dtype open, they are settled in them."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    if options.device is None:
+        options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.dtype == "auto":
+        options.dtype = _dtype_of_run(Path(options.model))
+    say(f"loading {options.model}")
+    model, tokenizer = load_model(options.model, dtype=options.dtype, device=options.device, announce=say)
+    count = sum(p.numel() for p in model.parameters())
+    say(f"  {count / 1e6:.1f}M weights, {str(model.dtype).removeprefix('torch.')}, on {options.device}")
+    if model.dtype == torch.float16 and options.device == "cpu":
+        say("  float16 is slow on a processor: --dtype float32 or bfloat16 may be several times as fast")
+    return model, tokenizer
 
 
 def _load_splits(task: Task, options: Any, wanted: Sequence[str]) -> dict[str, Split]:

@@ -15,9 +15,10 @@ from ..config import options as options_of
 from ..durations import duration
 from ..errors import InputError, NonFiniteLossError
 from ..evaluation import sign_test
-from ..files import read_json
+from ..files import read_json, write_text
 from ..models import EMBEDDED_MODEL, save_model
 from ..processes import require_one_process
+from ..run_folder import COMPLETIONS, HISTORY, INITIAL, METRICS, OUTCOMES, PREDICTIONS, TASK, read_lines
 from ..tasks import get_task, task_names
 from ..tasks.splits import DEFAULT_RULE
 from ..trajectory import Log, read_log
@@ -25,20 +26,7 @@ from . import methods, say, tuned
 from .costs import evaluation_steps, measure, measured_examples, steps_of_budget
 from .options import ask, flag
 from .predicted import Examined, examine, read_before, show_classes, write_predictions
-from .results import (
-    COMPLETIONS,
-    HISTORY,
-    METRICS,
-    OUTCOMES,
-    PREDICTIONS,
-    new_folder,
-    plain,
-    read_lines,
-    resume_command,
-    table,
-    write_json,
-    write_lines,
-)
+from .results import new_folder, plain, resume_command, table, write_json, write_lines
 from .session import Session, open_session
 
 _ADAM_EPOCHS = 5
@@ -65,20 +53,22 @@ def run(parsed: argparse.Namespace) -> int:
     if log is None:
         # A run that was killed before its first step leaves its first evaluation behind, and nothing else.
         begun = not read_json(folder / METRICS).keys() - {"before", "by_class"}
-        leftovers = (METRICS, OUTCOMES, PREDICTIONS, COMPLETIONS, tuned.INITIAL, "steps.jsonl.lock") if begun else ()
+        leftovers = (METRICS, OUTCOMES, PREDICTIONS, COMPLETIONS, INITIAL, TASK, "steps.jsonl.lock") if begun else ()
         new_folder(folder, leftovers=leftovers, resumable=True)
     metrics = read_json(folder / METRICS) if log else {}
     if log and "test" in metrics and log.end and _is_done(options, log, metrics):
         say(f"the run in {folder} is complete after {log.steps} steps: nothing to do (more --steps would extend it)")
         return _report(metrics, folder, options.method, parsed.json)
 
-    prepare = partial(tuned.prepare_model, options=options, first=folder / tuned.INITIAL if log else None)
+    prepare = partial(tuned.prepare_model, options=options, first=folder / INITIAL if log else None)
     session = open_session(options, "train", "dev", "test", prepare_model=prepare, resumed=log)
     if options.steps is None:
         options.steps = _steps(session, began)  # before anything is evaluated: the time may be too short
     folder.mkdir(parents=True, exist_ok=True)
+    if Path(options.task).is_file():
+        write_text(folder / TASK, Path(options.task).read_text(encoding="utf-8-sig"))
     if options.tune in ("lora", "prefix") and log is None:
-        tuned.keep_first(session.model, folder / tuned.INITIAL)
+        tuned.keep_first(session.model, folder / INITIAL)
     outcomes: dict[str, list[float]] = read_json(folder / OUTCOMES) if log else {}
     answers = read_before(folder) if log else None
     if not options.no_before and ("before" not in metrics or "before" not in outcomes or answers is None):
@@ -106,7 +96,7 @@ def run(parsed: argparse.Namespace) -> int:
         raise NonFiniteLossError(
             f"the loss or the step was not finite in all {steps} steps: nothing was learnt. Lower the learning rate (--lr)"
         )
-    kept = {name: metrics[name] for name in ("before", "by_class") if name in metrics}
+    kept: dict[str, Any] = {name: metrics[name] for name in ("before", "by_class") if name in metrics}
     metrics = {**session.facts("train", options.method), **kept}
     after = _measure(session, folder, "after", trained.facts.get("best_step", steps))
     metrics["test"], outcomes["after"] = after.measured, after.outcomes

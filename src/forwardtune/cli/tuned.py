@@ -14,9 +14,6 @@ from ..errors import InputError
 from ..models import tune
 from . import say
 
-#: The adapter that a run began with, so that its step log can be replayed anywhere.
-INITIAL = "initial.safetensors"
-
 
 def prepare_model(model: Any, tokenizer: Any, *, options: Train, first: Path | None) -> Any:
     """The model with what is to be tuned. An adapter takes its first weights from the file, if there is one.

@@ -63,6 +63,35 @@ class Evaluation(Data):
     calibrate: bool = option(False, "divide by each answer's likelihood without content")
 
 
+def _as_of_data(name: str) -> Any:
+    """The field that :class:`Data` has under this name."""
+    one = Data.__dataclass_fields__[name]
+    return field(default=one.default, metadata=one.metadata)
+
+
+@dataclass
+class Asking:
+    """A model that is asked for what has no answer yet."""
+
+    model: str | None = option(None, "folder of a run, or any model as train takes it", required=True, is_place=True)
+    dtype: str = _as_of_data("dtype")
+    device: str | None = _as_of_data("device")
+
+
+@dataclass
+class Prediction(Asking):
+    """What ``predict`` answers."""
+
+    task: str | None = option(
+        None, "the task that says how a row is put to the model", shown="the run's", required=True, is_place=True
+    )
+    batch_size: int = _as_of_data("batch_size")
+    max_length: int = _as_of_data("max_length")
+    on_bad_row: str = option(
+        "refuse", "rows that the task cannot use: refuse, or skip (no prediction)", choices=names.ON_BAD_ROW
+    )
+
+
 _MEZO = {"method": ("mezo",)}
 _of_mezo = partial(option, only=_MEZO)
 
@@ -155,7 +184,9 @@ class Train(MeZOSettings, Data):
 
 
 #: Command -> what describes its run.
-COMMANDS: dict[str, type[Data]] = {"train": Train, "plan": Train, "eval": Evaluation, "probe": Data}
+COMMANDS: dict[str, type[Any]] = {
+    "train": Train, "plan": Train, "eval": Evaluation, "probe": Data, "predict": Prediction,
+}  # fmt: skip
 
 
 def as_declared(name: str) -> Any:
