@@ -59,6 +59,15 @@ def _add_talk(commands: Any) -> None:
     add_options(parser, "predict")
     parser.set_defaults(run="predict.run")
 
+    parser = commands.add_parser("generate", help="write on behind a text with a tuned model")
+    parser.add_argument("--prompt", action="append", help="the text to go on from; may be given again [stdin]")
+    add_options(parser, "generate")
+    parser.set_defaults(run="talk.run_generate")
+
+    parser = commands.add_parser("chat", help="talk to a tuned model")
+    add_options(parser, "chat", json=False)
+    parser.set_defaults(run="talk.run_chat")
+
 
 def _add_sweeps(commands: Any) -> None:
     """``sweep | report``: a table of many runs from one file."""

@@ -21,7 +21,7 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def add_options(parser: argparse.ArgumentParser, command: str) -> None:
+def add_options(parser: argparse.ArgumentParser, command: str, *, json: bool = True) -> None:
     """An option for every setting of the command's run. One that is not given is no attribute of what is parsed."""
     declared = options(COMMANDS[command])
     for name, one in declared.items():
@@ -31,7 +31,8 @@ def add_options(parser: argparse.ArgumentParser, command: str) -> None:
         else:
             how |= {"type": _reader(one), "choices": one.choices, "metavar": one.metavar}
         parser.add_argument(flag(name), **how)
-    parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
+    if json:
+        parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:

@@ -92,6 +92,23 @@ class Prediction(Asking):
     )
 
 
+@dataclass
+class Generation(Asking):
+    """What ``generate`` writes."""
+
+    max_new_tokens: int = option(256, "longest answer in tokens", bounds=POSITIVE)
+    temperature: float = option(0.0, "of sampled text; 0 takes the likeliest tokens", bounds=FINITE)
+    seed: int = option(0, "of sampled text", bounds=SEED)
+    compare: bool = option(False, "show what the untuned model says beside it")
+
+
+@dataclass
+class Chat(Generation):
+    """What ``chat`` says."""
+
+    system: str | None = option(None, "what the model is told before the conversation", shown="nothing")
+
+
 _MEZO = {"method": ("mezo",)}
 _of_mezo = partial(option, only=_MEZO)
 
@@ -186,6 +203,7 @@ class Train(MeZOSettings, Data):
 #: Command -> what describes its run.
 COMMANDS: dict[str, type[Any]] = {
     "train": Train, "plan": Train, "eval": Evaluation, "probe": Data, "predict": Prediction,
+    "generate": Generation, "chat": Chat,
 }  # fmt: skip
 
 
