@@ -79,9 +79,13 @@ def _add_sweeps(commands: Any) -> None:
     parser.add_argument("--dry-run", action="store_true", help="list the runs and their state; run nothing")
     parser.set_defaults(run="sweeps.run")
 
-    parser = commands.add_parser("report", help="tables and plots of a sweep, finished or not")
-    parser.add_argument("folder", help="the sweep's folder")
-    parser.add_argument("--output-dir", help="where results.md, results.json and plots go [the sweep's folder]")
+    parser = commands.add_parser(
+        "report", help="a page of a run, or of several; tables and plots of a sweep; finished or not"
+    )
+    parser.add_argument("folder", nargs="+", help="the folder of a run, those of several, or that of a sweep")
+    parser.add_argument(
+        "--output-dir", help="where the page goes, or tables and plots [RUN/report; the sweep's folder]"
+    )
     parser.add_argument("--no-plots", action="store_true", help="tables alone, without matplotlib")
     parser.set_defaults(run="sweeps.run_report")
 
