@@ -235,3 +235,58 @@ def test_a_run_knows_its_task_when_the_file_is_gone(finished: Path, setting: Set
     done("predict", "--model", moved, "--input", source, "--output", tmp_path / "out.csv", "--batch-size", 4)
     expected = [line["answer"] for line in read(finished / "predictions.jsonl")]
     assert [row["prediction"] for row in rows_of(tmp_path / "out.csv")] == expected
+
+
+# --- compare --------------------------------------------------------------------------------------------------------
+
+
+def write_run(folder: Path, answers: str, inputs: str = "abcdefgh", **more: Any) -> Path:
+    """The folder of a run that answered ``1`` or ``0`` where ``1`` is right."""
+    folder.mkdir()
+    (folder / "metrics.json").write_text(json.dumps({"metric": "accuracy"}))
+    lines = [
+        {"example": i, "input": one, "gold": "1", "answer": answer, "right": answer == "1", **more}
+        for i, (one, answer) in enumerate(zip(inputs, answers, strict=True))
+    ]
+    write_jsonl(folder / "predictions.jsonl", lines)
+    return folder
+
+
+def test_compare_finds_what_flipped(tmp_path: Path) -> None:
+    """Five came out better and none worse: p is 2 / 2**5. The order of the lines does not matter."""
+    one = write_run(tmp_path / "one", "00000010")
+    other = write_run(tmp_path / "other", "01111110", "hgfedcba")  # a and h are wrong in both, g is right
+    facts = json.loads(done("compare", one, other, "--json").out)
+    assert [flip["input"] for flip in facts["flipped"]] == list("bcdef")
+    assert all(flip["answers"] == ["0", "1"] and flip["outcomes"] == [0.0, 1.0] for flip in facts["flipped"])
+    assert facts["sign_test"] == {"better": 5, "worse": 0, "p_value": pytest.approx(2 / 2**5)}
+    assert facts["means"] == [1 / 8, 6 / 8]
+    told = done("compare", one, other).out
+    assert "5 examples came out better in the second, 0 worse: p = 0.062 by the sign test" in told
+    assert re.search(rf"\nb\n  right answer: 1\n  0  0  \({one}\)\n  1  1  \({other}\)\n", told)
+
+
+def test_compare_takes_what_both_were_asked(tmp_path: Path) -> None:
+    one, other = write_run(tmp_path / "one", "0101", "abcd"), write_run(tmp_path / "other", "111", "bcd")
+    facts = json.loads(done("compare", one, other, "--json").out)
+    assert (facts["examples"], facts["not_shared"]) == (3, 1)
+    assert "1 that only one of them has are left out" in done("compare", one, other).out
+    write_run(tmp_path / "elsewhere", "11", "xy")
+    with refused(tmp_path, "measured on other test examples") as ran:
+        ran(cli("compare", one, tmp_path / "elsewhere"))
+    write_run(tmp_path / "scored", "0101", "abcd", score=0.5)
+    with refused(tmp_path, "answer in other ways") as ran:
+        ran(cli("compare", one, tmp_path / "scored"))
+
+
+def test_compare_wants_finished_runs(finished: Path, setting: Setting, tmp_path: Path) -> None:
+    (tmp_path / "none").mkdir()
+    with refused(tmp_path, "holds no run") as ran:
+        ran(cli("compare", finished, tmp_path / "none"))
+    begun = write_run(tmp_path / "begun", "1", "a")
+    write_jsonl(begun / "predictions.jsonl", [{"example": 1, "input": "a", "before": {"answer": "0"}}])
+    with refused(tmp_path, "no predictions.jsonl of a finished run") as ran:
+        ran(cli("compare", finished, begun))
+    done(*setting.eval(output_dir=tmp_path / "untuned", batch_size=4))
+    facts = json.loads(done("compare", tmp_path / "untuned", finished, "--json").out)
+    assert facts["sign_test"] == read(finished)["sign_test"]

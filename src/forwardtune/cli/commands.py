@@ -89,6 +89,12 @@ def _add_sweeps(commands: Any) -> None:
     parser.add_argument("--no-plots", action="store_true", help="tables alone, without matplotlib")
     parser.set_defaults(run="sweeps.run_report")
 
+    parser = commands.add_parser("compare", help="two runs on the same test examples: a paired test, and what flipped")
+    parser.add_argument("runs", nargs=2, metavar="RUN", help="the folder of a run, or of eval --output-dir")
+    parser.add_argument("--all", action="store_true", help="show all examples that flipped, not the first ten")
+    parser.add_argument("--json", action="store_true", help="print it as JSON on stdout")
+    parser.set_defaults(run="compare.run")
+
 
 def _add_logs(commands: Any) -> None:
     """``replay | inspect | export``: what can be done with a step log."""
