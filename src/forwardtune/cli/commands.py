@@ -16,7 +16,7 @@ def make_parser() -> Parser:
     parser = Parser(prog="forwardtune", description=_DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"forwardtune {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_train, _add_plan, _add_evaluations, _add_talk, _add_sweeps, _add_logs):
+    for add in (_add_train, _add_plan, _add_evaluations, _add_talk, _add_publishing, _add_sweeps, _add_logs):
         add(commands)
     return parser
 
@@ -67,6 +67,25 @@ def _add_talk(commands: Any) -> None:
     parser = commands.add_parser("chat", help="talk to a tuned model")
     add_options(parser, "chat", json=False)
     parser.set_defaults(run="talk.run_chat")
+
+
+def _add_publishing(commands: Any) -> None:
+    """``merge | push``: where a tuned model goes."""
+    parser = commands.add_parser("merge", help="put an adapter into its base model, as one ordinary folder")
+    add_options(parser, "merge", json=False)
+    parser.add_argument("--output-dir", required=True, help="new folder for the model")
+    parser.set_defaults(run="publish.run_merge")
+
+    parser = commands.add_parser("push", help="upload a run's model to the hub, without predictions or samples")
+    parser.add_argument("run_folder", metavar="RUN", help="the folder of a finished run")
+    parser.add_argument("--repo", required=True, metavar="USER/NAME", help="of the hub; made if it is not there")
+    parser.add_argument("--private", action="store_true", help="make the repository private, if it is made")
+    parser.add_argument(
+        "--with-predictions", action="store_true", help="upload what was answered to the test examples too"
+    )
+    parser.add_argument("--with-samples", action="store_true", help="upload completions too, and with both the report")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be uploaded")
+    parser.set_defaults(run="publish.run_push")
 
 
 def _add_sweeps(commands: Any) -> None:

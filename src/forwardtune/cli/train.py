@@ -18,11 +18,12 @@ from ..evaluation import sign_test
 from ..files import read_json, write_text
 from ..models import EMBEDDED_MODEL, save_model
 from ..processes import require_one_process
-from ..run_folder import COMPLETIONS, HISTORY, INITIAL, METRICS, OUTCOMES, PREDICTIONS, TASK, read_lines
+from ..run_folder import COMPLETIONS, HISTORY, INITIAL, LOG, METRICS, OUTCOMES, PREDICTIONS, TASK, read_lines
 from ..tasks import get_task, task_names
 from ..tasks.splits import DEFAULT_RULE
 from ..trajectory import Log, read_log
 from . import methods, say, tuned
+from .card import write_card
 from .costs import evaluation_steps, measure, measured_examples, steps_of_budget
 from .options import ask, flag
 from .predicted import Examined, examine, read_before, show_classes, write_predictions
@@ -110,6 +111,7 @@ def run(parsed: argparse.Namespace) -> int:
     write_json(folder / OUTCOMES, outcomes)
     write_predictions(folder, session, answers, after.answers)
     write_json(folder / METRICS, metrics)
+    write_card(folder, session, plain(metrics), read_log(folder / LOG) if (folder / LOG).is_file() else None)
     return _report(metrics, folder, options.method, parsed.json)
 
 

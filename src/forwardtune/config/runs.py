@@ -203,7 +203,7 @@ class Train(MeZOSettings, Data):
 #: Command -> what describes its run.
 COMMANDS: dict[str, type[Any]] = {
     "train": Train, "plan": Train, "eval": Evaluation, "probe": Data, "predict": Prediction,
-    "generate": Generation, "chat": Chat,
+    "generate": Generation, "chat": Chat, "merge": Asking,
 }  # fmt: skip
 
 
