@@ -578,6 +578,31 @@ def test_loss_that_is_not_finite_ends_the_run_with_advice(setting: Setting, tmp_
     assert all(tensor.isfinite().all() for tensor in load_file(setting.model / "model.safetensors").values())
 
 
+@pytest.mark.parametrize("method", ["mezo", "adam"])
+def test_a_run_is_reported_to_tensorboard(setting: Setting, tmp_path: Path, method: str) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = tmp_path / "run"
+    done(*setting.train(run, method=method, report_to="tensorboard", eval_steps=3))
+    (file,) = run.rglob("events.out.tfevents.*")
+    events = EventAccumulator(str(file.parent))
+    events.Reload()
+    scalars = set(events.Tags()["scalars"])
+    assert "train/loss" in scalars
+    (name,) = [one for one in scalars if one.endswith("dev_loss")]
+    assert [(event.step, event.value) for event in events.Scalars(name)] == [
+        (line["step"], pytest.approx(line["dev"]["loss"])) for line in read(run / "dev.jsonl")
+    ]
+    with refused(tmp_path, "'tensorbord' is none of tensorboard, wandb, trackio; did you mean tensorboard") as ran:
+        ran(cli(*setting.train(tmp_path / "other", report_to="tensorbord")))
+
+
+def test_a_tracker_that_is_not_installed(setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("forwardtune.cli.methods.find_spec", lambda name: None if name == "wandb" else name)
+    with refused(tmp_path, "--report-to tensorboard,wandb needs wandb: pip install wandb") as ran:
+        ran(cli(*setting.train(tmp_path / "run", report_to="tensorboard, wandb")))
+
+
 def test_version_and_usage() -> None:
     assert re.fullmatch(r"forwardtune \d+\.\d+.*\n", cli("--version").out)
     ran = cli()

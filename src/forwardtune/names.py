@@ -17,5 +17,7 @@ PERTURBATIONS = ("auto", "scratch", "copy", "side_path")
 METHODS = ("mezo", "adam")
 #: Of transformers, those that need no further settings.
 LR_SCHEDULERS = ("constant", "linear", "cosine", "inverse_sqrt", "polynomial")
+#: Of transformers, what a run can be reported to; the packages have the same names.
+TRACKERS = ("tensorboard", "wandb", "trackio")
 #: Of :mod:`forwardtune.tasks`: what is done with rows that a task cannot use.
 ON_BAD_ROW = ("refuse", "skip")

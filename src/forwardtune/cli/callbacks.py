@@ -147,6 +147,7 @@ class DevWatcher(TrainerCallback):
     Attributes:
         lines: ``{"step": ..., "dev": ...}`` of every measurement.
         gave_up: patience ended the run.
+        log: told what was measured, where the run is reported.
     """
 
     def __init__(
@@ -164,6 +165,7 @@ class DevWatcher(TrainerCallback):
         self._session, self._file, self._monitor = session, file, monitor
         self._report, self._improved = report, improved
         self.gave_up = False
+        self.log: Callable[[dict[str, float]], object] = lambda values: None
         self.lines = read_lines(file)
 
     @property
@@ -201,6 +203,7 @@ class DevWatcher(TrainerCallback):
             say(f"step {step}: dev {shown}")
             # Reported before it is written: a resumed run measures again what was not reported.
             self._report(step, dev[self._metric] if self._metric == "loss" else -dev[self._metric])
+            self.log({f"dev_{name}": value for name, value in dev.items() if name != "examples"})
             self.lines.append({"step": step, "dev": dev})
             write_lines(self._file, self.lines)
             if self.best is not before:
@@ -248,6 +251,8 @@ class Run:
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(self._monitor)
         if self.dev is not None:
+            if trainer.args.report_to:
+                self.dev.log = trainer.log
             trainer.add_callback(self.dev)
 
     def train(self, done: int = 0, **how: Any) -> None:

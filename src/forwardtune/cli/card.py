@@ -33,8 +33,7 @@ def write_card(folder: Path, session: Session, metrics: dict[str, Any], log: Log
     )
     parts = [
         f"---\n{_data(session, metrics, name, adapted).to_yaml()}\n---\n",
-        f"# {name}\n\n`{base}` tuned on the task `{metrics['task']}` with {how}, "
-        f"by forwardtune {__version__}.",
+        f"# {name}\n\n`{base}` tuned on the task `{metrics['task']}` with {how}, by forwardtune {__version__}.",
         _results(metrics),
         _tuning(metrics, log),
         _task(session.task, metrics),
@@ -110,7 +109,8 @@ def _tuning(metrics: dict[str, Any], log: Log | None) -> str:
     facts: dict[str, Any] = (
         method_facts(log) if log is not None else {"learning_rate": settings.get("lr"), "seed": settings["seed"]}
     )
-    facts |= {"tuned weights": settings.get("tune"), "batch size": settings["batch_size"], "steps": metrics["steps"]}
+    facts |= {"tuned weights": settings.get("tune"), "batch size": settings["batch_size"]}
+    facts |= {} if log is not None else {"steps": metrics["steps"]}
     facts |= {"weights are those of step": metrics["best_step"]} if "best_step" in metrics else {}
     facts |= {"ways back": metrics["rollbacks"]} if metrics.get("rollbacks") else {}
     facts["seconds"] = f"{metrics['seconds']:.0f}, {metrics['seconds_per_step']:.2f} a step"

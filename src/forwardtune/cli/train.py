@@ -46,6 +46,7 @@ def run(parsed: argparse.Namespace) -> int:
     asked = ask(parsed, "train")
     if asked.output_dir is None:
         raise InputError("the following arguments are required: --output-dir, here or in the file of --config")
+    methods.require_trackers(asked.settings.get("report_to"))
     folder, log = Path(asked.output_dir), None
     given = _absolute(asked.settings)  # the log may be read in another folder
     if parsed.resume:

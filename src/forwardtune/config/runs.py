@@ -9,6 +9,7 @@ from typing import Any
 
 from .. import names
 from ..durations import seconds_of
+from ..errors import nearest
 from .option import AUTO, FINITE, FRACTION, NOT_NEGATIVE, POSITIVE, SEED, NumberOrAuto, option, options
 
 #: Version of the files of ``--config``; one that does not say has this.
@@ -17,6 +18,15 @@ SCHEMA = 1
 STEPS = 1000
 #: Where transformers lets a polynomial schedule end.
 POLYNOMIAL_END = 1e-7
+
+
+def trackers(text: str) -> str:
+    """Names of what a run is reported to, by commas. Raises ValueError for another one."""
+    named = [part.strip() for part in text.split(",") if part.strip()]
+    for name in named:
+        if name not in names.TRACKERS:
+            raise ValueError(f"{name!r} is none of {', '.join(names.TRACKERS)}{nearest(name, names.TRACKERS)}")
+    return ",".join(named)
 
 
 @dataclass
@@ -196,6 +206,9 @@ class Train(MeZOSettings, Data):
     )
     save_steps: int | None = _of_mezo(
         None, "also save a checkpoint every so many steps", shown="none", bounds=POSITIVE, free=True
+    )
+    report_to: str | None = option(
+        None, f"{', '.join(names.TRACKERS)}, or several by commas", shown="none", free=True, read=trackers
     )
     no_before: bool | None = option(None, "do not evaluate the untuned model", free=True)
 
