@@ -157,10 +157,10 @@ def test_inspect_describes_the_log(finished: Path) -> None:
     assert facts["weights"] == sum(p.numel() for p in support.tiny_model().parameters())
     assert facts["tuned_digest"] == log.end["digest"]
     human = cli("inspect", finished / "steps.jsonl")
-    assert (human.code, human.out) == (0, "")
-    assert "every line is intact" in human.err
+    assert (human.code, human.err) == (0, "")
+    assert "every line is intact" in human.out
     for words in (f"steps: {STEPS}", "seed: 0", "direction: gaussian"):
-        assert words in human.err
+        assert words in human.out
 
 
 def test_inspect_tells_a_torn_and_unfinished_log(copy: Path) -> None:
@@ -168,7 +168,7 @@ def test_inspect_tells_a_torn_and_unfinished_log(copy: Path) -> None:
     log.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[:4]) + b'{"step":3,"lr"')
     facts = json.loads(cli("inspect", log, "--json").out)
     assert (facts["finished"], facts["torn_last_line"], facts["steps"]) == (False, True, 3)
-    human = cli("inspect", log).err
+    human = cli("inspect", log).out
     assert "torn" in human
     assert "--resume" in human
 
@@ -345,7 +345,7 @@ def test_run_of_a_python_program_is_not_resumed_here(tmp_path: Path) -> None:
     ran = cli("train", "--output-dir", tmp_path / "run", "--resume")
     assert (ran.code, ran.out) == (2, "")
     assert "was not started by forwardtune train: go on with it in Python" in ran.err
-    assert "Resume it with the program that began it" in cli("inspect", tmp_path / "run" / "steps.jsonl").err
+    assert "Resume it with the program that began it" in cli("inspect", tmp_path / "run").out
 
 
 def test_completed_run_resumed_is_left_as_it_is(setting: Setting, finished: Path) -> None:
@@ -503,7 +503,7 @@ def test_log_that_is_missing_or_something_else(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("")
     for name, words in (
         ("none.jsonl", "no such file"),
-        ("", "is a folder: name the steps.jsonl"),
+        ("", "holds no steps.jsonl: give the folder of a run"),
         ("notes.jsonl", "not a step log"),
         ("empty.jsonl", "missing or cut off"),
     ):

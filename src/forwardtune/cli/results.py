@@ -54,12 +54,23 @@ def new_folder(name: str | Path, leftovers: tuple[str, ...] = (), resumable: boo
     folder = Path(name)
     if resumable and (folder / "steps.jsonl").exists():
         raise InputError(
-            f"{folder} holds another run: add --resume to go on with it, or choose another --output-dir "
-            "(nothing was overwritten)"
+            f"{folder} holds another run: add --resume to go on with it, --overwrite to move it aside, or choose another "
+            "--output-dir (nothing was overwritten)"
         )
     if folder.is_file() or (folder.is_dir() and not all(path.name.startswith(leftovers) for path in folder.iterdir())):
         raise InputError(f"{folder} is not empty: choose another --output-dir (nothing was overwritten)")
     return folder
+
+
+def move_aside(folder: Path) -> Path | None:
+    """Give a folder that holds something the first free name beside it, ``NAME.1`` and on. None if there was nothing."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return None
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
+        number += 1
+    folder.rename(aside)
+    return aside
 
 
 def resume_command(folder: Path, objective: str) -> str:

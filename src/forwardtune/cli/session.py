@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import random
 import sys
 from collections.abc import Callable, Sequence
@@ -23,12 +24,13 @@ from ..models import context_length, load_model, model_kind
 from ..noise import load_kernels
 from ..objectives import Reward, logits_at, option_likelihoods
 from ..objectives.mixture import parse
-from ..run_folder import METRICS
+from ..run_folder import METRICS, RunFolder, is_run
 from ..tasks import Split, Task, doubts, get_task, load_splits
 from ..tasks.batching import Layout
 from ..tasks.encoding import Encoded, Encoder
 from ..trajectory import Log
 from . import say
+from .results import resume_command
 
 
 @dataclass
@@ -207,6 +209,7 @@ def open_session(
 
 def open_model(options: Any) -> tuple[Any, Any]:
     """Load the model and its tokenizer; where the options leave device and dtype open, they are settled in them."""
+    require_finished(Path(options.model).expanduser())
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -222,6 +225,17 @@ def open_model(options: Any) -> tuple[Any, Any]:
     if model.dtype == torch.float16 and options.device == "cpu":
         say("  float16 is slow on a processor: --dtype float32 or bfloat16 may be several times as fast")
     return model, tokenizer
+
+
+def require_finished(folder: Path) -> None:
+    """Raise InputError for the folder of a run that saved no model yet; the message names what there is in its place."""
+    if not is_run(folder) or (run := RunFolder(folder)).has_model:
+        return
+    resume = resume_command(folder, str(run.settings.get("objective")))
+    there = f"its last checkpoint is {run.checkpoint}: give that" if run.checkpoint else "it left no checkpoint"
+    steps = run.log.steps if run.log is not None else 0
+    rebuild = f", rebuild its weights with forwardtune replay {folder} --steps {steps}" if steps else ""
+    raise InputError(f"the run in {folder} is not finished, and {there}{rebuild}, or go on with it: {resume}")
 
 
 def _load_splits(task: Task, options: Any, wanted: Sequence[str]) -> dict[str, Split]:
@@ -282,15 +296,28 @@ def _dtype_of_run(folder: Path) -> str:
 
 def bar(total: int, description: str, unit: str, initial: int = 0) -> Any:
     """A progress bar on stderr: speed and time left; rarely redrawn when nobody watches."""
+    watched = sys.stderr.isatty()
     return tqdm(
         total=total,
         desc=description,
         unit=unit,
         initial=initial,
-        mininterval=0.2 if sys.stderr.isatty() else 10.0,
+        mininterval=0.2 if watched else 10.0,
         dynamic_ncols=True,
-        file=sys.stderr,
+        file=sys.stderr if watched else _Lines(),
     )
+
+
+class _Lines(io.TextIOBase):
+    """Where nobody watches, a bar is drawn as lines: nothing that moves a cursor goes into a file."""
+
+    def write(self, text: str) -> int:
+        if shown := text.replace("\r", "").replace("\x1b[A", "").strip():
+            print(shown, file=sys.stderr)
+        return len(text)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
 
 
 def reach(progress: Any) -> Callable[[int, int], object]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import time
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ from .card import write_card
 from .costs import evaluation_steps, measure, measured_examples, steps_of_budget
 from .options import ask, flag
 from .predicted import Examined, examine, read_before, show_classes, write_predictions
-from .results import new_folder, plain, resume_command, table, write_json, write_lines
+from .results import move_aside, new_folder, plain, resume_command, table, write_json, write_lines
 from .session import Session, open_session
 
 _ADAM_EPOCHS = 5
@@ -46,6 +47,8 @@ def run(parsed: argparse.Namespace) -> int:
     asked = ask(parsed, "train")
     if asked.output_dir is None:
         raise InputError("the following arguments are required: --output-dir, here or in the file of --config")
+    if parsed.overwrite and parsed.resume:
+        raise InputError("--overwrite begins anew and --resume goes on: leave one of them out")
     methods.require_trackers(asked.settings.get("report_to"))
     folder, log = Path(asked.output_dir), None
     given = _absolute(asked.settings)  # the log may be read in another folder
@@ -56,7 +59,10 @@ def run(parsed: argparse.Namespace) -> int:
         # A run that was killed before its first step leaves its first evaluation behind, and nothing else.
         begun = not read_json(folder / METRICS).keys() - {"before", "by_class"}
         leftovers = (METRICS, OUTCOMES, PREDICTIONS, COMPLETIONS, INITIAL, TASK, "steps.jsonl.lock") if begun else ()
-        new_folder(folder, leftovers=leftovers, resumable=True)
+        if parsed.overwrite:
+            _require_outside(options, folder)
+        else:
+            new_folder(folder, leftovers=leftovers, resumable=True)
     metrics = read_json(folder / METRICS) if log else {}
     if log and "test" in metrics and log.end and _is_done(options, log, metrics):
         say(f"the run in {folder} is complete after {log.steps} steps: nothing to do (more --steps would extend it)")
@@ -66,6 +72,8 @@ def run(parsed: argparse.Namespace) -> int:
     session = open_session(options, "train", "dev", "test", prepare_model=prepare, resumed=log)
     if options.steps is None:
         options.steps = _steps(session, began)  # before anything is evaluated: the time may be too short
+    if parsed.overwrite and (aside := move_aside(folder)) is not None:
+        say(f"what was in {folder} is in {aside} now")
     folder.mkdir(parents=True, exist_ok=True)
     if Path(options.task).is_file():
         write_text(folder / TASK, Path(options.task).read_text(encoding="utf-8-sig"))
@@ -147,6 +155,17 @@ def _steps(session: Session, began: float) -> int:
     return steps
 
 
+def _require_outside(options: Train, folder: Path) -> None:
+    """Raise InputError if the folder that is to be moved aside is the command's own, or holds what the run reads."""
+    whole = folder.resolve()
+    for name in ("model", "task", "data_dir"):
+        place = getattr(options, name)
+        if place is not None and Path(place).exists() and whole in (path := Path(place).resolve(), *path.parents):
+            raise InputError(f"{folder} holds the {flag(name)} of the run: choose another --output-dir")
+    if whole in (here := Path.cwd(), *here.parents):
+        raise InputError(f"{folder} is where the command runs: choose another --output-dir")
+
+
 def _is_done(options: Train, log: Log, metrics: dict[str, Any]) -> bool:
     """Whether a run has all its steps, or ended early as it was told to, and no more are asked for."""
     steps = options.steps or log.header["run"]["steps"]
@@ -226,7 +245,17 @@ def _report(metrics: dict[str, Any], folder: Path, method: str, as_json: bool) -
         say("the weights are untuned: no step was better on the dev split")
     elif metrics.get("best_step", metrics["steps"]) != metrics["steps"]:
         say(f"the weights are those of step {metrics['best_step']}, which was best on the dev split")
-    say(f"model, {'steps.jsonl' if method == 'mezo' else HISTORY} and {METRICS} are in {folder}")
+    say(f"model, {LOG if method == 'mezo' else HISTORY} and {METRICS} are in {folder}")
+    _say_what_next(folder)
     if as_json:
         print(json.dumps(plain(metrics)))
     return 0
+
+
+def _say_what_next(folder: Path) -> None:
+    """Show the commands that most users want now."""
+    run = shlex.quote(str(folder))
+    say("\nnext:")
+    say(f"  forwardtune predict --model {run} --input NEW.csv --output ANSWERS.csv")
+    say(f"  forwardtune chat --model {run} --compare")
+    say(f"  forwardtune report {run}")

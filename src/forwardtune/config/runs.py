@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -218,6 +219,16 @@ COMMANDS: dict[str, type[Any]] = {
     "train": Train, "plan": Train, "eval": Evaluation, "probe": Data, "predict": Prediction,
     "generate": Generation, "chat": Chat, "merge": Asking,
 }  # fmt: skip
+
+
+#: What declares settings -> what they are about, as ``--help`` puts them together.
+_GROUPS: dict[type, str] = {Data: "model and data", MeZOSettings: "method", Train: "run", Evaluation: "measuring"}
+
+
+def group_of(kind: type, name: str) -> str:
+    """What a setting of a description is about."""
+    home = next(cls for cls in reversed(kind.__mro__) if name in inspect.get_annotations(cls))
+    return _GROUPS.get(home, "options")
 
 
 def as_declared(name: str) -> Any:
