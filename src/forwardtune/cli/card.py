@@ -150,8 +150,6 @@ def _use(base: str, adapted: bool, model: str, causal: bool) -> str:
             f"It is an adapter of `{base}`, which peft cannot open by that name. `forwardtune merge --model . --output-dir merged` "
             f"writes both as one folder for `{kind}`."
         )
-        if model == EMBEDDED_MODEL:
-            note += f' With network, `PeftModel.from_pretrained({kind}.from_pretrained({_EMBEDDED_ON_HUB!r}), ".")` comes close: that base is not quantised.'
     usage = [
         "forwardtune predict --model . --input new.csv --output answers.csv",
         "forwardtune chat --model . --compare",
