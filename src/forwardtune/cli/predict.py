@@ -7,6 +7,7 @@ import csv
 import hashlib
 import io
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,19 +33,15 @@ _SUFFIXES = (".csv", ".tsv", ".jsonl")
 _PREDICTION, _CONFIDENCE, _SCORES = "prediction", "confidence", "prediction_scores"
 # Rows are answered, and kept, by so many minibatches at once: sorted by length, they need less padding.
 _CHUNK = 16
+# Answers whose number is shown.
+_SHOWN = 8
 
 
 def run(parsed: argparse.Namespace) -> None:
     """Answer every row, and write the input's columns with what was answered."""
     asked = ask(parsed, "predict")
     options = asked.describe(_with_run(asked.settings))
-    source, output = Path(parsed.input), Path(parsed.output)
-    if output.suffix.lower() not in _SUFFIXES:
-        raise InputError(f"--output {output}: its end says what is written, one of {', '.join(_SUFFIXES)}")
-    if output.exists():
-        raise InputError(f"{output} exists: choose another --output (nothing was overwritten)")
-    if not output.parent.is_dir():
-        raise InputError(f"{output.parent} is no folder: make it, or choose another --output")
+    source, output = Path(parsed.input), _new_file(Path(parsed.output))
     task, rows = get_task(options.task), read_rows(source)
     if not rows:
         raise InputError(f"{source} holds no row")
@@ -71,14 +68,23 @@ def run(parsed: argparse.Namespace) -> None:
     answers = dict(zip(usable, lines, strict=True))
     files.write_text(output, _table([{**row, **_columns(answers.get(i))} for i, row in enumerate(rows)], output))
     begun.unlink()
-    counts: dict[str, int] = {}
-    for line in [] if task.free_text else lines:
-        counts[line["answer"]] = counts.get(line["answer"], 0) + 1
+    counts = Counter(line["answer"] for line in lines if "answer" in line)
     say(f"{len(lines)} of {len(rows)} rows answered: {output}")
-    for name, count in sorted(counts.items(), key=lambda pair: -pair[1])[:8]:
+    for name, count in counts.most_common(_SHOWN):
         say(f"  {name}: {count}")
     if parsed.json:
         print(json.dumps({"output": str(output), "rows": len(rows), "predicted": len(lines), "answers": counts}))
+
+
+def _new_file(output: Path) -> Path:
+    """The path, unless nothing can be written there. Raises InputError."""
+    if output.suffix.lower() not in _SUFFIXES:
+        raise InputError(f"--output {output}: its end says what is written, one of {', '.join(_SUFFIXES)}")
+    if output.exists():
+        raise InputError(f"{output} exists: choose another --output (nothing was overwritten)")
+    if not output.parent.is_dir():
+        raise InputError(f"{output.parent} is no folder: make it, or choose another --output")
+    return output
 
 
 def _with_run(given: dict[str, Any]) -> dict[str, Any]:

@@ -134,6 +134,7 @@ def _measure(session: Session, folder: Path, what: str, step: int) -> Examined:
         new = [
             {**own, "prompt": e.example.prompt, "completion": said["completion"], "objective": {session.metric: value}}
             for e, said, value in judged
+            if "completion" in said
         ]
         write_lines(folder / COMPLETIONS, [*kept, *new])
     return examined
