@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import HfApi
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import support
@@ -118,12 +118,16 @@ def test_merged_model_is_the_adapted_one(runs: dict[str, Path], name: str, tmp_p
 
 
 def test_half_precision_is_rounded_once(runs: dict[str, Path], tmp_path: Path) -> None:
-    done("merge", "--model", runs["lora"], "--output-dir", tmp_path / "merged", "--dtype", "bfloat16")
-    adapted, _ = load_model(str(runs["lora"]), dtype="bfloat16")
+    """Also an adapter as large as its base: the weights are the float32 sum, rounded."""
+    run = shutil.copytree(runs["lora"], tmp_path / "run")
+    adapter = load_file(run / "adapter_model.safetensors")
+    save_file({name: 30 * tensor for name, tensor in adapter.items()}, run / "adapter_model.safetensors")
+    done("merge", "--model", run, "--output-dir", tmp_path / "merged", "--dtype", "bfloat16")
+    adapted, _ = load_model(str(run), dtype="bfloat16")
     expected = adapted.float().merge_and_unload().to(torch.bfloat16).state_dict()
-    for key, tensor in load_file(tmp_path / "merged" / "model.safetensors").items():
+    for name, tensor in load_file(tmp_path / "merged" / "model.safetensors").items():
         assert tensor.dtype == torch.bfloat16
-        assert torch.equal(tensor, expected[key]), key
+        assert torch.equal(tensor, expected[name]), name
 
 
 def test_what_cannot_be_merged(setting: Setting, runs: dict[str, Path], tmp_path: Path) -> None:

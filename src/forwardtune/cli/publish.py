@@ -40,8 +40,7 @@ def run_merge(parsed: argparse.Namespace) -> None:
             f"{source} holds a prefix, which is no part of any weight and cannot be merged: load it with peft"
         )
     dtype: torch.dtype = model.get_base_model().dtype
-    # The sum is made in float32 and rounded once.
-    merged = model.float().merge_and_unload().to(dtype)
+    merged = model.merge_and_unload()  # peft adds the float32 product to the stored weights, and rounds the sum once
     save_model(merged, tokenizer, folder)
     say(f"adapter and base are one model in {folder}, {str(dtype).removeprefix('torch.')}")
     say("for llama.cpp and its like, its convert_hf_to_gguf.py reads this folder")
