@@ -108,7 +108,7 @@ def test_eval_prints_one_json_object(setting: Setting, flag: list[str]) -> None:
     result = json.loads(ran.out)
     found = [result[key] for key in ("command", "method", "model", "task", "metric")]
     assert found == ["eval", "zero-shot", str(setting.model), "task", "accuracy"]
-    assert result["test"].keys() == {"accuracy", "loss", "examples"}
+    assert result["test"].keys() == {"accuracy", "loss", "examples", "macro_f1", "calibration_error"}
     assert result["test"]["examples"] == result["splits"]["test"] == 6
     assert 0 <= result["test"]["accuracy"] <= 1 < 10 * result["test"]["loss"]
 
@@ -157,10 +157,10 @@ def test_inspect_describes_the_log(finished: Path) -> None:
     assert facts["weights"] == sum(p.numel() for p in support.tiny_model().parameters())
     assert facts["tuned_digest"] == log.end["digest"]
     human = cli("inspect", finished / "steps.jsonl")
-    assert (human.code, human.out) == (0, "")
-    assert "every line is intact" in human.err
+    assert (human.code, human.err) == (0, "")
+    assert "every line is intact" in human.out
     for words in (f"steps: {STEPS}", "seed: 0", "direction: gaussian"):
-        assert words in human.err
+        assert words in human.out
 
 
 def test_inspect_tells_a_torn_and_unfinished_log(copy: Path) -> None:
@@ -168,7 +168,7 @@ def test_inspect_tells_a_torn_and_unfinished_log(copy: Path) -> None:
     log.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[:4]) + b'{"step":3,"lr"')
     facts = json.loads(cli("inspect", log, "--json").out)
     assert (facts["finished"], facts["torn_last_line"], facts["steps"]) == (False, True, 3)
-    human = cli("inspect", log).err
+    human = cli("inspect", log).out
     assert "torn" in human
     assert "--resume" in human
 
@@ -345,7 +345,7 @@ def test_run_of_a_python_program_is_not_resumed_here(tmp_path: Path) -> None:
     ran = cli("train", "--output-dir", tmp_path / "run", "--resume")
     assert (ran.code, ran.out) == (2, "")
     assert "was not started by forwardtune train: go on with it in Python" in ran.err
-    assert "Resume it with the program that began it" in cli("inspect", tmp_path / "run" / "steps.jsonl").err
+    assert "Resume it with the program that began it" in cli("inspect", tmp_path / "run").out
 
 
 def test_completed_run_resumed_is_left_as_it_is(setting: Setting, finished: Path) -> None:
@@ -503,7 +503,7 @@ def test_log_that_is_missing_or_something_else(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("")
     for name, words in (
         ("none.jsonl", "no such file"),
-        ("", "is a folder: name the steps.jsonl"),
+        ("", "holds no steps.jsonl: give the folder of a run"),
         ("notes.jsonl", "not a step log"),
         ("empty.jsonl", "missing or cut off"),
     ):
@@ -576,6 +576,31 @@ def test_loss_that_is_not_finite_ends_the_run_with_advice(setting: Setting, tmp_
     assert not log.torn
     assert [record.skipped for record in log.records[-11:]] == [False] + [True] * 10
     assert all(tensor.isfinite().all() for tensor in load_file(setting.model / "model.safetensors").values())
+
+
+@pytest.mark.parametrize("method", ["mezo", "adam"])
+def test_a_run_is_reported_to_tensorboard(setting: Setting, tmp_path: Path, method: str) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = tmp_path / "run"
+    done(*setting.train(run, method=method, report_to="tensorboard", eval_steps=3))
+    (file,) = run.rglob("events.out.tfevents.*")
+    events = EventAccumulator(str(file.parent))
+    events.Reload()
+    scalars = set(events.Tags()["scalars"])
+    assert "train/loss" in scalars
+    (name,) = [one for one in scalars if one.endswith("dev_loss")]
+    assert [(event.step, event.value) for event in events.Scalars(name)] == [
+        (line["step"], pytest.approx(line["dev"]["loss"])) for line in read(run / "dev.jsonl")
+    ]
+    with refused(tmp_path, "'tensorbord' is none of tensorboard, wandb, trackio; did you mean tensorboard") as ran:
+        ran(cli(*setting.train(tmp_path / "other", report_to="tensorbord")))
+
+
+def test_a_tracker_that_is_not_installed(setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("forwardtune.cli.methods.find_spec", lambda name: None if name == "wandb" else name)
+    with refused(tmp_path, "--report-to tensorboard,wandb needs wandb: pip install wandb") as ran:
+        ran(cli(*setting.train(tmp_path / "run", report_to="tensorboard, wandb")))
 
 
 def test_version_and_usage() -> None:

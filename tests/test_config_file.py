@@ -55,7 +55,14 @@ def test_a_file_alone_describes_a_run_which_the_command_line_may_change(setting:
 
 
 def test_every_setting_can_be_in_a_file(tmp_path: Path) -> None:
-    values = {"device": "cpu", "no_before": True, "time_budget": "2m", "lr": "auto", "eps": "1e-3"}
+    values = {
+        "device": "cpu",
+        "no_before": True,
+        "time_budget": "2m",
+        "lr": "auto",
+        "eps": "1e-3",
+        "report_to": "wandb",
+    }
     for name, one in options(Train).items():
         values.setdefault(name, one.choices[-1] if one.choices else (one.default if one.default is not None else "3"))
     read = read_config(str(write(tmp_path / "run.yaml", output_dir="out", **values)), "train")

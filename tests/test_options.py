@@ -110,6 +110,7 @@ CASES: dict[str, dict[str, tuple[Any, See, Any]]] = {
         "eval_steps": (2, lambda b: b.dev._every, 2),
         "patience": (3, lambda b: b.dev._patience, 3),
         "save_steps": (3, lambda b: (b.trainer.args.save_strategy.value, b.trainer.args.save_steps), ("steps", 3)),
+        "report_to": ("tensorboard", lambda b: (b.trainer.args.report_to, b.trainer.args.logging_steps), (["tensorboard"], 1)),
         "no_before": (True, lambda b: "before" in b.metrics, False),
     },
     "rewarded": {

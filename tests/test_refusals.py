@@ -27,9 +27,22 @@ ROWS = [(command, row) for command in COMMANDS for row in refusals(command)]
 ABSENT = {"model": "absent/model", "task": "absent.yaml"}
 
 
+# What a command wants beside its settings.
+BESIDE = {
+    "plan": [],
+    "generate": ["--prompt", "a"],
+    "chat": [],
+    "predict": ["--input", "absent.csv", "--output", "out.csv"],
+}
+
+
+def absent(command: str) -> dict[str, str]:
+    return {name: value for name, value in ABSENT.items() if name in options(COMMANDS[command])}
+
+
 def settings_of(command: str, row: Refusal) -> dict[str, Any]:
     """The row's example, as it is read."""
-    given = {name: value for name, value in {**ABSENT, **row.example}.items() if value is not None}
+    given = {name: value for name, value in {**absent(command), **row.example}.items() if value is not None}
     declared = options(COMMANDS[command])
     return {name: read(str(value)) for name, value in given.items() if (read := declared[name].read)}
 
@@ -51,7 +64,7 @@ def test_command_line_is_refused_by_its_row_before_anything_is_opened(
     settings = settings_of(command, row)
     assert refusal_of(command, with_defaults(command, settings), frozenset(settings)) is row
     with refused(tmp_path, "") as ran:
-        place = [] if command == "plan" else ["--output-dir", tmp_path / "run"]
+        place = BESIDE.get(command, ["--output-dir", tmp_path / "run"])
         ran(told := cli(command, *place, *flags(settings)))
     assert told.err == f"forwardtune: error: {row.message(with_defaults(command, settings), flag)}\n"
 
@@ -62,12 +75,13 @@ def test_what_belongs_to_a_setting_is_taken_beside_it(command: str) -> None:
     for name, one in declared.items():
         needed = {other: values[-1] for other, values in one.only.items()}
         value = next((choice for choice in one.choices or () if choice != "none"), one.default)
+        value = "tensorboard" if name == "report_to" else value
         beside = {"normalize": {"probes": 2}, "patience": {"eval_steps": 2}}.get(name, {})
         if name == "quantize" and "tune" in declared:
             beside = {"tune": "lora"}
         if value is None and one.read:
             value = one.read("1m" if name == "time_budget" else "1")
-        describe(command, {**ABSENT, **beside, **needed, name: value})
+        describe(command, {**absent(command), **beside, **needed, name: value})
 
 
 def test_a_message_has_the_names_that_the_user_knows() -> None:

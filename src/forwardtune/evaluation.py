@@ -48,6 +48,7 @@ def evaluate(
     progress: Progress | None = None,
     outcomes: list[float] | None = None,
     completions: list[str] | None = None,
+    scores: list[list[float]] | None = None,
 ) -> dict[str, float]:
     """The task's metric and mean loss. What all prompts begin with, such as demonstrations, is processed once.
 
@@ -63,6 +64,7 @@ def evaluate(
         progress: called with the numbers of examples done and in all.
         outcomes: filled with the task's metric, or the reward, for every example, in their order.
         completions: filled with what the model wrote for every example, in their order, for free text.
+        scores: filled with the scores of every example's options, or with its preference margin, in their order.
 
     Returns:
         ``{"accuracy": ..., "loss": ..., "examples": ...}`` for a choice, for preferences with a reference also
@@ -78,6 +80,7 @@ def evaluate(
     by_length = sorted(range(len(examples)), key=lambda i: examples[i].length)
     measurements: dict[str, list[float | None]] = {}
     texts: list[str] = []
+    scored: list[list[float]] = []
     for lo in range(0, len(examples), batch_size):
         numbers = by_length[lo : lo + batch_size]
         batch = [examples[i] for i in numbers]
@@ -88,13 +91,14 @@ def evaluate(
             if task.label:
                 measured["loss"] = target_likelihood(model, _inputs(model, batch, layout, context)).tolist()
         elif task.conversational:
-            scores, share = learnt_tokens(model, _inputs(model, batch, layout, context))
-            measured = {"token_accuracy": share.tolist(), "loss": (-scores[:, 0]).tolist()}
+            likely, share = learnt_tokens(model, _inputs(model, batch, layout, context))
+            measured = {"token_accuracy": share.tolist(), "loss": (-likely[:, 0]).tolist()}
         else:
-            scores = task_scores(model, _inputs(model, batch, layout, context), task)
+            found = task_scores(model, _inputs(model, batch, layout, context), task)
             if calibrations is not None:
-                scores = scores - _cached_scores(model, [calibrations[i] for i in numbers], layout, bare, known, scores)
-            measured = _measure_choice(task, batch, scores)
+                found = found - _cached_scores(model, [calibrations[i] for i in numbers], layout, bare, known, found)
+            scored += found.reshape(len(batch), -1).tolist()
+            measured = _measure_choice(task, batch, found)
         for name, values in measured.items():
             measurements.setdefault(name, []).extend(values)
         if progress is not None:
@@ -108,6 +112,8 @@ def evaluate(
         outcomes[:] = [value or 0.0 for value in in_order(judged)]
     if completions is not None and task.free_text:
         completions[:] = in_order(texts)
+    if scores is not None and scored:
+        scores[:] = in_order(scored)
     return {**{name: _mean(values) for name, values in measurements.items()}, "examples": len(examples)}
 
 

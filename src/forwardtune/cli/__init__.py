@@ -1,27 +1,36 @@
-"""L7: the command line. ``forwardtune train | plan | eval | probe | sweep | report | replay | inspect | export``.
+"""L7: the command line: the commands of ``forwardtune`` (:mod:`.commands`).
 
-stdout carries JSON alone; everything for people goes to stderr. Exit codes: 0 done, 1 the run failed, 2 the input was
-wrong, 130 stopped by Ctrl-C.
+stdout carries what a command is asked for (JSON, text of a model, what ``inspect`` and ``compare`` found); everything else that
+people are told goes to stderr, without colours, and without carriage returns where nobody watches. Exit codes: 0 done, 1 the run
+failed, 2 the input was wrong, 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import platform
 import re
 import sys
 import warnings
 from collections.abc import Sequence
-from importlib import import_module
+from importlib import import_module, metadata
 from typing import Any
 
+from .. import __version__
 from ..errors import InputError, LogError, LogWriteError, NonFiniteLossError
 from .commands import make_parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    options = make_parser().parse_args(arguments)
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    if options.version:
+        print("\n".join(versions() if options.verbose else versions()[:1]))
+        parser.exit()
+    if not hasattr(options, "run"):
+        parser.error("the following arguments are required: COMMAND")
     module, function = options.run.split(".")
     _quiet_libraries()
     try:
@@ -43,6 +52,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}. Nothing that was saved before is lost", 1)
+
+
+# What a report of a fault should name.
+_PACKAGES = (
+    "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "huggingface_hub", "numpy", "numba", "triton",
+    "scipy", "gguf", "scikit-learn", "matplotlib", "pandas",
+)  # fmt: skip
+
+
+def versions() -> list[str]:
+    """The version of this package, and below it those of Python, the machine and the packages that it works with."""
+    found = []
+    for name in _PACKAGES:
+        try:
+            found.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            found.append(f"{name} not installed")
+    return [
+        f"forwardtune {__version__}",
+        f"python {platform.python_version()}",
+        f"platform {platform.platform()}",
+        *found,
+    ]
 
 
 def say(text: str = "") -> None:

@@ -21,11 +21,11 @@ from ..config import AUTO
 from ..objectives import TaskObjective
 from ..optimizer import MeZO
 from ..points.idle import summary
+from ..run_folder import COMPLETIONS, DEV, TERMS, read_lines
 from . import say
-from .results import COMPLETIONS, TERMS, add_lines, read_lines, write_lines
+from .results import add_lines, write_lines
 from .session import Session, bar
 
-_DEV = "dev.jsonl"
 # The loss of a minibatch jumps about: the bar shows the mean of so many.
 _WINDOW = 20
 # After so many steps one sees whether an objective moves anything: from this share on that moved nothing, advice is given.
@@ -168,6 +168,7 @@ class DevWatcher(TrainerCallback):
     Attributes:
         lines: ``{"step": ..., "dev": ...}`` of every measurement.
         gave_up: patience ended the run.
+        log: told what was measured, where the run is reported.
     """
 
     def __init__(
@@ -185,6 +186,7 @@ class DevWatcher(TrainerCallback):
         self._session, self._file, self._monitor = session, file, monitor
         self._report, self._improved = report, improved
         self.gave_up = False
+        self.log: Callable[[dict[str, float]], object] = lambda values: None
         self.lines = read_lines(file)
 
     @property
@@ -222,6 +224,7 @@ class DevWatcher(TrainerCallback):
             say(f"step {step}: dev {shown}")
             # Reported before it is written: a resumed run measures again what was not reported.
             self._report(step, dev[self._metric] if self._metric == "loss" else -dev[self._metric])
+            self.log({f"dev_{name}": value for name, value in dev.items() if name != "examples"})
             self.lines.append({"step": step, "dev": dev})
             write_lines(self._file, self.lines)
             if self.best is not before:
@@ -265,10 +268,12 @@ class Run:
     ) -> None:
         self._session, self._trainer, self._peak = session, trainer, 0
         self._monitor = Monitor(session, last, held)
-        self.dev = DevWatcher(session, folder / _DEV, self._monitor, **measured) if "dev" in session.splits else None
+        self.dev = DevWatcher(session, folder / DEV, self._monitor, **measured) if "dev" in session.splits else None
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(self._monitor)
         if self.dev is not None:
+            if trainer.args.report_to:
+                self.dev.log = trainer.log
             trainer.add_callback(self.dev)
 
     def train(self, done: int = 0, **how: Any) -> None:

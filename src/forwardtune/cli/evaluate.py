@@ -10,8 +10,10 @@ from typing import Any
 from .. import memory
 from ..errors import InputError
 from ..paper.extra import PROBING, require
+from ..run_folder import METRICS
 from .options import ask
-from .results import METRICS, new_folder, plain, write_json
+from .predicted import examine, show_classes, write_predictions
+from .results import new_folder, plain, write_json
 from .session import Session, open_session
 
 
@@ -65,10 +67,15 @@ def _conclude(session: Session, metrics: dict[str, Any], parsed: argparse.Namesp
     """Measure the test split, write it to the run's folder, if it has one, and print it on stdout."""
     metrics["inference_peak_memory_bytes"] = session.inference_peak()
     memory.reset_peak(session.model.device)
-    metrics["test"] = session.evaluate("evaluating")
+    examined = examine(session, "evaluating")
+    metrics["test"] = examined.measured
+    if examined.classes:
+        metrics["by_class"] = {"test": examined.classes}
     metrics["peak_memory_bytes"] = memory.peak(session.model.device)
     if parsed.output_dir:
         folder = Path(parsed.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / METRICS, metrics)
+        write_predictions(folder, session, None, examined.answers)
+    show_classes(examined.classes)
     print(json.dumps(plain(metrics)))

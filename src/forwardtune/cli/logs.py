@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..config import recorded
+from ..errors import InputError
 from ..models import load_model, save_model
+from ..run_folder import INITIAL, LOG
 from ..trajectory import export_trajectory, read_log, replay
 from ..trajectory.export import read_trajectory
 from ..trajectory.format import ABSENT
@@ -22,8 +24,9 @@ from .session import bar, reach
 
 def run_replay(options: argparse.Namespace) -> None:
     """Rebuild the tuned weights and save them as an ordinary model folder."""
-    is_export = Path(options.log).suffix == ".safetensors"
-    trajectory = read_trajectory(options.log) if is_export else trajectory_of(read_log(options.log))
+    path = log_in(options.log)
+    is_export = path.suffix == ".safetensors"
+    trajectory = read_trajectory(path) if is_export else trajectory_of(read_log(path))
     folder = new_folder(options.output_dir)
 
     import transformers
@@ -38,8 +41,7 @@ def run_replay(options: argparse.Namespace) -> None:
     quantize = options.quantize or run.quantize
     model, tokenizer = load_model(options.model, dtype=dtype, device=options.device, quantize=quantize, announce=say)
     if adapted:
-        first = Path(options.log).parent / tuned.INITIAL
-        tensors = tuned.tensors_of(trajectory)
+        first, tensors = path.parent / INITIAL, tuned.tensors_of(trajectory)
         model = tuned.prepare_model(model, tokenizer, options=run, first=first, tensors=tensors)
     with bar(len(trajectory.header["tensors"]), "replaying", "tensor") as progress:
         steps = replay(trajectory, model, steps=options.steps, progress=reach(progress))
@@ -48,9 +50,23 @@ def run_replay(options: argparse.Namespace) -> None:
     say(f"{steps} steps replayed{', weights verified against the log' if verified else ''}; the model is in {folder}")
 
 
+def log_in(name: str) -> Path:
+    """The step log that is named, or that of the run whose folder is.
+
+    Raises:
+        InputError: a folder without one.
+    """
+    path = Path(name)
+    if not path.is_dir():
+        return path
+    if not (path / LOG).is_file():
+        raise InputError(f"{path} holds no {LOG}: give the folder of a run that was tuned by MeZO, or its step log")
+    return path / LOG
+
+
 def run_inspect(options: argparse.Namespace) -> None:
     """Verify a log and describe it."""
-    log = read_log(options.log)
+    log = read_log(log_in(options.log))
     losses = [record.loss for record in log.records if math.isfinite(record.loss)]
     header, tensors = log.header, log.header["tensors"]
     taken = [record for record in log.records if not record.skipped]
@@ -88,13 +104,13 @@ def run_inspect(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(facts))
         return
-    say(f"{log.path}: every line is intact" + (", but for a torn last one" if log.torn else ""))
+    print(f"{log.path}: every line is intact" + (", but for a torn last one" if log.torn else ""))
     for name, value in facts.items():
         if name not in ("intact", "torn_last_line"):
-            say(f"  {name.replace('_', ' ')}: {_short(value)}")
+            print(f"  {name.replace('_', ' ')}: {_short(value)}")
     if log.end is None:
         how = "forwardtune train --resume" if "task" in log.header["run"] else "the program that began it"
-        say(f"  the run did not close its log: it was killed, or is still going. Resume it with {how}")
+        print(f"  the run did not close its log: it was killed, or is still going. Resume it with {how}")
 
 
 def _short(value: Any) -> str:
@@ -107,6 +123,6 @@ def _short(value: Any) -> str:
 
 def run_export(options: argparse.Namespace) -> None:
     """Write the smallest form of a run."""
-    log = read_log(options.log)
+    log = read_log(log_in(options.log))
     size = export_trajectory(log, options.output)
     say(f"{options.output}: {size:,} bytes for {log.steps:,} steps")

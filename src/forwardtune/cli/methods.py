@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,19 +21,22 @@ from ..evaluation import training_objective
 from ..method.record import StepRecord
 from ..models import load_model
 from ..objectives import Sampling, TaskObjective
+from ..run_folder import INITIAL, TERMS, read_lines
 from ..tasks.batching import collate
 from ..tasks.encoding import Encoded
 from ..trajectory import Log, read_log, replay
 from . import say
 from .callbacks import Copied, ObjectiveLog, Run, Trained, advise
-from .results import TERMS, read_lines, resume_command
+from .results import resume_command
 from .session import Session
-from .tuned import INITIAL, prepare_model, tensors_of, tuned_weights
+from .tuned import prepare_model, tensors_of, tuned_weights
 
 if TYPE_CHECKING:
     from ..hf.trainer import MeZOTrainer
 
 _BEST = "best.pt"
+# A run is reported so many times to what draws it.
+_LOGGED = 500
 # From this share of weights on that an update left at the same stored value, mean over the steps, advice is given.
 _MANY_ROUNDED, _NEARLY_ALL_ROUNDED = 0.5, 0.999
 
@@ -140,9 +144,8 @@ def make_trainer(
             max_steps=steps,
             save_strategy="steps" if options.save_steps else "no",
             save_steps=options.save_steps or 500,
-            report_to=[],
             disable_tqdm=True,
-            logging_strategy="no",
+            **reporting(options.report_to, steps),
             remove_unused_columns=False,
             use_cpu=options.device == "cpu",
             dataloader_pin_memory=options.device == "cuda",
@@ -154,6 +157,20 @@ def make_trainer(
     trainer = MeZOTrainer(args=config, run=run, eval_dataset=held_out, **_ingredients(session, objective))
     trainer.cores = session.cores
     return trainer
+
+
+def require_trackers(report_to: str | None) -> None:
+    """Raise InputError unless the packages of what a run is reported to are there."""
+    missing = [name for name in (report_to or "").split(",") if name and find_spec(name) is None]
+    if missing:
+        raise InputError(f"--report-to {report_to} needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+
+
+def reporting(report_to: str | None, steps: int) -> dict[str, Any]:
+    """Trainer's arguments for what a run is reported to."""
+    if not report_to:
+        return {"report_to": [], "logging_strategy": "no"}
+    return {"report_to": report_to.split(","), "logging_strategy": "steps", "logging_steps": max(1, steps // _LOGGED)}
 
 
 def weights_of(log: Log) -> int:
@@ -197,6 +214,7 @@ def train_adam(session: Session, folder: Path, log: Log | None, settings: dict[s
         seed=options.seed,
         use_cpu=options.device == "cpu",
         dataloader_pin_memory=options.device == "cuda",
+        **reporting(options.report_to, options.steps),
     )
     trainer = AdamTrainer(args=arguments, **_ingredients(session, training_objective(session.task)))
     steps = _AdamSteps(trainer)

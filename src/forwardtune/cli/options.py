@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import COMMANDS, SCHEMA, Option, describe, options
+from ..config import COMMANDS, SCHEMA, Option, describe, group_of, options
 from ..errors import InputError
 from .parser import hint
 
@@ -21,17 +21,33 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def add_options(parser: argparse.ArgumentParser, command: str) -> None:
-    """An option for every setting of the command's run. One that is not given is no attribute of what is parsed."""
+def add_options(
+    parser: argparse.ArgumentParser, command: str, *, first: Sequence[str] = (), json: bool = True
+) -> argparse._ArgumentGroup:
+    """An option for every setting of the command's run, in groups. One that is not given is no attribute of what is parsed.
+
+    Args:
+        first: the settings that matter first.
+
+    Returns:
+        The group of these.
+    """
     declared = options(COMMANDS[command])
-    for name, one in declared.items():
+    groups = {"": parser.add_argument_group("what matters first" if first else "options")}
+    for name in [*(name for name in first if name in declared), *(name for name in declared if name not in first)]:
+        one = declared[name]
         how: dict[str, Any] = {"help": _help(one, "method" in declared), "default": argparse.SUPPRESS}
         if one.read is bool:
             how["action"] = "store_true"
         else:
             how |= {"type": _reader(one), "choices": one.choices, "metavar": one.metavar}
-        parser.add_argument(flag(name), **how)
-    parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
+        title = group_of(COMMANDS[command], name) if first and name not in first else ""
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        groups[title].add_argument(flag(name), **how)
+    if json:
+        parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
+    return groups[""]
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:

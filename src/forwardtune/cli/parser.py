@@ -44,6 +44,20 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**{"allow_abbrev": False, **settings})
+        self._optionals.title = "other options"
+
+    def format_help(self) -> str:
+        """As argparse writes it, with what belongs to no group at the end."""
+        self._action_groups.sort(key=lambda group: group is self._optionals)
+        return super().format_help()
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """As argparse does it, with the word that was probably meant."""
+        if action.choices is not None and value not in action.choices:
+            known = [str(one) for one in action.choices]
+            raise argparse.ArgumentError(
+                action, f"invalid choice: {value!r} (choose from {', '.join(known)}){nearest(str(value), known)}"
+            )
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """As argparse does it, but nothing may stay unknown."""

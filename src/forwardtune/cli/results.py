@@ -11,13 +11,8 @@ from typing import Any
 
 from .. import files
 from ..errors import InputError
+from ..run_folder import OUTCOMES
 from . import say
-
-METRICS = "metrics.json"
-OUTCOMES = "outcomes.json"
-HISTORY = "history.jsonl"
-COMPLETIONS = "completions.jsonl"
-TERMS = "objective.jsonl"
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -38,18 +33,7 @@ def add_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
 
 
 def _text_of(lines: Iterable[dict[str, Any]]) -> str:
-    return "".join(json.dumps(plain(line)) + "\n" for line in lines)
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a JSON Lines file; none if there is no file."""
-    lines = []
-    try:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            lines.append(json.loads(line))
-    except (OSError, ValueError):  # a kill tore the last line
-        pass
-    return lines
+    return "".join(json.dumps(plain(line), ensure_ascii=False) + "\n" for line in lines)
 
 
 def plain(value: Any) -> Any:
@@ -70,12 +54,23 @@ def new_folder(name: str | Path, leftovers: tuple[str, ...] = (), resumable: boo
     folder = Path(name)
     if resumable and (folder / "steps.jsonl").exists():
         raise InputError(
-            f"{folder} holds another run: add --resume to go on with it, or choose another --output-dir "
-            "(nothing was overwritten)"
+            f"{folder} holds another run: add --resume to go on with it, --overwrite to move it aside, or choose another "
+            "--output-dir (nothing was overwritten)"
         )
     if folder.is_file() or (folder.is_dir() and not all(path.name.startswith(leftovers) for path in folder.iterdir())):
         raise InputError(f"{folder} is not empty: choose another --output-dir (nothing was overwritten)")
     return folder
+
+
+def move_aside(folder: Path) -> Path | None:
+    """Give a folder that holds something the first free name beside it, ``NAME.1`` and on. None if there was nothing."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return None
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
+        number += 1
+    folder.rename(aside)
+    return aside
 
 
 def resume_command(folder: Path, objective: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import random
 import sys
 from collections.abc import Callable, Sequence
@@ -31,13 +32,14 @@ from ..noise import load_kernels
 from ..objectives import Reward, logits_at
 from ..objectives.mixture import parse
 from ..reference import with_reference
+from ..run_folder import METRICS, RunFolder, is_run
 from ..tasks import Split, Task, doubts, get_task, load_splits
 from ..tasks.batching import Layout
 from ..tasks.encoding import Encoded, Encoder
 from ..tasks.weights import class_weights
 from ..trajectory import Log
 from . import say
-from .results import METRICS
+from .results import resume_command
 
 
 @dataclass
@@ -162,33 +164,11 @@ def open_session(
     if shots and shots > len(splits["train"]):
         raise InputError(f"--shots {shots} asks for more than the {len(splits['train'])} training examples: lower it")
 
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    if options.device is None:
-        options.device = "cuda" if torch.cuda.is_available() else "cpu"
-    take_settings_of_run(options)
     _refuse_integers(options)
-    say(f"loading {options.model}")
-    model, tokenizer = load_model(
-        options.model,
-        dtype=options.dtype,
-        device=options.device,
-        attn_implementation=options.attn_implementation,
-        quantize=options.quantize,
-        announce=say,
-    )
+    model, tokenizer = open_model(options)
     kind = model_kind(model)
     task = task.worded_for(kind)
     splits = {name: split.worded_for(kind) for name, split in splits.items()}
-    dtype = str(model.dtype).removeprefix("torch.")
-    quantised = f", quantised ({options.quantize or checkpoint_format(options.model) or 'below an adapter'})"
-    say(
-        f"  {weights_of(model) / 1e6:.1f}M weights, {dtype}{quantised if is_quantised(model) else ''}, on {options.device}"
-    )
-    if model.dtype == torch.float16 and options.device == "cpu":
-        say("  float16 is slow on a processor: --dtype float32 or bfloat16 may be several times as fast")
     if prepare_model is not None:
         load_kernels(model.device)  # before memory is measured
         model = prepare_model(model, tokenizer)
@@ -239,6 +219,46 @@ def open_session(
         skipped={name: split.skipped for name, split in splits.items() if split.skipped},
         cores=cores if options.device == "cpu" else None,
     )
+
+
+def open_model(options: Any) -> tuple[Any, Any]:
+    """Load the model and its tokenizer; where the options leave device and dtype open, they are settled in them."""
+    require_finished(Path(options.model).expanduser())
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    if options.device is None:
+        options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    take_settings_of_run(options)
+    say(f"loading {options.model}")
+    model, tokenizer = load_model(
+        options.model,
+        dtype=options.dtype,
+        device=options.device,
+        attn_implementation=options.attn_implementation,
+        quantize=options.quantize,
+        announce=say,
+    )
+    dtype = str(model.dtype).removeprefix("torch.")
+    quantised = f", quantised ({options.quantize or checkpoint_format(options.model) or 'below an adapter'})"
+    say(
+        f"  {weights_of(model) / 1e6:.1f}M weights, {dtype}{quantised if is_quantised(model) else ''}, on {options.device}"
+    )
+    if model.dtype == torch.float16 and options.device == "cpu":
+        say("  float16 is slow on a processor: --dtype float32 or bfloat16 may be several times as fast")
+    return model, tokenizer
+
+
+def require_finished(folder: Path) -> None:
+    """Raise InputError for the folder of a run that saved no model yet; the message names what there is in its place."""
+    if not is_run(folder) or (run := RunFolder(folder)).has_model:
+        return
+    resume = resume_command(folder, str(run.settings.get("objective")))
+    there = f"its last checkpoint is {run.checkpoint}: give that" if run.checkpoint else "it left no checkpoint"
+    steps = run.log.steps if run.log is not None else 0
+    rebuild = f", rebuild its weights with forwardtune replay {folder} --steps {steps}" if steps else ""
+    raise InputError(f"the run in {folder} is not finished, and {there}{rebuild}, or go on with it: {resume}")
 
 
 def _load_splits(task: Task, options: Any, wanted: Sequence[str]) -> dict[str, Split]:
@@ -312,15 +332,28 @@ def _refuse_integers(options: Any) -> None:
 
 def bar(total: int, description: str, unit: str, initial: int = 0) -> Any:
     """A progress bar on stderr: speed and time left; rarely redrawn when nobody watches."""
+    watched = sys.stderr.isatty()
     return tqdm(
         total=total,
         desc=description,
         unit=unit,
         initial=initial,
-        mininterval=0.2 if sys.stderr.isatty() else 10.0,
+        mininterval=0.2 if watched else 10.0,
         dynamic_ncols=True,
-        file=sys.stderr,
+        file=sys.stderr if watched else _Lines(),
     )
+
+
+class _Lines(io.TextIOBase):
+    """Where nobody watches, a bar is drawn as lines: nothing that moves a cursor goes into a file."""
+
+    def write(self, text: str) -> int:
+        if shown := text.replace("\r", "").replace("\x1b[A", "").strip():
+            print(shown, file=sys.stderr)
+        return len(text)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
 
 
 def reach(progress: Any) -> Callable[[int, int], object]:

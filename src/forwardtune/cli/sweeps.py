@@ -7,10 +7,11 @@ from pathlib import Path
 
 from ..errors import InputError
 from ..paper.extra import PLOTS, PROBING, require
-from ..paper.report import write_report
+from ..paper.report import write_page, write_report
 from ..paper.sweep import SweepFolder, read_sweep, run_sweep
 from ..paper.sweep.bases import prepare_bases
 from ..paper.sweep.plan import slug
+from ..run_folder import is_run
 from . import say
 
 
@@ -51,12 +52,27 @@ def run(options: argparse.Namespace) -> int:
 
 
 def run_report(options: argparse.Namespace) -> None:
-    """Write tables and plots."""
-    folder = Path(options.folder)
-    if not folder.is_dir():
-        raise InputError(f"{folder}: there is no such folder; give the one that forwardtune sweep wrote to")
+    """Write tables and plots of a sweep, or the page of runs."""
+    folders = [Path(name) for name in options.folder]
+    for folder in folders:
+        if not folder.is_dir():
+            raise InputError(f"{folder}: there is no such folder; give one that forwardtune train or sweep wrote to")
+    if len(folders) > 1 or is_run(folders[0]):
+        _report_runs(folders, options)
+        return
+    folder = folders[0]
     if not options.no_plots:
         require("plots", PLOTS, ", or add --no-plots for the tables alone")
     output = Path(options.output_dir) if options.output_dir else folder
     for path in write_report(folder, output, plots=not options.no_plots):
+        say(str(path))
+
+
+def _report_runs(folders: list[Path], options: argparse.Namespace) -> None:
+    if len(folders) > 1 and options.output_dir is None:
+        raise InputError("a page of several runs belongs to none of them: say where it goes, with --output-dir")
+    if not options.no_plots:
+        require("plots", PLOTS, ", or add --no-plots for a page without them")
+    output = Path(options.output_dir) if options.output_dir else folders[0] / "report"
+    for path in write_page(folders, output, plots=not options.no_plots):
         say(str(path))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import time
 from functools import partial
 from pathlib import Path
@@ -15,29 +16,20 @@ from ..config import options as options_of
 from ..durations import duration
 from ..errors import InputError, NonFiniteLossError
 from ..evaluation import sign_test
-from ..files import read_json
+from ..files import read_json, write_text
 from ..models import EMBEDDED_MODEL, save_model
 from ..processes import require_one_process
+from ..run_folder import COMPLETIONS, HISTORY, INITIAL, LOG, METRICS, OUTCOMES, PREDICTIONS, TASK, read_lines
 from ..tasks import get_task, task_names
 from ..tasks.chat import CHAT
 from ..tasks.splits import DEFAULT_RULE
 from ..trajectory import Log, read_log
 from . import methods, say, tuned
+from .card import write_card
 from .costs import evaluation_steps, measure, measured_examples, steps_of_budget, steps_of_epochs
 from .options import ask, flag
-from .results import (
-    COMPLETIONS,
-    HISTORY,
-    METRICS,
-    OUTCOMES,
-    new_folder,
-    plain,
-    read_lines,
-    resume_command,
-    table,
-    write_json,
-    write_lines,
-)
+from .predicted import Examined, examine, read_before, show_classes, write_predictions
+from .results import move_aside, new_folder, plain, resume_command, table, write_json, write_lines
 from .session import Session, open_session
 
 _ADAM_EPOCHS = 5
@@ -58,6 +50,9 @@ def run(parsed: argparse.Namespace) -> int:
     asked = ask(parsed, "train")
     if asked.output_dir is None:
         raise InputError("the following arguments are required: --output-dir, here or in the file of --config")
+    if parsed.overwrite and parsed.resume:
+        raise InputError("--overwrite begins anew and --resume goes on: leave one of them out")
+    methods.require_trackers(asked.settings.get("report_to"))
     folder, log = Path(asked.output_dir), None
     given = _absolute(asked.settings)  # the log may be read in another folder
     if parsed.resume:
@@ -65,9 +60,12 @@ def run(parsed: argparse.Namespace) -> int:
     options = asked.describe(given, resumed=parsed.resume)
     if log is None:
         # A run that was killed before its first step leaves its first evaluation behind, and nothing else.
-        begun = not read_json(folder / METRICS).keys() - {"before"}
-        leftovers = (METRICS, OUTCOMES, COMPLETIONS, tuned.INITIAL, "steps.jsonl.lock") if begun else ()
-        new_folder(folder, leftovers=leftovers, resumable=True)
+        begun = not read_json(folder / METRICS).keys() - {"before", "by_class"}
+        leftovers = (METRICS, OUTCOMES, PREDICTIONS, COMPLETIONS, INITIAL, TASK, "steps.jsonl.lock") if begun else ()
+        if parsed.overwrite:
+            _require_outside(options, folder)
+        else:
+            new_folder(folder, leftovers=leftovers, resumable=True)
     metrics = read_json(folder / METRICS) if log else {}
     if log and "test" in metrics and log.end and _is_done(options, log, metrics):
         say(f"the run in {folder} is complete after {log.steps} steps: nothing to do (more --steps would extend it)")
@@ -77,22 +75,29 @@ def run(parsed: argparse.Namespace) -> int:
     prepare = partial(
         tuned.prepare_model,
         options=options,
-        first=folder / tuned.INITIAL if log else None,
+        first=folder / INITIAL if log else None,
         tensors=tuned.tensors_of(log) if log else None,
         frozen=frozen,
     )
     session = open_session(options, "train", "dev", "test", prepare_model=prepare, resumed=log)
     if options.steps is None:
         options.steps = _steps(session, began)  # before anything is evaluated: the time may be too short
+    if parsed.overwrite and (aside := move_aside(folder)) is not None:
+        say(f"what was in {folder} is in {aside} now")
     folder.mkdir(parents=True, exist_ok=True)
+    if Path(options.task).is_file():
+        write_text(folder / TASK, Path(options.task).read_text(encoding="utf-8-sig"))
     if options.tune in ("lora", "prefix") and log is None:
-        tuned.keep_first(session.model, folder / tuned.INITIAL)
+        tuned.keep_first(session.model, folder / INITIAL)
     outcomes: dict[str, list[float]] = read_json(folder / OUTCOMES) if log else {}
-    if not options.no_before and ("before" not in metrics or "before" not in outcomes):
-        before, outcomes["before"] = _measure(session, folder, "before", 0)
-        metrics = {"before": before}
+    answers = read_before(folder) if log else None
+    if not options.no_before and ("before" not in metrics or "before" not in outcomes or answers is None):
+        before = _measure(session, folder, "before", 0)
+        outcomes["before"], answers = before.outcomes, before.answers
+        metrics = {"before": before.measured, **({"by_class": {"before": before.classes}} if before.classes else {})}
         write_json(folder / METRICS, metrics)
         write_json(folder / OUTCOMES, outcomes)
+        write_predictions(folder, session, answers)
     # What the step log records beside the options.
     described: dict[str, Any] = {_RULE: session.task.splits, **({_FROZEN: frozen} if frozen else {})}
     if "dev" in session.splits:
@@ -111,36 +116,38 @@ def run(parsed: argparse.Namespace) -> int:
         raise NonFiniteLossError(
             f"the loss or the step was not finite in all {steps} steps: nothing was learnt. Lower the learning rate (--lr)"
         )
-    metrics = {
-        **session.facts("train", options.method),
-        **({"before": metrics["before"]} if "before" in metrics else {}),
-    }
-    metrics["test"], outcomes["after"] = _measure(session, folder, "after", trained.facts.get("best_step", steps))
+    kept: dict[str, Any] = {name: metrics[name] for name in ("before", "by_class") if name in metrics}
+    metrics = {**session.facts("train", options.method), **kept}
+    after = _measure(session, folder, "after", trained.facts.get("best_step", steps))
+    metrics["test"], outcomes["after"] = after.measured, after.outcomes
+    if after.classes:
+        metrics["by_class"] = {**metrics.get("by_class", {}), "test": after.classes}
     if "before" in outcomes:
         metrics["sign_test"] = sign_test(outcomes["before"], outcomes["after"])
     metrics.update(trained.facts, inference_peak_memory_bytes=inference_peak)
     save_model(session.model, session.tokenizer, folder)
     write_lines(folder / HISTORY, trained.history)
     write_json(folder / OUTCOMES, outcomes)
+    write_predictions(folder, session, answers, after.answers)
     write_json(folder / METRICS, metrics)
+    write_card(folder, session, plain(metrics), read_log(folder / LOG) if (folder / LOG).is_file() else None)
     return _report(metrics, folder, options.method, parsed.json)
 
 
-def _measure(session: Session, folder: Path, what: str, step: int) -> tuple[dict[str, float], list[float]]:
-    """Measure the test split after so many steps: as a whole, and by example. Keeps what was written for the first of them."""
-    outcomes: list[float] = []
-    texts: list[str] = []
-    measured = session.evaluate(what, outcomes=outcomes, completions=texts)
+def _measure(session: Session, folder: Path, what: str, step: int) -> Examined:
+    """Measure the test split after so many steps. Keeps what was written for the first of them, if that is logged."""
+    examined = examine(session, what)
     if session.options.log_completions:
         own: dict[str, Any] = {"step": step, "split": "test"}
         kept = [line for line in read_lines(folder / COMPLETIONS) if not own.items() <= line.items()]
-        judged = zip(session.splits["test"][:_SAMPLES], texts, outcomes, strict=False)
+        judged = zip(session.splits["test"][:_SAMPLES], examined.answers, examined.outcomes, strict=False)
         new = [
-            {**own, "prompt": e.example.prompt, "completion": text, "objective": {session.metric: value}}
-            for e, text, value in judged
+            {**own, "prompt": e.example.prompt, "completion": said["completion"], "objective": {session.metric: value}}
+            for e, said, value in judged
+            if "completion" in said
         ]
         write_lines(folder / COMPLETIONS, [*kept, *new])
-    return measured, outcomes
+    return examined
 
 
 def _steps(session: Session, began: float) -> int:
@@ -159,6 +166,17 @@ def _steps(session: Session, began: float) -> int:
     session.deadline = began + options.time_budget - last * cost.evaluation
     say(f"{cost.step:.2f} s a step: {steps} steps fit the {duration(left)} that are left")
     return steps
+
+
+def _require_outside(options: Train, folder: Path) -> None:
+    """Raise InputError if the folder that is to be moved aside is the command's own, or holds what the run reads."""
+    whole = folder.resolve()
+    for name in ("model", "task", "data_dir"):
+        place = getattr(options, name)
+        if place is not None and Path(place).exists() and whole in (path := Path(place).resolve(), *path.parents):
+            raise InputError(f"{folder} holds the {flag(name)} of the run: choose another --output-dir")
+    if whole in (here := Path.cwd(), *here.parents):
+        raise InputError(f"{folder} is where the command runs: choose another --output-dir")
 
 
 def _is_done(options: Train, log: Log, metrics: dict[str, Any]) -> bool:
@@ -232,6 +250,8 @@ def _report(metrics: dict[str, Any], folder: Path, method: str, as_json: bool) -
     """Say what came of it."""
     say()
     table({name: metrics[key] for name, key in (("before", "before"), ("after", "test")) if key in metrics})
+    show_classes(metrics.get("by_class", {}).get("test", {}))
+    say()
     if test := metrics.get("sign_test"):
         say(
             f"{test['better']} examples came out better, {test['worse']} worse: p = {test['p_value']:.1e} by the sign test"
@@ -243,7 +263,17 @@ def _report(metrics: dict[str, Any], folder: Path, method: str, as_json: bool) -
         say("the weights are untuned: no step was better on the dev split")
     elif metrics.get("best_step", metrics["steps"]) != metrics["steps"]:
         say(f"the weights are those of step {metrics['best_step']}, which was best on the dev split")
-    say(f"model, {'steps.jsonl' if method == 'mezo' else HISTORY} and {METRICS} are in {folder}")
+    say(f"model, {LOG if method == 'mezo' else HISTORY} and {METRICS} are in {folder}")
+    _say_what_next(folder)
     if as_json:
         print(json.dumps(plain(metrics)))
     return 0
+
+
+def _say_what_next(folder: Path) -> None:
+    """Show the commands that most users want now."""
+    run = shlex.quote(str(folder))
+    say("\nnext:")
+    say(f"  forwardtune predict --model {run} --input NEW.csv --output ANSWERS.csv")
+    say(f"  forwardtune chat --model {run} --compare")
+    say(f"  forwardtune report {run}")

@@ -17,9 +17,6 @@ from ..trajectory import Log
 from ..trajectory.updates import Trajectory
 from . import say
 
-#: The adapter that a run began with, so that its step log can be replayed anywhere.
-INITIAL = "initial.safetensors"
-
 
 def prepare_model(
     model: Any,

@@ -24,6 +24,7 @@ from .runs import MeZOSettings as MeZOSettings
 from .runs import Train as Train
 from .runs import arguments as arguments
 from .runs import as_declared as as_declared
+from .runs import group_of as group_of
 from .runs import recorded as recorded
 from .runs import settings as settings
 from .runs import with_defaults as with_defaults

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -9,6 +10,7 @@ from typing import Any
 
 from .. import names
 from ..durations import seconds_of
+from ..errors import nearest
 from .option import AUTO, FINITE, FRACTION, NOT_NEGATIVE, POSITIVE, SEED, NumberOrAuto, option, options
 
 #: Version of the files of ``--config``; one that does not say has this.
@@ -17,6 +19,15 @@ SCHEMA = 1
 STEPS = 1000
 #: Where transformers lets a polynomial schedule end.
 POLYNOMIAL_END = 1e-7
+
+
+def trackers(text: str) -> str:
+    """Names of what a run is reported to, by commas. Raises ValueError for another one."""
+    named = [part.strip() for part in text.split(",") if part.strip()]
+    for name in named:
+        if name not in names.TRACKERS:
+            raise ValueError(f"{name!r} is none of {', '.join(names.TRACKERS)}{nearest(name, names.TRACKERS)}")
+    return ",".join(named)
 
 
 @dataclass
@@ -77,6 +88,54 @@ class Evaluation(Data):
         "loss", "rewards to measure generated text by: module:function, or a sum of several", shown="none"
     )
     calibrate: bool = option(False, "divide by each answer's likelihood without content")
+
+
+def _as_of_data(name: str) -> Any:
+    """The field that :class:`Data` has under this name."""
+    one = Data.__dataclass_fields__[name]
+    return field(default=one.default, metadata=one.metadata)
+
+
+@dataclass
+class Asking:
+    """A model that is asked for what has no answer yet."""
+
+    model: str | None = option(None, "folder of a run, or any model as train takes it", required=True, is_place=True)
+    dtype: str = _as_of_data("dtype")
+    device: str | None = _as_of_data("device")
+    quantize: str | None = _as_of_data("quantize")
+    attn_implementation: str | None = _as_of_data("attn_implementation")
+
+
+@dataclass
+class Prediction(Asking):
+    """What ``predict`` answers."""
+
+    task: str | None = option(
+        None, "the task that says how a row is put to the model", shown="the run's", required=True, is_place=True
+    )
+    batch_size: int = _as_of_data("batch_size")
+    max_length: int = _as_of_data("max_length")
+    on_bad_row: str = option(
+        "refuse", "rows that the task cannot use: refuse, or skip (no prediction)", choices=names.ON_BAD_ROW
+    )
+
+
+@dataclass
+class Generation(Asking):
+    """What ``generate`` writes."""
+
+    max_new_tokens: int = option(256, "longest answer in tokens", bounds=POSITIVE)
+    temperature: float = option(0.0, "of sampled text; 0 takes the likeliest tokens", bounds=FINITE)
+    seed: int = option(0, "of sampled text", bounds=SEED)
+    compare: bool = option(False, "show what the untuned model says beside it")
+
+
+@dataclass
+class Chat(Generation):
+    """What ``chat`` says."""
+
+    system: str | None = option(None, "what the model is told before the conversation", shown="nothing")
 
 
 _MEZO = {"method": ("mezo",)}
@@ -183,11 +242,27 @@ class Train(MeZOSettings, Data):
     save_steps: int | None = _of_mezo(
         None, "also save a checkpoint every so many steps", shown="none", bounds=POSITIVE, free=True
     )
+    report_to: str | None = option(
+        None, f"{', '.join(names.TRACKERS)}, or several by commas", shown="none", free=True, read=trackers
+    )
     no_before: bool | None = option(None, "do not evaluate the untuned model", free=True)
 
 
 #: Command -> what describes its run.
-COMMANDS: dict[str, type[Data]] = {"train": Train, "plan": Train, "eval": Evaluation, "probe": Data}
+COMMANDS: dict[str, type[Any]] = {
+    "train": Train, "plan": Train, "eval": Evaluation, "probe": Data, "predict": Prediction,
+    "generate": Generation, "chat": Chat, "merge": Asking,
+}  # fmt: skip
+
+
+#: What declares settings -> what they are about, as ``--help`` puts them together.
+_GROUPS: dict[type, str] = {Data: "model and data", MeZOSettings: "method", Train: "run", Evaluation: "measuring"}
+
+
+def group_of(kind: type, name: str) -> str:
+    """What a setting of a description is about."""
+    home = next(cls for cls in reversed(kind.__mro__) if name in inspect.get_annotations(cls))
+    return _GROUPS.get(home, "options")
 
 
 def as_declared(name: str) -> Any:

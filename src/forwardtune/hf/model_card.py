@@ -20,17 +20,17 @@ def describe(card: str, log: Log, steps: int) -> str:
         log: the run's step log, finished or not.
         steps: the model has the weights after so many steps.
     """
-    method = {f"- {name}": value for name, value in _method(log).items()}
+    method = {f"- {name}": value for name, value in method_facts(log).items()}
 
     def mended(listed: re.Match[str]) -> str:
         others = [line for line in listed[0].splitlines() if line.split(":")[0] not in {*method, "- optimizer"}]
         return "\n".join([*(f"{name}: {value}" for name, value in method.items()), *others]) + "\n"
 
     before, mark, after = _LIST.sub(mended, card, count=1).partition(_AFTER)
-    return f"{before.rstrip()}\n\n{_rebuilding(log, steps)}{mark}{after}"
+    return f"{before.rstrip()}\n\n{rebuilding(log, steps)}{mark}{after}"
 
 
-def _method(log: Log) -> dict[str, Any]:
+def method_facts(log: Log) -> dict[str, Any]:
     """The settings that decide what the log's steps mean, and the learning rates that they were taken with."""
     header = log.header
     rule = ", ".join(f"{name}={value}" for name, value in header.get("rule_settings", {}).items())
@@ -51,7 +51,7 @@ def _method(log: Log) -> dict[str, Any]:
     }
 
 
-def _rebuilding(log: Log, steps: int) -> str:
+def rebuilding(log: Log, steps: int) -> str:
     digest = log.end["digest"] if log.end is not None else "not there yet: the run has not ended"
     whole = steps == log.steps and log.end is not None
     call = f'replay("{log.path.name}", model{"" if whole else f", steps={steps}"})'

@@ -1,7 +1,7 @@
-"""L6: the tables and plots of a sweep's folder (``docs/sweeps.md``).
+"""L6: the tables and plots of a sweep's folder (``docs/sweeps.md``), and the page of a run.
 
 ``results`` chooses the best point of each grid on the development split and collects numbers, ``tables`` writes them as
-Markdown, ``plots`` draws them.
+Markdown, ``plots`` draws them. ``page`` shows one run, or a few, with what ``course`` reads and ``course_plots`` draws.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from ...files import write_json
 from ..extra import PLOTS, require
 from ..sweep import SweepFolder
 from ..sweep.plan import label, slug
+from .page import write_page
 from .results import Cell, Chosen, Results, collect
 from .tables import markdown
 
-__all__ = ["Cell", "Chosen", "Results", "collect", "write_report"]
+__all__ = ["Cell", "Chosen", "Results", "collect", "write_page", "write_report"]
 
 
 def write_report(folder: Path, output: Path, *, plots: bool = True) -> list[Path]:

@@ -19,10 +19,10 @@ from ..sweep.plan import label
 from .results import Cell, Chosen, Results, mean_of
 
 # Okabe and Ito's colours, told apart with any colour vision, without the yellow that is lost on white, grey for black.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4D4D4D")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4D4D4D")
 _DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)))
 _LEVEL = (0, (1.5, 2))
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -31,8 +31,9 @@ _STYLE: dict[Any, Any] = {
     "grid.linewidth": 0.6,
     "axes.axisbelow": True,
     "axes.titlesize": 10,
+    "text.parse_math": False,  # names of tasks and runs are text
 }
-_DPI = 150
+DPI = 150
 # How dense the band of one deviation over seeds is.
 _BAND = 0.18
 # The smoothed loss is a mean over so much of the run.
@@ -44,7 +45,7 @@ _LONG = 8
 def draw(results: Results, folder: Path, prefix: str) -> dict[Path, str]:
     """Draw what the runs have recorded; a picture that would be empty is left out. Returns the files, with captions."""
     pictures = {}
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         for name, caption, figure in (
             ("loss-steps", "training loss against steps", _loss(results, "steps")),
             ("loss-seconds", "training loss against seconds", _loss(results, "seconds")),
@@ -54,7 +55,7 @@ def draw(results: Results, folder: Path, prefix: str) -> dict[Path, str]:
         ):
             if figure is not None:
                 path = folder / f"{prefix}{name}.png"
-                figure.savefig(path, dpi=_DPI)
+                figure.savefig(path, dpi=DPI)
                 pictures[path] = caption
     return pictures
 
@@ -123,7 +124,7 @@ def _panels(
     tasks = [task for task in results.tasks if any(key[1] == task for key in curves)]
     columns = min(len(tasks), 3 if len(tasks) in (3, 5, 6, 9) else 4)
     rows = math.ceil(len(tasks) / columns)
-    figure, panels = _figure(max(5.2, 3.1 * columns), 2.5 * rows + 0.9, rows, columns)
+    figure, panels = new_figure(max(5.2, 3.1 * columns), 2.5 * rows + 0.9, rows, columns)
     if axis == "seconds":
         curves = {key: points.set_index("seconds") for key, points in curves.items()}
     ends = [points.index[-1] for points in curves.values()]
@@ -171,7 +172,7 @@ def _memory(results: Results) -> Figure | None:
             bars.append((method, cell.peak_memory or 0, cell.memory_ratio))
     if not bars:
         return None
-    figure, (panel,) = _figure(6.4, 0.36 * len(bars) + 1.1, 1, 1)
+    figure, (panel,) = new_figure(6.4, 0.36 * len(bars) + 1.1, 1, 1)
     unit, name = (2**30, "GiB") if max(peak for _, peak, _ in bars) >= 10 * 2**30 else (2**20, "MiB")
     times = "\N{MULTIPLICATION SIGN}"
     for row, (method, peak, ratio) in enumerate(bars):
@@ -190,7 +191,7 @@ def _memory(results: Results) -> Figure | None:
     return figure
 
 
-def _figure(width: float, height: float, rows: int, columns: int) -> tuple[Figure, list[Axes]]:
+def new_figure(width: float, height: float, rows: int, columns: int) -> tuple[Figure, list[Axes]]:
     """An empty figure. It belongs to no window system and to no global state."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
@@ -216,7 +217,7 @@ def _legend(figure: Figure, entries: list[tuple[str, Any]]) -> None:
 def _look(results: Results, method: str) -> tuple[str, Any]:
     """Colour and dashes: the same for a method in all pictures."""
     index = results.methods.index(method)
-    return _COLOURS[index % len(_COLOURS)], _DASHES[index // len(_COLOURS) % len(_DASHES)]
+    return COLOURS[index % len(COLOURS)], _DASHES[index // len(COLOURS) % len(_DASHES)]
 
 
 def _level(cell: Cell) -> float | None:

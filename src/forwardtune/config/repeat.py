@@ -1,0 +1,29 @@
+"""The command that does a run again."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from .option import options
+from .runs import Train, with_defaults
+
+
+def repeat_command(recorded: Mapping[str, Any], output_dir: str = "DIR") -> str:
+    """The command line of a run with the recorded settings; what is default is left out.
+
+    The steps that a time budget came to are named in its place.
+    """
+    declared = options(Train)
+    usual = with_defaults("train", {"method": recorded.get("method")})
+    words = ["forwardtune", "train"]
+    for name, one in declared.items():
+        value = recorded.get(name)
+        if value is None or value is False or value == getattr(usual, name):
+            continue
+        if name == "time_budget" and recorded.get("steps") is not None:
+            continue
+        text = f"{value}s" if name == "time_budget" else f"{value:g}" if isinstance(value, float) else str(value)
+        words += [f"--{one.key}"] if value is True else [f"--{one.key}", text]
+    return shlex.join([*words, "--output-dir", output_dir])
