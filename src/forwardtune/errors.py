@@ -35,6 +35,10 @@ class NonFiniteLossError(RuntimeError):
     """The loss was infinite or not a number in too many steps in a row."""
 
 
+class WorkerError(RuntimeError):
+    """Another process of the run failed, is gone, or has other weights; every step so far is in the log."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """``"; did you mean X?"`` if a known word is close, else nothing."""
     by_lower = {one.lower(): one for one in known}
