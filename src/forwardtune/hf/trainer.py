@@ -15,10 +15,14 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 from ..config import AUTO, MeZOSettings, options
 from ..cores import SharedCores
 from ..errors import InputError
+from ..method.estimators import get_estimator
 from ..noise import compile_kernels
 from ..optimizer import MeZO
+from ..processes import Launch
 from ..search.budget import first_settings
 from ..trajectory import read_log
+from ..trajectory.shared import any_has_log, share_log
+from ..workers import Alone, Parts, workers_of_launch
 from .automatic import Automatic
 from .config import MeZOConfig
 from .example_losses import ExampleLosses
@@ -26,6 +30,7 @@ from .given import quantised_base, warn_of_missing_ends
 from .log_keeper import LogKeeper, steps_in_pass
 from .model_card import describe
 from .resuming import Resumption
+from .sharing import SIZES, USUAL_PARTS, DividedPredictions, InParts, digest_of, parts_of
 
 STEP_LOG = "steps.jsonl"
 _ARGUMENTS = signature(MeZO).parameters
@@ -47,8 +52,12 @@ class MeZOTrainer(Trainer):
             step, and what ``take_statistics()`` returns is logged (:class:`forwardtune.objectives.TaskObjective`).
         run: anything to keep in the step log's header, as JSON.
 
+    In several processes (``torchrun``, ``accelerate launch``) each has the whole model and all the data, and they share the evaluations of
+    a step and of held-out examples (:class:`~forwardtune.workers.ranks.Ranks`, ``docs/scale.md``). Rank 0 writes; every rank keeps the step
+    log, the others in ``ranks/`` in the output folder. A group that ``torchrun --max-restarts`` starts again goes on from it by itself.
+
     Raises:
-        ValueError: more than one process or GPU, or an optimizer that is not MeZO.
+        ValueError: more than one GPU in one process, or an optimizer that is not MeZO.
         LogError: from :meth:`train`, when the output folder holds another run or a damaged log.
     """
 
@@ -75,9 +84,12 @@ class MeZOTrainer(Trainer):
             self.args.remove_unused_columns = False
         if self.args.world_size > 1 or self.args.n_gpu > 1:
             raise ValueError(
-                "MeZOTrainer runs in one process on one device: set CUDA_VISIBLE_DEVICES=0, or spread a large model "
-                "with device_map='auto'"
+                "one process of MeZOTrainer runs on one device: set CUDA_VISIBLE_DEVICES=0, start a process for each with torchrun, or "
+                "spread a large model with device_map='auto'"
             )
+        #: The processes that share the run.
+        self.workers: Alone = workers_of_launch(self.args.worker_timeout)
+        self._divided: DividedPredictions | None = None
         if self.args.assignment == "example" and objective is None:
             for given, what in (
                 (self.compute_loss_func, "compute_loss_func"),
@@ -92,7 +104,9 @@ class MeZOTrainer(Trainer):
             raise ValueError(f"MeZOTrainer cannot step {type(self.optimizer).__name__}: pass a MeZO, or none")
         self._own_optimizer = self.optimizer is None
         self._rates = [group.get("initial_lr", group["lr"]) for group in self.mezo.param_groups] if self.mezo else []
-        self._logged_eps: float | None = None
+        if self.mezo is not None and self.mezo.workers is not self.workers:
+            self.mezo.workers = self.workers
+        self._logged: dict[str, Any] = {}
         #: What finds learning rate and eps, and watches the run.
         self.automatic = Automatic(self)
         #: What chooses the number of threads, on a CPU. Set it to go on with one; else every :meth:`train` has its own.
@@ -120,7 +134,8 @@ class MeZOTrainer(Trainer):
             lr, eps = self.args.learning_rate, self.args.eps
             first_lr, first_eps = first_settings([name for name, _ in tuned])
             settings = {name: getattr(self.args, name) for name in options(MeZOSettings) if name in _ARGUMENTS}
-            settings["eps"] = (self._logged_eps or first_eps) if eps == AUTO else eps
+            settings["eps"] = self._logged.get("eps", first_eps) if eps == AUTO else eps
+            settings |= {"parts": self._parts(), "workers": self.workers}
             settings["rule"] = self.args.make_rule()
             self.optimizer = MeZO(
                 [group for group in groups if group["params"]],
@@ -138,6 +153,26 @@ class MeZOTrainer(Trainer):
                 announce=self.automatic.announce,
             )
         return self.optimizer
+
+    def _parts(self) -> int:
+        """Into how many parts minibatches are cut: as was said, or as the run's log has it."""
+        if self.args.parts is not None:
+            return int(self.args.parts)
+        if self._logged:
+            return int(self._logged.get("parts", 1))
+        args = self.args
+        estimator = get_estimator(args.estimator, 1.0, args.probes, args.normalize, args.assignment)
+        return 1 if self.workers.count <= len(estimator.queries()) else USUAL_PARTS
+
+    def get_train_dataloader(self) -> Any:
+        """As Trainer's, with minibatches in parts where there are several."""
+        collator, parts = self.data_collator, self.mezo.parts if self.mezo is not None else self._parts()
+        if parts > 1:
+            self.data_collator = InParts(collator, parts)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = collator
 
     def forget_own(self) -> None:
         """Let the optimizer and the scheduler be made again, unless they came from the user."""
@@ -182,33 +217,78 @@ class MeZOTrainer(Trainer):
         model.eval()  # dropout would differ between the two sides of a probe
         self._part = self._part + 1 if self.mezo.gathering else 0
         if self.state.global_step == 0 and self._part == 0:
-            warn_of_missing_ends(inputs, getattr(self.data_collator, "tokenizer", self.processing_class))
-        inputs = self._prepare_inputs(inputs)
-        # Both sides of a probe draw the same random numbers.
-        self.tell_objective("begin_step", self.mezo.next_step, self._part)
-        share = 1 if self._scaled_for_accumulation(num_items_in_batch) else self.current_gradient_accumulation_steps
-        per_example = self.mezo.estimator.per_example
-
-        def closure() -> Tensor:
-            with self.compute_loss_context_manager():
-                if per_example:
-                    loss = self.example_losses(model, inputs)
-                else:
-                    loss = self.compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch) / share
-            if self.mezo.checking:  # evaluations of the first step's self-check are no part of the step
-                self.tell_objective("take_statistics")
-            return loss
-
+            warn_of_missing_ends(parts_of(inputs)[0], getattr(self.data_collator, "tokenizer", self.processing_class))
+        parts = self._in_parts(model, self._prepare_inputs(inputs), num_items_in_batch)
         try:
-            loss = self.mezo.estimate(closure)
+            loss = self.mezo.estimate(parts)
         finally:
             self.tell_objective("end_step")
         if self.cores is not None and self.accelerator.sync_gradients:  # the step's last microbatch
             with torch.no_grad():
-                self._keeper.changed_threads = self.cores.look(closure)
-        if per_example:  # Trainer adds up what its microbatches give
+                self._keeper.changed_threads = self.cores.look(parts.closures[0])
+        if self.mezo.estimator.per_example:  # Trainer adds up what its microbatches give
             loss /= self.current_gradient_accumulation_steps
         return torch.tensor(loss, device=self.args.device)
+
+    def _in_parts(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None) -> Parts:
+        """The microbatch as the optimizer takes it."""
+        parts, per_example, step = parts_of(inputs), self.mezo.estimator.per_example, self.mezo.next_step
+        sizes = list(inputs[SIZES]) if len(parts) > 1 else None
+        scaled = self._scaled_for_accumulation(num_items_in_batch)
+        share = 1 if scaled else self.current_gradient_accumulation_steps
+
+        def closure_of(number: int, part: Any) -> Callable[[], Tensor]:
+            # A loss that is a mean over its examples counts as they do; one over all of the batch's items is a share already.
+            weight = 1.0 if scaled or sizes is None else sizes[number] / sum(sizes)
+
+            def closure() -> Tensor:
+                # All evaluations of a part draw the same random numbers.
+                self.tell_objective("begin_step", step, self._part * self.mezo.parts + number)
+                with self.compute_loss_context_manager():
+                    if per_example:
+                        loss = self.example_losses(model, part)
+                    else:
+                        loss = self.compute_loss(model, dict(part), num_items_in_batch=num_items_in_batch) / share
+                        loss = loss if weight == 1.0 else loss * weight
+                if self.mezo.checking:  # evaluations of the first step's self-check are no part of the step
+                    self.tell_objective("take_statistics")
+                return loss
+
+            return closure
+
+        digest = digest_of(inputs) if self.workers.count > 1 else b""
+        return Parts([closure_of(number, part) for number, part in enumerate(parts)], sizes, digest)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """As Trainer's, over all parts."""
+        return super()._get_num_items_in_batch([part for batch in batch_samples for part in parts_of(batch)], device)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """As Trainer's, over all parts."""
+        return sum(super(MeZOTrainer, self).floating_point_ops(part) for part in parts_of(inputs))
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's; several workers predict a batch each, and every one of them has all predictions."""
+        if self.workers.count == 1:
+            return super().evaluation_loop(dataloader, *args, **kwargs)
+        loss_only = args[1] if len(args) > 1 else kwargs.get("prediction_loss_only")
+        loss_only = self.args.prediction_loss_only if loss_only is None else loss_only
+        ignored = args[2] if len(args) > 2 else kwargs.get("ignore_keys")
+
+        def predict(batch: Any) -> Any:
+            return super(MeZOTrainer, self).prediction_step(self.model, batch, loss_only, ignored)
+
+        self._divided = DividedPredictions(dataloader, self.workers, predict)
+        try:
+            return super().evaluation_loop(self._divided, *args, **kwargs)
+        finally:
+            self._divided = None
+
+    def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's; within :meth:`evaluation_loop` of several workers, what one of them predicted."""
+        if self._divided is not None:
+            return tuple(_on(self.args.device, one) for one in self._divided.ready.pop(0))
+        return super().prediction_step(model, inputs, *args, **kwargs)
 
     def tell_objective(self, method: str, *arguments: int) -> Any:
         """Call a method of the objective, if it has it."""
@@ -229,7 +309,9 @@ class MeZOTrainer(Trainer):
         self._trial = trial
         self.args.validate()
         self.forget_own()
-        self._logged_eps = None
+        self._logged = {}
+        if Launch.read().restarts and not resume_from_checkpoint:  # what the launcher starts again goes on
+            resume_from_checkpoint = any_has_log(self.step_log, self.workers)
         if trial is not None:
             if resume_from_checkpoint:
                 raise InputError("a trial of a hyperparameter search cannot be resumed: search again in another folder")
@@ -237,14 +319,16 @@ class MeZOTrainer(Trainer):
                 # A trial's value is cast to the type of the one before: text takes numbers and "auto" alike.
                 setattr(self.args, name, str(getattr(self.args, name)))
         own = self.cores is None and self.args.share_cores and self.args.device.type == "cpu"
+        own = own and self.workers.count == 1  # of several, each would decide for itself
         if own:
             self.cores = SharedCores(self.automatic.announce)
         try:
             checkpoint = None
             if resume_from_checkpoint:
-                resumption = Resumption(self, resume_from_checkpoint, self._keeper.lock())
-                if self.args.eps == AUTO:
-                    self._logged_eps = resumption.log.header["eps"]
+                lock = self._keeper.lock()
+                share_log(self.step_log, self.workers)
+                resumption = Resumption(self, resume_from_checkpoint, lock)
+                self._logged = resumption.log.header
                 if resumption.is_over:
                     return resumption.finish()
                 checkpoint = resumption.checkpoint()
@@ -279,8 +363,14 @@ class MeZOTrainer(Trainer):
         """As Trainer's. A checkpoint also says which steps of the log it follows from."""
         super().save_model(output_dir, _internal_call)
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
-        if folder.name.startswith(PREFIX_CHECKPOINT_DIR):
+        if folder.name.startswith(PREFIX_CHECKPOINT_DIR) and self.args.should_save:
             self._keeper.mark(folder)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As Trainer's, by rank 0 alone; the others know afterwards which one is best."""
+        if self.workers.is_first:
+            super()._save_checkpoint(model, trial)
+        self.state.best_model_checkpoint = self.workers.first(lambda: self.state.best_model_checkpoint)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As Trainer's, with the magnitude of the last projected gradient in place of a gradient norm."""
@@ -308,10 +398,20 @@ class MeZOTrainer(Trainer):
 
     @property
     def run_folder(self) -> Path:
-        """``output_dir``, or the folder in it that belongs to the present trial of a hyperparameter search."""
-        return Path(self._get_output_dir(self._trial))
+        """``output_dir``, or the folder in it that belongs to the present trial of a hyperparameter search; of another rank than 0, its
+        own in that."""
+        return self.workers.own(Path(self._get_output_dir(self._trial)))
 
     @property
     def step_log(self) -> Path:
         """Where the steps are logged."""
         return self.run_folder / STEP_LOG
+
+
+def _on(device: torch.device, value: Any) -> Any:
+    """Nested tensors on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {name: _on(device, one) for name, one in value.items()}
+    return type(value)(_on(device, one) for one in value) if isinstance(value, list | tuple) else value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from ..method.estimators import Losses, Query
@@ -78,13 +79,25 @@ class Alone:
         """Whether one of the processes says so."""
         return flag
 
-    def first(self, make: Callable[[], T]) -> T:
-        """What rank 0 makes, for all; as JSON can hold it."""
+    def first(self, make: Callable[[], T], rank: int = 0) -> T:
+        """What rank 0, or another one, makes, for all; as JSON can hold it."""
         return make()
+
+    def bytes_of(self, rank: int, make: Callable[[], bytes]) -> bytes:
+        """The same for bytes, as those of a file."""
+        return make()
+
+    def own(self, folder: Path) -> Path:
+        """Where this process keeps what every one of them keeps: rank 0 in the run's folder, the others in folders of their own in it."""
+        return folder if self.is_first else folder / "ranks" / str(self.rank)
 
     def all(self, value: T) -> list[T]:
         """The values of all processes, in their order; as JSON can hold them."""
         return [value]
+
+    def all_bytes(self, content: bytes) -> list[bytes]:
+        """The bytes of all processes, in their order."""
+        return [content]
 
     def wait(self) -> None:
         """Go on when all processes have come here."""

@@ -125,19 +125,25 @@ class Ranks(Alone):
     def any(self, flag: bool) -> bool:
         return any(content != b"\0" for content in self._wire.exchange(bytes([flag]), "a flag"))
 
-    def first(self, make: Callable[[], T]) -> T:
+    def first(self, make: Callable[[], T], rank: int = 0) -> T:
+        found: T = json.loads(self.bytes_of(rank, lambda: json.dumps(make()).encode()))
+        return found
+
+    def bytes_of(self, rank: int, make: Callable[[], bytes]) -> bytes:
         content = b""
-        if self.is_first:
+        if self.rank == rank:
             try:
-                content = json.dumps(make()).encode()
+                content = make()
             except Exception as error:
                 self._wire.tell(error)
                 raise
-        found: T = json.loads(self._wire.exchange(content, "what rank 0 has")[0])
-        return found
+        return self._wire.exchange(content, "what one has")[rank]
 
     def all(self, value: T) -> list[T]:
         return [json.loads(content) for content in self._wire.exchange(json.dumps(value).encode(), "what each has")]
+
+    def all_bytes(self, content: bytes) -> list[bytes]:
+        return self._wire.exchange(content, "bytes of each")
 
     def wait(self) -> None:
         self._wire.exchange(b"", "all")
