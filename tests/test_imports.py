@@ -63,9 +63,10 @@ NEEDS = {
     "durations": set(),
     "config": set(),
     "processes": set(),
-    "workers": set(),
     "trajectory": {"torch", "safetensors"},
-} | {part: {"torch"} for part in ("storage", "parameters", "method", "points", "optimizer", "search", "cores")}
+} | {
+    part: {"torch"} for part in ("storage", "parameters", "method", "points", "optimizer", "search", "cores", "workers")
+}
 NEEDS |= {f"search/{file}.py": set() for file in ("budget", "guard", "line_search", "rates")}
 
 # What `pip install forwardtune` does not bring, by the names that are imported.

@@ -96,6 +96,8 @@ CASES: dict[str, dict[str, tuple[Any, See, Any]]] = {
         "weight_decay": (0.02, lambda b: {group["weight_decay"] for group in b.mezo.param_groups}, {0.02}),
         "lr_scheduler": ("linear", lambda b: b.trainer.args.lr_scheduler_type.value, "linear"),
         "clip_coefficient": (0.5, lambda b: b.mezo.clip_coefficient, 0.5),
+        "parts": (2, lambda b: b.mezo.parts, 2),
+        "worker_timeout": ("90s", lambda b: b.trainer.args.worker_timeout, 90.0),
         "eval_steps": (2, lambda b: b.dev._every, 2),
         "patience": (3, lambda b: b.dev._patience, 3),
         "save_steps": (3, lambda b: (b.trainer.args.save_strategy.value, b.trainer.args.save_steps), ("steps", 3)),

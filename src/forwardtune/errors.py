@@ -23,6 +23,10 @@ class InputError(ValueError):
         self.argument = argument
 
 
+class UnreachableError(InputError):
+    """Rank 0 cannot be reached, so this process has to speak for itself."""
+
+
 class LogError(ValueError):
     """A step log that cannot be used; the message says what is wrong with it and what to do."""
 

@@ -17,6 +17,7 @@ from .tasks import Task, metrics
 from .tasks.batching import Layout, collate
 from .tasks.encoding import Encoded
 from .tasks.tokens import padding_id
+from .workers import Alone
 
 Progress = Callable[[int, int], object]
 
@@ -38,6 +39,7 @@ def evaluate(
     progress: Progress | None = None,
     outcomes: list[float] | None = None,
     completions: list[str] | None = None,
+    workers: Alone | None = None,
 ) -> dict[str, float]:
     """The task's metric and mean loss. What all prompts begin with, such as demonstrations, is processed once.
 
@@ -53,6 +55,7 @@ def evaluate(
         progress: called with the numbers of examples done and in all.
         outcomes: filled with the task's metric, or the reward, for every example, in their order.
         completions: filled with what the model wrote for every example, in their order, for free text.
+        workers: who share the batches; all have the result.
 
     Returns:
         ``{"accuracy": ..., "loss": ..., "examples": ...}`` for a choice, for preferences with a reference also
@@ -67,12 +70,13 @@ def evaluate(
     by_length = sorted(range(len(examples)), key=lambda i: examples[i].length)
     measurements: dict[str, list[float | None]] = {}
     texts: list[str] = []
-    for lo in range(0, len(examples), batch_size):
-        numbers = by_length[lo : lo + batch_size]
+
+    def measure(numbers: list[int]) -> tuple[dict[str, list[float | None]], list[str]]:
         batch = [examples[i] for i in numbers]
+        texts: list[str] = []
         if task.free_text:
             written = write(model, tokenizer, task, [example.prompt for example in batch], context)
-            texts += written.texts
+            texts = written.texts
             measured = _measure_text(task, batch, written, rewards)
             if task.label:
                 measured["loss"] = target_likelihood(model, _inputs(model, batch, layout, context)).tolist()
@@ -81,10 +85,14 @@ def evaluate(
             if calibrations is not None:
                 scores = scores - _cached_scores(model, [calibrations[i] for i in numbers], layout, bare, known, scores)
             measured = _measure_choice(task, batch, scores)
+        return measured, texts
+
+    batches = [by_length[lo : lo + batch_size] for lo in range(0, len(examples), batch_size)]
+    reach = None if progress is None else lambda done: progress(min(done * batch_size, len(examples)), len(examples))
+    for measured, own in (workers or Alone()).divided(measure, batches, reach):
+        texts += own
         for name, values in measured.items():
             measurements.setdefault(name, []).extend(values)
-        if progress is not None:
-            progress(lo + len(batch), len(examples))
 
     def in_order(values: Sequence[Any]) -> list[Any]:
         return [value for _, value in sorted(zip(by_length, values, strict=True), key=lambda pair: pair[0])]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import sys
 from collections.abc import Callable, Sequence
@@ -23,10 +24,12 @@ from ..models import context_length, load_model, model_kind
 from ..noise import load_kernels
 from ..objectives import Reward, logits_at, option_likelihoods
 from ..objectives.mixture import parse
+from ..processes import versions
 from ..tasks import Split, Task, doubts, get_task, load_splits
 from ..tasks.batching import Layout
 from ..tasks.encoding import Encoded, Encoder
 from ..trajectory import Log
+from ..workers import Alone
 from . import say
 from .results import METRICS
 
@@ -43,6 +46,7 @@ class Session:
         skipped: how many rows were left out of each split's source because the task cannot use them.
         deadline: when tuning must end, by ``time.monotonic``.
         cores: what chooses the number of threads, on a CPU.
+        workers: the processes that share the run.
     """
 
     model: Any
@@ -58,6 +62,7 @@ class Session:
     skipped: dict[str, int] = field(default_factory=dict)
     deadline: float | None = None
     cores: SharedCores | None = None
+    workers: Alone = field(default_factory=Alone)
 
     def evaluate(self, what: str, split: str = "test", **kept: list[Any]) -> dict[str, float]:
         """The task's metric and loss on a split, with a progress bar.
@@ -79,6 +84,7 @@ class Session:
             batch_size=self.options.batch_size,
             layout=self.layout,
             rewards=self.rewards,
+            workers=self.workers,
             **how,
         )
 
@@ -131,6 +137,7 @@ def open_session(
     calibrate: bool = False,
     prepare_model: Callable[[Any, Any], Any] | None = None,
     resumed: Log | None = None,
+    workers: Alone | None = None,
 ) -> Session:
     """Load task, data and model, in that order: what is cheap to refuse is refused first.
 
@@ -141,7 +148,9 @@ def open_session(
         calibrate: encode the test examples without content too.
         prepare_model: ``(model, tokenizer) -> model`` with what is to be tuned.
         resumed: the log of the run that goes on, with the number of threads that it had.
+        workers: the processes that share the run; they must have the same data.
     """
+    workers = workers or Alone()
     cores = SharedCores(say)
     task = get_task(options.task)
     rewards = _rewards(task, options)
@@ -191,7 +200,14 @@ def open_session(
     if shots:
         say(f"  {encoder.demonstrated} of {shots} demonstrations fit before the longest prompt")
     some = next(iter(encoded.values()))
-    if resumed is not None:
+    tokens = [[e.prompt for e in split] + [option for e in split for option in e.options] for split in encoded.values()]
+    digest = hashlib.blake2b(repr(tokens).encode(), digest_size=8).hexdigest()
+    workers.require_same(
+        versions() | {"data with the digest": digest}, "every rank must be started in the same way, on the same data"
+    )
+    if workers.count > 1:
+        pass  # each would choose a number of threads for itself
+    elif resumed is not None:
         from ..hf.log_keeper import noted_threads
 
         cores.follow(noted_threads(resumed, 0))
@@ -214,7 +230,8 @@ def open_session(
         demonstrations=encoder.demonstrated,
         rewards=rewards,
         skipped={name: split.skipped for name, split in splits.items() if split.skipped},
-        cores=cores if options.device == "cpu" else None,
+        cores=cores if options.device == "cpu" and workers.count == 1 else None,
+        workers=workers,
     )
 
 

@@ -17,10 +17,12 @@ from ..errors import InputError, NonFiniteLossError
 from ..evaluation import sign_test
 from ..files import read_json
 from ..models import EMBEDDED_MODEL, save_model
-from ..processes import require_one_process
+from ..processes import Launch
 from ..tasks import get_task, task_names
 from ..tasks.splits import DEFAULT_RULE
 from ..trajectory import Log, read_log
+from ..trajectory.shared import any_has_log, share_log
+from ..workers import Alone, workers_of_launch
 from . import methods, say, tuned
 from .costs import evaluation_steps, measure, measured_examples, steps_of_budget
 from .options import ask, flag
@@ -29,6 +31,7 @@ from .results import (
     HISTORY,
     METRICS,
     OUTCOMES,
+    TERMS,
     new_folder,
     plain,
     read_lines,
@@ -39,6 +42,7 @@ from .results import (
 )
 from .session import Session, open_session
 
+STEP_LOG, DEV = "steps.jsonl", "dev.jsonl"
 _ADAM_EPOCHS = 5
 # Where the step log keeps how many development examples are measured.
 _MEASURED = "dev_measured"
@@ -50,30 +54,38 @@ _SAMPLES = 32
 
 def run(parsed: argparse.Namespace) -> int:
     """Tune, evaluate before and after, and write model, step log and metrics."""
-    require_one_process()
     began = time.monotonic()
     asked = ask(parsed, "train")
     if asked.output_dir is None:
         raise InputError("the following arguments are required: --output-dir, here or in the file of --config")
-    folder, log = Path(asked.output_dir), None
+    workers = workers_of_launch(asked.value("worker_timeout"))
+    whole_folder, log = Path(asked.output_dir), None
+    folder = workers.own(whole_folder)
     given = _absolute(asked.settings)  # the log may be read in another folder
-    if parsed.resume:
+    resume = parsed.resume or _starts_again(folder, workers)
+    if resume:
+        share_log(folder / STEP_LOG, workers, (METRICS, OUTCOMES, DEV, TERMS, COMPLETIONS, tuned.INITIAL))
         log, given = _resumed(given, folder)
-    options = asked.describe(given, resumed=parsed.resume)
+    options = asked.describe(given, resumed=resume)
+    if workers.count > 1 and options.method == "adam":
+        raise InputError("--method adam is a comparison, and runs in one process: start it without torchrun")
     if log is None:
         # A run that was killed before its first step leaves its first evaluation behind, and nothing else.
         begun = not read_json(folder / METRICS).keys() - {"before"}
-        leftovers = (METRICS, OUTCOMES, COMPLETIONS, tuned.INITIAL, "steps.jsonl.lock") if begun else ()
+        leftovers = (METRICS, OUTCOMES, COMPLETIONS, tuned.INITIAL, "steps.jsonl.lock", "ranks") if begun else ()
         new_folder(folder, leftovers=leftovers, resumable=True)
+        workers.wait()  # whoever makes a folder in it comes later
     metrics = read_json(folder / METRICS) if log else {}
     if log and "test" in metrics and log.end and _is_done(options, log, metrics):
         say(f"the run in {folder} is complete after {log.steps} steps: nothing to do (more --steps would extend it)")
         return _report(metrics, folder, options.method, parsed.json)
 
     prepare = partial(tuned.prepare_model, options=options, first=folder / tuned.INITIAL if log else None)
-    session = open_session(options, "train", "dev", "test", prepare_model=prepare, resumed=log)
+    session = open_session(options, "train", "dev", "test", prepare_model=prepare, resumed=log, workers=workers)
     if options.steps is None:
-        options.steps = _steps(session, began)  # before anything is evaluated: the time may be too short
+        options.steps = workers.first(
+            lambda: _steps(session, began)
+        )  # before anything is evaluated: the time may be too short
     folder.mkdir(parents=True, exist_ok=True)
     if options.tune in ("lora", "prefix") and log is None:
         tuned.keep_first(session.model, folder / tuned.INITIAL)
@@ -93,7 +105,7 @@ def run(parsed: argparse.Namespace) -> int:
             described[_MEASURED] = measured
     options.eval_steps = evaluation_steps(options, options.steps)
     inference_peak = session.inference_peak()
-    trained = methods.METHODS[options.method](session, folder, log, {**settings(options), **described})
+    trained = methods.METHODS[options.method](session, whole_folder, log, {**settings(options), **described})
     if trained is None:
         return 130
     steps = trained.facts["steps"]
@@ -109,11 +121,20 @@ def run(parsed: argparse.Namespace) -> int:
     if "before" in outcomes:
         metrics["sign_test"] = sign_test(outcomes["before"], outcomes["after"])
     metrics.update(trained.facts, inference_peak_memory_bytes=inference_peak)
+    if not workers.is_first:  # its log stays
+        workers.wait()
+        return 0
     save_model(session.model, session.tokenizer, folder)
     write_lines(folder / HISTORY, trained.history)
     write_json(folder / OUTCOMES, outcomes)
     write_json(folder / METRICS, metrics)
+    workers.wait()
     return _report(metrics, folder, options.method, parsed.json)
+
+
+def _starts_again(folder: Path, workers: Alone) -> bool:
+    """Whether a launcher has started this run again, which then goes on."""
+    return Launch.read().restarts > 0 and any_has_log(folder / STEP_LOG, workers)
 
 
 def _measure(session: Session, folder: Path, what: str, step: int) -> tuple[dict[str, float], list[float]]:

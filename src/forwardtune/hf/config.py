@@ -59,7 +59,7 @@ class MeZOConfig(MeZOSettings, TrainingArguments):
             return super()._setup_devices
         with as_one_process():
             device: torch.device = super()._setup_devices
-        self._n_gpu = min(1, self._n_gpu)
+        self._n_gpu = int(device.type == "cuda")
         return take_place(self.distributed_state, launch) or device
 
     def validate(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -90,6 +90,8 @@ class Resumption:
         self.log = cut_log(log, steps) if steps < log.steps else log
         if not args.ignore_data_skip:
             steps_in_pass(self.log)
+        # Of the checkpoints, which rank 0 has.
+        self._saved_state = trainer.workers.first(lambda: asdict(self._own_state()))
 
     def _steps(self, log: Log, saved: dict[int, Checkpoint], wanted: str | Literal[True]) -> int:
         """The steps from which the run goes on."""
@@ -155,16 +157,13 @@ class Resumption:
             return None
         if automatic.finds_lr:
             automatic.keep_point(self._optimizer(), log)
-        workers = self._trainer.workers
-        path = workers.first(self._existing_or_by_replay)
-        if not workers.is_first and not Path(path).is_dir():  # on a disk that this rank does not see
-            path = str(self._by_replay())
-        workers.wait()
-        return path
+        existing = self._trainer.workers.first(self._existing)
+        # Several workers replay at the same time, each into its own folder.
+        return existing if existing is not None and Path(existing).is_dir() else str(self._by_replay())
 
-    def _existing_or_by_replay(self) -> str:
+    def _existing(self) -> str | None:
         existing = checkpoints_of(self.log).get(self.log.steps)
-        return str(existing.folder if existing is not None and existing.is_whole else self._by_replay())
+        return str(existing.folder) if existing is not None and existing.is_whole else None
 
     def _by_replay(self) -> Path:
         """Bring the model from its base weights to the log's end, and save that as Trainer would have."""
@@ -182,7 +181,10 @@ class Resumption:
                 scheduler.step()
         folder = log.path.parent / f"{PREFIX_CHECKPOINT_DIR}-{log.steps}"
         shutil.rmtree(folder, ignore_errors=True)  # what a kill in mid-save left, or other steps, or a model alone
-        trainer.save_model(str(folder)) if trainer.args.should_save else trainer._save(str(folder))
+        if trainer.args.should_save:
+            trainer.save_model(str(folder))
+        else:
+            trainer._save(str(folder))
         write_json(folder / LOG_OF_CHECKPOINT, {"check": log.step_checks[-1]})
         torch.save(optimizer.state_dict(), folder / _OPTIMIZER)
         torch.save(scheduler.state_dict(), folder / _SCHEDULER)
@@ -196,6 +198,9 @@ class Resumption:
         return optimizer
 
     def _state(self) -> TrainerState:
+        return TrainerState(**self._saved_state) if self._trainer.workers.count > 1 else self._own_state()
+
+    def _own_state(self) -> TrainerState:
         """Trainer's own state at the last checkpoint, or a new one."""
         saved = checkpoints_of(self.log)
         if saved:

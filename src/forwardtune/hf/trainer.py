@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping
 from inspect import signature
 from pathlib import Path
@@ -166,7 +167,8 @@ class MeZOTrainer(Trainer):
 
     def get_train_dataloader(self) -> Any:
         """As Trainer's, with minibatches in parts where there are several."""
-        collator, parts = self.data_collator, self.mezo.parts if self.mezo is not None else self._parts()
+        collator: Any = getattr(self, "data_collator")  # noqa: B009
+        parts = self.mezo.parts if self.mezo is not None else self._parts()
         if parts > 1:
             self.data_collator = InParts(collator, parts)
         try:
@@ -290,7 +292,7 @@ class MeZOTrainer(Trainer):
             return tuple(_on(self.args.device, one) for one in self._divided.ready.pop(0))
         return super().prediction_step(model, inputs, *args, **kwargs)
 
-    def tell_objective(self, method: str, *arguments: int) -> Any:
+    def tell_objective(self, method: str, *arguments: Any) -> Any:
         """Call a method of the objective, if it has it."""
         return getattr(self._objective, method, lambda *arguments: None)(*arguments)
 
@@ -322,8 +324,8 @@ class MeZOTrainer(Trainer):
         own = own and self.workers.count == 1  # of several, each would decide for itself
         if own:
             self.cores = SharedCores(self.automatic.announce)
+        checkpoint: str | None = None
         try:
-            checkpoint = None
             if resume_from_checkpoint:
                 lock = self._keeper.lock()
                 share_log(self.step_log, self.workers)
@@ -338,6 +340,8 @@ class MeZOTrainer(Trainer):
         finally:
             self._set_use_cache(self._use_cache)
             self._keeper.close()
+            if checkpoint is not None and not self.workers.is_first and Path(checkpoint).parent == self.run_folder:
+                shutil.rmtree(checkpoint, ignore_errors=True)  # made for this resumption; rank 0 keeps its own
             if own and self.cores is not None:
                 self.cores.follow(None)
                 self.cores = None
@@ -377,6 +381,7 @@ class MeZOTrainer(Trainer):
         if logs.pop("grad_norm", None) is not None and self.mezo.last is not None and not self.mezo.last.skipped:
             coefficients = self.mezo.last.present
             logs["projected_gradient"] = sum(map(abs, coefficients)) / len(coefficients)
+        self.tell_objective("gather", self.workers)
         for name, values in (self.tell_objective("take_statistics") or {}).items():
             logs |= {f"objective/{name}/{key}": value for key, value in values.items()}
         if "train_runtime" in logs:  # the closing report comes before the best weights are loaded: the log ends here

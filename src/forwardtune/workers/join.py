@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
-from ..errors import InputError
+from ..errors import InputError, UnreachableError
 from ..processes import Launch
 
 _POLL = 0.05
@@ -66,7 +66,7 @@ def _store(host: str, port: int, launch: Launch, timeout: float) -> Store:
         )
     except (RuntimeError, OSError) as error:
         what = "cannot listen" if own else "cannot be reached"
-        raise InputError(
+        raise UnreachableError(
             f"rank {launch.rank}: rank 0 {what} at MASTER_ADDR={host}, MASTER_PORT={port}, within {timeout:.0f} s "
             f"({str(error).splitlines()[0]}): give an address at which rank 0 can be reached from every machine, and a free port"
         ) from None
