@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
@@ -24,16 +25,7 @@ def ranks(count: int, work: Callable[[int], Any], *, within: float = 60.0, missi
     Args:
         missing: ranks that are never started; they give None.
     """
-    port, begun = free_port(), []
-    for rank in range(count):
-        if rank in missing:
-            begun.append((None, None))
-            continue
-        here, there = _FORK.Pipe(duplex=False)
-        process = _FORK.Process(target=_run, args=(work, rank, count, port, there), daemon=True)
-        process.start()
-        there.close()
-        begun.append((process, here))
+    begun = _begun(count, work, missing)
     results = []
     for process, here in begun:
         if process is None or here is None:
@@ -46,6 +38,39 @@ def ranks(count: int, work: Callable[[int], Any], *, within: float = 60.0, missi
         process.kill()
         process.join()
     return results
+
+
+def ranks_with_a_kill(count: int, work: Callable[[int], Any], victim: int, after: float, grace: float = 5.0) -> list[Any]:
+    """As :func:`ranks`, where one of them is killed after so many seconds, unless it is done by then. The others have so long to see it,
+    then they are killed, as torchrun does. None for one without an answer."""
+    begun = _begun(count, work, ())
+    process, here = begun[victim]
+    if not here.poll(after):
+        process.kill()
+    until, results = time.monotonic() + grace, []
+    for process, here in begun:
+        try:
+            results.append(here.recv() if here.poll(max(0.0, until - time.monotonic())) else None)
+        except EOFError:
+            results.append(None)
+        process.kill()
+        process.join()
+    return results
+
+
+def _begun(count: int, work: Callable[[int], Any], missing: tuple[int, ...]) -> list[tuple[Any, Any]]:
+    port = free_port()
+    begun: list[tuple[Any, Any]] = []
+    for rank in range(count):
+        if rank in missing:
+            begun.append((None, None))
+            continue
+        here, there = _FORK.Pipe(duplex=False)
+        process = _FORK.Process(target=_run, args=(work, rank, count, port, there), daemon=True)
+        process.start()
+        there.close()
+        begun.append((process, here))
+    return begun
 
 
 def _run(work: Callable[[int], Any], rank: int, count: int, port: int, answer: Connection) -> None:

@@ -22,6 +22,7 @@ from ..trajectory.log import cut_log, require_same_run
 from ..trajectory.reader import Log
 from ..trajectory.replay import apply_log
 from .log_keeper import LOG_OF_CHECKPOINT, steps_in_pass
+from .sharing import writing
 
 _TRAINER_STATE, _OPTIMIZER, _SCHEDULER = "trainer_state.json", "optimizer.pt", "scheduler.pt"
 _PLATEAU = {SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY}
@@ -181,10 +182,8 @@ class Resumption:
                 scheduler.step()
         folder = log.path.parent / f"{PREFIX_CHECKPOINT_DIR}-{log.steps}"
         shutil.rmtree(folder, ignore_errors=True)  # what a kill in mid-save left, or other steps, or a model alone
-        if trainer.args.should_save:
-            trainer.save_model(str(folder))
-        else:
-            trainer._save(str(folder))
+        with writing(trainer):
+            trainer.save_model(str(folder), _internal_call=not trainer.workers.is_first)
         write_json(folder / LOG_OF_CHECKPOINT, {"check": log.step_checks[-1]})
         torch.save(optimizer.state_dict(), folder / _OPTIMIZER)
         torch.save(scheduler.state_dict(), folder / _SCHEDULER)

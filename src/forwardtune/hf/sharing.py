@@ -49,6 +49,20 @@ def take_place(state: Any, launch: Launch) -> torch.device | None:
     return device
 
 
+@contextmanager
+def writing(trainer: Any) -> Iterator[None]:
+    """Inside, this process writes what rank 0 alone would: something into a folder of its own."""
+    state, model = trainer.args.distributed_state, trainer.model
+    rank, state.process_index = state.process_index, 0
+    if trainer.workers.count > 1:  # transformers asks torch as well
+        model.should_save_on_this_rank = lambda is_main_process: is_main_process
+    try:
+        yield
+    finally:
+        state.process_index = rank
+        model.__dict__.pop("should_save_on_this_rank", None)
+
+
 class InParts:
     """A data collator that cuts a minibatch, and collates each part by itself."""
 
