@@ -21,7 +21,7 @@ from datasets import Dataset
 from forwardtune import MeZOTrainer
 from forwardtune.trajectory import read_log
 from support import tiny_model, tokenizer
-from support.command import FREE_TEXT, Ran, Setting, cli, done, flags, read, write_task
+from support.command import FREE_TEXT, Ran, Setting, cli, done, read, write_task
 from support.logs import log_lines
 from support.ranks import free_port, ranks, ranks_with_a_kill
 from support.trainers import quiet_config
@@ -66,7 +66,7 @@ def same_run(one: Path, other: Path) -> None:
         if (one / name).exists():
             assert read(one / name) == read(other / name)
     for split in ("before", "test"):
-        assert read(one)[split] == read(other)[split]
+        assert read(one).get(split) == read(other).get(split)
 
 
 RUNS: dict[str, tuple[int, dict[str, str | None], dict[str, Any]]] = {
@@ -121,7 +121,9 @@ def test_what_a_launcher_starts_again_goes_on(setting: Setting, tmp_path: Path) 
     first, _ = launched(2, *setting.train(several, save_steps=2), TORCHELASTIC_RESTART_COUNT="1")
     assert first.code == 0, first.err
     lines = log_lines(several)
-    assert [line for line in lines if "step" in line] == [line for line in log_lines(tmp_path / "one") if "step" in line]
+    assert [line for line in lines if "step" in line] == [
+        line for line in log_lines(tmp_path / "one") if "step" in line
+    ]
     refused, _ = launched(2, *setting.train(several, save_steps=2))
     assert refused.code == 2
     assert "holds another run" in refused.err
@@ -158,4 +160,138 @@ def test_kills_of_random_ranks_at_random_moments_lose_nothing(setting: Setting, 
     assert noticed > kills // 2
     assert found[-1] == [0] * len(found[-1])
     assert len(set(steps)) > kills // 3
+    same_run(tmp_path / "one", several)
+
+
+# --- Trainer ----------------------------------------------------------------------------------------------------------
+
+
+def dataset(rows: int = 10) -> Dataset:
+    tokens = torch.randint(5, 300, (rows, 9), generator=torch.Generator().manual_seed(0)).tolist()
+    return Dataset.from_dict({"input_ids": tokens, "labels": [row[:-3] + [-100] * 3 for row in tokens]})
+
+
+def trained(folder: Path, parts: int = 1, **changes: Any) -> tuple[Any, dict[str, float]]:
+    config = quiet_config(folder, **{"max_steps": 5, "learning_rate": 1e-3, "eps": 1e-3, "parts": parts, **changes})
+    trainer = MeZOTrainer(
+        model=tiny_model(), args=config, train_dataset=dataset(), eval_dataset=dataset(19), processing_class=tokenizer(),
+        compute_metrics=lambda predicted: {"mean": float(predicted.predictions.mean())},
+    )  # fmt: skip
+    trainer.train()
+    metrics = trainer.evaluate()
+    return trainer, {name: value for name, value in metrics.items() if name in ("eval_loss", "eval_mean")}
+
+
+TRAINERS: dict[str, tuple[int, dict[str, Any]]] = {
+    "queries": (2, {"gradient_accumulation_steps": 2}),
+    "parts": (3, {"parts": 3, "eval_strategy": "steps", "eval_steps": 2, "learning_rate": "auto", "max_steps": 9}),
+    "accumulated parts": (2, {"parts": 2, "gradient_accumulation_steps": 2, "lr_scheduler_type": "linear"}),
+    "checkpoints": (2, {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2,
+                        "load_best_model_at_end": True, "max_steps": 6}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("run", TRAINERS)
+def test_trainer_in_several_processes_is_trainer_in_one(tmp_path: Path, run: str) -> None:
+    count, changes = TRAINERS[run]
+    one, expected = trained(tmp_path / "one", **changes)
+
+    def work(rank: int) -> tuple[str, dict[str, float], int, str]:
+        trainer, metrics = trained(tmp_path / "several", **changes)
+        assert type(trainer.model_wrapped) is type(trainer.model)
+        return trainer.mezo.tuned.digest(), metrics, trainer.args.process_index, str(trainer.args.device)
+
+    found = ranks(count, work, within=120)
+    assert found == [(one.mezo.tuned.digest(), expected, rank, "cpu") for rank in range(count)]
+    lines = [log_lines(path) for path in (tmp_path / "one", tmp_path / "several", tmp_path / "several" / "ranks" / "1")]
+    for header, *_ in lines:
+        header.pop("workers", None)
+    assert lines[0] == lines[1] == lines[2]
+    checkpoints = {path.name for path in (tmp_path / "several").rglob("checkpoint-*")}
+    assert checkpoints == {path.name for path in (tmp_path / "one").glob("checkpoint-*")}
+
+
+def test_parts_have_the_loss_of_the_minibatch(tmp_path: Path) -> None:
+    """Also where the loss is a mean over tokens: their number is that of the whole minibatch."""
+    whole, parted = (read_log(trained(tmp_path / str(parts), parts)[0].step_log).records for parts in (1, 3))
+    assert parted[0].losses == pytest.approx(whole[0].losses, rel=1e-5)
+
+
+def test_a_minibatch_that_is_divided_between_processes_is_refused(tmp_path: Path) -> None:
+    def work(rank: int) -> None:
+        config = quiet_config(tmp_path, max_steps=2, learning_rate=1e-3, eps=1e-3)
+        MeZOTrainer(model=tiny_model(), args=config, train_dataset=dataset().shard(2, rank)).train()
+
+    for error in ranks(2, work):
+        assert "rank 1 has another minibatch than rank 0" in str(error)
+
+
+# --- launches ---------------------------------------------------------------------------------------------------------
+
+
+def test_bad_launches_are_told_once(setting: Setting, tmp_path: Path) -> None:
+    """One message, of rank 0, and exit code 2 on all of them; nothing is left behind."""
+    elsewhere = shutil.copytree(setting.task.parent, tmp_path / "other") / "task.yaml"
+    lines = (elsewhere.parent / "train.jsonl").read_text().splitlines()
+    (elsewhere.parent / "train.jsonl").write_text("\n".join(lines[::-1]))
+    (tmp_path / "file").write_text("")
+    cases: list[tuple[str, dict[str, Any]]] = [
+        ("a step has 2 evaluations, and 3 workers", {"parts": 1}),
+        ("rank 1 has seed 1, rank 0 seed 0", {"of_rank": "seed", 1: 1}),
+        ("rank 2 has data with the digest", {"of_rank": "task", 2: elsewhere}),
+        ("rank 1: .*no such task file", {"of_rank": "task", 1: tmp_path / "nowhere.yaml"}),
+        ("rank 1: cannot write to .*/file: every rank", {"of_rank": "output_dir", 1: tmp_path / "file" / "run"}),
+        ("--method adam", {"method": "adam", "parts": None}),
+        ("--steps must be positive", {"steps": 0}),
+    ]
+    for number, (words, changes) in enumerate(cases):
+        folder = tmp_path / str(number)
+
+        def work(rank: int, folder: Path = folder, changes: dict[str, Any] = changes) -> Ran:
+            own = {name: value for name, value in changes.items() if isinstance(name, str) and name != "of_rank"}
+            if rank in changes:
+                own[changes["of_rank"]] = changes[rank]
+            return cli(*setting.train(own.pop("output_dir", folder), **{"parts": 2, "no_before": True, **own}))
+
+        found = ranks(3, work)
+        assert [ran.code for ran in found] == [2, 2, 2], (words, found)
+        assert re.search(words, found[0].err), found[0].err
+        assert found[0].err.count("error: ") == 1
+        assert all((ran.out, ran.err) == ("", "") for ran in found[1:])
+        assert not (folder / "steps.jsonl").exists()
+
+
+LAUNCHERS = {
+    "torchrun": ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"),
+    "accelerate": (
+        "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
+        "--dynamo_backend", "no", "--main_process_port", "PORT",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_the_launchers_that_people_have(setting: Setting, tmp_path: Path, launcher: str) -> None:
+    """One process is killed on the way where the launcher starts it again."""
+    changes = {"steps": 60, "no_before": True}
+    done(*setting.train(tmp_path / "one", **changes))
+    start = [str(free_port()) if word == "PORT" else word for word in LAUNCHERS[launcher]]
+    several = tmp_path / "several"
+    process = subprocess.Popen(
+        [sys.executable, *start, "-m", "forwardtune", *map(str, setting.train(several, **changes))],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    log, killed = several / "steps.jsonl", False
+    while launcher == "torchrun" and process.poll() is None and not killed:
+        if log.exists() and log.read_bytes().count(b'"step"') > 5:
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            os.kill(int(children[-1]), signal.SIGKILL)
+            killed = True
+        time.sleep(0.01)
+    out, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, out
+    assert killed is (launcher == "torchrun")
     same_run(tmp_path / "one", several)

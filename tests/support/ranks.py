@@ -40,7 +40,9 @@ def ranks(count: int, work: Callable[[int], Any], *, within: float = 60.0, missi
     return results
 
 
-def ranks_with_a_kill(count: int, work: Callable[[int], Any], victim: int, after: float, grace: float = 5.0) -> list[Any]:
+def ranks_with_a_kill(
+    count: int, work: Callable[[int], Any], victim: int, after: float, grace: float = 5.0
+) -> list[Any]:
     """As :func:`ranks`, where one of them is killed after so many seconds, unless it is done by then. The others have so long to see it,
     then they are killed, as torchrun does. None for one without an answer."""
     begun = _begun(count, work, ())

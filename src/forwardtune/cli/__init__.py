@@ -49,7 +49,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     except (NonFiniteLossError, LogWriteError, WorkerError) as error:
         return _fail(error, 1)
     except InputError as error:
-        return _fail(_with_option(error), 2)
+        return _fail(InputError(_with_option(error)), 2)
     except LogError as error:
         return _fail(error, 2)
     except KeyboardInterrupt:

@@ -203,7 +203,8 @@ def open_session(
     tokens = [[e.prompt for e in split] + [option for e in split for option in e.options] for split in encoded.values()]
     digest = hashlib.blake2b(repr(tokens).encode(), digest_size=8).hexdigest()
     workers.require_same(
-        versions() | {"data with the digest": digest}, "every rank must be started in the same way, on the same data"
+        versions() | {"seed": options.seed, "data with the digest": digest},
+        "every rank must be started in the same way, on the same data",
     )
     if workers.count > 1:
         pass  # each would choose a number of threads for itself

@@ -61,6 +61,7 @@ def run(parsed: argparse.Namespace) -> int:
     workers = workers_of_launch(asked.value("worker_timeout"))
     whole_folder, log = Path(asked.output_dir), None
     folder = workers.own(whole_folder)
+    _require_writable(folder, workers)
     given = _absolute(asked.settings)  # the log may be read in another folder
     resume = parsed.resume or _starts_again(folder, workers)
     if resume:
@@ -130,6 +131,16 @@ def run(parsed: argparse.Namespace) -> int:
     write_json(folder / METRICS, metrics)
     workers.wait()
     return _report(metrics, folder, options.method, parsed.json)
+
+
+def _require_writable(folder: Path, workers: Alone) -> None:
+    """Raise InputError if a rank could not write its folder, which would show when all have loaded the model."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if workers.count > 1 and not (there.is_dir() and os.access(there, os.W_OK)):
+        raise InputError(
+            f"cannot write to {there}: every rank keeps the log, so give an --output-dir that all can write, on a "
+            "common disk or on the disk of each machine"
+        )
 
 
 def _starts_again(folder: Path, workers: Alone) -> bool:

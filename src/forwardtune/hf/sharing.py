@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.trainer_pt_utils import find_batch_size
+from transformers.trainer_utils import has_length
 
 from ..processes import Launch
 from ..workers import Alone, cut
@@ -112,12 +114,22 @@ class DividedPredictions:
     def __init__(self, loader: Any, workers: Alone, predict: Callable[[Any], Any]) -> None:
         self._loader, self._workers, self._predict = loader, workers, predict
         self.ready: list[Any] = []
+        self._size: int | None = None
+
+    def cut(self, value: Any) -> Any:
+        """What Trainer gathers of a batch, in the place of accelerate: a loss stands for every example of a full batch, also in a
+        short one."""
+        return (
+            value[: self._size] if isinstance(value, Tensor) and value.ndim == 1 and has_length(self.dataset) else value
+        )
 
     def __iter__(self) -> Iterator[Any]:
         batches = iter(self._loader)
         while batch_round := list(islice(batches, self._workers.count)):
             self.ready = self._predicted(batch_round)
-            yield from batch_round
+            for batch in batch_round:
+                self._size = find_batch_size(batch)
+                yield batch
 
     def __len__(self) -> int:
         return len(self._loader)

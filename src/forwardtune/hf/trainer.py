@@ -271,7 +271,7 @@ class MeZOTrainer(Trainer):
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's; several workers predict a batch each, and every one of them has all predictions."""
-        if self.workers.count == 1:
+        if self.workers.count == 1 or self.args.batch_eval_metrics:  # which asks the loader whether a batch is the last
             return super().evaluation_loop(dataloader, *args, **kwargs)
         loss_only = args[1] if len(args) > 1 else kwargs.get("prediction_loss_only")
         loss_only = self.args.prediction_loss_only if loss_only is None else loss_only
@@ -281,6 +281,7 @@ class MeZOTrainer(Trainer):
             return super(MeZOTrainer, self).prediction_step(self.model, batch, loss_only, ignored)
 
         self._divided = DividedPredictions(dataloader, self.workers, predict)
+        self.gather_function = self._divided.cut
         try:
             return super().evaluation_loop(self._divided, *args, **kwargs)
         finally:
