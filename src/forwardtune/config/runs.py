@@ -111,7 +111,6 @@ class MeZOSettings:
         600.0,
         "a worker that has not answered for so long is gone: 90s, 10m",
         read=seconds_of,
-        bounds=POSITIVE,
         free=True,
     )
 

@@ -267,7 +267,8 @@ class MeZOTrainer(Trainer):
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """As Trainer's, over all parts."""
-        return sum(super(MeZOTrainer, self).floating_point_ops(part) for part in parts_of(inputs))
+        of_one = super().floating_point_ops
+        return sum(of_one(part) for part in parts_of(inputs))
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's; several workers predict a batch each, and every one of them has all predictions."""
@@ -277,10 +278,10 @@ class MeZOTrainer(Trainer):
         loss_only = self.args.prediction_loss_only if loss_only is None else loss_only
         ignored = args[2] if len(args) > 2 else kwargs.get("ignore_keys")
 
-        def predict(batch: Any) -> Any:
-            return super(MeZOTrainer, self).prediction_step(self.model, batch, loss_only, ignored)
-
-        self._divided = DividedPredictions(dataloader, self.workers, predict)
+        step = super().prediction_step
+        self._divided = DividedPredictions(
+            dataloader, self.workers, lambda batch: step(self.model, batch, loss_only, ignored)
+        )
         self.gather_function = self._divided.cut
         try:
             return super().evaluation_loop(self._divided, *args, **kwargs)
