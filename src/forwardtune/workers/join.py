@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
-from ..errors import InputError, UnreachableError
+from ..errors import InputError, UnreachableError, WorkerError
 from ..processes import Launch
 
 _POLL = 0.05
@@ -29,6 +29,7 @@ def join(launch: Launch, timeout: float) -> None:
 
     Raises:
         InputError: ranks did not come in time, or rank 0 cannot be reached.
+        WorkerError: a rank came and is gone.
     """
     if torch.cuda.is_available():
         torch.cuda.set_device(launch.local_rank % torch.cuda.device_count())
@@ -45,9 +46,12 @@ def join(launch: Launch, timeout: float) -> None:
     _await(store, launch, timeout)
     # gloo for what lies on the host, as losses do, and nccl where there are GPUs: torch's own choice.
     backend = None if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(
-        backend, store=store, rank=launch.rank, world_size=launch.count, timeout=timedelta(seconds=timeout)
-    )
+    try:
+        dist.init_process_group(
+            backend, store=store, rank=launch.rank, world_size=launch.count, timeout=timedelta(seconds=timeout)
+        )
+    except RuntimeError as error:
+        raise WorkerError(f"a process of the run is gone while they meet ({str(error).splitlines()[0]})") from None
 
 
 def _store(host: str, port: int, launch: Launch, timeout: float) -> Store:
@@ -81,7 +85,7 @@ def _await(store: Store, launch: Launch, timeout: float) -> None:
             missing = [rank for rank in missing if not store.check([f"here/{rank}"])]
             time.sleep(_POLL if missing else 0)
     except RuntimeError:
-        raise InputError(f"rank {launch.rank}: rank 0 has given up waiting: see its message") from None
+        raise WorkerError(f"rank {launch.rank}: rank 0 is gone, or has given up waiting: see its message") from None
     if missing:
         who = f"rank {missing[0]}" if len(missing) == 1 else f"ranks {', '.join(map(str, missing))}"
         raise InputError(
