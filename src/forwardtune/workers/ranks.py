@@ -64,10 +64,7 @@ class Ranks(Alone):
         if any(content[:_DIGEST] != sent[0][:_DIGEST] for content in sent):
             for used, left_out in self.all([sorted(ids) for ids in seen]):
                 seen |= Seen(frozenset(used), frozenset(left_out))
-        found: dict[Unit, Losses] = {}
-        for units, content in zip(dealt, sent, strict=True):
-            found |= _unpacked(units, parts, content[2 * _DIGEST :])
-        return [[found[Unit(query, part)] for query in range(len(queries))] for part in range(len(parts))], seen
+        return assembled(sent, dealt, len(queries), parts), seen
 
     def _evaluated(
         self, units: Sequence[Unit], queries: Sequence[Query], parts: Parts, evaluate: Evaluate
@@ -164,6 +161,14 @@ class Ranks(Alone):
 
     def tell(self, error: BaseException) -> None:
         self._wire.tell(error)
+
+
+def assembled(sent: Sequence[bytes], dealt: Sequence[Sequence[Unit]], queries: int, parts: Parts) -> list[list[Losses]]:
+    """What the ranks sent, by part and query."""
+    found: dict[Unit, Losses] = {}
+    for units, content in zip(dealt, sent, strict=True):
+        found |= _unpacked(units, parts, content[2 * _DIGEST :])
+    return [[found[Unit(query, part)] for query in range(queries)] for part in range(len(parts))]
 
 
 def _digest(content: str | bytes) -> bytes:
