@@ -70,7 +70,7 @@ NEEDS = {
 NEEDS |= {f"search/{file}.py": set() for file in ("budget", "guard", "line_search", "rates")}
 
 # What `pip install forwardtune` does not bring, by the names that are imported.
-EXTRA = {"sklearn", "matplotlib", "pandas", "seaborn"}
+EXTRA = {"sklearn", "matplotlib", "pandas", "seaborn", "submitit"}
 
 MODULES = sorted(path.relative_to(SOURCE) for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")
 

@@ -211,6 +211,21 @@ def test_trainer_in_several_processes_is_trainer_in_one(tmp_path: Path, run: str
     assert checkpoints == {path.name for path in (tmp_path / "one").glob("checkpoint-*")}
 
 
+def test_a_script_that_is_started_again_goes_on(tmp_path: Path) -> None:
+    """The lines of the script stay as they are: the launcher says that it was started before."""
+    one, _ = trained(tmp_path / "one", parts=2)
+
+    def work(rank: int, restarts: int, steps: int) -> str:
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(restarts)
+        trainer, _ = trained(tmp_path / "several", parts=2, max_steps=steps)
+        return str(trainer.mezo.tuned.digest())
+
+    ranks(2, lambda rank: work(rank, 0, 3), within=120)
+    assert ranks(3, lambda rank: work(rank, 1, 5), within=120) == [one.mezo.tuned.digest()] * 3
+    refused = ranks(2, lambda rank: work(rank, 0, 7), within=120)
+    assert all("already holds a run" in str(error) for error in refused)
+
+
 def test_parts_have_the_loss_of_the_minibatch(tmp_path: Path) -> None:
     """Also where the loss is a mean over tokens: their number is that of the whole minibatch."""
     whole, parted = (read_log(trained(tmp_path / str(parts), parts)[0].step_log).records for parts in (1, 3))
