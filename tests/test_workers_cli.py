@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -136,10 +137,19 @@ def test_evaluation_is_divided(setting: Setting, tmp_path: Path) -> None:
     assert json.loads(first.out)["test"] == expected
 
 
+def moment(draw: random.Random, log: Path) -> Callable[[], bool]:
+    """True from a random moment on: after a time, or when a log has grown by so many bytes, and a little later."""
+    begun, size = time.monotonic(), log.stat().st_size if log.exists() else 0
+    after, growth = draw.choice([(draw.uniform(0.1, 2.0), 0), (60.0, draw.randrange(1, 2000))])
+    return lambda: (
+        time.monotonic() - begun > after or bool(growth and log.exists() and log.stat().st_size > size + growth)
+    )
+
+
 def test_kills_of_random_ranks_at_random_moments_lose_nothing(setting: Setting, tmp_path: Path) -> None:
     """The launcher starts the group again after each, with two ranks or three. ``FORWARDTUNE_KILLS`` says how many kills."""
     kills, draw = int(os.environ.get("FORWARDTUNE_KILLS", "12")), random.Random(0)
-    changes = {"steps": 20 + 12 * kills, "parts": 2, "eval_steps": 30, "rule": "momentum", "no_before": True}
+    changes = {"steps": 10 + 4 * kills, "parts": 2, "eval_steps": 25, "rule": "momentum", "no_before": True}
     changes |= {"worker_timeout": "20s"}
     done(*setting.train(tmp_path / "one", **changes))
     several, found, steps = tmp_path / "several", [], []
@@ -151,8 +161,11 @@ def test_kills_of_random_ranks_at_random_moments_lose_nothing(setting: Setting, 
             return cli(*setting.train(several, **changes)).code
 
         last = restart == kills
-        victim, moment = draw.randrange(count), 600.0 if last else draw.uniform(0.1, 2.0)
-        found.append(ranks_with_a_kill(count, work, victim, moment))
+        victim = draw.randrange(count)
+        if last:
+            found.append(ranks(count, work, within=120))
+        else:
+            found.append(ranks_with_a_kill(count, work, victim, moment(draw, several / "steps.jsonl")))
         steps.append(read_log(several / "steps.jsonl").steps if (several / "steps.jsonl").exists() else 0)
         assert last or all(code in (1, None) for code in found[-1]), found[-1]
     noticed = [code for codes in found[:-1] for code in codes].count(1)

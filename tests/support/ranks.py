@@ -5,10 +5,13 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
+
+from tqdm import tqdm
 
 _FORK = multiprocessing.get_context("fork")
 
@@ -47,7 +50,9 @@ def ranks_with_a_kill(
     then they are killed, as torchrun does. None for one without an answer."""
     begun = _begun(count, work, ())
     process, here = begun[victim]
-    if not here.poll(after):
+    while not here.poll(0.003) and not now():
+        pass
+    if not here.poll():
         process.kill()
     until, results = time.monotonic() + grace, []
     for process, here in begun:
@@ -79,6 +84,8 @@ def _run(work: Callable[[int], Any], rank: int, count: int, port: int, answer: C
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(count), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
+    # tqdm's lock is one of all forked processes: who is killed while he has it would stop the others.
+    tqdm.set_lock(threading.RLock())
     try:
         result: Any = work(rank)
     except BaseException as error:
