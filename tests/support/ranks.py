@@ -44,10 +44,10 @@ def ranks(count: int, work: Callable[[int], Any], *, within: float = 60.0, missi
 
 
 def ranks_with_a_kill(
-    count: int, work: Callable[[int], Any], victim: int, after: float, grace: float = 5.0
+    count: int, work: Callable[[int], Any], victim: int, now: Callable[[], bool], grace: float = 5.0
 ) -> list[Any]:
-    """As :func:`ranks`, where one of them is killed after so many seconds, unless it is done by then. The others have so long to see it,
-    then they are killed, as torchrun does. None for one without an answer."""
+    """As :func:`ranks`, where one of them is killed when it is ``now``, unless it is done by then. The others have so long to see it, then
+    they are killed, as torchrun does. None for one without an answer."""
     begun = _begun(count, work, ())
     process, here = begun[victim]
     while not here.poll(0.003) and not now():
