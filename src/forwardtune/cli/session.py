@@ -200,15 +200,10 @@ def open_session(
     if shots:
         say(f"  {encoder.demonstrated} of {shots} demonstrations fit before the longest prompt")
     some = next(iter(encoded.values()))
-    tokens = [[e.prompt for e in split] + [option for e in split for option in e.options] for split in encoded.values()]
-    digest = hashlib.blake2b(repr(tokens).encode(), digest_size=8).hexdigest()
-    workers.require_same(
-        versions() | {"seed": options.seed, "data with the digest": digest},
-        "every rank must be started in the same way, on the same data",
-    )
     if workers.count > 1:
-        pass  # each would choose a number of threads for itself
-    elif resumed is not None:
+        facts = versions() | {"seed": options.seed, "data with the digest": _digest(encoded)}
+        workers.require_same(facts, "every rank must be started in the same way, on the same data")
+    elif resumed is not None:  # several would each choose a number of threads for themselves
         from ..hf.log_keeper import noted_threads
 
         cores.follow(noted_threads(resumed, 0))
@@ -234,6 +229,12 @@ def open_session(
         cores=cores if options.device == "cpu" and workers.count == 1 else None,
         workers=workers,
     )
+
+
+def _digest(encoded: dict[str, list[Encoded]]) -> str:
+    """Of the tokens of all splits."""
+    tokens = [[(e.prompt, e.options) for e in split] for split in encoded.values()]
+    return hashlib.blake2b(repr(tokens).encode(), digest_size=8).hexdigest()
 
 
 def _load_splits(task: Task, options: Any, wanted: Sequence[str]) -> dict[str, Split]:
