@@ -613,7 +613,7 @@ def test_version_and_usage() -> None:
 def test_a_process_of_a_launcher_is_refused_before_anything_is_loaded(
     setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     ran = cli(*setting.train(tmp_path / "run"))
     assert ran.code == 2
     assert "2 processes" in ran.err

@@ -66,13 +66,14 @@ NEEDS = {
     "durations": set(),
     "config": set(),
     "processes": set(),
-    "workers": set(),
     "trajectory": {"torch", "safetensors"},
-} | {part: {"torch"} for part in ("storage", "parameters", "method", "points", "optimizer", "search", "cores")}
+} | {
+    part: {"torch"} for part in ("storage", "parameters", "method", "points", "optimizer", "search", "cores", "workers")
+}
 NEEDS |= {f"search/{file}.py": set() for file in ("budget", "guard", "line_search", "rates")}
 
 # What `pip install forwardtune` does not bring, by the names that are imported.
-EXTRA = {"sklearn", "matplotlib", "pandas", "seaborn"}
+EXTRA = {"sklearn", "matplotlib", "pandas", "seaborn", "submitit"}
 
 MODULES = sorted(path.relative_to(SOURCE) for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")
 

@@ -300,6 +300,49 @@ def test_ctrl_c_stops_the_runs_and_the_next_sweep_resumes_them(bench: Bench) -> 
     assert metrics["resumed"]
 
 
+def test_runs_may_be_jobs_that_are_submitted(bench: Bench, tmp_path: Path) -> None:
+    """submitit's local jobs are the ones that SLURM would run; they are stopped and resumed as processes are."""
+    pytest.importorskip("submitit")
+    from forwardtune.paper.sweep.submitted import Submitter
+
+    def submitted(sweep: Sweep) -> Any:
+        program = (sys.executable, "-S", str(bench.program))
+        submit = Submitter("local", tmp_path / "jobs", ["timeout_min=5"])
+        return run_sweep(sweep, bench.folder, bases={}, jobs=2, say=bench.said.append, program=program, submit=submit)
+
+    sweep = bench.sweep("fail", "wait", "score")
+    steps = bench.folder.of(sweep.runs[1]) / "steps.jsonl"
+
+    def interrupt() -> None:
+        end = time.monotonic() + 60
+        while not (steps.exists() and bench.folder.metrics(sweep.runs[2])) and time.monotonic() < end:
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    outcome = submitted(sweep)
+    thread.join()
+    assert (outcome.finished, [run.method for run in outcome.failed], outcome.stopped) == (1, ["fail"], True)
+    assert [bench.folder.state(run) for run in sweep.runs] == ["failed", "started", "finished"]
+    assert "out of memory: lower --batch-size" in bench.folder.log_file(sweep.runs[0]).read_text()
+    outcome = submitted(bench.sweep("score", "wait", "score"))
+    assert (outcome.finished, outcome.stopped) == (3, False)
+    metrics = bench.folder.metrics(sweep.runs[1])
+    assert metrics is not None
+    assert metrics["resumed"]
+
+
+def test_what_submitit_does_not_know_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("submitit")
+    from forwardtune.paper.sweep.submitted import Submitter
+
+    with pytest.raises(InputError, match=r"--launcher-option fast: write it as NAME=VALUE"):
+        Submitter("local", tmp_path, ["fast"])
+    with pytest.raises(InputError, match=r"--launcher local: .*wrong"):
+        Submitter("local", tmp_path, ["wrong=1"])
+
+
 def test_jobs_run_at_once_and_share_the_cores(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     sweep = bench.sweep("meet", "meet")

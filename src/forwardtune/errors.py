@@ -23,6 +23,10 @@ class InputError(ValueError):
         self.argument = argument
 
 
+class UnreachableError(InputError):
+    """Rank 0 cannot be reached, so this process has to speak for itself."""
+
+
 class LogError(ValueError):
     """A step log that cannot be used; the message says what is wrong with it and what to do."""
 
@@ -33,6 +37,10 @@ class LogWriteError(LogError):
 
 class NonFiniteLossError(RuntimeError):
     """The loss was infinite or not a number in too many steps in a row."""
+
+
+class WorkerError(RuntimeError):
+    """Another process of the run failed, is gone, or has other weights; every step so far is in the log."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -27,6 +27,7 @@ from .tasks import Task, metrics
 from .tasks.batching import Layout, collate
 from .tasks.encoding import Encoded
 from .tasks.tokens import padding_id
+from .workers import Alone
 
 Progress = Callable[[int, int], object]
 
@@ -49,6 +50,7 @@ def evaluate(
     outcomes: list[float] | None = None,
     completions: list[str] | None = None,
     scores: list[list[float]] | None = None,
+    workers: Alone | None = None,
 ) -> dict[str, float]:
     """The task's metric and mean loss. What all prompts begin with, such as demonstrations, is processed once.
 
@@ -65,6 +67,7 @@ def evaluate(
         outcomes: filled with the task's metric, or the reward, for every example, in their order.
         completions: filled with what the model wrote for every example, in their order, for free text.
         scores: filled with the scores of every example's options, or with its preference margin, in their order.
+        workers: who share the batches; all have the result.
 
     Returns:
         ``{"accuracy": ..., "loss": ..., "examples": ...}`` for a choice, for preferences with a reference also
@@ -80,13 +83,16 @@ def evaluate(
     by_length = sorted(range(len(examples)), key=lambda i: examples[i].length)
     measurements: dict[str, list[float | None]] = {}
     texts: list[str] = []
-    scored: list[list[float]] = []
-    for lo in range(0, len(examples), batch_size):
-        numbers = by_length[lo : lo + batch_size]
+
+    every: list[list[float]] = []
+
+    def measure(numbers: list[int]) -> tuple[dict[str, list[float | None]], list[str], list[list[float]]]:
         batch = [examples[i] for i in numbers]
+        texts: list[str] = []
+        scored: list[list[float]] = []
         if task.free_text:
             written = write(model, tokenizer, task, [example.prompt for example in batch], context)
-            texts += written.texts
+            texts = written.texts
             measured = _measure_text(task, batch, written, rewards)
             if task.label:
                 measured["loss"] = target_likelihood(model, _inputs(model, batch, layout, context)).tolist()
@@ -97,12 +103,17 @@ def evaluate(
             found = task_scores(model, _inputs(model, batch, layout, context), task)
             if calibrations is not None:
                 found = found - _cached_scores(model, [calibrations[i] for i in numbers], layout, bare, known, found)
-            scored += found.reshape(len(batch), -1).tolist()
+            scored = found.reshape(len(batch), -1).tolist()
             measured = _measure_choice(task, batch, found)
+        return measured, texts, scored
+
+    batches = [by_length[lo : lo + batch_size] for lo in range(0, len(examples), batch_size)]
+    reach = None if progress is None else lambda done: progress(min(done * batch_size, len(examples)), len(examples))
+    for measured, own, some in (workers or Alone()).divided(measure, batches, reach):
+        texts += own
+        every += some
         for name, values in measured.items():
             measurements.setdefault(name, []).extend(values)
-        if progress is not None:
-            progress(lo + len(batch), len(examples))
 
     def in_order(values: Sequence[Any]) -> list[Any]:
         return [value for _, value in sorted(zip(by_length, values, strict=True), key=lambda pair: pair[0])]
@@ -112,8 +123,8 @@ def evaluate(
         outcomes[:] = [value or 0.0 for value in in_order(judged)]
     if completions is not None and task.free_text:
         completions[:] = in_order(texts)
-    if scores is not None and scored:
-        scores[:] = in_order(scored)
+    if scores is not None and every:
+        scores[:] = in_order(every)
     return {**{name: _mean(values) for name, values in measurements.items()}, "examples": len(examples)}
 
 

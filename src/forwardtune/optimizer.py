@@ -6,14 +6,13 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from .errors import InputError, NonFiniteLossError, nearest
-from .method.estimators import Estimator, Losses, get_estimator
+from .errors import InputError, NonFiniteLossError, nearest, warn
+from .method.estimators import Estimator, Losses, Query, get_estimator
 from .method.record import StepRecord, estimated, mean_loss, updates_of
 from .method.rule import History, Rule, move_all
 from .method.rules import get_rule
@@ -23,7 +22,8 @@ from .noise import Direction, LowRank, Noise, get_direction
 from .parameters import TunedParameters, require_settings
 from .points import Closure, Evaluator, Perturbation
 from .points.idle import IdleWatch
-from .workers import Alone
+from .processes import processor, versions
+from .workers import Alone, Parts, Seen
 
 
 class InterruptedUpdateError(RuntimeError):
@@ -78,7 +78,8 @@ class MeZO(torch.optim.Optimizer):
         rank: r of low-rank directions ``Z = U V^T / sqrt(r)`` of matrices; 0: full ones. By default 1 with
             ``assignment="example"``, else 0.
         refresh: V stays the same for so many steps (LOZO's nu).
-        workers: who evaluates which query.
+        workers: who evaluates which query: :class:`~forwardtune.workers.ranks.Ranks` shares them between the processes of ``torchrun``.
+        parts: into how many parts a minibatch is cut at most. With more than one, :meth:`step` takes :class:`~forwardtune.workers.Parts`.
 
     Raises:
         ValueError: an argument out of range, nothing to tune, or a tensor that cannot be perturbed.
@@ -111,6 +112,7 @@ class MeZO(torch.optim.Optimizer):
         rank: int | None = None,
         refresh: int = 1,
         workers: Alone | None = None,
+        parts: int = 1,
     ) -> None:
         if isinstance(params, nn.Module):
             module = params if module is None else module
@@ -124,6 +126,8 @@ class MeZO(torch.optim.Optimizer):
         if move not in MOVES:
             raise InputError(f"unknown move {move!r}{nearest(str(move), MOVES)}: choose {' or '.join(MOVES)}")
         self.move = move
+        if not (isinstance(parts, int) and parts >= 1):
+            raise InputError(f"parts must be an integer of at least 1, got {parts!r}")
         self.estimator = get_estimator(estimator, eps, probes, normalize, assignment)
         rank = int(self.estimator.per_example) if rank is None else rank
         if not rank and refresh != 1:
@@ -136,7 +140,8 @@ class MeZO(torch.optim.Optimizer):
         self.clip_coefficient = clip_coefficient
         self.max_skipped = max_skipped
         self.module = module
-        self.workers = workers or Alone()
+        self.workers, self.parts = workers or Alone(), parts
+        self._have_met = False
         #: Called with a :class:`StepRecord` after every step; the step log is one of them.
         self.recorders: list[Callable[[StepRecord], None]] = []
         self.last: StepRecord | None = None
@@ -189,18 +194,18 @@ class MeZO(torch.optim.Optimizer):
         )
 
     @torch.no_grad()
-    def step(self, closure: Closure | None = None) -> float:  # type: ignore[override]
+    def step(self, closure: Closure | Parts | None = None) -> float:  # type: ignore[override]
         """Take one step and return the mean of the losses that it saw.
 
         Args:
-            closure: evaluates the loss of the minibatch, or the losses of its examples. ``None`` applies what :meth:`estimate` has gathered.
+            closure: evaluates the loss of the minibatch, or the losses of its examples; or those of its parts. ``None`` applies what :meth:`estimate` has gathered.
         """
         if closure is not None:
             self.estimate(closure)
         return self.apply()
 
     @torch.no_grad()
-    def estimate(self, closure: Closure) -> float:
+    def estimate(self, closure: Closure | Parts) -> float:
         """Query the losses of the coming step; they are added to what earlier calls of the same step gathered.
 
         Calling it for several microbatches whose losses add up to the minibatch loss is gradient accumulation; losses that come one
@@ -210,20 +215,71 @@ class MeZO(torch.optim.Optimizer):
             The mean of this call's losses.
         """
         self.require_whole_weights()
+        self.meet()
         began = time.perf_counter()
         before = len(self._pending[0]) if self._pending else 0
         queries = [query.after(before) for query in self.estimator.queries()]
         try:
-            losses, used = self.workers.losses(queries, partial(self.evaluator.losses, self.next_step, closure=closure))
+            parts = Parts.of(closure)
+            parts.require(self.parts, self.estimator.per_example)
+            by_part, seen = self.workers.losses(queries, parts, self._evaluate)
         except BaseException:
             self._forget_estimate()  # the step would be made of a part of its microbatches
             raise
+        losses: list[Losses] | None = None
+        for own in by_part:
+            losses = self.estimator.merge(losses, own)
+        assert losses is not None
         self._pending = self.estimator.merge(self._pending, losses)
-        self._used = Used.of(self._used).merged(used)
+        self.evaluator.leave_out(seen.left_out)
+        self._used = Used.of(self._used).merged(seen.used)
         self._used -= self.evaluator.left_out  # an earlier microbatch may have had a path
         self._seconds += time.perf_counter() - began
         values = [loss for own in losses for loss in own]
         return math.fsum(values) / len(values) if all(map(math.isfinite, values)) else math.nan
+
+    def _evaluate(self, queries: Sequence[Query], closure: Closure) -> tuple[list[Losses], Seen]:
+        losses, used = self.evaluator.losses(self.next_step, queries, closure)
+        return losses, Seen(Used.of(used), self.evaluator.left_out)
+
+    def meet(self) -> None:
+        """See to it that all workers are set up alike, once, before the first step.
+
+        Raises:
+            InputError: they are not, or there are more of them than evaluations in a step.
+        """
+        if self._have_met or self.workers.count == 1:
+            return
+        evaluations = len(self.estimator.queries()) * self.parts
+        if self.workers.count > evaluations:
+            raise InputError(
+                f"a step has {evaluations} evaluations, and {self.workers.count} workers would share them: start fewer, or cut the "
+                f"minibatch into more parts, at least {-(-self.workers.count * self.parts // evaluations)} (parts)",
+                "parts",
+            )
+        facts: dict[str, Any] = {f"{package} version": version for package, version in versions().items()}
+        facts |= {
+            "seed": self.noise.seed,
+            "direction": self.noise.direction.name,
+            "structure": repr(self.noise.structure),
+        }
+        facts |= self.estimator.settings() | {
+            "rule": self.rule.name,
+            "rule_settings": self.rule.settings(),
+            "parts": self.parts,
+        }
+        facts |= {"learning rates": [float(group["lr"]) for group in self.param_groups], "steps taken": self.next_step}
+        facts |= {"tensors": self.tuned.describe(), "weights with the digest": self.tuned.digest()}
+        self.workers.require_same(facts, "every rank must be started in the same way, on the same model and data")
+        if (difference := self.workers.compare(self.computing())) is not None:
+            warn(f"{difference}: losses may differ in their last digits from those of another division of the work")
+        self._have_met = True
+
+    def computing(self) -> dict[str, Any]:
+        """What this process computes with, on which the last bits of a loss may depend."""
+        device = self.tuned[0].parameter.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+        return {"processor": name, "threads": torch.get_num_threads()}
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As for any optimizer; what :meth:`estimate` has gathered is dropped, as gradients would be."""
@@ -296,6 +352,7 @@ class MeZO(torch.optim.Optimizer):
         self.last = record
         for recorder in self.recorders:
             recorder(record)
+        self.workers.taken(record.step + 1, self.tuned.digest)
         self._skipped = self._skipped + 1 if record.skipped else 0
         if self._skipped >= self.max_skipped:
             raise NonFiniteLossError(

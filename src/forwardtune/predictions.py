@@ -30,6 +30,8 @@ def option_names(task: Task, example: Encoded) -> list[str]:
 
 def asked(task: Task, example: Encoded) -> dict[str, Any]:
     """``{"input": prompt, "gold": the right answer}``; several right answers are a list, and without one there is no gold."""
+    if task.conversational:
+        return {"input": example.example.prompt}
     if task.free_text:
         gold = list(example.texts)
     else:
@@ -54,6 +56,8 @@ def answered(
         preference ``answer``, ``margin`` and ``right``; for free text ``completion``, ``score`` and, where there is a target,
         ``right``: whether it is the target but for case, punctuation and articles.
     """
+    if task.conversational:
+        return {"token_accuracy": outcome}
     if task.free_text:
         line: dict[str, Any] = {"completion": completion, "score": outcome}
         if example.texts and completion is not None:
@@ -80,6 +84,8 @@ def question(task: Task, row: Mapping[str, Any], where: str) -> Example:
         RowError: a column that the prompt or the answers need is missing or empty; ``where`` names the row.
         InputError: the task prefers texts, and so has no answer to give.
     """
+    if task.conversational:
+        raise InputError("conversations have no answer to predict: use forwardtune generate, or chat")
     if task.preference is not None:
         raise InputError(f"task {task.name} prefers one text to another: it has no answer to predict")
     if task.free_text:
@@ -99,7 +105,7 @@ def summary(
         ``{"macro_f1": ..., "calibration_error": ...}``, as far as they have a meaning, and :func:`by_class` of a task whose
         examples have the same answers, else nothing.
     """
-    if task.free_text or task.preference is not None or not lines:
+    if task.free_text or task.conversational or task.preference is not None or not lines:
         return {}, {}
     confidence = calibration_error([line["confidence"] for line in lines], [line["right"] for line in lines])
     if task.answers is None:

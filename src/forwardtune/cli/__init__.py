@@ -13,17 +13,34 @@ import platform
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib import import_module, metadata
 from typing import Any
 
 from .. import __version__
-from ..errors import InputError, LogError, LogWriteError, NonFiniteLossError
+from ..errors import InputError, LogError, LogWriteError, NonFiniteLossError, UnreachableError, WorkerError
+from ..processes import is_first
 from .commands import make_parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code."""
+    """Run one command and return its exit code. Of several processes of a launch, rank 0 alone is heard."""
+    with _first_is_heard():
+        return _run(arguments)
+
+
+@contextmanager
+def _first_is_heard() -> Iterator[None]:
+    if is_first():
+        yield
+        return
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
+    with open(os.devnull, "w", encoding="utf-8") as nobody, redirect_stdout(nobody), redirect_stderr(nobody):
+        yield
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     parser = make_parser()
     options = parser.parse_args(arguments)
     if options.version:
@@ -36,22 +53,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run = getattr(import_module(f".{module}", __name__), function)
         return int(run(options) or 0)
-    except (NonFiniteLossError, LogWriteError) as error:
+    except UnreachableError as error:
+        with redirect_stderr(sys.__stderr__):
+            return _fail(error, 2)
+    except (NonFiniteLossError, LogWriteError, WorkerError) as error:
         return _fail(error, 1)
     except InputError as error:
-        return _fail(_with_option(error), 2)
+        return _fail(InputError(_with_option(error)), 2)
     except LogError as error:
         return _fail(error, 2)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except MemoryError as error:
-        return _fail(f"out of memory: lower --batch-size, or use --dtype bfloat16 {error}", 1)
+        return _fail(MemoryError(f"out of memory: lower --batch-size, or use --dtype bfloat16 {error}"), 1)
     except BrokenPipeError:  # the reader of stdout has gone, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        return _fail(f"{where}{error.strerror or error}. Nothing that was saved before is lost", 1)
+        return _fail(OSError(f"{where}{error.strerror or error}. Nothing that was saved before is lost"), 1)
 
 
 # What a report of a fault should name.
@@ -101,6 +121,8 @@ def _with_option(error: InputError) -> str:
 
 def _fail(error: object, code: int) -> int:
     say(f"forwardtune: error: {error}")
+    if isinstance(error, Exception) and "forwardtune.workers" in sys.modules:
+        sys.modules["forwardtune.workers"].launched().tell(error)
     return code
 
 

@@ -22,6 +22,7 @@ from ..objectives import TaskObjective
 from ..optimizer import MeZO
 from ..points.idle import summary
 from ..run_folder import COMPLETIONS, DEV, TERMS, read_lines
+from ..workers import Alone
 from . import say
 from .results import add_lines, write_lines
 from .session import Session, bar
@@ -45,7 +46,7 @@ class Monitor(TrainerCallback):
     """
 
     def __init__(self, session: Session, last: Callable[[], Any], held: Callable[[], bool]) -> None:
-        self._options, self._deadline = session.options, session.deadline
+        self._options, self._deadline, self._workers = session.options, session.deadline, session.workers
         self._last, self.held = last, held
         self._recent: deque[float] = deque(maxlen=_WINDOW)
         self._steps = self._skipped = self._flat = 0
@@ -69,7 +70,10 @@ class Monitor(TrainerCallback):
             advise(self._options.objective, self._flat, self._steps)
         if self.held():
             return
-        if self._deadline is not None and time.monotonic() >= self._deadline and not is_last:
+        # Several workers stop after the same step.
+        over = self._workers.any(self._deadline is not None and time.monotonic() >= self._deadline)
+        self._interrupted = self._workers.any(self._interrupted)
+        if over and not is_last:
             self.is_over = control.should_training_stop = True
             say(f"the time is over after step {state.global_step} of {state.max_steps}")
         if self._interrupted:
@@ -133,11 +137,12 @@ class ObjectiveLog(TrainerCallback):
 
     Args:
         folder: of the run.
+        workers: the processes that evaluate it.
         completions: whether the objective keeps what was written, at the steps that it was asked for.
     """
 
-    def __init__(self, objective: TaskObjective, folder: Path, *, completions: bool) -> None:
-        self._objective, self._folder = objective, folder
+    def __init__(self, objective: TaskObjective, folder: Path, workers: Alone, *, completions: bool) -> None:
+        self._objective, self._folder, self._workers = objective, folder, workers
         self._files = (TERMS, COMPLETIONS) if completions else (TERMS,)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -147,6 +152,7 @@ class ObjectiveLog(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         step, objective = state.global_step, self._objective
+        objective.gather(self._workers)
         add_lines(self._folder / TERMS, [{"step": step, "objective": objective.take_statistics()}])
         written = [{"step": step, "split": "train", **sample} for sample in objective.take_samples()]
         add_lines(self._folder / COMPLETIONS, written)

@@ -162,6 +162,14 @@ def _add_sweeps(commands: Any) -> None:
     parser.add_argument("file", help="the sweep file (.yaml); docs/sweeps.md describes it")
     parser.add_argument("--output-dir", help="folder of all runs; the same one resumes [runs/NAME]")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, which share the cores [1]")
+    parser.add_argument("--launcher", choices=("slurm", "local"), help="submit runs as jobs, --jobs of them at once")
+    parser.add_argument(
+        "--launcher-option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="of submitit, such as slurm_partition=gpu, timeout_min=600 or gpus_per_node=1; may be given several times",
+    )
     parser.add_argument("--data-dir", help="folder with the data of tasks that do not bring them")
     parser.add_argument("--dry-run", action="store_true", help="list the runs and their state; run nothing")
     parser.set_defaults(run="sweeps.run")

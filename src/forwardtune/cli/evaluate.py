@@ -11,6 +11,7 @@ from .. import memory
 from ..errors import InputError
 from ..paper.extra import PROBING, require
 from ..run_folder import METRICS
+from ..workers import workers_of_launch
 from .options import ask
 from .predicted import examine, show_classes, write_predictions
 from .results import new_folder, plain, write_json
@@ -20,7 +21,9 @@ from .session import Session, open_session
 def run_eval(parsed: argparse.Namespace) -> None:
     """Evaluate and print one JSON object on stdout."""
     options = _described(parsed, "eval")
-    session = open_session(options, "test", shots=options.shots, calibrate=options.calibrate)
+    session = open_session(
+        options, "test", shots=options.shots, calibrate=options.calibrate, workers=workers_of_launch()
+    )
     name = "icl" if options.shots else "zero-shot"
     metrics = session.facts("eval", f"{name}-calibrated" if options.calibrate else name)
     if options.shots:
@@ -34,7 +37,7 @@ def run_probe(parsed: argparse.Namespace) -> None:
 
     require("linear probes", PROBING)
     options = _described(parsed, "probe")
-    session = open_session(options, "train", "dev", "test")
+    session = open_session(options, "train", "dev", "test", workers=workers_of_launch())
     if session.task.preference is not None:  # its right text is always the first
         raise InputError(
             f"task {session.task.name} prefers texts and has no classes to probe for: use forwardtune eval"
@@ -72,7 +75,7 @@ def _conclude(session: Session, metrics: dict[str, Any], parsed: argparse.Namesp
     if examined.classes:
         metrics["by_class"] = {"test": examined.classes}
     metrics["peak_memory_bytes"] = memory.peak(session.model.device)
-    if parsed.output_dir:
+    if parsed.output_dir and session.workers.is_first:
         folder = Path(parsed.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / METRICS, metrics)

@@ -47,6 +47,7 @@ _MANY_ROUNDED, _NEARLY_ALL_ROUNDED = 0.5, 0.999
 def train_mezo(session: Session, folder: Path, log: Log | None, settings: dict[str, Any]) -> Trained | None:
     """Run MeZO, and leave the model at its best step; None when Ctrl-C stopped it."""
     trained = _run_mezo(session, folder, log, settings)  # its trainer goes before the model is loaded again
+    folder = session.workers.own(folder)
     if trained is not None:
         step, step_log = trained.facts.get("best_step"), read_log(folder / "steps.jsonl")
         last = step_log.rollbacks[-1] if step_log.rollbacks else None
@@ -78,12 +79,13 @@ def _run_mezo(session: Session, folder: Path, log: Log | None, settings: dict[st
     automatic.announce = say
     automatic.measured_elsewhere = "dev" in session.splits and options.eval_steps is not None
     trainer.add_callback(Copied(lambda: trainer.mezo))
-    trainer.add_callback(ObjectiveLog(objective, folder, completions=bool(options.log_completions)))
+    own = session.workers.own(folder)
+    trainer.add_callback(ObjectiveLog(objective, own, session.workers, completions=bool(options.log_completions)))
     say(f"tuning for {options.steps} steps{f', {done} of them done' if done else ''}; steps go to {trainer.step_log}")
     run = Run(
         session,
         trainer,
-        folder,
+        own,
         last=lambda: trainer.mezo.last,
         held=lambda: trainer.mezo.held is not None,
         report=automatic.measured,
@@ -109,7 +111,7 @@ def _run_mezo(session: Session, folder: Path, log: Log | None, settings: dict[st
         "perturbation": trainer.mezo.perturbation.name if trainer.mezo.perturbation else options.perturbation,
         "zero_coefficient_steps": flat,
     }
-    return Trained(facts, run.history(step_log.records, read_lines(folder / TERMS)))
+    return Trained(facts, run.history(step_log.records, read_lines(own / TERMS)))
 
 
 def make_objective(session: Session) -> TaskObjective:

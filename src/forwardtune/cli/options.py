@@ -76,6 +76,10 @@ class Asked:
     file: str | None = None
     in_file: frozenset[str] = frozenset()
 
+    def value(self, name: str) -> Any:
+        """One setting, as it was given or by default."""
+        return self.settings.get(name, options(COMMANDS[self.command])[name].default)
+
     def describe(self, settings: dict[str, Any] | None = None, *, resumed: bool = False) -> Any:
         """The description of the run. Raises InputError for what has no meaning.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import random
 import sys
@@ -31,6 +32,7 @@ from ..models import (
 from ..noise import load_kernels
 from ..objectives import Reward, logits_at
 from ..objectives.mixture import parse
+from ..processes import versions
 from ..reference import with_reference
 from ..run_folder import METRICS, RunFolder, is_run
 from ..tasks import Split, Task, doubts, get_task, load_splits
@@ -38,6 +40,7 @@ from ..tasks.batching import Layout
 from ..tasks.encoding import Encoded, Encoder
 from ..tasks.weights import class_weights
 from ..trajectory import Log
+from ..workers import Alone
 from . import say
 from .results import resume_command
 
@@ -54,6 +57,7 @@ class Session:
         skipped: how many rows were left out of each split's source because the task cannot use them.
         deadline: when tuning must end, by ``time.monotonic``.
         cores: what chooses the number of threads, on a CPU.
+        workers: the processes that share the run.
     """
 
     model: Any
@@ -69,6 +73,7 @@ class Session:
     skipped: dict[str, int] = field(default_factory=dict)
     deadline: float | None = None
     cores: SharedCores | None = None
+    workers: Alone = field(default_factory=Alone)
 
     def evaluate(self, what: str, split: str = "test", **kept: list[Any]) -> dict[str, float]:
         """The task's metric and loss on a split, with a progress bar.
@@ -90,6 +95,7 @@ class Session:
             batch_size=self.options.batch_size,
             layout=self.layout,
             rewards=self.rewards,
+            workers=self.workers,
             **how,
         )
 
@@ -142,6 +148,7 @@ def open_session(
     calibrate: bool = False,
     prepare_model: Callable[[Any, Any], Any] | None = None,
     resumed: Log | None = None,
+    workers: Alone | None = None,
 ) -> Session:
     """Load task, data and model, in that order: what is cheap to refuse is refused first.
 
@@ -152,7 +159,9 @@ def open_session(
         calibrate: encode the test examples without content too.
         prepare_model: ``(model, tokenizer) -> model`` with what is to be tuned.
         resumed: the log of the run that goes on, with the number of threads that it had.
+        workers: the processes that share the run; they must have the same data.
     """
+    workers = workers or Alone()
     cores = SharedCores(say)
     task = get_task(options.task, options.data, streaming=options.streaming)
     rewards = _rewards(task, options)
@@ -191,7 +200,10 @@ def open_session(
     if shots:
         say(f"  {encoder.demonstrated} of {shots} demonstrations fit before the longest prompt")
     some = next(iter(encoded.values()))
-    if resumed is not None:
+    if workers.count > 1:
+        facts = versions() | {"seed": options.seed, "data with the digest": _digest(encoded)}
+        workers.require_same(facts, "every rank must be started in the same way, on the same data")
+    elif resumed is not None:  # several would each choose a number of threads for themselves
         from ..hf.log_keeper import noted_threads
 
         cores.follow(noted_threads(resumed, 0))
@@ -217,7 +229,8 @@ def open_session(
         demonstrations=encoder.demonstrated,
         rewards=rewards,
         skipped={name: split.skipped for name, split in splits.items() if split.skipped},
-        cores=cores if options.device == "cpu" else None,
+        cores=cores if options.device == "cpu" and workers.count == 1 else None,
+        workers=workers,
     )
 
 
@@ -259,6 +272,12 @@ def require_finished(folder: Path) -> None:
     steps = run.log.steps if run.log is not None else 0
     rebuild = f", rebuild its weights with forwardtune replay {folder} --steps {steps}" if steps else ""
     raise InputError(f"the run in {folder} is not finished, and {there}{rebuild}, or go on with it: {resume}")
+
+
+def _digest(encoded: dict[str, list[Encoded]]) -> str:
+    """Of the tokens of all splits."""
+    tokens = [[(e.prompt, e.options) for e in split] for split in encoded.values()]
+    return hashlib.blake2b(repr(tokens).encode(), digest_size=8).hexdigest()
 
 
 def _load_splits(task: Task, options: Any, wanted: Sequence[str]) -> dict[str, Split]:

@@ -11,6 +11,7 @@ from ..paper.report import write_page, write_report
 from ..paper.sweep import SweepFolder, read_sweep, run_sweep
 from ..paper.sweep.bases import prepare_bases
 from ..paper.sweep.plan import slug
+from ..paper.sweep.submitted import LAUNCHING, Submitter
 from ..run_folder import is_run
 from . import say
 
@@ -22,6 +23,10 @@ def run(options: argparse.Namespace) -> int:
     sweep = read_sweep(Path(options.file), options.data_dir)
     if any(run.command == "probe" for run in sweep.runs):
         require("linear probes", PROBING)
+    if options.launcher:
+        require(f"jobs of --launcher {options.launcher}", LAUNCHING, extra="slurm")
+    elif options.launcher_option:
+        raise InputError("--launcher-option belongs to --launcher slurm or local: give it too, or leave it out")
     folder = SweepFolder(Path(options.output_dir or Path("runs") / slug(sweep.name)))
     if options.dry_run:
         folder.require_same_runs(sweep.runs)
@@ -39,9 +44,14 @@ def run(options: argparse.Namespace) -> int:
             if not sweep.keep_models:
                 say("weights of finished runs are removed, step logs stay (keep-models: true keeps the weights)")
         bases = prepare_bases(folder.path, pending, say)
-        outcome = run_sweep(sweep, folder, bases=bases, jobs=options.jobs, say=say, lock=lock)
+        submit = None
+        if options.launcher:
+            submit = Submitter(options.launcher, folder.path / "jobs", options.launcher_option)
+        outcome = run_sweep(sweep, folder, bases=bases, jobs=options.jobs, say=say, lock=lock, submit=submit)
     again = f"forwardtune sweep {options.file} --output-dir {folder.path}"
     again += f" --data-dir {options.data_dir}" if options.data_dir else ""
+    again += "".join(f" --launcher-option {one}" for one in options.launcher_option)
+    again += f" --launcher {options.launcher} --jobs {options.jobs}" if options.launcher else ""
     if outcome.stopped:
         say(f"stopped with {outcome.finished} of {len(sweep.runs)} runs finished; go on with: {again}")
         return 130

@@ -18,12 +18,26 @@ from ..errors import InputError, NonFiniteLossError
 from ..evaluation import sign_test
 from ..files import read_json, write_text
 from ..models import EMBEDDED_MODEL, save_model
-from ..processes import require_one_process
-from ..run_folder import COMPLETIONS, HISTORY, INITIAL, LOG, METRICS, OUTCOMES, PREDICTIONS, TASK, read_lines
+from ..processes import Launch
+from ..run_folder import (
+    COMPLETIONS,
+    DEV,
+    HISTORY,
+    INITIAL,
+    LOG,
+    METRICS,
+    OUTCOMES,
+    PREDICTIONS,
+    TASK,
+    TERMS,
+    read_lines,
+)
 from ..tasks import get_task, task_names
 from ..tasks.chat import CHAT
 from ..tasks.splits import DEFAULT_RULE
 from ..trajectory import Log, read_log
+from ..trajectory.shared import any_has_log, share_log
+from ..workers import Alone, workers_of_launch
 from . import methods, say, tuned
 from .card import write_card
 from .costs import evaluation_steps, measure, measured_examples, steps_of_budget, steps_of_epochs
@@ -45,7 +59,6 @@ _SAMPLES = 32
 
 def run(parsed: argparse.Namespace) -> int:
     """Tune, evaluate before and after, and write model, step log and metrics."""
-    require_one_process()
     began = time.monotonic()
     asked = ask(parsed, "train")
     if asked.output_dir is None:
@@ -53,19 +66,33 @@ def run(parsed: argparse.Namespace) -> int:
     if parsed.overwrite and parsed.resume:
         raise InputError("--overwrite begins anew and --resume goes on: leave one of them out")
     methods.require_trackers(asked.settings.get("report_to"))
-    folder, log = Path(asked.output_dir), None
+    workers = workers_of_launch(asked.value("worker_timeout"))
+    if parsed.overwrite and workers.count > 1:
+        raise InputError(
+            "--overwrite moves a folder, which several processes cannot do together: move it yourself first"
+        )
+    whole_folder, log = Path(asked.output_dir), None
+    folder = workers.own(whole_folder)
+    _require_writable(folder, workers)
     given = _absolute(asked.settings)  # the log may be read in another folder
-    if parsed.resume:
+    resume = parsed.resume or _starts_again(folder, workers)
+    if resume:
+        share_log(folder / LOG, workers, (METRICS, OUTCOMES, PREDICTIONS, DEV, TERMS, COMPLETIONS, INITIAL, TASK))
         log, given = _resumed(given, folder)
-    options = asked.describe(given, resumed=parsed.resume)
+    options = asked.describe(given, resumed=resume)
+    if workers.count > 1 and options.method == "adam":
+        raise InputError("--method adam is a comparison, and runs in one process: start it without torchrun")
     if log is None:
         # A run that was killed before its first step leaves its first evaluation behind, and nothing else.
         begun = not read_json(folder / METRICS).keys() - {"before", "by_class"}
-        leftovers = (METRICS, OUTCOMES, PREDICTIONS, COMPLETIONS, INITIAL, TASK, "steps.jsonl.lock") if begun else ()
+        leftovers = (
+            (METRICS, OUTCOMES, PREDICTIONS, COMPLETIONS, INITIAL, TASK, "steps.jsonl.lock", "ranks") if begun else ()
+        )
         if parsed.overwrite:
             _require_outside(options, folder)
         else:
             new_folder(folder, leftovers=leftovers, resumable=True)
+        workers.wait()  # whoever makes a folder in it comes later
     metrics = read_json(folder / METRICS) if log else {}
     if log and "test" in metrics and log.end and _is_done(options, log, metrics):
         say(f"the run in {folder} is complete after {log.steps} steps: nothing to do (more --steps would extend it)")
@@ -79,9 +106,10 @@ def run(parsed: argparse.Namespace) -> int:
         tensors=tuned.tensors_of(log) if log else None,
         frozen=frozen,
     )
-    session = open_session(options, "train", "dev", "test", prepare_model=prepare, resumed=log)
+    session = open_session(options, "train", "dev", "test", prepare_model=prepare, resumed=log, workers=workers)
     if options.steps is None:
-        options.steps = _steps(session, began)  # before anything is evaluated: the time may be too short
+        # Before anything is evaluated: the time may be too short.
+        options.steps = workers.first(lambda: _steps(session, began))
     if parsed.overwrite and (aside := move_aside(folder)) is not None:
         say(f"what was in {folder} is in {aside} now")
     folder.mkdir(parents=True, exist_ok=True)
@@ -108,7 +136,7 @@ def run(parsed: argparse.Namespace) -> int:
             described[_MEASURED] = measured
     options.eval_steps = evaluation_steps(options, options.steps)
     inference_peak = session.inference_peak()
-    trained = methods.METHODS[options.method](session, folder, log, {**settings(options), **described})
+    trained = methods.METHODS[options.method](session, whole_folder, log, {**settings(options), **described})
     if trained is None:
         return 130
     steps = trained.facts["steps"]
@@ -125,13 +153,32 @@ def run(parsed: argparse.Namespace) -> int:
     if "before" in outcomes:
         metrics["sign_test"] = sign_test(outcomes["before"], outcomes["after"])
     metrics.update(trained.facts, inference_peak_memory_bytes=inference_peak)
+    if not workers.is_first:  # its log stays
+        workers.wait()
+        return 0
     save_model(session.model, session.tokenizer, folder)
     write_lines(folder / HISTORY, trained.history)
     write_json(folder / OUTCOMES, outcomes)
     write_predictions(folder, session, answers, after.answers)
     write_json(folder / METRICS, metrics)
     write_card(folder, session, plain(metrics), read_log(folder / LOG) if (folder / LOG).is_file() else None)
+    workers.wait()
     return _report(metrics, folder, options.method, parsed.json)
+
+
+def _require_writable(folder: Path, workers: Alone) -> None:
+    """Raise InputError if a rank could not write its folder, which would show when all have loaded the model."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if workers.count > 1 and not (there.is_dir() and os.access(there, os.W_OK)):
+        raise InputError(
+            f"cannot write to {there}: every rank keeps the log, so give an --output-dir that all can write, on a "
+            "common disk or on the disk of each machine"
+        )
+
+
+def _starts_again(folder: Path, workers: Alone) -> bool:
+    """Whether a launcher has started this run again, which then goes on."""
+    return Launch.read().restarts > 0 and any_has_log(folder / LOG, workers)
 
 
 def _measure(session: Session, folder: Path, what: str, step: int) -> Examined:

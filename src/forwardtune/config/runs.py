@@ -179,6 +179,18 @@ class MeZOSettings:
     clip_coefficient: float | None = _of_mezo(
         None, "largest magnitude of a projected gradient", shown="none", bounds=POSITIVE
     )
+    parts: int | None = _of_mezo(
+        None,
+        "cut the minibatch into so many parts, for workers to share beside the queries",
+        shown="1; 8 with more workers than queries",
+        bounds=POSITIVE,
+    )
+    worker_timeout: float = _of_mezo(
+        600.0,
+        "a worker that has not answered for so long is gone: 90s, 10m",
+        read=seconds_of,
+        free=True,
+    )
 
 
 @dataclass

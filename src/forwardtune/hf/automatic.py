@@ -184,10 +184,12 @@ def held_out(trainer: Any, batches: int) -> Callable[[], float]:
         trainer.model.eval()
         trainer.tell_objective("begin_step", 0, 0)
         trainer.tell_objective("end_step")  # nothing of this belongs to a step's statistics
-        losses = []
-        for batch in inputs:
+
+        def loss(batch: Any) -> float:
             with trainer.compute_loss_context_manager():
-                losses.append(float(trainer.compute_loss(trainer.model, dict(batch))))
+                return float(trainer.compute_loss(trainer.model, dict(batch)))
+
+        losses = trainer.workers.divided(loss, inputs)
         return math.fsum(losses) / len(losses)
 
     return measure

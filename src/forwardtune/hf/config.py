@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from ..config import AUTO, MeZOSettings, NumberOrAuto, as_declared, number_or_auto
@@ -12,7 +14,8 @@ from ..errors import InputError, warn
 from ..method.estimators import get_estimator
 from ..method.rule import Rule
 from ..method.rules import get_rule
-from ..processes import require_one_process
+from ..processes import Launch
+from .sharing import as_one_process, take_place
 
 # What has no meaning without gradients, and no effect on a loss.
 _OF_GRADIENTS = (
@@ -30,8 +33,11 @@ class MeZOConfig(MeZOSettings, TrainingArguments):
     Arguments copied from a run with gradients are taken: what only says how gradients are clipped, stored or used is ignored, with one
     warning that lists it. What would change the result, and MeZO cannot honour, is refused with what to do instead.
 
+    In several processes (``torchrun``, ``accelerate launch``) each takes the whole minibatch, and they share its evaluations: ``world_size``
+    is 1 for all that Trainer divides between processes, ``process_index`` says which one writes (``docs/scale.md``).
+
     Raises:
-        ValueError: an argument that cannot be honoured, or is out of range; or several processes.
+        ValueError: an argument that cannot be honoured, or is out of range.
     """
 
     learning_rate: NumberOrAuto = as_declared("lr")  # noqa: RUF009
@@ -71,12 +77,22 @@ class MeZOConfig(MeZOSettings, TrainingArguments):
         self.validate()
         super().__post_init__()
 
+    @cached_property
+    def _setup_devices(self) -> torch.device:
+        launch = Launch.read()
+        if launch.count == 1:
+            return super()._setup_devices
+        with as_one_process():
+            device: torch.device = super()._setup_devices
+        self._n_gpu = int(device.type == "cuda")
+        return take_place(self.distributed_state, launch) or device
+
     def validate(self) -> None:
         """Read numbers that came as text, and raise ValueError for what MeZO cannot honour.
 
         A run does it again when it begins, as fields may be set later: by hand, or by ``Trainer.hyperparameter_search``.
         """
-        require_one_process()
+        Launch.read()
         self._ignore_what_is_of_gradients()
         full_eval = "evaluate() casts the model itself, and training goes on with what was rounded. Load the model in"
         for wrong, remedy in (

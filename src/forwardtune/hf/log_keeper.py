@@ -94,7 +94,12 @@ class LogKeeper(TrainerCallback):
             self._passes = _passes(before)
             length = None if args.ignore_data_skip else steps_in_pass(before)
         else:
-            require_no_log(trainer.step_log)  # before anything is measured
+            if trainer.workers.any(trainer.step_log.exists()):
+                require_no_log(trainer.step_log)  # before anything is measured
+                raise LogError(
+                    f"another rank's folder in {trainer.args.output_dir} already holds a run: resume it, or choose another folder"
+                )
+            optimizer.meet()
             plan = automatic.plan(state.max_steps)
             self._log = StepLog(trainer.step_log, optimizer, trainer._run, lock=lock)
             trainer.run_logs.opened(trainer.step_log)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from ..trajectory.log import cut_log, require_same_run
 from ..trajectory.reader import Log
 from ..trajectory.replay import apply_log
 from .log_keeper import LOG_OF_CHECKPOINT, steps_in_pass
+from .sharing import writing
 
 _TRAINER_STATE, _OPTIMIZER, _SCHEDULER = "trainer_state.json", "optimizer.pt", "scheduler.pt"
 _PLATEAU = {SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY}
@@ -81,7 +82,22 @@ class Resumption:
         self._trainer, self._lock = trainer, lock
         args, automatic = trainer.args, trainer.automatic
         log = read_log(trainer.step_log)
-        steps, saved = log.steps, checkpoints_of(log)
+        saved = checkpoints_of(log)
+        steps = trainer.workers.first(lambda: self._steps(log, saved, wanted))  # rank 0 has the checkpoints
+        if automatic.finds_lr and "held" not in plan_of(log):
+            raise LogError(f"the run in {log.path} has a learning rate of its own: pass it instead of 'auto'")
+        if automatic.finds_lr and not has_searched(log, steps):
+            steps = 0  # the first steps are all estimated at the base weights, and none was taken before all were
+        self.log = cut_log(log, steps) if steps < log.steps else log
+        if not args.ignore_data_skip:
+            steps_in_pass(self.log)
+        # Of the checkpoints, which rank 0 has.
+        self._saved_state = trainer.workers.first(lambda: asdict(self._own_state()))
+
+    def _steps(self, log: Log, saved: dict[int, Checkpoint], wanted: str | Literal[True]) -> int:
+        """The steps from which the run goes on."""
+        args, automatic = self._trainer.args, self._trainer.automatic
+        steps = log.steps
         # An evaluation of the last step decides which step is best, or what becomes of the rate that is found.
         is_awaited = args.load_best_model_at_end or (
             automatic.finds_lr and automatic.is_measured and not has_measured(log)
@@ -90,15 +106,9 @@ class Resumption:
             steps = _steps_of(Path(wanted), log)
         elif is_awaited and steps and steps not in saved:
             steps -= 1  # the kill may have come before it: do that step again
-        if automatic.finds_lr and "held" not in plan_of(log):
-            raise LogError(f"the run in {log.path} has a learning rate of its own: pass it instead of 'auto'")
         if args.lr_scheduler_type in _PLATEAU:
             self._require_plateau(log, steps, saved)
-        if automatic.finds_lr and not has_searched(log, steps):
-            steps = 0  # the first steps are all estimated at the base weights, and none was taken before all were
-        self.log = cut_log(log, steps) if steps < log.steps else log
-        if not args.ignore_data_skip:
-            steps_in_pass(self.log)
+        return steps
 
     def _require_plateau(self, log: Log, steps: int, saved: dict[int, Checkpoint]) -> None:
         """Raise LogError unless a schedule that follows evaluations can go on as it was."""
@@ -148,8 +158,13 @@ class Resumption:
             return None
         if automatic.finds_lr:
             automatic.keep_point(self._optimizer(), log)
-        existing = checkpoints_of(log).get(log.steps)
-        return str(existing.folder if existing is not None and existing.is_whole else self._by_replay())
+        existing = self._trainer.workers.first(self._existing)
+        # Several workers replay at the same time, each into its own folder.
+        return existing if existing is not None and Path(existing).is_dir() else str(self._by_replay())
+
+    def _existing(self) -> str | None:
+        existing = checkpoints_of(self.log).get(self.log.steps)
+        return str(existing.folder) if existing is not None and existing.is_whole else None
 
     def _by_replay(self) -> Path:
         """Bring the model from its base weights to the log's end, and save that as Trainer would have."""
@@ -167,7 +182,8 @@ class Resumption:
                 scheduler.step()
         folder = log.path.parent / f"{PREFIX_CHECKPOINT_DIR}-{log.steps}"
         shutil.rmtree(folder, ignore_errors=True)  # what a kill in mid-save left, or other steps, or a model alone
-        trainer.save_model(str(folder))
+        with writing(trainer):
+            trainer.save_model(str(folder), _internal_call=not trainer.workers.is_first)
         write_json(folder / LOG_OF_CHECKPOINT, {"check": log.step_checks[-1]})
         torch.save(optimizer.state_dict(), folder / _OPTIMIZER)
         torch.save(scheduler.state_dict(), folder / _SCHEDULER)
@@ -181,6 +197,9 @@ class Resumption:
         return optimizer
 
     def _state(self) -> TrainerState:
+        return TrainerState(**self._saved_state) if self._trainer.workers.count > 1 else self._own_state()
+
+    def _own_state(self) -> TrainerState:
         """Trainer's own state at the last checkpoint, or a new one."""
         saved = checkpoints_of(self.log)
         if saved:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping
 from inspect import signature
 from pathlib import Path
@@ -15,11 +16,15 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 from ..config import AUTO, MeZOSettings, options
 from ..cores import SharedCores
 from ..errors import InputError
+from ..method.estimators import get_estimator
 from ..noise import compile_kernels
 from ..optimizer import MeZO
 from ..points.both_signs import BothSigns
+from ..processes import Launch
 from ..search.budget import first_settings
 from ..trajectory import read_log
+from ..trajectory.shared import any_has_log, share_log
+from ..workers import Alone, Parts, workers_of_launch
 from .automatic import Automatic
 from .config import MeZOConfig
 from .data_sets import prepared_data
@@ -29,6 +34,7 @@ from .log_keeper import LogKeeper, steps_in_pass
 from .model_card import describe
 from .resuming import Resumption
 from .run_logs import RunLogs
+from .sharing import SIZES, USUAL_PARTS, DividedPredictions, InParts, digest_of, parts_of
 
 _ARGUMENTS = signature(MeZO).parameters
 
@@ -55,8 +61,12 @@ class MeZOTrainer(Trainer):
     (:class:`.preference_data.PreferenceData`), unless ``objective`` or ``data_collator`` is given; ``max_length``, ``packing``, ``beta``
     and what is learnt are in :class:`MeZOConfig`.
 
+    In several processes (``torchrun``, ``accelerate launch``) each has the whole model and all the data, and they share the evaluations of
+    a step and of held-out examples (:class:`~forwardtune.workers.ranks.Ranks`, ``docs/scale.md``). Rank 0 writes; every rank keeps the step
+    log, the others in ``ranks/`` in the output folder. A group that ``torchrun --max-restarts`` starts again goes on from it by itself.
+
     Raises:
-        ValueError: more than one process or GPU, or an optimizer that is not MeZO.
+        ValueError: more than one GPU in one process, or an optimizer that is not MeZO.
         LogError: from :meth:`train`, when the output folder holds another run or a damaged log.
     """
 
@@ -96,9 +106,12 @@ class MeZOTrainer(Trainer):
             self.args.remove_unused_columns = False
         if self.args.world_size > 1 or self.args.n_gpu > 1:
             raise ValueError(
-                "MeZOTrainer runs in one process on one device: set CUDA_VISIBLE_DEVICES=0, or spread a large model "
-                "with device_map='auto'"
+                "one process of MeZOTrainer runs on one device: set CUDA_VISIBLE_DEVICES=0, start a process for each with torchrun, or "
+                "spread a large model with device_map='auto'"
             )
+        #: The processes that share the run.
+        self.workers: Alone = workers_of_launch(self.args.worker_timeout)
+        self._divided: DividedPredictions | None = None
         if self.args.assignment == "example" and objective is None:
             for given, what in (
                 (self.compute_loss_func, "compute_loss_func"),
@@ -113,7 +126,9 @@ class MeZOTrainer(Trainer):
             raise ValueError(f"MeZOTrainer cannot step {type(self.optimizer).__name__}: pass a MeZO, or none")
         self._own_optimizer = self.optimizer is None
         self._rates = [group.get("initial_lr", group["lr"]) for group in self.mezo.param_groups] if self.mezo else []
-        self._logged_eps: float | None = None
+        if self.mezo is not None and self.mezo.workers is not self.workers:
+            self.mezo.workers = self.workers
+        self._logged: dict[str, Any] = {}
         #: What finds learning rate and eps, and watches the run.
         self.automatic = Automatic(self)
         #: What chooses the number of threads, on a CPU. Set it to go on with one; else every :meth:`train` has its own.
@@ -141,7 +156,8 @@ class MeZOTrainer(Trainer):
             lr, eps = self.args.learning_rate, self.args.eps
             first_lr, first_eps = first_settings([name for name, _ in tuned])
             settings = {name: getattr(self.args, name) for name in options(MeZOSettings) if name in _ARGUMENTS}
-            settings["eps"] = (self._logged_eps or first_eps) if eps == AUTO else eps
+            settings["eps"] = self._logged.get("eps", first_eps) if eps == AUTO else eps
+            settings |= {"parts": self._parts(), "workers": self.workers}
             settings["rule"] = self.args.make_rule()
             if self.args.assignment == "example" and self.args.perturbation == AUTO:
                 settings["perturbation"] = (
@@ -163,6 +179,27 @@ class MeZOTrainer(Trainer):
                 announce=self.automatic.announce,
             )
         return self.optimizer
+
+    def _parts(self) -> int:
+        """Into how many parts minibatches are cut: as was said, or as the run's log has it."""
+        if self.args.parts is not None:
+            return int(self.args.parts)
+        if self._logged:
+            return int(self._logged.get("parts", 1))
+        args = self.args
+        estimator = get_estimator(args.estimator, 1.0, args.probes, args.normalize, args.assignment)
+        return 1 if self.workers.count <= len(estimator.queries()) else USUAL_PARTS
+
+    def get_train_dataloader(self) -> Any:
+        """As Trainer's, with minibatches in parts where there are several."""
+        collator: Any = getattr(self, "data_collator")  # noqa: B009
+        parts = self.mezo.parts if self.mezo is not None else self._parts()
+        if parts > 1:
+            self.data_collator = InParts(collator, parts)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = collator
 
     def forget_own(self) -> None:
         """Let the optimizer and the scheduler be made again, unless they came from the user."""
@@ -207,31 +244,16 @@ class MeZOTrainer(Trainer):
         model.eval()  # dropout would differ between the two sides of a probe
         self._part = self._part + 1 if self.mezo.gathering else 0
         if self.state.global_step == 0 and self._part == 0:
-            warn_of_missing_ends(inputs, getattr(self.data_collator, "tokenizer", self.processing_class))
-        inputs = self._prepare_inputs(inputs)
-        # Both sides of a probe draw the same random numbers.
-        self.tell_objective("begin_step", self.mezo.next_step, self._part)
-        share = 1 if self._scaled_for_accumulation(num_items_in_batch) else self.current_gradient_accumulation_steps
-        per_example = self.mezo.estimator.per_example
-
-        def closure() -> Tensor:
-            with self.compute_loss_context_manager():
-                if per_example:
-                    loss = self.example_losses(model, inputs)
-                else:
-                    loss = self.compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch) / share
-            if self.mezo.checking:  # evaluations of the first step's self-check are no part of the step
-                self.tell_objective("take_statistics")
-            return loss
-
+            warn_of_missing_ends(parts_of(inputs)[0], getattr(self.data_collator, "tokenizer", self.processing_class))
+        parts = self._in_parts(model, self._prepare_inputs(inputs), num_items_in_batch)
         try:
-            loss = self.mezo.estimate(closure)
+            loss = self.mezo.estimate(parts)
         finally:
             self.tell_objective("end_step")
         if self.cores is not None and self.accelerator.sync_gradients:  # the step's last microbatch
             with torch.no_grad():
-                self._keeper.changed_threads = self.cores.look(closure)
-        if per_example:  # Trainer adds up what its microbatches give
+                self._keeper.changed_threads = self.cores.look(parts.closures[0])
+        if self.mezo.estimator.per_example:  # Trainer adds up what its microbatches give
             loss /= self.current_gradient_accumulation_steps
         return torch.tensor(loss, device=self.args.device)
 
@@ -241,7 +263,69 @@ class MeZOTrainer(Trainer):
             eval_dataset = self._data.prepare_eval(eval_dataset)
         return super().evaluate(eval_dataset, *args, **kwargs)
 
-    def tell_objective(self, method: str, *arguments: int) -> Any:
+    def _in_parts(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None) -> Parts:
+        """The microbatch as the optimizer takes it."""
+        parts, per_example, step = parts_of(inputs), self.mezo.estimator.per_example, self.mezo.next_step
+        sizes = list(inputs[SIZES]) if len(parts) > 1 else None
+        scaled = self._scaled_for_accumulation(num_items_in_batch)
+        share = 1 if scaled else self.current_gradient_accumulation_steps
+
+        def closure_of(number: int, part: Any) -> Callable[[], Tensor]:
+            # A loss that is a mean over its examples counts as they do; one over all of the batch's items is a share already.
+            weight = 1.0 if scaled or sizes is None else sizes[number] / sum(sizes)
+
+            def closure() -> Tensor:
+                # All evaluations of a part draw the same random numbers.
+                self.tell_objective("begin_step", step, self._part * self.mezo.parts + number)
+                with self.compute_loss_context_manager():
+                    if per_example:
+                        loss = self.example_losses(model, part)
+                    else:
+                        loss = self.compute_loss(model, dict(part), num_items_in_batch=num_items_in_batch) / share
+                        loss = loss if weight == 1.0 else loss * weight
+                if self.mezo.checking:  # evaluations of the first step's self-check are no part of the step
+                    self.tell_objective("take_statistics")
+                return loss
+
+            return closure
+
+        digest = digest_of(inputs) if self.workers.count > 1 else b""
+        return Parts([closure_of(number, part) for number, part in enumerate(parts)], sizes, digest)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """As Trainer's, over all parts."""
+        return super()._get_num_items_in_batch([part for batch in batch_samples for part in parts_of(batch)], device)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """As Trainer's, over all parts."""
+        of_one = super().floating_point_ops
+        return sum(of_one(part) for part in parts_of(inputs))
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's; several workers predict a batch each, and every one of them has all predictions."""
+        if self.workers.count == 1 or self.args.batch_eval_metrics:  # which asks the loader whether a batch is the last
+            return super().evaluation_loop(dataloader, *args, **kwargs)
+        loss_only = args[1] if len(args) > 1 else kwargs.get("prediction_loss_only")
+        loss_only = self.args.prediction_loss_only if loss_only is None else loss_only
+        ignored = args[2] if len(args) > 2 else kwargs.get("ignore_keys")
+
+        step = super().prediction_step
+        self._divided = DividedPredictions(
+            dataloader, self.workers, lambda batch: step(self.model, batch, loss_only, ignored)
+        )
+        self.gather_function = self._divided.cut
+        try:
+            return super().evaluation_loop(self._divided, *args, **kwargs)
+        finally:
+            self._divided = None
+
+    def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's; within :meth:`evaluation_loop` of several workers, what one of them predicted."""
+        if self._divided is not None:
+            return tuple(_on(self.args.device, one) for one in self._divided.ready.pop(0))
+        return super().prediction_step(model, inputs, *args, **kwargs)
+
+    def tell_objective(self, method: str, *arguments: Any) -> Any:
         """Call a method of the objective, if it has it."""
         return getattr(self._objective, method, lambda *arguments: None)(*arguments)
 
@@ -263,7 +347,9 @@ class MeZOTrainer(Trainer):
         self._trial = trial
         self.args.validate()
         self.forget_own()
-        self._logged_eps = None
+        self._logged = {}
+        if Launch.read().restarts and not resume_from_checkpoint:  # what the launcher starts again goes on
+            resume_from_checkpoint = any_has_log(self.step_log, self.workers)
         if trial is not None:
             if resume_from_checkpoint:
                 raise InputError("a trial of a hyperparameter search cannot be resumed: search again in another folder")
@@ -271,17 +357,19 @@ class MeZOTrainer(Trainer):
                 # A trial's value is cast to the type of the one before: text takes numbers and "auto" alike.
                 setattr(self.args, name, str(getattr(self.args, name)))
         own = self.cores is None and self.args.share_cores and self.args.device.type == "cpu"
+        own = own and self.workers.count == 1  # of several, each would decide for itself
         if own:
             self.cores = SharedCores(self.automatic.announce)
+        checkpoint: str | None = None
         try:
-            checkpoint = None
             if not resume_from_checkpoint:
                 self.run_logs.begin(self.run_folder)
             else:
                 self.run_logs.go_on(self.run_folder, self.model)
-                resumption = Resumption(self, resume_from_checkpoint, self._keeper.lock())
-                if self.args.eps == AUTO:
-                    self._logged_eps = resumption.log.header["eps"]
+                lock = self._keeper.lock()
+                share_log(self.step_log, self.workers)
+                resumption = Resumption(self, resume_from_checkpoint, lock)
+                self._logged = resumption.log.header
                 if resumption.is_over:
                     return resumption.finish()
                 checkpoint = resumption.checkpoint()
@@ -291,6 +379,8 @@ class MeZOTrainer(Trainer):
         finally:
             self._set_use_cache(self._use_cache)
             self._keeper.close()
+            if checkpoint is not None and not self.workers.is_first and Path(checkpoint).parent == self.run_folder:
+                shutil.rmtree(checkpoint, ignore_errors=True)  # made for this resumption; rank 0 keeps its own
             if own and self.cores is not None:
                 self.cores.follow(None)
                 self.cores = None
@@ -316,14 +406,21 @@ class MeZOTrainer(Trainer):
         """As Trainer's. A checkpoint also says which steps of the log it follows from."""
         super().save_model(output_dir, _internal_call)
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
-        if folder.name.startswith(PREFIX_CHECKPOINT_DIR):
+        if folder.name.startswith(PREFIX_CHECKPOINT_DIR) and self.args.should_save:
             self._keeper.mark(folder)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As Trainer's, by rank 0 alone; the others know afterwards which one is best."""
+        if self.workers.is_first:
+            super()._save_checkpoint(model, trial)
+        self.state.best_model_checkpoint = self.workers.first(lambda: self.state.best_model_checkpoint)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As Trainer's, with the magnitude of the last projected gradient in place of a gradient norm."""
         if logs.pop("grad_norm", None) is not None and self.mezo.last is not None and not self.mezo.last.skipped:
             coefficients = self.mezo.last.present
             logs["projected_gradient"] = sum(map(abs, coefficients)) / len(coefficients)
+        self.tell_objective("gather", self.workers)
         for name, values in (self.tell_objective("take_statistics") or {}).items():
             logs |= {f"objective/{name}/{key}": value for key, value in values.items()}
         if "train_runtime" in logs:  # the closing report comes before the best weights are loaded: the log ends here
@@ -345,10 +442,20 @@ class MeZOTrainer(Trainer):
 
     @property
     def run_folder(self) -> Path:
-        """``output_dir``, or the folder in it that belongs to the present trial of a hyperparameter search."""
-        return Path(self._get_output_dir(self._trial))
+        """``output_dir``, or the folder in it that belongs to the present trial of a hyperparameter search; of another rank than 0, its
+        own in that."""
+        return self.workers.own(Path(self._get_output_dir(self._trial)))
 
     @property
     def step_log(self) -> Path:
         """Where the steps are logged."""
         return self.run_logs.path(self.run_folder)
+
+
+def _on(device: torch.device, value: Any) -> Any:
+    """Nested tensors on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {name: _on(device, one) for name, one in value.items()}
+    return type(value)(_on(device, one) for one in value) if isinstance(value, list | tuple) else value

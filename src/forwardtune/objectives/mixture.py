@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..errors import InputError, nearest, warn
 from ..tasks import Task, metrics
 from ..tasks.encoding import Encoded
+from ..workers import Alone
 from .generation import GREEDY, Sampling, Written, write
 from .likelihood import score_loss, task_scores
 from .rewards import Reward, load_reward
@@ -66,7 +67,7 @@ class TaskObjective:
         self._tokenizer, self._sampling, self._sample_steps = tokenizer, sampling, sample_steps
         self._step, self._part, self._recording, self._warned = -1, 0, True, False
         self._seen: dict[str, list[float]] = {}
-        self._samples: list[dict[str, Any]] = []
+        self._samples: dict[int, list[dict[str, Any]]] = {}  # by part of the step
 
     @property
     def generates(self) -> bool:
@@ -104,7 +105,7 @@ class TaskObjective:
             for name, seen in values_of.items():
                 self._seen.setdefault(name, []).extend(seen)
             if self._sample_steps and self.generates and (self._step + 1) % self._sample_steps == 0:
-                self._samples = measured.samples(values_of)
+                self._samples[self._part] = measured.samples(values_of)
         return sum(parts[1:], parts[0])
 
     def take_statistics(self) -> dict[str, dict[str, float]]:
@@ -123,9 +124,21 @@ class TaskObjective:
         return statistics
 
     def take_samples(self) -> list[dict[str, Any]]:
-        """Prompts, completions and terms of the step's last evaluation, if it is a step to keep."""
-        samples, self._samples = self._samples, []
-        return samples
+        """Prompts, completions and terms of the last evaluation of each of the step's parts, if it is a step to keep."""
+        samples, self._samples = self._samples, {}
+        return [sample for part in sorted(samples) for sample in samples[part]]
+
+    def gather(self, workers: Alone) -> None:
+        """Take over what was seen and written where other workers evaluated this objective, all of them at once."""
+        if workers.count == 1:
+            return
+        seen: dict[str, list[float]] = {}
+        samples: dict[int, list[dict[str, Any]]] = {}
+        for own, written in workers.all((self._seen, list(self._samples.items()))):
+            for name, values in own.items():
+                seen.setdefault(name, []).extend(values)
+            samples |= dict(written)
+        self._seen, self._samples = seen, samples
 
     def _warn_of_what_is_not_judged(self, values_of: dict[str, list[float]]) -> None:
         if self._warned or len(self._rewards) < len(self.terms):

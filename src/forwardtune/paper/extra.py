@@ -11,8 +11,8 @@ PROBING = {"sklearn": "scikit-learn"}
 PLOTS = {"matplotlib": "matplotlib", "pandas": "pandas"}
 
 
-def require(what: str, packages: dict[str, str], otherwise: str = "") -> None:
+def require(what: str, packages: dict[str, str], otherwise: str = "", extra: str = "paper") -> None:
     """Raise InputError, with the remedy, unless the packages are there. None of them is imported."""
     missing = [name for module, name in packages.items() if find_spec(module) is None]
     if missing:
-        raise InputError(f"{what} need {' and '.join(missing)}: pip install 'forwardtune[paper]'{otherwise}")
+        raise InputError(f"{what} need {' and '.join(missing)}: pip install 'forwardtune[{extra}]'{otherwise}")

@@ -91,8 +91,8 @@ class Evaluator:
         """How the weights will be perturbed; the first call makes sure of it at one of the points, and warns of what makes
         evaluations of a step incomparable."""
         perturbation = self.perturbation or self._made()
-        query = next(query for query in queries if query.scale)
-        if query.per_example in self._checked:
+        query = next((query for query in queries if query.scale), None)
+        if query is None or query.per_example in self._checked:  # another worker has those that move the weights
             return perturbation
         warn_of_training_mode(self._tuned.module)
         self.checking = True

@@ -6,10 +6,8 @@ import base64
 import hashlib
 import json
 import math
-import platform
 import struct
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
@@ -22,6 +20,7 @@ from ..method.record import StepRecord, coefficients_of, mean_loss
 from ..noise import NOISE_VERSION, SPECIFIED, Direction, LowRank, Noise, get_direction
 from ..optimizer import MeZO
 from ..parameters import TunedParameters
+from ..processes import versions
 
 #: Which rows of a tensor, by id, no step has read so far: bool, shape (rows,).
 Unread: TypeAlias = "Mapping[int, Tensor]"
@@ -64,23 +63,30 @@ def _check(previous: str, body: str) -> str:
 
 
 #: Fields of the header that describe a run, or its file, and decide nothing.
-DESCRIPTIVE = ("format", "base", "frozen", "versions", "run")
+DESCRIPTIVE = ("format", "base", "frozen", "versions", "workers", "run")
 #: What a field means that the header leaves out.
 ABSENT: dict[str, Any] = {
-    "normalize": "none", "rule_settings": {}, "assignment": "shared", "rank": 0, "refresh": 1, "clip_coefficient": None,
+    "normalize": "none", "rule_settings": {}, "assignment": "shared", "rank": 0, "refresh": 1, "clip_coefficient": None, "parts": 1,
 }  # fmt: skip
 
 
 def header_content(optimizer: MeZO, run: dict[str, Any] | None = None) -> dict[str, Any]:
     """The header of a run that starts from the optimizer's present weights (which it digests)."""
-    frozen = optimizer.tuned.frozen_digest()
+    workers, frozen = workers_content(optimizer), optimizer.tuned.frozen_digest()
     return {
         **identity(optimizer),
         "base": optimizer.tuned.digest(),
         **({"frozen": frozen} if frozen else {}),
-        "versions": _versions(),
+        "versions": versions(),
+        **({"workers": workers} if workers else {}),
         "run": run or {},
     }
+
+
+def workers_content(optimizer: MeZO) -> dict[str, Any]:
+    """What decides the bits of an evaluation where several processes share them; nothing of one process."""
+    workers = optimizer.workers
+    return {} if workers.count == 1 else {"ranks": workers.count, **optimizer.computing()}
 
 
 def require_frozen(path: object, header: dict[str, Any], tuned: TunedParameters) -> None:
@@ -108,6 +114,8 @@ def identity(optimizer: MeZO) -> dict[str, Any]:
         **({"clip_coefficient": optimizer.clip_coefficient} if _clips_derived(optimizer) else {}),
         "rule": optimizer.rule.name,
         **({"rule_settings": rule} if rule else {}),
+        # What the losses are sums of.
+        **({"parts": optimizer.parts} if optimizer.parts > 1 else {}),
         "groups": [{"weight_decay": float(group["weight_decay"])} for group in optimizer.param_groups],
         "tensors": optimizer.tuned.describe(),
     }
@@ -265,13 +273,3 @@ def numbers(text: str, count: int) -> tuple[int, ...]:
 def _plain(x: float) -> float | str:
     """JSON has no infinity and no NaN: they are written as strings that ``float`` reads."""
     return x if math.isfinite(x) else str(x)
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in ("forwardtune", "torch", "transformers", "numba"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found

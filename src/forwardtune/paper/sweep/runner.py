@@ -43,7 +43,7 @@ class Outcome:
 @dataclass
 class _Child:
     run: Run
-    process: subprocess.Popen[bytes]
+    process: Any
     begun: float
 
 
@@ -56,6 +56,7 @@ def run_sweep(
     say: Callable[[str], None],
     lock: int | None = None,
     program: Sequence[str] = (sys.executable, "-m", "forwardtune"),
+    submit: Callable[[Sequence[str], Path, dict[str, str]], Any] | None = None,
 ) -> Outcome:
     """Do every run that is not finished, ``jobs`` of them at once.
 
@@ -67,19 +68,23 @@ def run_sweep(
         say: takes a line for people.
         lock: the lock's file, which runs inherit.
         program: the command line's beginning.
+        submit: ``(command, file for its output, environment) -> process``, in place of a process of this machine.
     """
     pending = deque(run for run in sweep.runs if folder.metrics(run) is None)
     outcome = Outcome(len(sweep.runs) - len(pending))
-    environment = {**os.environ, **thread_limits(jobs)}
+    environment = {**os.environ, **thread_limits(jobs)} if submit is None else {}
     active: list[_Child] = []
 
     def start(run: Run) -> _Child:
         resumed = folder.begin(run)
         line = run.arguments(str(folder.of(run)), bases.get((run.model, dtype_of(run))))
+        command = [*program, *line, *(["--resume"] if resumed else [])]
+        if submit is not None:
+            return _Child(run, submit(command, folder.log_file(run), environment), time.monotonic())
         with open(folder.log_file(run), "ab") as log:
             # A session of its own: Ctrl-C reaches the sweep alone, which passes it on once.
             process = subprocess.Popen(
-                [*program, *line, *(["--resume"] if resumed else [])],
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
