@@ -45,11 +45,15 @@ class Method:
 METHODS = {
     "dense": Method(3e-5),
     "low_rank": Method(3e-5, {"rank": 4, "refresh": 50}),
-    "example_1": Method(1e-4, {"assignment": "example", "rank": 1}),
-    "example_1_signs": Method(1e-4, {"assignment": "example", "rank": 1, "direction": "rademacher"}),
-    "example_4": Method(1e-4, {"assignment": "example", "rank": 4}),
+    "example_1": Method(1e-4, {"assignment": "example", "rank": 1, "perturbation": "both_signs"}),
+    "example_1_signs": Method(
+        1e-4, {"assignment": "example", "rank": 1, "direction": "rademacher", "perturbation": "both_signs"}
+    ),
+    "example_4": Method(1e-4, {"assignment": "example", "rank": 4, "perturbation": "both_signs"}),
     "lora": Method(1e-3, {"eps": 1e-2}, "lora"),
-    "lora_example": Method(3e-3, {"eps": 1e-2, "assignment": "example", "rank": 0}, "lora"),
+    "lora_example": Method(
+        3e-3, {"eps": 1e-2, "assignment": "example", "rank": 0, "perturbation": "both_signs"}, "lora"
+    ),
 }
 
 

@@ -6,6 +6,7 @@
     python benchmarks/step.py --device cuda --shapes 1.3b --lengths 64 --profile --output profile-cuda   # what takes the time
 
 ``example`` is a step in which every example has a direction of its own, on the side path; its two forwards are timed by themselves as well.
+``both`` is the same with both sides of a probe in one forward pass of twice the rows.
 Models have random weights. One logit row a sequence is computed, as for a task with one-token answers. ``reference`` transcribes
 the published loop: three passes of ``torch.normal`` over the stored weights and one for the update, with a logit row for every token.
 On a GPU the peaks of allocated memory of a forward pass and of a step are compared as well, with the largest tuned layer beside
@@ -28,6 +29,7 @@ from timing import interleave, peak_of
 
 from forwardtune import MeZO
 from forwardtune.method.estimators import Query
+from forwardtune.points.both_signs import BothSigns
 
 
 def perturbed(optimizer: MeZO, loss: Callable[[], torch.Tensor]) -> None:
@@ -53,12 +55,16 @@ def measure(model: Any, length: int, options: argparse.Namespace) -> dict[str, A
     assert optimizer.perturbation is not None
     losses, own = losses_of(model, batch), MeZO(model, lr=1e-9, eps=EPS, assignment="example")
     own.step(losses)
+    both = MeZO(model, lr=1e-9, eps=EPS, assignment="example", perturbation="both_signs")
+    both.step(losses)
     works: dict[str, Callable[[], object]] = {
         "forward": loss,
         "perturbed_forward": lambda: perturbed(optimizer, loss),
         "step": lambda: optimizer.step(loss),
         "example_forwards": lambda: own.evaluator.losses(own.next_step, own.estimator.queries(), losses),
         "example_step": lambda: own.step(losses),
+        "both_forward": lambda: both.evaluator.losses(both.next_step, both.estimator.queries(), losses),
+        "both_step": lambda: both.step(losses),
     }
     if not options.no_reference:
         works["reference"] = lambda: reference_step(model, full_loss, 1e-9, 0)
@@ -70,6 +76,9 @@ def measure(model: Any, length: int, options: argparse.Namespace) -> dict[str, A
         "step_over_floor": seconds["step"] / floor,
         "example_forwards_over_floor": seconds["example_forwards"] / floor,
         "example_step_over_floor": seconds["example_step"] / floor,
+        "both_forward_over_floor": seconds["both_forward"] / floor,
+        "both_step_over_floor": seconds["both_step"] / floor,
+        "both_signs": isinstance(both.perturbation, BothSigns) and both.perturbation.together,
     }
     if "reference" in seconds:
         row["reference_over_floor"] = seconds["reference"] / floor
@@ -144,11 +153,13 @@ def main() -> None:
         "step / 2 forwards",
         "example: 2 forwards",
         "example: step",
+        "both: 1 forward",
+        "both: step",
         "reference / 2 forwards",
         "reference / step",
         "step, s",
     )
-    print(f"{'shape':14}{'dtype':10}{'length':>6}" + "".join(f"{title:>24}" for title in titles))
+    print(f"{'shape':14}{'dtype':10}{'length':>6}" + "".join(f"{title:>23}" for title in titles))
     for shape in shapes:
         for name in dtypes:
             model = make(shape, DTYPES[name], options.device)
@@ -160,11 +171,13 @@ def main() -> None:
                     row["step_over_floor"],
                     row["example_forwards_over_floor"],
                     row["example_step_over_floor"],
+                    row["both_forward_over_floor"],
+                    row["both_step_over_floor"],
                     row.get("reference_over_floor", none),
                     row.get("reference_over_step", none),
                     row["seconds"]["step"],
                 )
-                print(f"{shape:14}{name:10}{length:6}" + "".join(f"{number:24.3f}" for number in numbers), flush=True)
+                print(f"{shape:14}{name:10}{length:6}" + "".join(f"{number:23.3f}" for number in numbers), flush=True)
                 if "memory" in row:
                     mib = {key: value / 2**20 for key, value in row["memory"].items()}
                     print("    MiB: " + ", ".join(f"{key} {value:,.1f}" for key, value in mib.items()), flush=True)

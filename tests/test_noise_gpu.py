@@ -311,7 +311,9 @@ def test_vectors_and_updates_of_a_model_share_launches(through_noise, monkeypatc
 
     def run(device: torch.device) -> tuple[Any, list[float]]:
         model = support.tiny_model("gpt2", torch.bfloat16).to(device)
-        optimizer = support.trusted(MeZO(model, lr=1e-2, eps=1e-2, perturbation="scratch", weight_decay=0.1))
+        optimizer = support.trusted(
+            MeZO(model, lr=1e-2, eps=1e-2, perturbation="scratch", weight_decay=0.1, move="all")
+        )
         losses = [optimizer.step(support.closure_for(model, support.token_batch().to(device))) for _ in range(1)]
         return model, losses
 

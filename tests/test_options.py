@@ -129,7 +129,7 @@ CASES: dict[str, dict[str, tuple[Any, See, Any]]] = {
     },
     "examples": {
         "data": ("one.jsonl", lambda b: [b.lengths(s) for s in ("train", "dev", "test")], [12, 4, 4]),
-        "assignment": ("example", lambda b: (b.mezo.estimator.assignment, b.mezo.perturbation.name), ("example", "side_path")),
+        "assignment": ("example", lambda b: (b.mezo.estimator.assignment, b.mezo.perturbation.name), ("example", "both_signs")),
         "rank": (2, lambda b: b.mezo.noise.structure.rank, 2),
         "refresh": (3, lambda b: b.mezo.noise.structure.refresh, 3),
         "epochs": (2.0, lambda b: b.mezo.next_step, 2),

@@ -157,7 +157,7 @@ GOLDEN = (
 
 def golden_run(path: Path, monkeypatch: pytest.MonkeyPatch) -> nn.Linear:
     """Three steps on scripted losses, the middle one skipped; versions and times, which vary, are set."""
-    monkeypatch.setattr(log_format, "_versions", lambda: {"forwardtune": "golden"})
+    monkeypatch.setattr(log_format, "versions", lambda: {"forwardtune": "golden"})
     net = golden_base()
     optimizer = trusted(MeZO(net, lr=0.5, eps=0.25, weight_decay=0.5, seed=5, perturbation="copy"))
     with StepLog(path, optimizer, run={"model": "göld"}) as log:

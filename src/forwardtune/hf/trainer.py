@@ -85,6 +85,8 @@ class MeZOTrainer(Trainer):
         self._example_losses = ExampleLosses()
         self._objective = objective  # Trainer's hyperparameter search puts a number of its own into `objective`
         self._part = 0
+        self._in_step = False  # while a step is estimated; a trial of threads is no part of it
+        self._told: tuple[int, int] | None = None  # the step and part that the objective was told of last
         self._trial: Any = None
         #: Which log a run writes.
         self.run_logs = RunLogs()
@@ -159,10 +161,9 @@ class MeZOTrainer(Trainer):
             settings["eps"] = self._logged.get("eps", first_eps) if eps == AUTO else eps
             settings |= {"parts": self._parts(), "workers": self.workers}
             settings["rule"] = self.args.make_rule()
-            if self.args.assignment == "example" and self.args.perturbation == AUTO:
-                settings["perturbation"] = (
-                    BothSigns.name
-                )  # here the closure is known to call the model with the same input
+            if self.args.assignment == "example" and self.args.perturbation == AUTO and self.workers.count == 1:
+                # Here the closure is known to call the model with the same input; several workers have a side each.
+                settings["perturbation"] = BothSigns.name
             self.optimizer = MeZO(
                 [group for group in groups if group["params"]],
                 lr=first_lr if isinstance(lr, str) else lr,
@@ -247,9 +248,11 @@ class MeZOTrainer(Trainer):
             warn_of_missing_ends(parts_of(inputs)[0], getattr(self.data_collator, "tokenizer", self.processing_class))
         parts = self._in_parts(model, self._prepare_inputs(inputs), num_items_in_batch)
         try:
+            self._in_step, self._told = True, None
             loss = self.mezo.estimate(parts)
         finally:
             self.tell_objective("end_step")
+            self._in_step = False
         if self.cores is not None and self.accelerator.sync_gradients:  # the step's last microbatch
             with torch.no_grad():
                 self._keeper.changed_threads = self.cores.look(parts.closures[0])
@@ -276,7 +279,10 @@ class MeZOTrainer(Trainer):
 
             def closure() -> Tensor:
                 # All evaluations of a part draw the same random numbers.
-                self.tell_objective("begin_step", step, self._part * self.mezo.parts + number)
+                here = (step, self._part * self.mezo.parts + number)
+                if self._in_step and here != self._told:
+                    self.tell_objective("begin_step", *here)
+                    self._told = here
                 with self.compute_loss_context_manager():
                     if per_example:
                         loss = self.example_losses(model, part)

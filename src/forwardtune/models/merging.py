@@ -39,8 +39,8 @@ def merge_adapter(folder: str | Path, dtype: str = "auto", *, quantize: str | No
     )
     if adapted.peft_type != "LORA":
         raise InputError(
-            f"{folder} holds an adapter of type {adapted.peft_type.value}, which is no change of weights and cannot be merged: merge a LoRA "
-            "adapter, or keep the folder as it is"
+            f"{folder} holds {'a prefix' if adapted.peft_type == 'PREFIX_TUNING' else f'an adapter of type {adapted.peft_type.value}'}, which is "
+            "no change of weights and cannot be merged: merge a LoRA adapter, or keep the folder as it is"
         )
     result = DTYPES.get(dtype, adapted.get_base_model().dtype)
     if is_quantised(adapted):

@@ -10,7 +10,6 @@ import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -179,7 +178,7 @@ def assembled(sent: Sequence[bytes], dealt: Sequence[Sequence[Unit]], queries: i
 
 
 def _facts(seen: Seen) -> list[Any]:
-    """What evaluations showed, as JSON: ids, and rows as text of one bit each."""
+    """What evaluations showed, as JSON: ids, and rows as text."""
     rows = {number: _packed(mask) for number, mask in sorted(seen.used.rows.items())}
     return [sorted(seen.used), rows, sorted(seen.left_out)]
 
@@ -187,18 +186,16 @@ def _facts(seen: Seen) -> list[Any]:
 def _seen(facts: Sequence[Any]) -> Seen:
     used, rows, left_out = facts
     return Seen(
-        Used(used, {int(number): _unpacked_mask(*packed) for number, packed in rows.items()}), frozenset(left_out)
+        Used(used, {int(number): _unpacked_mask(packed) for number, packed in rows.items()}), frozenset(left_out)
     )
 
 
-def _packed(mask: Tensor) -> tuple[int, str]:
-    bits = np.packbits(mask.cpu().numpy())
-    return len(mask), base64.b64encode(zlib.compress(bits.tobytes())).decode()
+def _packed(mask: Tensor) -> str:
+    return base64.b64encode(zlib.compress(mask.to("cpu", torch.uint8).numpy().tobytes())).decode()
 
 
-def _unpacked_mask(count: int, text: str) -> Tensor:
-    bits = np.frombuffer(zlib.decompress(base64.b64decode(text)), np.uint8)
-    return torch.from_numpy(np.unpackbits(bits, count=count).astype(bool))
+def _unpacked_mask(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(zlib.decompress(base64.b64decode(text))), dtype=torch.uint8).bool()
 
 
 def _digest(content: str | bytes) -> bytes:
