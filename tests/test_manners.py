@@ -195,3 +195,21 @@ def test_a_finished_run_says_what_to_do_next(setting: Setting, tmp_path: Path) -
         options = make_parser().parse_args(shlex.split(line)[1:])
         assert str(run) in (getattr(options, "model", None), *getattr(options, "folder", []))
     assert f"in {STEPS} steps" in told
+
+
+def test_a_shell_completes_commands_and_options(tmp_path: Path) -> None:
+    """By bash itself."""
+    script = tmp_path / "completion.bash"
+    script.write_text(cli("--print-completion", "bash").out)
+
+    def completed(*words: str) -> list[str]:
+        line = f"source {script}; COMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}; _shtab_forwardtune; echo ${{COMPREPLY[@]}}"
+        return subprocess.run(
+            ["bash", "-c", line], capture_output=True, text=True, check=True, cwd=tmp_path
+        ).stdout.split()
+
+    assert completed("forwardtune", "pre") == ["predict"]
+    assert completed("forwardtune", "train", "--quant") == ["--quantize"]
+    assert completed("forwardtune", "train", "--quantize", "n") == ["nf4"]
+    (tmp_path / "mine.yaml").touch()
+    assert completed("forwardtune", "train", "--task", "mi") == ["mine.yaml"]

@@ -12,6 +12,11 @@ from .parser import Parser
 _DESCRIPTION = "Fine-tune language models with forward passes only (MeZO)."
 
 
+_SHELLS = ("bash", "zsh", "tcsh")
+# Options and arguments whose values are places on the disk.
+_PLACES = {"output_dir", "data_dir", "config", "model", "task", "data", "input", "output", "log", "run_folder"}
+
+
 def make_parser() -> Parser:
     """The parser of the command line. ``run`` of what it returns names a function of this package, as ``"train.run"``."""
     parser = Parser(prog="forwardtune", description=_DESCRIPTION)
@@ -19,10 +24,35 @@ def make_parser() -> Parser:
         "--version", action="store_true", help="print the version, with --verbose those of packages too"
     )
     parser.add_argument("--verbose", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--print-completion",
+        action=_PrintCompletion,
+        choices=_SHELLS,
+        default=argparse.SUPPRESS,
+        help="print what makes a shell complete commands and options",
+    )
     commands = parser.add_subparsers(metavar="COMMAND")
     for add in (_add_train, _add_plan, _add_evaluations, _add_talk, _add_publishing, _add_sweeps, _add_logs):
         add(commands)
     return parser
+
+
+class _PrintCompletion(argparse.Action):
+    """Prints a shell's completion script and exits; options that take a file or a folder are completed with those."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: Any = None) -> None:
+        import shtab  # for this alone
+
+        for each in (parser, *(child for action in parser._actions for child in _children(action))):
+            for action in each._actions:
+                if action.dest in _PLACES:
+                    action.complete = shtab.FILE
+        print(shtab.complete(parser, values))
+        parser.exit()
+
+
+def _children(action: argparse.Action) -> list[Any]:
+    return list(action.choices.values()) if isinstance(action.choices, dict) else []
 
 
 def _command(commands: Any, name: str, help: str, example: str, usage: str | None = None) -> Parser:
