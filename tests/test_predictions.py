@@ -290,3 +290,16 @@ def test_compare_wants_finished_runs(finished: Path, setting: Setting, tmp_path:
     done(*setting.eval(output_dir=tmp_path / "untuned", batch_size=4))
     facts = json.loads(done("compare", tmp_path / "untuned", finished, "--json").out)
     assert facts["sign_test"] == read(finished)["sign_test"]
+
+
+def test_predict_needs_no_data_of_the_task(setting: Setting, tmp_path: Path) -> None:
+    """A run whose data were named beside a task that has none."""
+    task = tmp_path / "bare.yaml"
+    task.write_text('prompt: "{text}\\nIt was"\nlabel: label\nanswers: {good: great, bad: terrible}\n')
+    rows = [f"it was {word} {i},{label}" for i in range(10) for word, label in (("fun", "good"), ("slow", "bad"))]
+    (tmp_path / "all.csv").write_text("\n".join(["text,label", *rows]) + "\n")
+    run = Setting(setting.model, task)
+    done(*run.train(tmp_path / "run", data=tmp_path / "all.csv", steps=2))
+    (tmp_path / "new.csv").write_text("text\nfun\nslow\n")
+    done("predict", "--model", tmp_path / "run", "--input", tmp_path / "new.csv", "--output", tmp_path / "out.csv")
+    assert [row["text"] for row in rows_of(tmp_path / "out.csv")] == ["fun", "slow"]

@@ -42,7 +42,7 @@ def run(parsed: argparse.Namespace) -> None:
     asked = ask(parsed, "predict")
     options = asked.describe(_with_run(asked.settings))
     source, output = Path(parsed.input), _new_file(Path(parsed.output))
-    task, rows = get_task(options.task), read_rows(source)
+    task, rows = get_task(options.task, str(source)), read_rows(source)  # whose own data, if any, are not asked for
     if not rows:
         raise InputError(f"{source} holds no row")
     if taken := {_PREDICTION, _CONFIDENCE, _SCORES} & {name for row in rows for name in row}:

@@ -311,16 +311,17 @@ def _report(metrics: dict[str, Any], folder: Path, method: str, as_json: bool) -
     elif metrics.get("best_step", metrics["steps"]) != metrics["steps"]:
         say(f"the weights are those of step {metrics['best_step']}, which was best on the dev split")
     say(f"model, {LOG if method == 'mezo' else HISTORY} and {METRICS} are in {folder}")
-    _say_what_next(folder)
+    _say_what_next(folder, answers="token_accuracy" not in metrics["test"])
     if as_json:
         print(json.dumps(plain(metrics)))
     return 0
 
 
-def _say_what_next(folder: Path) -> None:
-    """Show the commands that most users want now."""
+def _say_what_next(folder: Path, *, answers: bool) -> None:
+    """Show the commands that most users want now; conversations have no answers to predict."""
     run = shlex.quote(str(folder))
     say("\nnext:")
-    say(f"  forwardtune predict --model {run} --input NEW.csv --output ANSWERS.csv")
+    if answers:
+        say(f"  forwardtune predict --model {run} --input NEW.csv --output ANSWERS.csv")
     say(f"  forwardtune chat --model {run} --compare")
     say(f"  forwardtune report {run}")
