@@ -13,8 +13,6 @@ _DESCRIPTION = "Fine-tune language models with forward passes only (MeZO)."
 
 
 _SHELLS = ("bash", "zsh", "tcsh")
-# Options and arguments whose values are places on the disk.
-_PLACES = {"output_dir", "data_dir", "config", "model", "task", "data", "input", "output", "log", "run_folder"}
 
 
 def make_parser() -> Parser:
@@ -38,21 +36,13 @@ def make_parser() -> Parser:
 
 
 class _PrintCompletion(argparse.Action):
-    """Prints a shell's completion script and exits; options that take a file or a folder are completed with those."""
+    """Prints a shell's completion script and exits."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: Any = None) -> None:
-        import shtab  # for this alone
+        from .completion import script  # needs a package, which help does not
 
-        for each in (parser, *(child for action in parser._actions for child in _children(action))):
-            for action in each._actions:
-                if action.dest in _PLACES:
-                    action.complete = shtab.FILE
-        print(shtab.complete(parser, values))
+        print(script(parser, values))
         parser.exit()
-
-
-def _children(action: argparse.Action) -> list[Any]:
-    return list(action.choices.values()) if isinstance(action.choices, dict) else []
 
 
 def _command(commands: Any, name: str, help: str, example: str, usage: str | None = None) -> Parser:
