@@ -182,3 +182,8 @@ def test_trainer_puts_both_sides_together(tmp_path: Path) -> None:
     base = support.tiny_model("llama", torch.bfloat16)
     assert replay(tmp_path / "steps.jsonl", base) == 3
     support.assert_same_bits(base, support.snapshot(model))
+
+
+def test_directions_of_the_minibatch_are_refused() -> None:
+    with pytest.raises(ValueError, match="both_signs' is of directions of examples: set assignment='example'"):
+        MeZO(Net(), perturbation="both_signs")

@@ -64,7 +64,7 @@ class MeZO(torch.optim.Optimizer):
         eps: perturbation scale.
         probes: n, the directions a step, or an example (n-SPSA).
         direction: ``"gaussian"`` or ``"rademacher"``.
-        perturbation: ``"scratch"``, ``"copy"`` or ``"side_path"`` (:mod:`forwardtune.points`), or ``"auto"``: the side path with
+        perturbation: ``"scratch"``, ``"copy"``, ``"side_path"`` or ``"both_signs"`` (:mod:`forwardtune.points`), or ``"auto"``: the side path with
             ``assignment="example"``; else scratch, or copy without a module or where a weight is read on a way that scratch cannot see.
         seed: 64-bit seed of all directions and of stochastic rounding.
         move: ``"read"``, a step moves what its evaluations read; ``"all"``, everything that is tuned (the paper's).

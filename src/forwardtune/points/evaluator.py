@@ -50,6 +50,10 @@ class Evaluator:
                 f"perturbation={perturbation!r} moves the weights for the whole minibatch, and with assignment='example' every example has "
                 "a direction of its own: use perturbation='auto', 'side_path' or 'both_signs'"
             )
+        if perturbation == BothSigns.name and not per_example:
+            raise InputError(
+                "perturbation='both_signs' is of directions of examples: set assignment='example', or perturbation='side_path'"
+            )
         self._tuned, self._noise = tuned, noise
         self._may_copy = perturbation == "auto" and not per_example
         if per_example and perturbation == "auto":
