@@ -23,6 +23,7 @@ from .objectives import (
     task_scores,
     write,
 )
+from .storage import device_of
 from .tasks import Task, metrics
 from .tasks.batching import Layout, collate
 from .tasks.encoding import Encoded
@@ -212,7 +213,7 @@ def _inputs(model: Any, batch: Sequence[Encoded], layout: Layout, context: Conte
         skip = len(context.tokens)
         batch = [replace(e, prompt=e.prompt[skip:]) for e in batch]
         layout = replace(layout, context=skip)
-    inputs: dict[str, Any] = {name: tensor.to(model.device) for name, tensor in collate(batch, layout).items()}
+    inputs: dict[str, Any] = {name: tensor.to(device_of(model)) for name, tensor in collate(batch, layout).items()}
     if context is not None:
         inputs["past_key_values"] = context.repeated(len(inputs["input_ids"]))
     return inputs
@@ -243,7 +244,7 @@ def _common_context(model: Any, tokenizer: Any, examples: Sequence[Encoded], lay
 
 def _cache_of(model: Any, tokens: list[int]) -> Any:
     """The keys and values that the model computes for the tokens."""
-    return model(input_ids=torch.tensor([tokens], device=model.device), use_cache=True).past_key_values
+    return model(input_ids=torch.tensor([tokens], device=device_of(model)), use_cache=True).past_key_values
 
 
 def _shortened(example: Encoded, length: int) -> Encoded:

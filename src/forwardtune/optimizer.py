@@ -23,6 +23,7 @@ from .parameters import TunedParameters, require_settings
 from .points import Closure, Evaluator, Perturbation
 from .points.idle import IdleWatch
 from .processes import processor, versions
+from .storage import Offloaded
 from .workers import Alone, Parts, Seen
 
 
@@ -80,6 +81,8 @@ class MeZO(torch.optim.Optimizer):
         refresh: V stays the same for so many steps (LOZO's nu).
         workers: who evaluates which query: :class:`~forwardtune.workers.ranks.Ranks` shares them between the processes of ``torchrun``.
         parts: into how many parts a minibatch is cut at most. With more than one, :meth:`step` takes :class:`~forwardtune.workers.Parts`.
+        storage: where the weights of the module live from now on, tuned and frozen ones: ``OnDisk(folder)`` or ``InHostMemory("cuda")``
+            (:mod:`forwardtune.storage`). By default they stay where they are.
 
     Raises:
         ValueError: an argument out of range, nothing to tune, or a tensor that cannot be perturbed.
@@ -113,9 +116,15 @@ class MeZO(torch.optim.Optimizer):
         refresh: int = 1,
         workers: Alone | None = None,
         parts: int = 1,
+        storage: Offloaded | None = None,
     ) -> None:
         if isinstance(params, nn.Module):
             module = params if module is None else module
+        if storage is not None:
+            if module is None:
+                raise InputError("storage is for all weights of a module: pass MeZO(module, ...) or module=...")
+            storage.place(module)
+        if isinstance(params, nn.Module):
             params = [parameter for parameter in params.parameters() if parameter.requires_grad]
             if not params:
                 raise ValueError("there is nothing to tune: no parameter of the module has requires_grad=True")
@@ -277,7 +286,7 @@ class MeZO(torch.optim.Optimizer):
 
     def computing(self) -> dict[str, Any]:
         """What this process computes with, on which the last bits of a loss may depend."""
-        device = self.tuned[0].parameter.device
+        device = self.tuned[0].device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
         return {"processor": name, "threads": torch.get_num_threads()}
 

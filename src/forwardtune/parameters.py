@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import InputError
-from .storage import RESIDENT, Resident
+from .storage import RESIDENT, Resident, home_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _MAX_ELEMENTS = 2**35  # a 32-bit block counter times eight elements a block
@@ -35,7 +35,7 @@ class TunedTensor:
         parameter: the parameter itself.
         aliases: its other names, if it is tied.
         group: index of its parameter group, which holds its learning rate and weight decay.
-        storage: where its values live.
+        home: where its values live.
     """
 
     name: str
@@ -43,15 +43,20 @@ class TunedTensor:
     parameter: nn.Parameter
     group: int
     aliases: tuple[str, ...] = ()
-    storage: Resident = RESIDENT
+    home: Resident = RESIDENT
 
     def read(self) -> Tensor:
-        """Its values, where the model computes; not to be changed."""
-        return self.storage.read(self.parameter)
+        """Its values, where they live; not to be changed."""
+        return self.home.read(self.parameter)
 
     def change(self) -> AbstractContextManager[Tensor]:
         """Inside, what is written to the tensor is its value afterwards."""
-        return self.storage.change(self.parameter)
+        return self.home.change(self.parameter)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes with it."""
+        return self.home.computes_on(self.parameter)
 
 
 class TunedParameters(Sequence[TunedTensor]):
@@ -100,7 +105,11 @@ class TunedParameters(Sequence[TunedTensor]):
             raise ValueError("there is nothing to tune: no parameter has requires_grad=True")
         aliases = {min(all_names): tuple(sorted(all_names)[1:]) for all_names in names.values()}
         return cls(
-            [TunedTensor(name, i, *found[name], aliases.get(name, ())) for i, name in enumerate(sorted(found))], module
+            [
+                TunedTensor(name, i, *found[name], aliases.get(name, ()), home_of(found[name][0]))
+                for i, name in enumerate(sorted(found))
+            ],
+            module,
         )
 
     @overload
@@ -229,6 +238,10 @@ def _check(name: str, parameter: Tensor) -> None:
             "ordinary tensors on one device"
         )
     if parameter.device.type == "meta":
-        raise ValueError(f"{name} has no storage (meta device): load the model without offloading before tuning it")
+        raise InputError(
+            f"{name} has no values of its own (meta device): they were left on disk or in memory that no layer reaches by itself. Load the "
+            "model with offload='disk' or 'cpu' in place of device_map, or pass MeZO(storage=OnDisk(folder)), which takes it over",
+            "offload",
+        )
     if parameter.numel() > _MAX_ELEMENTS:
         raise ValueError(f"{name} has {parameter.numel()} elements; at most 2**35 are supported in one tensor")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ..names import QUANTISATIONS
+from ..names import OFFLOADS, QUANTISATIONS
 from .options import add_config, add_options
 from .parser import Parser
 
@@ -233,6 +233,7 @@ def _add_logs(commands: Any) -> None:
     parser.add_argument("--steps", type=int, help="replay only this many steps; needed for an unfinished log")
     parser.add_argument("--device", default="cpu", help="where the weights are rebuilt [cpu]")
     parser.add_argument("--quantize", choices=QUANTISATIONS, help="how the run quantised its model [as the log says]")
+    parser.add_argument("--offload", choices=OFFLOADS, help="where weights live that the device has no room for")
     parser.set_defaults(run="logs.run_replay")
 
     parser = _command(commands, "inspect", "verify a step log and say what it holds", "forwardtune inspect run")

@@ -22,7 +22,12 @@ def run_eval(parsed: argparse.Namespace) -> None:
     """Evaluate and print one JSON object on stdout."""
     options = _described(parsed, "eval")
     session = open_session(
-        options, "test", shots=options.shots, calibrate=options.calibrate, workers=workers_of_launch()
+        options,
+        "test",
+        shots=options.shots,
+        calibrate=options.calibrate,
+        workers=workers_of_launch(),
+        folder=parsed.output_dir,
     )
     name = "icl" if options.shots else "zero-shot"
     metrics = session.facts("eval", f"{name}-calibrated" if options.calibrate else name)
@@ -37,7 +42,7 @@ def run_probe(parsed: argparse.Namespace) -> None:
 
     require("linear probes", PROBING)
     options = _described(parsed, "probe")
-    session = open_session(options, "train", "dev", "test", workers=workers_of_launch())
+    session = open_session(options, "train", "dev", "test", workers=workers_of_launch(), folder=parsed.output_dir)
     if session.task.preference is not None:  # its right text is always the first
         raise InputError(
             f"task {session.task.name} prefers texts and has no classes to probe for: use forwardtune eval"

@@ -12,6 +12,7 @@ from ..config import recorded
 from ..errors import InputError
 from ..models import load_model, save_model
 from ..run_folder import INITIAL, LOG
+from ..storage import storage_named
 from ..trajectory import export_trajectory, read_log, replay
 from ..trajectory.export import read_trajectory
 from ..trajectory.format import ABSENT
@@ -39,7 +40,12 @@ def run_replay(options: argparse.Namespace) -> None:
     adapted = run.tune in ("lora", "prefix")  # then the logged dtype is the adapter's, not the model's
     dtype = dtypes.pop() if len(dtypes) == 1 and not adapted and "frozen" not in trajectory.header else run.dtype
     quantize = options.quantize or run.quantize
-    model, tokenizer = load_model(options.model, dtype=dtype, device=options.device, quantize=quantize, announce=say)
+    storage = storage_named(options.offload, folder, options.device)
+    if storage is not None and quantize is not None:
+        raise InputError(f"--quantize {quantize} keeps its integers on the device: leave --offload out")
+    model, tokenizer = load_model(
+        options.model, dtype=dtype, device=options.device, quantize=quantize, storage=storage, announce=say
+    )
     if adapted:
         first, tensors = path.parent / INITIAL, tuned.tensors_of(trajectory)
         model = tuned.prepare_model(model, tokenizer, options=run, first=first, tensors=tensors)

@@ -22,13 +22,14 @@ from ..method.record import StepRecord
 from ..models import load_model
 from ..objectives import Sampling, TaskObjective
 from ..run_folder import INITIAL, TERMS, read_lines
+from ..storage import storage_named
 from ..tasks.batching import collate
 from ..tasks.encoding import Encoded
 from ..trajectory import Log, read_log, replay
 from . import say
 from .callbacks import Copied, ObjectiveLog, Run, Trained, advise
 from .results import resume_command
-from .session import Session
+from .session import Session, keep_offloaded
 from .tuned import prepare_model, tensors_of, tuned_weights
 
 if TYPE_CHECKING:
@@ -62,10 +63,12 @@ def train_mezo(session: Session, folder: Path, log: Log | None, settings: dict[s
                 device=options.device,
                 attn_implementation=options.attn_implementation,
                 quantize=options.quantize,
+                storage=storage_named(options.offload, folder, options.device),
             )
             session.model = prepare_model(
                 model, session.tokenizer, options=options, first=folder / INITIAL, tensors=tensors_of(step_log)
             )
+            keep_offloaded(session.model)
             replay(step_log, session.model, steps=step)
     return trained
 
@@ -133,7 +136,10 @@ def make_trainer(
     options = session.options
     changes = arguments(options)
     if (
-        options.perturbation == "auto" and options.assignment == "shared" and objective.generates
+        options.perturbation == "auto"
+        and options.assignment == "shared"
+        and objective.generates
+        and options.offload is None
     ):  # which reads every weight at each token
         size = sum(p.numel() * p.element_size() for p in tuned_weights(session.model).values())
         say(

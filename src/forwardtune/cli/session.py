@@ -6,6 +6,7 @@ import hashlib
 import io
 import random
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -35,6 +36,7 @@ from ..objectives.mixture import parse
 from ..processes import versions
 from ..reference import with_reference
 from ..run_folder import METRICS, RunFolder, is_run
+from ..storage import Offloaded, device_of, home_of, storage_named
 from ..tasks import Split, Task, doubts, get_task, load_splits
 from ..tasks.batching import Layout
 from ..tasks.encoding import Encoded, Encoder
@@ -135,10 +137,11 @@ class Session:
     def inference_peak(self) -> int:
         """Peak memory of one forward pass over the longest minibatch, in bytes."""
         batch = prepare(self.model, self.tokenizer, self.longest, self.layout)
-        memory.reset_peak(self.model.device)
+        device = device_of(self.model)
+        memory.reset_peak(device)
         with torch.no_grad():
             logits_at(self.model, batch)
-        return memory.peak(self.model.device)
+        return memory.peak(device)
 
 
 def open_session(
@@ -149,6 +152,7 @@ def open_session(
     prepare_model: Callable[[Any, Any], Any] | None = None,
     resumed: Log | None = None,
     workers: Alone | None = None,
+    folder: str | Path | None = None,
 ) -> Session:
     """Load task, data and model, in that order: what is cheap to refuse is refused first.
 
@@ -160,6 +164,7 @@ def open_session(
         prepare_model: ``(model, tokenizer) -> model`` with what is to be tuned.
         resumed: the log of the run that goes on, with the number of threads that it had.
         workers: the processes that share the run; they must have the same data.
+        folder: where weights may be kept on disk; by default where temporary files are.
     """
     workers = workers or Alone()
     cores = SharedCores(say)
@@ -174,13 +179,14 @@ def open_session(
         raise InputError(f"--shots {shots} asks for more than the {len(splits['train'])} training examples: lower it")
 
     _refuse_integers(options)
-    model, tokenizer = open_model(options)
+    model, tokenizer = open_model(options, folder)
     kind = model_kind(model)
     task = task.worded_for(kind)
     splits = {name: split.worded_for(kind) for name, split in splits.items()}
     if prepare_model is not None:
         load_kernels(model.device)  # before memory is measured
         model = prepare_model(model, tokenizer)
+        keep_offloaded(model)
     room = context_length(model)  # a prefix takes some of it
     if room < 1:
         raise InputError("the prefix leaves no position of the model's context for text: lower --prefix-length")
@@ -234,8 +240,12 @@ def open_session(
     )
 
 
-def open_model(options: Any) -> tuple[Any, Any]:
-    """Load the model and its tokenizer; where the options leave device and dtype open, they are settled in them."""
+def open_model(options: Any, folder: str | Path | None = None) -> tuple[Any, Any]:
+    """Load the model and its tokenizer; where the options leave device and dtype open, they are settled in them.
+
+    Args:
+        folder: where weights may be kept on disk; by default where temporary files are.
+    """
     require_finished(Path(options.model).expanduser())
     import transformers
 
@@ -244,6 +254,7 @@ def open_model(options: Any) -> tuple[Any, Any]:
     if options.device is None:
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
     take_settings_of_run(options)
+    storage = storage_named(getattr(options, "offload", None), folder or tempfile.gettempdir(), options.device)
     say(f"loading {options.model}")
     model, tokenizer = load_model(
         options.model,
@@ -251,16 +262,31 @@ def open_model(options: Any) -> tuple[Any, Any]:
         device=options.device,
         attn_implementation=options.attn_implementation,
         quantize=options.quantize,
+        storage=storage,
         announce=say,
     )
     dtype = str(model.dtype).removeprefix("torch.")
     quantised = f", quantised ({options.quantize or checkpoint_format(options.model) or 'below an adapter'})"
     say(
         f"  {weights_of(model) / 1e6:.1f}M weights, {dtype}{quantised if is_quantised(model) else ''}, on {options.device}"
+        + ("" if storage is None else f", kept {_KEPT[storage.name].format(folder=getattr(storage, 'folder', ''))}")
     )
     if model.dtype == torch.float16 and options.device == "cpu":
         say("  float16 is slow on a processor: --dtype float32 or bfloat16 may be several times as fast")
     return model, tokenizer
+
+
+_KEPT = {
+    "cpu": "in the memory of the host",
+    "disk": "in a file without a name in {folder}, which is gone when this command has ended",
+}
+
+
+def keep_offloaded(model: Any) -> None:
+    """An adapter that was put on an offloaded model lives where the model does."""
+    homes = {home for parameter in model.parameters() if isinstance(home := home_of(parameter), Offloaded)}
+    for home in homes:
+        home.place(model)
 
 
 def require_finished(folder: Path) -> None:

@@ -106,7 +106,9 @@ def run(parsed: argparse.Namespace) -> int:
         tensors=tuned.tensors_of(log) if log else None,
         frozen=frozen,
     )
-    session = open_session(options, "train", "dev", "test", prepare_model=prepare, resumed=log, workers=workers)
+    session = open_session(
+        options, "train", "dev", "test", prepare_model=prepare, resumed=log, workers=workers, folder=folder
+    )
     if options.steps is None:
         # Before anything is evaluated: the time may be too short.
         options.steps = workers.first(lambda: _steps(session, began))

@@ -14,6 +14,7 @@ from .option import AUTO, Bounds, Option, number_or_auto, options
 from .runs import COMMANDS, POLYNOMIAL_END, with_defaults
 
 _TRAINS = ("train", "plan")
+_LOADS = ("train", "plan", "eval", "probe")
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,34 @@ _COMBINATIONS = (
         "<method> adam goes backwards through the model, which <quantize> int4 cannot: give <quantize> nf4 or int8, or <method> mezo",
         lambda run, given: run.quantize == "int4" and run.method == "adam",
         {"quantize": "int4", "tune": "lora", "method": "adam"},
+    ),
+    Refusal(
+        "<offload> cpu keeps weights in the memory of the host, and with <device> cpu the host computes: give <offload> disk",
+        lambda run, given: run.offload == "cpu" and run.device == "cpu",
+        {"offload": "cpu", "device": "cpu"},
+        _LOADS,
+    ),
+    Refusal(
+        "<offload> {offload} lets one device compute, and <device> auto spreads the model over several: leave one of them out",
+        lambda run, given: run.offload is not None and run.device == "auto",
+        {"offload": "disk", "device": "auto"},
+        _LOADS,
+    ),
+    Refusal(
+        "<quantize> {quantize} keeps its integers on the device, and <offload> {offload} would take them away: leave one of them out",
+        lambda run, given: run.quantize is not None and run.offload is not None,
+        {"quantize": "nf4", "offload": "disk", "tune": "lora"},
+        _LOADS,
+    ),
+    Refusal(
+        "<perturbation> copy has a second set of all tuned weights in memory, which <offload> {offload} is to save: leave <perturbation> out",
+        lambda run, given: run.offload is not None and run.perturbation == "copy",
+        {"offload": "disk", "perturbation": "copy"},
+    ),
+    Refusal(
+        "<method> adam keeps gradients and moments of all weights in memory: give <method> mezo with <offload> {offload}",
+        lambda run, given: run.offload is not None and run.method == "adam",
+        {"offload": "disk", "method": "adam"},
     ),
     Refusal(
         "<data> and <data_dir> both say where the examples are: leave one of them out",

@@ -55,6 +55,13 @@ class Data:
     quantize: str | None = option(
         None, "quantise the model as it is loaded", shown="as stored", choices=names.QUANTISATIONS
     )
+    offload: str | None = option(
+        None,
+        "where weights live that the device has no room for: cpu (the host's memory), disk (a private file of the run)",
+        shown="on the device",
+        choices=names.OFFLOADS,
+        free=True,
+    )
     device: str | None = option(
         None, "cpu, cuda, mps, or auto to spread over devices", shown="cuda if there is one", free=True
     )

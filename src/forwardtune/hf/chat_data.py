@@ -11,6 +11,7 @@ import datasets
 import torch
 
 from ..errors import InputError, warn
+from ..storage import device_of
 from ..tasks.chat import TASK, ChatTask, form_of
 from ..tasks.chat_tokens import ChatTokens
 from ..tasks.tokens import padding_id
@@ -198,12 +199,14 @@ def require_apart(model: Any, rows: Iterable[Mapping[str, list[int]]], collator:
     first, second = row["input_ids"][: starts[1]][-16:], row["input_ids"][starts[1] :][:16]
     tokens, places = [*first, *second], [*range(len(first)), *range(len(second))]
     batch = collator([{"input_ids": tokens, "labels": tokens, "position_ids": places}])
-    on = {name: value.to(model.device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+    on = {
+        name: value.to(device_of(model)) if isinstance(value, torch.Tensor) else value for name, value in batch.items()
+    }
     training = model.training
     model.eval()
     try:
         together = model(**on).logits[0, len(first) :].float()
-        alone = model(input_ids=torch.tensor([second], device=model.device), use_cache=False).logits[0].float()
+        alone = model(input_ids=torch.tensor([second], device=device_of(model)), use_cache=False).logits[0].float()
         apart = torch.allclose(together, alone, rtol=0.05, atol=0.05)
     except TypeError:  # it takes no positions
         apart = False

@@ -44,6 +44,7 @@ class MeZOConfig(MeZOSettings, TrainingArguments):
     lr_scheduler_type: str = as_declared("lr_scheduler")
     max_grad_norm: float = field(default=0.0, metadata={"help": "Ignored: see clip_coefficient."})
     per_device_train_batch_size: int = as_declared("batch_size")
+    offload: str | None = as_declared("offload")
     max_skipped: int = field(default=10, metadata={"help": "Stop after so many non-finite losses in a row."})
     adam_beta2: float = field(default=0.95, metadata={"help": "For rule adam; 0.95 keeps its window at 90 steps."})
     rule_window: int | None = field(

@@ -22,6 +22,7 @@ from ..optimizer import MeZO
 from ..points.both_signs import BothSigns
 from ..processes import Launch
 from ..search.budget import first_settings
+from ..storage import is_offloaded, storage_named
 from ..trajectory import read_log
 from ..trajectory.shared import any_has_log, share_log
 from ..workers import Alone, Parts, workers_of_launch
@@ -99,8 +100,14 @@ class MeZOTrainer(Trainer):
         self._data = prepared_data(asked, objective, formatting_func)
         if self._data is not None:
             objective = self._objective = self._data.objective
+        arguments = asked["args"]
+        self.storage = storage_named(arguments.offload, arguments.output_dir, arguments.device)
+        if self.storage is not None and isinstance(given, nn.Module):
+            self.storage.place(given)  # before Trainer moves it to the device
         with quantised_base(given):
             Trainer.__init__(**asked)
+        if self.storage is not None:
+            self.accelerator.device_placement = False
         self._set_use_cache(self._use_cache)
         if self._data is not None:
             self._data.settle(self)
@@ -180,6 +187,13 @@ class MeZOTrainer(Trainer):
                 announce=self.automatic.announce,
             )
         return self.optimizer
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        """As Trainer's. Offloaded weights stay where they live."""
+        if self.storage is not None:
+            self.storage.place(model)  # of model_init; another one has moved already
+        elif not is_offloaded(model):
+            super()._move_model_to_device(model, device)
 
     def _parts(self) -> int:
         """Into how many parts minibatches are cut: as was said, or as the run's log has it."""

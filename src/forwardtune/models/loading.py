@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 
 from ..errors import InputError, nearest
+from ..storage import RESIDENT, Offloaded, home_of
 from .converted import through_cache
 from .kinds import base_model, is_adapted, is_package, loader_of
 from .prefix import prefix_length
@@ -47,6 +49,7 @@ def load_model(
     device: str = "cpu",
     attn_implementation: str | None = None,
     quantize: str | None = None,
+    storage: Offloaded | None = None,
     announce: Callable[[str], object] = lambda text: None,
 ) -> tuple[Any, Any]:
     """Load a causal or masked language model and its tokenizer, in evaluation mode.
@@ -62,6 +65,8 @@ def load_model(
             attention (sdpa) where the model has it, which takes the masks of packed rows, else eager.
         quantize: ``nf4``, ``int8`` or ``int4`` (:mod:`forwardtune.models.quantised`): quantise the base model as it is loaded. A checkpoint
             that is quantised already is loaded as it is stored.
+        storage: where the weights are to live (:mod:`forwardtune.storage`). They are read one after the other, and are never all in memory,
+            but for a GGUF file that is converted for the first time, and what is not in safetensors is written to disk a second time.
         announce: told what takes long, and of a quantised checkpoint that transformers makes dense on this device.
 
     Raises:
@@ -78,8 +83,11 @@ def load_model(
         )
     folder = Path(name).expanduser()
     if (folder / _ADAPTER).is_file():
-        return _load_adapted(folder, dtype, device, attn_implementation, quantize, announce)
-    return _load_base(name, dtype, device, attn_implementation, quantize, announce)
+        model, tokenizer = _load_adapted(folder, dtype, device, attn_implementation, quantize, storage, announce)
+        if storage is not None:
+            storage.place(model)  # the adapter
+        return model, tokenizer
+    return _load_base(name, dtype, device, attn_implementation, quantize, storage, announce)
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
@@ -136,11 +144,13 @@ def _load_base(
     device: str,
     attention: str | None,
     quantize: str | None,
+    storage: Offloaded | None,
     announce: Callable[[str], object],
 ) -> tuple[Any, Any]:
     where, gguf = _locate(name)
+    device = device if storage is None else "cpu"
     if gguf is None:
-        model, tokenizer = _read(name, where, dtype, device, attention, quantize, announce)
+        model, tokenizer = _read(name, where, dtype, device, attention, quantize, storage, announce)
     else:
         dtype = "float32" if dtype == "auto" else dtype
 
@@ -155,11 +165,14 @@ def _load_base(
         elif device == "auto":
             model, tokenizer = convert()
         else:
-            read = partial(_read, name, dtype=dtype, device=device, attention=attention)
+            read = partial(_read, name, dtype=dtype, device=device, attention=attention, storage=storage)
             model, tokenizer = through_cache(Path(where, gguf), dtype, convert, read, announce)
+            if storage is not None:
+                storage.place(model)  # what was converted just now
             # Tensors go where torch would put them: NumPy and mapped files align them otherwise, and kernels may choose by that.
             for tensor in (*model.parameters(), *model.buffers()):
-                tensor.data = tensor.data.clone()
+                if home_of(tensor) is RESIDENT:
+                    tensor.data = tensor.data.clone()
         model.config._name_or_path = name
         tokenizer.name_or_path = tokenizer.init_kwargs["name_or_path"] = where
     model.name_or_path = name  # what an adapter remembers as its base
@@ -167,7 +180,7 @@ def _load_base(
         # Collators take padding out of the labels: with the end of text in its place nothing would be taught to end.
         unknown = tokenizer.unk_token if tokenizer.unk_token != tokenizer.bos_token else None
         tokenizer.pad_token = tokenizer.eos_token if unknown is None else unknown
-    return (model if device == "auto" else model.to(device)).eval(), tokenizer
+    return (model if device == "auto" or storage is not None else model.to(device)).eval(), tokenizer
 
 
 def _quantised_gguf(
@@ -183,12 +196,12 @@ def _quantised_gguf(
     """A GGUF file is read as an ordinary checkpoint, from the cache or a folder for the moment, and quantised as one."""
     found, tokenizer = through_cache(file, dtype, convert, lambda entry: (entry, None), announce)
     if isinstance(found, Path):
-        return _read(name, found, dtype, device, attention, quantize, announce)
+        return _read(name, found, dtype, device, attention, quantize, announce=announce)
     with TemporaryDirectory() as folder:
         found.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         del found
-        return _read(name, folder, dtype, device, attention, quantize, announce)
+        return _read(name, folder, dtype, device, attention, quantize, announce=announce)
 
 
 def _read(
@@ -198,6 +211,7 @@ def _read(
     device: str,
     attention: str | None,
     quantize: str | None = None,
+    storage: Offloaded | None = None,
     announce: Callable[[str], object] = lambda text: None,
     **gguf: str,
 ) -> tuple[Any, Any]:
@@ -219,9 +233,14 @@ def _read(
         options |= _how_quantised(name, config, stored, dtype, device, quantize)
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, **gguf)
-        model, info = loader.from_pretrained(
-            where, dtype=DTYPES.get(dtype, "auto"), output_loading_info=True, **options, **gguf
-        )
+        with _unread(storage) as unread:
+            model, info = loader.from_pretrained(
+                where, dtype=DTYPES.get(dtype, "auto"), output_loading_info=True, **options, **unread, **gguf
+            )
+            if storage is not None:
+                storage.place(model)
+    except InputError:  # the storage's own
+        raise
     except (OSError, ValueError, KeyError, ImportError) as error:
         if stored is not None:
             raise InputError(cannot_run(name, stored, _reason(error)), "quantize") from None
@@ -281,6 +300,23 @@ def _how_quantised(
     return options if device == "auto" else options | {"device_map": {"": device}}
 
 
+@contextmanager
+def _unread(storage: Offloaded | None) -> Iterator[dict[str, Any]]:
+    """What ``from_pretrained`` is told to leave weights in their files, until a storage takes them one after the other. Those that it
+    converts lie in a folder meanwhile."""
+    if storage is None:
+        yield {}
+        return
+    where = getattr(storage, "folder", None)
+    if where is not None:
+        where.mkdir(parents=True, exist_ok=True)
+        for left in where.glob(f"{_CONVERTED}*"):  # by a run that was killed here
+            shutil.rmtree(left, ignore_errors=True)
+    with TemporaryDirectory(dir=where, prefix=_CONVERTED) as folder:
+        yield {"device_map": {"": "disk"}, "offload_folder": folder}
+
+
+_CONVERTED = "offload-"
 _converting = threading.Lock()
 _PURE = ("GGUFReader", "get_tensor_name_map")
 
@@ -311,6 +347,7 @@ def _load_adapted(
     device: str,
     attention: str | None,
     quantize: str | None,
+    storage: Offloaded | None,
     announce: Callable[[str], object],
 ) -> tuple[Any, Any]:
     from peft import PeftConfig, PeftModel
@@ -327,7 +364,9 @@ def _load_adapted(
     if not config.base_model_name_or_path:
         raise InputError(f"{folder} does not say which model it adapts: set base_model_name_or_path in {_ADAPTER}")
     try:
-        base, tokenizer = _load_base(config.base_model_name_or_path, dtype, device, attention, quantize, announce)
+        base, tokenizer = _load_base(
+            config.base_model_name_or_path, dtype, device, attention, quantize, storage, announce
+        )
     except InputError as error:
         raise InputError(
             f"{folder} adapts another model. {error}. If that model moved, set base_model_name_or_path in {_ADAPTER}",
@@ -357,8 +396,9 @@ def _require_no_offloading(name: str, model: Any) -> None:
     count = sum(parameter.is_meta for parameter in model.parameters())
     if count:
         raise InputError(
-            f"model {name!r} does not fit on the devices: {count} of its tensors were left outside. Use a smaller "
-            "dtype (bfloat16), more or larger GPUs, a smaller model, or device cpu"
+            f"model {name!r} does not fit on the devices: {count} of its tensors were left outside. Give offload='cpu' and device='cuda', "
+            "or use a smaller dtype (bfloat16), more or larger GPUs, or a smaller model",
+            "offload",
         )
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..storage import device_of
 from .kinds import is_adapted, model_kind
 
 
@@ -143,7 +144,7 @@ def _keys_and_values(model: Any, tokens: Tensor) -> Tensor:
     cache: Any = DynamicCache()
     reason = ""
     try:
-        model(input_ids=tokens[None].to(model.device), past_key_values=cache)
+        model(input_ids=tokens[None].to(device_of(model)), past_key_values=cache)
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
         reason = f" ({type(error).__name__}: {error})"
     kept: list[Any] = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
@@ -159,4 +160,4 @@ def _keys_and_values(model: Any, tokens: Tensor) -> Tensor:
             f"{type(model).__name__} cannot be tuned by a prefix: its layers do not all take keys and values of one "
             f"shape from outside{reason}. Choose lora, all, or a pattern of parameter names"
         )
-    return torch.cat([tensor.to(model.device) for tensor in kept]).unflatten(0, (-1, 2))
+    return torch.cat([tensor.to(device_of(model)) for tensor in kept]).unflatten(0, (-1, 2))

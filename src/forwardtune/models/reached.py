@@ -11,6 +11,7 @@ from ..method.estimators import Query
 from ..noise import Noise
 from ..parameters import TunedParameters
 from ..points import Scratch
+from ..storage import device_of
 
 # So many tokens are read to see which parts of a model take part.
 _TOKENS = 8
@@ -27,7 +28,7 @@ def freeze_unreached(model: Any) -> dict[str, int]:
     """
     tuned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     parameters = TunedParameters.from_groups([{"params": tuned}], model)
-    ids = torch.arange(_TOKENS, device=model.device)[None]
+    ids = torch.arange(_TOKENS, device=device_of(model))[None]
     scratch = Scratch(parameters, Noise(0))
     try:
         with torch.no_grad(), scratch:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from ..storage import device_of
 from ..tasks import Task
 from ..tasks.tokens import padding_id
 
@@ -92,10 +93,10 @@ def write(
         options["past_key_values"] = context.repeated(len(rows))
     if sampling.temperature:
         options |= {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
-    with _seeded(model.device, sampling.seed) if sampling.temperature else nullcontext():
+    with _seeded(device_of(model), sampling.seed) if sampling.temperature else nullcontext():
         out = model.generate(
-            input_ids=torch.tensor(rows, device=model.device),
-            attention_mask=torch.tensor(seen, device=model.device),
+            input_ids=torch.tensor(rows, device=device_of(model)),
+            attention_mask=torch.tensor(seen, device=device_of(model)),
             max_new_tokens=task.max_new_tokens,
             pad_token_id=pad,
             **{"do_sample": False, **_PLAIN, **options},

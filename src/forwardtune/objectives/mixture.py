@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError, nearest, warn
+from ..storage import device_of
 from ..tasks import Task, metrics
 from ..tasks.encoding import Encoded
 from ..workers import Alone
@@ -200,7 +201,7 @@ class _Measured:
         else:
             pairs = zip(self._written.texts, examples, strict=True)
             values = [metrics.score(term.name, text, example.texts) for text, example in pairs]
-        return torch.tensor(values, dtype=torch.float32, device=self.model.device)  # where the losses are
+        return torch.tensor(values, dtype=torch.float32, device=device_of(self.model))  # where the losses are
 
 
 _TERM = re.compile(r"(?:([0-9.eE+-]+)\s*\*\s*)?([\w.]+(?::\w+)?|.+\.py:\w+)")

@@ -13,6 +13,7 @@ from ..errors import InputError, warn
 from ..method.estimators import Losses, Query
 from ..noise import Noise
 from ..parameters import TunedParameters
+from ..storage import Offloaded
 from .both_signs import BothSigns
 from .copy import Copy
 from .idle import summary
@@ -55,7 +56,13 @@ class Evaluator:
                 "perturbation='both_signs' is of directions of examples: set assignment='example', or perturbation='side_path'"
             )
         self._tuned, self._noise = tuned, noise
-        self._may_copy = perturbation == "auto" and not per_example
+        is_offloaded = any(isinstance(tensor.home, Offloaded) for tensor in tuned)
+        if is_offloaded and (perturbation == Copy.name or tuned.module is None):
+            raise InputError(
+                "perturbation='copy' has a second set of all tuned weights in memory, which offload is to save: use perturbation='auto', "
+                "and pass the module to MeZO"
+            )
+        self._may_copy = perturbation == "auto" and not per_example and not is_offloaded
         if per_example and perturbation == "auto":
             perturbation = SidePath.name
         elif perturbation == "auto" and tuned.module is None:
@@ -150,6 +157,10 @@ class Evaluator:
         """``copy`` where that is allowed, with a word about why, and what it takes."""
         if isinstance(error, InputError):  # says itself what to do
             raise error
+        if any(isinstance(tensor.home, Offloaded) for tensor in self._tuned):
+            raise ReadElsewhereError(
+                f"{error}, and offloaded weights cannot be copied as a whole: leave offload out, or tune an adapter"
+            ) from error.__cause__
         if not self._may_copy:
             raise ReadElsewhereError(f"{error}: use perturbation='auto' or 'copy'") from error.__cause__
         gib = sum(t.parameter.numel() * t.parameter.element_size() for t in self._tuned) / 2**30

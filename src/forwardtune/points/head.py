@@ -58,14 +58,14 @@ class Slices:
         even = (n for n in range(slices, min(2 * slices, most) + 1) if height % n == 0)
         return -(-height // next(even, slices))
 
-    def may_slice(self, tensor: TunedTensor, source: Tensor, x: Tensor, bias: Tensor | None) -> bool:
+    def may_slice(self, tensor: TunedTensor, whole: Callable[[], Tensor], x: Tensor, bias: Tensor | None) -> bool:
         """Whether slices of the head give the bits of the whole for inputs like x: tried once, on the unperturbed weights.
 
         For many positions the logits take more memory than the weights, and slices would save nothing. A trial costs two
         products. torch folds a contiguous x to a matrix, so its number of rows is all that its shape says to a kernel:
         there are at most ``width // 8`` of them. Strides can have any values, and only so many are tried.
         """
-        height, width = source.shape
+        height, width = tensor.parameter.shape
         rows = x.numel() // width
         if height < VOCABULARY or rows > width // 8:
             return False
@@ -76,8 +76,8 @@ class Slices:
                 if self._strided_trials == _STRIDED_TRIALS:
                     return False
                 self._strided_trials += 1
-            weight = as_parameter(source.detach(), tensor)
-            cut = self.rows(source)
+            weight = as_parameter(whole().detach(), tensor)
+            cut = self.rows(weight)
             sliced = project_in_slices(x, weight, bias, cut, lambda lo, hi: weight[lo:hi], lambda: None)
             self.is_exact[key] = torch.equal(F.linear(x, weight, bias), sliced)
         return self.is_exact[key]

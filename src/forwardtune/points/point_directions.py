@@ -55,18 +55,14 @@ class PointDirections:
 
     def factors(self, tensor: TunedTensor, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """U / sqrt(r), shape (count, r, m), and V, (count, r, n), of so many directions. Both sides of a probe have the same ones."""
-        key = (count, tensor.parameter.device, dtype)
+        key = (count, tensor.device, dtype)
         if key not in self._factors:
-            self._factors[key] = self._drawn(count, tensor.parameter.device, dtype)
+            self._factors[key] = self._drawn(count, tensor.device, dtype)
         return self._factors[key][tensor.id]
 
     def _drawn(self, count: int, device: torch.device, dtype: torch.dtype) -> dict[int, tuple[Tensor, Tensor]]:
         """The factors of all tensors on a device: one call for all costs a tenth of one for each."""
-        here = [
-            t
-            for t in self._tuned
-            if t.parameter.device == device and self.is_low_rank(t) and t.id not in self._left_out
-        ]
+        here = [t for t in self._tuned if t.device == device and self.is_low_rank(t) and t.id not in self._left_out]
         found = self._noise.factors_of(
             [(t.id, t.parameter.shape) for t in here],
             step=self.step,
@@ -81,15 +77,15 @@ class PointDirections:
         parameter, probes = tensor.parameter, self.query.directions(count)
         if parameter.ndim > 1:  # an adapter's, of every example: not kept
             address = self._address(tensor)
-            return self._noise.directions(parameter.shape, probes=probes, device=parameter.device, **address)
+            return self._noise.directions(parameter.shape, probes=probes, device=tensor.device, **address)
         return self.vectors(tensor, count, torch.float32) * self.scale
 
     def vectors(self, tensor: TunedTensor, count: int, dtype: torch.dtype) -> Tensor:
         """Directions of a vector, not scaled, shape (count, n)."""
-        device = tensor.parameter.device
+        device = tensor.device
         key = (count, device, dtype)
         if key not in self._vectors:
-            here = [t for t in self._tuned if t.parameter.device == device and t.parameter.ndim == 1]
+            here = [t for t in self._tuned if t.device == device and t.parameter.ndim == 1]
             found = self._noise.directions_of(
                 [(t.id, t.parameter.shape) for t in here],
                 step=self.step,

@@ -63,7 +63,10 @@ class Scratch(Perturbation):
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._lent: list[tuple[nn.Module, dict[str, Any], Any]] = []
         self._point: dict[str, Any] | None = None  # step, probe and scale; None: theta itself
+        # Values where they live; what stands for them where the model computes; and what each parameter pointed to.
         self._originals: dict[int, Tensor] = {}
+        self._outlines: dict[int, Tensor] = {}
+        self._pointed: dict[int, Tensor] = {}
         self._outside: dict[int, LazyWeight] = {}
         # Tensors that are read outside their owners: those seen in this block, and those perturbed as a whole since an earlier one.
         self._strays: dict[int, Tensor] = {}
@@ -78,9 +81,11 @@ class Scratch(Perturbation):
 
     def __enter__(self) -> Scratch:
         self._originals = {tensor.id: tensor.read() for tensor in self.tuned}
-        self._whole = {i: w for i, w in self._whole.items() if _alike(w, self._originals[i])}
+        self._outlines = {tensor.id: tensor.home.outline(self._originals[tensor.id]) for tensor in self.tuned}
+        self._pointed = {tensor.id: tensor.parameter.data for tensor in self.tuned}
+        self._whole = {i: w for i, w in self._whole.items() if _alike(w, self._outlines[i])}
         self._whole |= self._strays
-        self._whole |= {i: torch.empty_like(self._originals[i]) for i in self._read_past - self._whole.keys()}
+        self._whole |= {i: torch.empty_like(self._outlines[i]) for i in self._read_past - self._whole.keys()}
         self._strays = {}
         self.used = Used(self._whole)  # who reads these is not seen
         try:
@@ -106,10 +111,11 @@ class Scratch(Perturbation):
         self._strays.clear()
         torch.clear_autocast_cache()
         for number, shadow in self._whole.items():
-            original, parameter = self._originals[number], self._by_id[number].parameter
+            tensor, original = self._by_id[number], self._originals[number]
+            here = tensor.home.visit(original, shadow)
             if self._point is not None:
-                self.noise.perturb(shadow, original, tensor=number, **self._point)
-            parameter.data = original if self._point is None else shadow
+                self.noise.perturb(shadow, here, tensor=number, **self._point)
+            tensor.parameter.data = here if self._point is None else shadow
         if self._point is not None:
             self._perturb_ahead(self._point)
 
@@ -134,8 +140,8 @@ class Scratch(Perturbation):
             for name, tensor in owned:
                 module._parameters[name] = tensor.parameter
         for tensor in self.tuned:
-            tensor.parameter.data = self._originals[tensor.id]
-        self._outside, self._originals, self._point = {}, {}, None
+            tensor.parameter.data = self._pointed[tensor.id]
+        self._outside, self._originals, self._outlines, self._pointed, self._point = {}, {}, {}, {}, None
         self._poison_of, self._lent_at = {}, {}
         torch.clear_autocast_cache()
 
@@ -267,10 +273,10 @@ class Scratch(Perturbation):
 
     def _poison_places(self, numbers: Iterable[int]) -> None:
         for number in numbers:
-            original = self._originals[number]
-            poison = original.new_full((), math.nan)
+            outline = self._outlines[number]
+            poison = outline.new_full((), math.nan)
             self._poison_of[poison.untyped_storage().data_ptr()] = number
-            self._let_find(number, poison.expand(original.shape))
+            self._let_find(number, poison.expand(outline.shape))
 
     def _let_find(self, number: int, data: Tensor) -> None:
         """Whoever looks for the tensor past the hooks finds this."""
@@ -313,12 +319,12 @@ class Scratch(Perturbation):
     def _perturbed(self, tensor: TunedTensor) -> Tensor:
         source = self._originals[tensor.id]
         if self._point is None:
-            return as_parameter(source, tensor)
+            return as_parameter(tensor.home.visit(source), tensor)
         if tensor.id in self._ahead:
             return as_parameter(self._ahead[tensor.id], tensor)
-        out = self._arena.take(source)
+        out = self._arena.take(self._outlines[tensor.id])
         self._lent_at[out.data_ptr()] = tensor.id
-        self.noise.perturb(out, source, tensor=tensor.id, **self._point)
+        self.noise.perturb(out, tensor.home.visit(source, out), tensor=tensor.id, **self._point)
         return as_parameter(out, tensor)
 
     def _seen_from_outside(self, tensor: TunedTensor) -> LazyWeight:
@@ -328,14 +334,16 @@ class Scratch(Perturbation):
             original = self._originals[tensor.id]
             if tensor.id not in self._strays:
                 with torch.inference_mode(False):  # it outlives the evaluation
-                    self._strays[tensor.id] = torch.empty_like(original)
+                    stray = self._strays[tensor.id] = torch.empty_like(self._outlines[tensor.id])
                 if self._point is not None:
-                    self.noise.perturb(self._strays[tensor.id], original, tensor=tensor.id, **self._point)
-            return as_parameter(original if self._point is None else self._strays[tensor.id], tensor)
+                    self.noise.perturb(stray, tensor.home.visit(original, stray), tensor=tensor.id, **self._point)
+            if self._point is None:
+                return as_parameter(tensor.home.visit(original), tensor)
+            return as_parameter(self._strays[tensor.id], tensor)
 
         if tensor.id in self._tables:
             return self._table(tensor, whole)
-        return LazyWeight.wrap(self._originals[tensor.id], whole, lambda: self._note_use(tensor))
+        return LazyWeight.wrap(self._outlines[tensor.id], whole, lambda: self._note_use(tensor))
 
     def _note_use(self, tensor: TunedTensor) -> None:
         assert isinstance(self.used, Used)
@@ -347,63 +355,63 @@ class Scratch(Perturbation):
 
     def _of_experts(self, tensor: TunedTensor) -> Tensor:
         """The weights of experts, as their owner sees them: of those that tokens are routed to."""
-        source = self._originals[tensor.id]
+        source, outline = self._originals[tensor.id], self._outlines[tensor.id]
         plain = self._point is None or not self._poisoned  # where weights may be read on any way, all of them are there
-        out = self._perturbed(tensor) if plain else as_parameter(self._arena.take(source), tensor)
+        out = self._perturbed(tensor) if plain else as_parameter(self._arena.take(outline), tensor)
 
         def perturb(lo: int, hi: int) -> None:
             if not plain:
                 assert self._point is not None
                 start = lo * source[0].numel()
                 piece = out.detach()[lo:hi]
-                self.noise.perturb(
-                    piece, source[lo:hi], tensor=tensor.id, start=start, shape=source.shape, **self._point
-                )
+                here = tensor.home.visit(source[lo:hi], piece)
+                self.noise.perturb(piece, here, tensor=tensor.id, start=start, shape=source.shape, **self._point)
 
         weight = ExpertWeight.of(
-            as_parameter(source, tensor),
+            as_parameter(outline, tensor),
             out,
             perturb,
             lambda: self._note_use(tensor),
             lambda numbers: self._note_rows(tensor, numbers),
         )
         if not plain:  # nor does code find them that knows nothing of this class
-            weight.point_to(source.new_full((), math.nan).expand(source.shape))
+            weight.point_to(outline.new_full((), math.nan).expand(source.shape))
             self._lent_at[out.data_ptr()] = tensor.id
         return weight
 
     def _table(self, tensor: TunedTensor, whole: Callable[[], Tensor]) -> LazyWeight:
         """The weight of an embedding or a vocabulary head, of which only what is needed is computed."""
-        source = as_parameter(self._originals[tensor.id], tensor)
+        source, outline = self._originals[tensor.id], self._outlines[tensor.id]
 
         def rows(numbers: Tensor) -> Tensor | None:
             if self._point is None:
                 return None
-            return self.noise.perturb_rows(source, numbers, tensor=tensor.id, **self._point)
+            found = self.noise.perturb_rows(source, numbers.to(source.device), tensor=tensor.id, **self._point)
+            return found.to(numbers.device)
 
         def project(x: Tensor, bias: Tensor | None) -> Tensor | None:
-            if self._point is None or not self.slices.may_slice(tensor, source, x, bias):
+            if self._point is None or not self.slices.may_slice(tensor, lambda: tensor.home.visit(source), x, bias):
                 return None
             mark, poison = self._arena.mark(), self._seen is not None and self._poisoned
             return project_in_slices(
                 x,
-                source,
+                outline,
                 bias,
-                self.slices.rows(source),
+                self.slices.rows(outline),
                 perturbed_slice,
                 lambda: self._arena.release(mark, poison=poison),
             )
 
         def perturbed_slice(lo: int, hi: int) -> Tensor:
             assert self._point is not None
-            out = self._arena.take(source[lo:hi])
-            self.noise.perturb(
-                out, source[lo:hi], tensor=tensor.id, start=lo * source.shape[1], shape=source.shape, **self._point
-            )
+            out = self._arena.take(outline[lo:hi])
+            here = tensor.home.visit(source[lo:hi], out)
+            start = lo * source.shape[1]
+            self.noise.perturb(out, here, tensor=tensor.id, start=start, shape=source.shape, **self._point)
             return as_parameter(out, tensor)
 
         return LazyWeight.wrap(
-            source,
+            as_parameter(outline, tensor),
             whole,
             lambda: self._note_use(tensor),
             rows,

@@ -35,8 +35,12 @@ class SideWeight(Tensor):
         parameter = tensor.parameter
         weight = Tensor._make_subclass(SideWeight, parameter.detach(), parameter.requires_grad)
         weight._path, weight._tensor = path, tensor
-        weight._original = as_parameter(tensor.read(), tensor)
+        weight.stand_for(tensor.read())
         return weight
+
+    def stand_for(self, values: Tensor) -> None:
+        """Compute with these values from now on: the tensor's, on the device, or where they live."""
+        self._original = as_parameter(values, self._tensor)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
