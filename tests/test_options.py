@@ -22,6 +22,7 @@ from forwardtune.cli.session import Session, open_session
 from forwardtune.hf.config import MeZOConfig
 from forwardtune.hf.trainer import MeZOTrainer
 from forwardtune.paper.baselines import AdamTrainer
+from forwardtune.storage import home_of
 from forwardtune.trajectory import read_log
 from support.command import cli, flags, read, write_jsonl
 
@@ -128,6 +129,7 @@ CASES: dict[str, dict[str, tuple[Any, See, Any]]] = {
         "steps": (2, lambda b: b.mezo.next_step, 2),
     },
     "examples": {
+        "offload": ("disk", lambda b: {type(home_of(p)).__name__ for p in b.trainer.model.parameters()}, {"OnDisk"}),
         "data": ("one.jsonl", lambda b: [b.lengths(s) for s in ("train", "dev", "test")], [12, 4, 4]),
         "assignment": ("example", lambda b: (b.mezo.estimator.assignment, b.mezo.perturbation.name), ("example", "both_signs")),
         "rank": (2, lambda b: b.mezo.noise.structure.rank, 2),

@@ -222,6 +222,13 @@ def _holds_its_values(parameter: Tensor) -> bool:
     return parameter.layout == torch.strided and not own_dispatch
 
 
+def require_values(module: nn.Module) -> None:
+    """Raise InputError if parameters have no values, as where accelerate keeps them elsewhere between calls."""
+    for name, parameter in module.named_parameters():
+        if parameter.is_meta:
+            _check(name, parameter)
+
+
 def _check(name: str, parameter: Tensor) -> None:
     if parameter.dtype not in DTYPES:
         known = ", ".join(dtype_name(dtype) for dtype in DTYPES)
@@ -239,9 +246,8 @@ def _check(name: str, parameter: Tensor) -> None:
         )
     if parameter.device.type == "meta":
         raise InputError(
-            f"{name} has no values of its own (meta device): they were left on disk or in memory that no layer reaches by itself. Load the "
-            "model with offload='disk' or 'cpu' in place of device_map, or pass MeZO(storage=OnDisk(folder)), which takes it over",
-            "offload",
+            f"{name} has no values of its own (meta device): they were left on disk, or in memory that no layer reaches by itself. Pass "
+            "MeZO(storage=OnDisk(folder)), or MeZOConfig(offload='disk'), which take such a model over, or load it without device_map"
         )
     if parameter.numel() > _MAX_ELEMENTS:
         raise ValueError(f"{name} has {parameter.numel()} elements; at most 2**35 are supported in one tensor")

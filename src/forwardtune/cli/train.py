@@ -306,7 +306,8 @@ def _report(metrics: dict[str, Any], folder: Path, method: str, as_json: bool) -
             f"{test['better']} examples came out better, {test['worse']} worse: p = {test['p_value']:.1e} by the sign test"
         )
     mib = {key: metrics[f"{key}peak_memory_bytes"] / 2**20 for key in ("", "inference_")}
-    say(f"peak memory {mib['']:,.0f} MiB; inference on the same batch size {mib['inference_']:,.0f} MiB")
+    pages = ", pages of the file with the weights included" if metrics["settings"].get("offload") == "disk" else ""
+    say(f"peak memory {mib['']:,.0f} MiB; inference on the same batch size {mib['inference_']:,.0f} MiB{pages}")
     say(f"{metrics['seconds']:.0f} s in {metrics['steps']} steps, {metrics['seconds_per_step']:.2f} s a step")
     if metrics.get("best_step") == 0:
         say("the weights are untuned: no step was better on the dev split")

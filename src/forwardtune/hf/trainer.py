@@ -19,6 +19,7 @@ from ..errors import InputError
 from ..method.estimators import get_estimator
 from ..noise import compile_kernels
 from ..optimizer import MeZO
+from ..parameters import require_values
 from ..points.both_signs import BothSigns
 from ..processes import Launch
 from ..search.budget import first_settings
@@ -102,8 +103,10 @@ class MeZOTrainer(Trainer):
             objective = self._objective = self._data.objective
         arguments = asked["args"]
         self.storage = storage_named(arguments.offload, arguments.output_dir, arguments.device)
-        if self.storage is not None and isinstance(given, nn.Module):
-            self.storage.place(given)  # before Trainer moves it to the device
+        if isinstance(given, nn.Module):
+            if self.storage is not None:
+                self.storage.place(given)  # before Trainer moves it to the device
+            require_values(given)
         with quantised_base(given):
             Trainer.__init__(**asked)
         if self.storage is not None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from .. import memory
 from ..errors import InputError
 from .offloaded import Offloaded
 
@@ -18,7 +19,7 @@ class InHostMemory(Offloaded):
         device: where the model computes.
 
     Raises:
-        InputError: that is the host itself.
+        InputError: that is the host itself; or, from :meth:`place`, the host has no room for weights that are not there yet.
     """
 
     name = "cpu"
@@ -32,6 +33,12 @@ class InHostMemory(Offloaded):
             )
 
     def _rooms(self, parameters: Sequence[nn.Parameter]) -> Iterator[Tensor]:
+        needed = sum(p.numel() * p.element_size() for p in parameters if p.device.type != "cpu")
+        if needed > (free := memory.free()):
+            raise InputError(
+                f"weights in the memory of the host take {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} are free: use offload='disk'",
+                "offload",
+            )
         for parameter in parameters:  # one at a time: what moves in leaves its old place before the next one comes
             pinned = self.device.type == "cuda"
             yield torch.empty_like(parameter, device="cpu", pin_memory=pinned, requires_grad=False)
