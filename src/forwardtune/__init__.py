@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from .method.record import StepRecord as StepRecord
     from .optimizer import MeZO
     from .search.auto_lr import AutoLR as AutoLR
-    from .trajectory import StepLog, replay
+    from .trajectory import StepLog
+    from .trajectory.replay import replay
 
 __version__ = "0.1.0"
 __all__ = [

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from .. import memory
 from ..errors import InputError
+from ..memory import free
 from .offloaded import Offloaded
 
 
@@ -34,9 +34,9 @@ class InHostMemory(Offloaded):
 
     def _rooms(self, parameters: Sequence[nn.Parameter]) -> Iterator[Tensor]:
         needed = sum(p.numel() * p.element_size() for p in parameters if p.device.type != "cpu")
-        if needed > (free := memory.free()):
+        if needed > (there := free()):
             raise InputError(
-                f"weights in the memory of the host take {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} are free: use offload='disk'",
+                f"weights in the memory of the host take {needed / 2**30:.1f} GiB, and {there / 2**30:.1f} are free: use offload='disk'",
                 "offload",
             )
         for parameter in parameters:  # one at a time: what moves in leaves its old place before the next one comes
