@@ -7,7 +7,8 @@
 ``large``: a checkpoint of OPT's shape, random bfloat16 weights written layer by layer, is loaded with its weights left on disk, moves into
 a private file (and is removed), and takes full-tuning steps on 2 x 8 tokens. Anonymous resident memory is read all the while: what the
 process itself holds, libraries included, without the file's pages, which the system takes back where memory is short. ``beyond`` is its
-peak in a step without what the process held before it loaded anything, and without one layer.
+peak in a step without what the process held before it loaded anything, and without one layer; it is negative where a step holds less than
+a layer, as one module of it is perturbed at a time.
 
 ``small``: SmolLM2-135M in bfloat16, 8 x 32 tokens, resident and from a file, in turn, in one process. The file is in the page cache.
 """

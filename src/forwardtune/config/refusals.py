@@ -68,11 +68,14 @@ _COMBINATIONS = (
         {"offload": "disk", "device": "auto"},
         _LOADS,
     ),
-    Refusal(
-        "<quantize> {quantize} keeps its integers on the device, and <offload> {offload} would take them away: leave one of them out",
-        lambda run, given: run.quantize is not None and run.offload is not None,
-        {"quantize": "nf4", "offload": "disk", "tune": "lora"},
-        _LOADS,
+    *(
+        Refusal(
+            "<quantize> {quantize} keeps its integers on the device, and <offload> {offload} would take them away: leave one of them out",
+            lambda run, given: run.quantize is not None and run.offload is not None,
+            {"quantize": "nf4", "offload": "disk", **beside},
+            commands,
+        )
+        for commands, beside in ((_TRAINS, {"tune": "lora"}), (("eval", "probe"), {}))
     ),
     Refusal(
         "<perturbation> copy has a second set of all tuned weights in memory, which <offload> {offload} is to save: leave <perturbation> out",
