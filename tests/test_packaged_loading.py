@@ -9,11 +9,13 @@ import pytest
 import torch
 
 import support
+from forwardtune import MeZOTrainer, replay
 from forwardtune.errors import InputError
 from forwardtune.models import freeze_unreached, load_model, model_kind
 from forwardtune.tasks.media import require_text
 from support.command import Setting, done, message_of, read, write_jsonl, write_task
 from support.packaged import PACKAGES, build
+from support.trainers import Kill, KilledError, quiet_config
 
 # Where transformers has a class of the language model alone, that is what loads.
 ALONE = {"qwen3_5", "qwen3_5_moe", "llama4", "mllama"}
@@ -109,6 +111,53 @@ def test_a_part_that_text_does_not_enter_is_frozen_and_named(family, parts, tmp_
     names = ("run", "again")
     resumed, replayed = (dict(load_model(str(tmp_path / name))[0].named_parameters()) for name in names)
     assert [name for name, parameter in resumed.items() if not support.same_bits(parameter, replayed[name])] == []
+
+
+def rows(**columns) -> list[dict]:
+    return [{"input_ids": row, "labels": row, **columns} for row in support.token_batch(8).tolist()]
+
+
+def trainer(model, folder: Path, **options) -> MeZOTrainer:
+    data = options.pop("train_dataset", None) or rows()
+    settings = {"max_steps": 4, "learning_rate": 1e-3, "eps": 1e-2, "weight_decay": 0.1}
+    return MeZOTrainer(model=model, args=quiet_config(folder, **{**settings, **options}), train_dataset=data)
+
+
+@pytest.mark.parametrize(("family", "parts"), [
+    ("gemma3", ["model.vision_tower", "model.multi_modal_projector"]), ("qwen3_vl", ["model.visual"]),
+])  # fmt: skip
+def test_a_trainer_leaves_out_what_text_does_not_enter(family, parts, tmp_path, caplog):
+    model = build(PACKAGES, family)
+    before = support.snapshot(model)
+    whole = trainer(model, tmp_path / "whole")
+    whole.train()
+    assert f"text does not enter {', '.join(parts)}: these" in caplog.text
+    inside = tuple(f"{part}." for part in parts)
+    header = header_of(tmp_path / "whole")
+    assert header["run"]["frozen"] == parts
+    assert not [tensor["name"] for tensor in header["tensors"] if tensor["name"].startswith(inside)]
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad  # whoever tunes it on images next finds it as it was
+        assert support.same_bits(parameter, before[name]) == name.startswith(inside), name
+
+    killed = trainer(build(PACKAGES, family), tmp_path / "run")
+    killed.add_callback(Kill(2))
+    with pytest.raises(KilledError):
+        killed.train()
+    resumed = trainer(build(PACKAGES, family), tmp_path / "run")
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.frozen == parts
+    support.assert_same_bits(resumed.model, support.snapshot(model))
+    again = build(PACKAGES, family)
+    assert replay(resumed.step_log, again) == 4
+    support.assert_same_bits(again, support.snapshot(model))
+
+
+@pytest.mark.parametrize("how", [{"train_dataset": rows(pixel_values=[0.0])}, {"move": "all"}], ids=["images", "all"])
+def test_a_trainer_leaves_nothing_out_of_other_data(how, tmp_path):
+    own = trainer(build(PACKAGES, "gemma3"), tmp_path, **how)
+    assert len(own.create_optimizer().tuned) == len(list(own.model.parameters()))
+    assert own.frozen == []
 
 
 def test_everything_moves_where_that_is_wanted(tmp_path):
