@@ -307,7 +307,7 @@ def test_the_commands_quantise_as_they_load(setting: Setting, kind: str, tmp_pat
     assert "--quantize" in done(*plan, "--quantize", kind, "--tune", "lora").err
 
 
-@pytest.mark.parametrize("kind", ["bitsandbytes-nf4", "torchao-int8", "compressed-w4"])
+@pytest.mark.parametrize("kind", ["bitsandbytes-nf4", "torchao-int8", "compressed-w4", "gptq", "awq"])
 def test_the_commands_know_a_quantised_checkpoint(
     setting: Setting, stored: Callable[[str], Path], kind: str, tmp_path: Path
 ) -> None:

@@ -123,7 +123,8 @@ def context_length(model: Any) -> int:
     """The longest input that the model's configuration and its prefix allow."""
     base = base_model(model)
     config = base.config.get_text_config()
-    length = int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 1 << 20)
+    length = int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 0)
+    length = length if length > 0 else 1 << 20  # XLNet's is -1
     for module in base.modules():
         is_positions = isinstance(module, nn.Embedding) and module.num_embeddings == length
         if is_positions and module is not base.get_input_embeddings() and module.padding_idx is not None:
