@@ -181,7 +181,9 @@ def find_layout(model: Any, tokenizer: Any, examples: Sequence[Encoded]) -> Layo
     by_length = sorted(examples, key=lambda example: example.length)
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     window, lengths = getattr(config, "sliding_window", None), takes_lengths(model)
-    if not lengths and window is not None and by_length[-1].length > window:  # the block mask would take the window's place
+    if (
+        not lengths and window is not None and by_length[-1].length > window
+    ):  # the block mask would take the window's place
         return plain
     # Two that fit into one row beside the longest, and one with long options: enough to see what the model honours.
     chosen = by_length[:2] + by_length[2:][-1:]

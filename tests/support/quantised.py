@@ -127,7 +127,9 @@ def _packed(weight: Tensor, kind: str) -> dict[str, Tensor]:
     grouped = weight.float().reshape(out, inner // _GROUP, _GROUP)
     scales = (grouped.abs().amax(-1) / 7).clamp(min=1e-8)
     numbers = (torch.round(grouped / scales[..., None]) + 8).clamp(0, 15).reshape(out, inner).long().T
-    eighth = [numbers[i::8] for i in range(8)] if kind == "gptq" else [numbers[:, i::8] for i in (0, 2, 4, 6, 1, 3, 5, 7)]
+    eighth = (
+        [numbers[i::8] for i in range(8)] if kind == "gptq" else [numbers[:, i::8] for i in (0, 2, 4, 6, 1, 3, 5, 7)]
+    )
     packed = sum(part << (4 * place) for place, part in enumerate(eighth))
     integers = {
         "qweight": torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32).contiguous(),

@@ -16,8 +16,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 from ..config import AUTO, MeZOSettings, options
 from ..cores import SharedCores
 from ..errors import InputError
-from ..models import unreached
 from ..method.estimators import get_estimator
+from ..models import unreached
 from ..noise import compile_kernels
 from ..optimizer import MeZO
 from ..points.both_signs import BothSigns

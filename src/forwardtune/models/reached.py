@@ -37,7 +37,9 @@ def unreached(model: Any) -> dict[str, list[nn.Parameter]]:
         return {}
     parameters = TunedParameters.from_groups([{"params": tuned}], model)
     read = _read(model, parameters, _SHORT)
-    if read and len(read) < len(tuned):  # some layers sum up what lies far behind, and are not entered before there is such
+    if read and len(read) < len(
+        tuned
+    ):  # some layers sum up what lies far behind, and are not entered before there is such
         read |= _read(model, parameters, min(_LONG, context_length(model)) if hasattr(model, "config") else _LONG)
     unread = {id(parameter) for parameter in tuned} - read
     parts = _parts(model, "", unread, read) if unread and read else ()
