@@ -41,7 +41,7 @@ def test_the_language_model_of_a_package_loads(family, tmp_path):
         assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, expected)
 
 
-@pytest.mark.parametrize("family", ["gemma3", "qwen3_5", "mllama", "qwen3_vl"])
+@pytest.mark.parametrize("family", ["gemma3", "qwen3_5", "qwen3_5_moe", "llama4", "mllama", "qwen3_vl"])
 def test_it_is_tuned_on_text_and_comes_back(family, tmp_path):
     setting = Setting(saved(family, tmp_path / "model"), write_task(tmp_path / "task"))
     done(*setting.train(tmp_path / "run", steps=2, eval_steps=None, no_before=True))
@@ -170,6 +170,22 @@ def test_everything_moves_where_that_is_wanted(tmp_path):
     assert not any(support.same_bits(parameter, moved[name]) for name, parameter in before.named_parameters())
 
 
+def test_what_longer_texts_alone_enter_is_no_part():
+    """As layers that sum up what lies far behind."""
+    from torch import nn
+
+    class Far(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.near, self.far, self.eye = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)
+
+        def forward(self, input_ids, attention_mask):
+            hidden = self.near(input_ids[:, :2].float())
+            return self.far(hidden) if input_ids.shape[1] > 100 else hidden
+
+    assert freeze_unreached(Far()) == {"eye": 6}
+
+
 def test_experts_of_a_list_are_no_part():
     """Other texts may be routed to them."""
     from torch import nn
@@ -178,7 +194,7 @@ def test_experts_of_a_list_are_no_part():
         def __init__(self) -> None:
             super().__init__()
             self.experts = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
-            self.eye, self.device = nn.Linear(2, 2), torch.device("cpu")
+            self.eye = nn.Linear(2, 2)
 
         def forward(self, input_ids, attention_mask):
             return self.experts[1](input_ids[:, :2].float())
@@ -206,4 +222,5 @@ def test_attention_that_is_not_there_is_refused(name, words, tmp_path):
     setting = Setting(support.save_tiny_model(tmp_path / "model"), write_task(tmp_path / "task"))
     said = message_of(*setting.train(tmp_path / "run", attn_implementation=name))
     assert words in said
+    assert "sdpa" in said  # what to do
     assert not (tmp_path / "run").exists()

@@ -231,6 +231,12 @@ def _read(
     except (OSError, ValueError, KeyError, ImportError) as error:
         if stored is not None:
             raise InputError(cannot_run(name, stored, _reason(error)), "quantize") from None
+        if attention and "ttention" in str(error):
+            raise InputError(
+                f"model {name!r} does not load with {attention}: {_reason(error).rstrip('.')}. Leave attn_implementation out for the fastest "
+                "that is here, or choose sdpa or eager",
+                "attn_implementation",
+            ) from None
         raise InputError(f"model {name!r} could not be loaded: {_reason(error)}") from None
     except (RuntimeError, AttributeError, TypeError) as error:  # packages of quantisation raise what they like
         if stored is None:
