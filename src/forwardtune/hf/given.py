@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from transformers.trainer_utils import has_length
+
 from ..errors import warn
 from ..models.quantised import keep_as_stored
 
@@ -20,7 +22,7 @@ _OF_TEXT = {
 def is_text(dataset: Any) -> bool:
     """Whether a data set holds nothing but tokens, as far as its columns, or those of its first row, say."""
     columns = getattr(dataset, "column_names", None)
-    if columns is None and hasattr(dataset, "__getitem__") and len(dataset):
+    if columns is None and has_length(dataset) and hasattr(dataset, "__getitem__") and len(dataset):
         row = dataset[0]
         columns = row.keys() if isinstance(row, Mapping) else None
     return columns is not None and set(columns) <= _OF_TEXT

@@ -192,10 +192,9 @@ class MeZOTrainer(Trainer):
             tuned = {tensor["name"] for tensor in self._logged["tensors"]}
             kept = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in tuned}
             return {id(p) for p in model.parameters()} - kept if self.frozen else set()
-        self.frozen = []
-        if self.args.move != "read" or not (self._data is not None or is_text(self.train_dataset)):
-            return set()
-        parts = unreached(model.eval())
+        parts = unreached(model.eval()) if self.args.move == "read" else {}
+        if parts and self._data is None and not is_text(self.train_dataset):
+            parts = {}
         self.frozen = list(parts)
         left = {id(p): p.numel() for part in parts.values() for p in part}
         if parts:
