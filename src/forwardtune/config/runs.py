@@ -61,7 +61,7 @@ class Data:
     attn_implementation: str | None = option(
         None,
         "eager, sdpa, flash_attention_2 or another that transformers knows",
-        shown="sdpa where the model has it",
+        shown="the fastest that is installed and works: FlashAttention on a GPU, or sdpa",
     )
     batch_size: int = option(
         16, "examples in a minibatch", bounds=POSITIVE, defaults={"adam": 8}, argument="per_device_train_batch_size"

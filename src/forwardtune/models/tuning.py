@@ -21,12 +21,13 @@ from .quantised import is_quantised, is_quantised_layer, keep_as_stored, storage
 
 MODES = ("all", "lora", "prefix")
 
-# How libraries name the query and value projections, or the one that holds both, where peft has no default.
+# How libraries name the query and value projections, or the one that holds both, where peft has no default. Latent attention (MLA)
+# projects values from a latent.
 _PROJECTIONS = tuple(
     names.split()
     for names in (
         "q_proj v_proj", "query value", "query_proj value_proj", "q_lin v_lin", "query_key_value", "qkv_proj", "Wqkv",
-        "c_attn", "attn_qkv", "q v",
+        "c_attn", "attn_qkv", "q v", "q_b_proj kv_b_proj", "q_proj kv_b_proj", "Wq Wv", "project_q project_v",
     )
 )  # fmt: skip
 
