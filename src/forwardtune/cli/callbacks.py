@@ -78,7 +78,7 @@ class Monitor(TrainerCallback):
             say(f"the time is over after step {state.global_step} of {state.max_steps}")
         if self._interrupted:
             control.should_training_stop = True
-            control.should_save = self._options.method == "mezo"
+            control.should_save = self._options.method != "adam"
 
     @contextmanager
     def watch(self, done: int) -> Iterator[None]:

@@ -271,6 +271,7 @@ class _AdamSteps(TrainerCallback):
 
 
 METHODS: dict[str, Callable[[Session, Path, Log | None, dict[str, Any]], Trained | None]] = {
+    "forward": train_mezo,
     "mezo": train_mezo,
     "adam": train_adam,
 }
