@@ -11,6 +11,7 @@ from .. import memory
 from ..errors import InputError
 from ..paper.extra import PROBING, require
 from ..run_folder import METRICS
+from ..storage import device_of
 from ..workers import workers_of_launch
 from .options import ask
 from .predicted import examine, show_classes, write_predictions
@@ -74,12 +75,12 @@ def _described(parsed: argparse.Namespace, command: str) -> Any:
 def _conclude(session: Session, metrics: dict[str, Any], parsed: argparse.Namespace) -> None:
     """Measure the test split, write it to the run's folder, if it has one, and print it on stdout."""
     metrics["inference_peak_memory_bytes"] = session.inference_peak()
-    memory.reset_peak(session.model.device)
+    memory.reset_peak(device_of(session.model))
     examined = examine(session, "evaluating")
     metrics["test"] = examined.measured
     if examined.classes:
         metrics["by_class"] = {"test": examined.classes}
-    metrics["peak_memory_bytes"] = memory.peak(session.model.device)
+    metrics["peak_memory_bytes"] = memory.peak(device_of(session.model))
     if parsed.output_dir and session.workers.is_first:
         folder = Path(parsed.output_dir)
         folder.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ...errors import InputError, warn
 from ...evaluation import prepare
 from ...objectives import logits_at
+from ...storage import device_of
 from ...tasks import Task
 from ...tasks.batching import Layout
 from ...tasks.encoding import Encoded
@@ -161,7 +162,7 @@ def probe(
             f"linear probing of task {task.name}: logistic regression with C={best:g} did not converge in "
             f"{max_iterations} iterations. Raise max_iterations, or give a grid of smaller values",
         )
-    return Probe(model, _head(classifier, vocabulary, model.device), best, converged)
+    return Probe(model, _head(classifier, vocabulary, device_of(model)), best, converged)
 
 
 def _features(
