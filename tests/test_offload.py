@@ -443,8 +443,21 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def asked(folder: Path, *more: object, steps: int = 6) -> list[object]:
-    beside = ["--batch-size", 4, "--lr", "1e-3", "--eps", "1e-3", "--steps", steps, "--device", "cpu"]
+def asked(folder: Path, *more: object, steps: int = 6, method: str = "mezo") -> list[object]:
+    beside = [
+        "--method",
+        method,
+        "--batch-size",
+        4,
+        "--lr",
+        "1e-3",
+        "--eps",
+        "1e-3",
+        "--steps",
+        steps,
+        "--device",
+        "cpu",
+    ]
     return ["--model", folder / "model", "--task", folder / "task.yaml", *beside, *more]
 
 
@@ -481,7 +494,7 @@ def test_a_lora_adapter_over_an_offloaded_base(place: Path, tmp_path: Path) -> N
 
 def test_a_killed_process_leaves_nothing_and_resumes_to_the_same_bits(place: Path, tmp_path: Path) -> None:
     steps = 400
-    whole = [*asked(place, "--offload", "disk", "--no-before", steps=steps), "--output-dir"]
+    whole = [*asked(place, "--offload", "disk", "--no-before", steps=steps, method="forward"), "--output-dir"]
     child = process("train", *whole, tmp_path / "killed")
     log = tmp_path / "killed" / "steps.jsonl"
     until = time.monotonic() + 600
@@ -497,7 +510,7 @@ def test_a_killed_process_leaves_nothing_and_resumes_to_the_same_bits(place: Pat
     assert 0 < taken < steps
     assert not [path for path in (tmp_path / "killed").rglob("*") if path.stat().st_size > 100_000]
     done("train", "--resume", "--output-dir", tmp_path / "killed", "--steps", taken + 5)
-    done("train", *asked(place, "--no-before", steps=taken + 5), "--output-dir", tmp_path / "whole")
+    done("train", *asked(place, "--no-before", steps=taken + 5, method="forward"), "--output-dir", tmp_path / "whole")
     assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
 
 

@@ -83,7 +83,7 @@ _COMBINATIONS = (
         {"offload": "disk", "perturbation": "copy"},
     ),
     Refusal(
-        "<method> adam keeps gradients and moments of all weights in memory: give <method> mezo with <offload> {offload}",
+        "<method> adam keeps gradients and moments of all weights in memory: leave it out, or <offload>",
         lambda run, given: run.offload is not None and run.method == "adam",
         {"offload": "disk", "method": "adam"},
     ),
