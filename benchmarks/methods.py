@@ -25,8 +25,8 @@ from timing import interleave
 
 from forwardtune import MeZO
 from forwardtune.evaluation import evaluate, find_layout, prepare
-from forwardtune.models import load_model, tune
-from forwardtune.objectives import option_cross_entropy
+from forwardtune.models import load_model, start_from_inputs, tune
+from forwardtune.objectives import logits_at, option_cross_entropy
 from forwardtune.tasks import get_task, load_splits
 from forwardtune.tasks.encoding import Encoder
 
@@ -40,7 +40,14 @@ class Method:
     middle: float
     settings: dict[str, Any] = field(default_factory=dict)
     tune: str = "all"
+    adapter: dict[str, Any] = field(default_factory=dict)
 
+
+# B of LoRA beside a frozen A of the inputs' principal directions. At this rank A is sqrt(rank / (3 width)) = 0.1 times orthonormal (576
+# wide), so eps 1e-2 perturbs as 1e-3 does the weights themselves, and a rate of 1e-2 moves them as 1e-4.
+EVA = {"lora_rank": 16, "lora_init": "eva", "freeze_a": True}
+# Minibatches from which A is taken.
+INPUTS = 8
 
 METHODS = {
     "dense": Method(3e-5),
@@ -53,6 +60,16 @@ METHODS = {
     "lora": Method(1e-3, {"eps": 1e-2}, "lora"),
     "lora_example": Method(
         3e-3, {"eps": 1e-2, "assignment": "example", "rank": 0, "perturbation": "both_signs"}, "lora"
+    ),
+    "eva_shared": Method(3e-3, {"eps": 1e-2}, "lora", EVA),
+    "eva_example": Method(
+        1e-2, {"eps": 1e-2, "assignment": "example", "rank": 0, "perturbation": "both_signs"}, "lora", EVA
+    ),
+    "eva_all_example": Method(
+        1e-2,
+        {"eps": 1e-2, "assignment": "example", "rank": 0, "perturbation": "both_signs"},
+        "lora",
+        {**EVA, "lora_targets": ["all-linear"]},
     ),
 }
 
@@ -77,8 +94,17 @@ class Bench:
         """A model to be tuned, and what tunes it."""
         self.model.load_state_dict(self.base)
         torch.manual_seed(seed)
-        model = self.model if method.tune == "all" else tune(self.model, self.tokenizer, method.tune)
+        model = self.model if method.tune == "all" else self.adapted(method)
         return model.eval(), MeZO(model, lr=lr, seed=seed, **{"eps": EPS, **method.settings})
+
+    def adapted(self, method: Method) -> Any:
+        """The model with the method's adapter."""
+        adapter = dict(method.adapter)
+        eva = adapter.pop("lora_init", None) == "eva"
+        model = tune(self.model, self.tokenizer, method.tune, **adapter)
+        some = self.splits["train"][: INPUTS * BATCH]
+        batches = [prepare(model, self.tokenizer, some[i : i + BATCH], self.layout) for i in range(0, len(some), BATCH)]
+        return start_from_inputs(model, batches, logits_at) if eva else model
 
     def closure(self, model: Any, optimizer: MeZO, step: int, seed: int) -> Callable[[], torch.Tensor]:
         """The loss of a minibatch, or the losses of its examples."""
