@@ -43,6 +43,9 @@ class Method:
     adapter: dict[str, Any] = field(default_factory=dict)
 
 
+EXAMPLE = {"assignment": "example", "perturbation": "both_signs"}
+# Where an expected step goes furthest for its noise: the feed-forward parts behind the first third of the layers.
+LATE = r"layers\.[12]\d\.mlp\.(up|down)_proj"
 # B of LoRA beside a frozen A of the inputs' principal directions. At this rank A is sqrt(rank / (3 width)) = 0.1 times orthonormal (576
 # wide), so eps 1e-2 perturbs as 1e-3 does the weights themselves, and a rate of 1e-2 moves them as 1e-4.
 EVA = {"lora_rank": 16, "lora_init": "eva", "freeze_a": True}
@@ -61,16 +64,14 @@ METHODS = {
     "lora_example": Method(
         3e-3, {"eps": 1e-2, "assignment": "example", "rank": 0, "perturbation": "both_signs"}, "lora"
     ),
+    "dense_late": Method(1e-4, tune=LATE),
+    "example_1_late": Method(3e-4, {**EXAMPLE, "rank": 1}, LATE),
     "eva_shared": Method(3e-3, {"eps": 1e-2}, "lora", EVA),
-    "eva_example": Method(
-        1e-2, {"eps": 1e-2, "assignment": "example", "rank": 0, "perturbation": "both_signs"}, "lora", EVA
-    ),
+    "eva_example": Method(1e-2, {**EXAMPLE, "eps": 1e-2, "rank": 0}, "lora", EVA),
     "eva_all_example": Method(
-        1e-2,
-        {"eps": 1e-2, "assignment": "example", "rank": 0, "perturbation": "both_signs"},
-        "lora",
-        {**EVA, "lora_targets": ["all-linear"]},
+        1e-2, {**EXAMPLE, "eps": 1e-2, "rank": 0}, "lora", {**EVA, "lora_targets": ["all-linear"]}
     ),
+    "eva_late_example": Method(3e-2, {**EXAMPLE, "eps": 1e-2, "rank": 0}, "lora", {**EVA, "lora_targets": [LATE]}),
 }
 
 
@@ -94,17 +95,19 @@ class Bench:
         """A model to be tuned, and what tunes it."""
         self.model.load_state_dict(self.base)
         torch.manual_seed(seed)
-        model = self.model if method.tune == "all" else self.adapted(method)
+        model = self.adapted(method)
         return model.eval(), MeZO(model, lr=lr, seed=seed, **{"eps": EPS, **method.settings})
 
     def adapted(self, method: Method) -> Any:
-        """The model with the method's adapter."""
+        """The model with what the method tunes."""
         adapter = dict(method.adapter)
         eva = adapter.pop("lora_init", None) == "eva"
         model = tune(self.model, self.tokenizer, method.tune, **adapter)
-        some = self.splits["train"][: INPUTS * BATCH]
-        batches = [prepare(model, self.tokenizer, some[i : i + BATCH], self.layout) for i in range(0, len(some), BATCH)]
-        return start_from_inputs(model, batches, logits_at) if eva else model
+        if eva:
+            some = self.splits["train"][: INPUTS * BATCH]
+            batches = [some[i : i + BATCH] for i in range(0, len(some), BATCH)]
+            start_from_inputs(model, [prepare(model, self.tokenizer, b, self.layout) for b in batches], logits_at)
+        return model
 
     def closure(self, model: Any, optimizer: MeZO, step: int, seed: int) -> Callable[[], torch.Tensor]:
         """The loss of a minibatch, or the losses of its examples."""
@@ -131,7 +134,7 @@ class Bench:
             if (step + 1) % MEASURE == 0 or step + 1 == steps:
                 dev[step + 1] = self.measure(model, "dev")
         row = {"method": name, "lr": lr, "seed": seed, "steps": steps, "dev": dev, "test": self.measure(model, "test")}
-        if method.tune != "all":
+        if model is not self.model:
             self.model = model.unload()
         return row
 

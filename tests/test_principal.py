@@ -139,6 +139,15 @@ def test_all_linear_layers_are_targets() -> None:
     }  # fmt: skip
 
 
+def test_targets_may_be_patterns_of_names() -> None:
+    model = adapted(lora_targets=[r"layers\.1\.mlp\.(up|down)_proj", "k_proj"])
+    assert {".".join(name.split(".")[4:7]).removesuffix(".lora_A") for name in directions(model)} == {
+        "1.mlp.up_proj", "1.mlp.down_proj", "0.self_attn.k_proj", "1.self_attn.k_proj"
+    }  # fmt: skip
+    with pytest.raises(InputError, match="neither a layer's name nor a regular expression"):
+        adapted(lora_targets=["(up"])
+
+
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 @pytest.mark.filterwarnings("ignore:::bitsandbytes", "ignore:::torchao", "ignore:::peft")
 def test_over_a_quantised_base(kind: str, tmp_path: Path) -> None:

@@ -216,7 +216,7 @@ class Train(MeZOSettings, Data):
     lora_alpha: float = option(16.0, "scale of LoRA, times 1/rank", bounds=POSITIVE, only={"tune": ("lora",)})
     lora_targets: str | None = option(
         None,
-        "names of the layers to adapt, by commas; all-linear: all but the head; experts: those in one tensor",
+        "names of the layers to adapt, or patterns of them, by commas; all-linear: all but the head; experts: those in one tensor",
         shown="query and value projections",
         only={"tune": ("lora",)},
     )

@@ -69,8 +69,9 @@ def tune(
     Args:
         model: from :func:`load_model`, or any such model without an adapter.
         tokenizer: its tokenizer; ``prefix`` draws tokens from it.
-        lora_targets: last parts of the names of the modules to adapt, or of tensors that hold a slice for every expert, all of which
-            are ``experts``, or ``all-linear``: every linear layer but the head; by default the modules that ``peft`` adapts in this architecture, else the query and value projections by
+        lora_targets: last parts of the names of the modules to adapt, patterns that are found in whole names (``re.search``), ``all-linear``,
+            which is every linear layer but the head, or last parts of the names of tensors that hold a slice for every expert, all of which
+            are ``experts``; by default the modules that ``peft`` adapts in this architecture, else the query and value projections by
             their usual names. A tied head gets a copy of its weights, as merging would move the embedding too; a warning says so.
         lora_init: what A is at first. ``default`` and ``gaussian`` are random, peft's; ``eva``: the principal directions of each layer's
             inputs (:mod:`.principal`).
@@ -238,7 +239,8 @@ def _lora_targets(model: nn.Module, given: Sequence[str] | None) -> list[str] | 
     if ALL_LINEAR in (given or ()):
         head: Any = getattr(model, "get_output_embeddings", lambda: None)()
         return sorted({name.rpartition(".")[2] for name in layers if model.get_submodule(name) is not head})
-    for target in given or ():
+    given = [name for target in given or () for name in _named(target, layers)]
+    for target in given:
         if not matching(model, [target]):
             near = nearest(target, {name.rpartition(".")[2] for name in layers}) or "."
             raise InputError(f"no linear layer is called {target!r}{near} {advice}")
@@ -249,6 +251,15 @@ def _lora_targets(model: nn.Module, given: Sequence[str] | None) -> list[str] | 
         if all(matching(model, [name]) for name in usual):
             return usual
     raise InputError(f"no query and value projections were found in {type(model).__name__}. {advice}")
+
+
+def _named(target: str, layers: Sequence[str]) -> list[str]:
+    """The layers that a pattern is found in; a name, or what is found nowhere, as it is."""
+    try:
+        found = [] if re.fullmatch(r"[\w.-]*", target) else [name for name in layers if re.search(target, name)]
+    except re.error as error:
+        raise InputError(f"{target!r} is neither a layer's name nor a regular expression ({error})") from None
+    return found or [target]
 
 
 def matching(model: nn.Module, targets: Collection[str] | str) -> list[Any]:
