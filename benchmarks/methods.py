@@ -35,17 +35,23 @@ BATCH, EPS, DEV, TEST, MEASURE = 16, 1e-3, 200, 436, 50
 
 @dataclass(frozen=True)
 class Method:
-    """A way to spend two forward passes, and the middle of its rates, which lie a factor of the square root of ten apart."""
+    """A way to spend two forward passes, and the middle of its rates, which lie a factor of the square root of ten apart.
+
+    ``falls``: the rate falls to 0 over the run, linearly.
+    """
 
     middle: float
     settings: dict[str, Any] = field(default_factory=dict)
     tune: str = "all"
     adapter: dict[str, Any] = field(default_factory=dict)
+    falls: bool = False
 
 
-EXAMPLE = {"assignment": "example", "perturbation": "both_signs"}
-# Where an expected step goes furthest for its noise: the feed-forward parts behind the first third of the layers.
-LATE = r"layers\.[12]\d\.mlp\.(up|down)_proj"
+EXAMPLE = {"assignment": "example", "rank": 1, "perturbation": "both_signs"}
+#: The matrices that are worth perturbing most: up and down projections of the second two thirds of the 30 layers.
+LATE_MLP = r"layers\.[12]\d\.mlp\.(up|down)_proj"
+
+
 # B of LoRA beside a frozen A of the inputs' principal directions. At this rank A is sqrt(rank / (3 width)) = 0.1 times orthonormal (576
 # wide), so eps 1e-2 perturbs as 1e-3 does the weights themselves, and a rate of 1e-2 moves them as 1e-4.
 EVA = {"lora_rank": 16, "lora_init": "eva", "freeze_a": True}
@@ -55,23 +61,22 @@ INPUTS = 8
 METHODS = {
     "dense": Method(3e-5),
     "low_rank": Method(3e-5, {"rank": 4, "refresh": 50}),
-    "example_1": Method(1e-4, {"assignment": "example", "rank": 1, "perturbation": "both_signs"}),
-    "example_1_signs": Method(
-        1e-4, {"assignment": "example", "rank": 1, "direction": "rademacher", "perturbation": "both_signs"}
-    ),
-    "example_4": Method(1e-4, {"assignment": "example", "rank": 4, "perturbation": "both_signs"}),
+    "dense_late": Method(1e-4, tune=LATE_MLP),
+    "dense_falls": Method(3e-5, falls=True),
+    "example_1": Method(1e-4, EXAMPLE),
+    "example_1_falls": Method(1e-4, EXAMPLE, falls=True),
+    "example_1_signs": Method(1e-4, EXAMPLE | {"direction": "rademacher"}),
+    "example_4": Method(1e-4, EXAMPLE | {"rank": 4}),
+    "example_late": Method(6e-4, EXAMPLE, LATE_MLP),
+    "example_late_falls": Method(6e-4, EXAMPLE, LATE_MLP, falls=True),
     "lora": Method(1e-3, {"eps": 1e-2}, "lora"),
-    "lora_example": Method(
-        3e-3, {"eps": 1e-2, "assignment": "example", "rank": 0, "perturbation": "both_signs"}, "lora"
-    ),
-    "dense_late": Method(1e-4, tune=LATE),
-    "example_1_late": Method(3e-4, {**EXAMPLE, "rank": 1}, LATE),
+    "lora_example": Method(3e-3, EXAMPLE | {"eps": 1e-2, "rank": 0}, "lora"),
     "eva_shared": Method(3e-3, {"eps": 1e-2}, "lora", EVA),
-    "eva_example": Method(1e-2, {**EXAMPLE, "eps": 1e-2, "rank": 0}, "lora", EVA),
+    "eva_example": Method(1e-2, EXAMPLE | {"eps": 1e-2, "rank": 0}, "lora", EVA),
     "eva_all_example": Method(
-        1e-2, {**EXAMPLE, "eps": 1e-2, "rank": 0}, "lora", {**EVA, "lora_targets": ["all-linear"]}
+        1e-2, EXAMPLE | {"eps": 1e-2, "rank": 0}, "lora", {**EVA, "lora_targets": ["all-linear"]}
     ),
-    "eva_late_example": Method(3e-2, {**EXAMPLE, "eps": 1e-2, "rank": 0}, "lora", {**EVA, "lora_targets": [LATE]}),
+    "eva_late_example": Method(6e-2, EXAMPLE | {"eps": 1e-2, "rank": 0}, "lora", {**EVA, "lora_targets": [LATE_MLP]}),
 }
 
 
@@ -96,7 +101,12 @@ class Bench:
         self.model.load_state_dict(self.base)
         torch.manual_seed(seed)
         model = self.adapted(method)
-        return model.eval(), MeZO(model, lr=lr, seed=seed, **{"eps": EPS, **method.settings})
+        return model, MeZO(model, lr=lr, seed=seed, **{"eps": EPS, **method.settings})
+
+    def unload(self, model: Any) -> None:
+        """Take an adapter off again."""
+        if model is not self.model:
+            self.model = model.unload()
 
     def adapted(self, method: Method) -> Any:
         """The model with what the method tunes."""
@@ -130,12 +140,13 @@ class Bench:
         model, optimizer = self.optimizer(method, lr, seed)
         dev = {0: self.measure(model, "dev")}
         for step in range(steps):
+            if method.falls:
+                optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
             optimizer.step(self.closure(model, optimizer, step, seed))
             if (step + 1) % MEASURE == 0 or step + 1 == steps:
                 dev[step + 1] = self.measure(model, "dev")
         row = {"method": name, "lr": lr, "seed": seed, "steps": steps, "dev": dev, "test": self.measure(model, "test")}
-        if model is not self.model:
-            self.model = model.unload()
+        self.unload(model)
         return row
 
 
