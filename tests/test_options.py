@@ -107,6 +107,7 @@ CASES: dict[str, dict[str, tuple[Any, See, Any]]] = {
         "lr_scheduler": ("linear", lambda b: b.trainer.args.lr_scheduler_type.value, "linear"),
         "move": ("all", lambda b: b.mezo.move, "all"),
         "clip_coefficient": (0.5, lambda b: b.mezo.clip_coefficient, 0.5),
+        "average": ("last:2", lambda b: b.metrics["average"], "last:2"),
         "parts": (2, lambda b: b.mezo.parts, 2),
         "worker_timeout": (90.0, lambda b: b.trainer.args.worker_timeout, 90.0),
         "eval_steps": (2, lambda b: b.dev._every, 2),

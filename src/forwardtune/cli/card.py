@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from .. import __version__
+from ..averages import NONE
 from ..config.repeat import repeat_command
 from ..files import write_text
 from ..hf.model_card import method_facts, rebuilding
@@ -40,10 +41,12 @@ def write_card(folder: Path, session: Session, metrics: dict[str, Any], log: Log
         _use(base, adapted, metrics["model"], model_kind(session.model) == "causal"),
         _repeating(metrics),
     ]
+    average = metrics.get("average", NONE)
     if log is not None:
-        parts.append(rebuilding(log, metrics.get("best_step", log.steps)))
+        parts.append(rebuilding(log, metrics.get("best_step", log.steps), average))
+        option = "" if average == NONE else f" --average {average}"
         parts.append(
-            f"On the command line: `forwardtune replay {LOG} --model {base} --output-dir again`, beside this folder's files."
+            f"On the command line: `forwardtune replay {LOG} --model {base}{option} --output-dir again`, beside this folder's files."
         )
     write_text(folder / CARD, "\n\n".join(part.strip("\n") for part in parts if part) + "\n")
 
@@ -112,6 +115,7 @@ def _tuning(metrics: dict[str, Any], log: Log | None) -> str:
     facts |= {"tuned weights": settings.get("tune"), "batch size": settings["batch_size"]}
     facts |= {} if log is not None else {"steps": metrics["steps"]}
     facts |= {"weights are those of step": metrics["best_step"]} if "best_step" in metrics else {}
+    facts |= {"weights are the average": metrics["average"]} if "average" in metrics else {}
     facts |= {"ways back": metrics["rollbacks"]} if metrics.get("rollbacks") else {}
     facts["seconds"] = f"{metrics['seconds']:.0f}, {metrics['seconds_per_step']:.2f} a step"
     mib = {key: metrics[f"{key}peak_memory_bytes"] / 2**20 for key in ("", "inference_")}

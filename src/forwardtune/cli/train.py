@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..averages import AUTO
 from ..config import STEPS, Train, settings
 from ..config import options as options_of
 from ..durations import duration
@@ -107,6 +108,10 @@ def run(parsed: argparse.Namespace) -> int:
         frozen=frozen,
     )
     session = open_session(options, "train", "dev", "test", prepare_model=prepare, resumed=log, workers=workers)
+    if options.average == AUTO and "dev" not in session.splits:
+        raise InputError(
+            "--average auto chooses on development examples, and the task has none: name one, such as last:100"
+        )
     if options.steps is None:
         # Before anything is evaluated: the time may be too short.
         options.steps = workers.first(lambda: _steps(session, began))
@@ -306,7 +311,9 @@ def _report(metrics: dict[str, Any], folder: Path, method: str, as_json: bool) -
     mib = {key: metrics[f"{key}peak_memory_bytes"] / 2**20 for key in ("", "inference_")}
     say(f"peak memory {mib['']:,.0f} MiB; inference on the same batch size {mib['inference_']:,.0f} MiB")
     say(f"{metrics['seconds']:.0f} s in {metrics['steps']} steps, {metrics['seconds_per_step']:.2f} s a step")
-    if metrics.get("best_step") == 0:
+    if "average" in metrics:
+        say(f"the weights are the average {metrics['average']} of those of the run")
+    elif metrics.get("best_step") == 0:
         say("the weights are untuned: no step was better on the dev split")
     elif metrics.get("best_step", metrics["steps"]) != metrics["steps"]:
         say(f"the weights are those of step {metrics['best_step']}, which was best on the dev split")

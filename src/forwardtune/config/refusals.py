@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
+from ..averages import NONE
 from ..durations import seconds_of
 from ..errors import InputError
 from .option import AUTO, Bounds, Option, number_or_auto, options
@@ -65,6 +66,16 @@ _COMBINATIONS = (
         "<eval_steps> measures development examples, and <dev_examples> is 0: leave one of them out",
         lambda run, given: run.eval_steps is not None and run.dev_examples == 0,
         {"eval_steps": 2, "dev_examples": 0},
+    ),
+    Refusal(
+        "<average> {average} is a sum of directions, and what <rule> {rule} adds is none: give <rule> sgd or momentum, or leave <average> out",
+        lambda run, given: run.average != NONE and run.rule in ("sign", "adam"),
+        {"average": "last:10", "rule": "adam"},
+    ),
+    Refusal(
+        "<average> auto chooses on development examples, and <dev_examples> is 0: name an average, such as last:100",
+        lambda run, given: run.average == AUTO and run.dev_examples == 0,
+        {"average": AUTO, "dev_examples": 0},
     ),
     Refusal(
         "<lr> auto is found with forward passes, by <method> mezo: give a number for adam",

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from .. import names
+from ..averages import FORMS, NONE, average_or_auto
 from ..durations import seconds_of
 from ..errors import nearest
 from .option import AUTO, FINITE, FRACTION, NOT_NEGATIVE, POSITIVE, SEED, NumberOrAuto, option, options
@@ -178,6 +179,12 @@ class MeZOSettings:
     )
     clip_coefficient: float | None = _of_mezo(
         None, "largest magnitude of a projected gradient", shown="none", bounds=POSITIVE
+    )
+    average: str = _of_mezo(
+        NONE,
+        f"leave an average of the run's weights: {FORMS}; auto: if one is better on the dev split",
+        read=average_or_auto,
+        free=True,
     )
     parts: int | None = _of_mezo(
         None,

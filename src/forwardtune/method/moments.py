@@ -71,7 +71,7 @@ class Elementwise(Rule):
             if moments is None and keep and self.state == "exact":
                 with torch.inference_mode(False):  # they outlive the step, whatever mode it is taken in
                     moments = history.moments[tensor.name] = _zeros(self.averages, flat)
-            size = _PIECE.get(flat.device.type, _PIECE_ELSEWHERE)
+            size = piece_size(flat)
             for lo in range(0, flat.numel(), size):
                 piece = flat[lo : lo + size]
                 parts = _zeros(self.averages, piece) if moments is None else [m[lo : lo + size] for m in moments]
@@ -92,10 +92,12 @@ class Elementwise(Rule):
             noise.update(x, steps, tensor=tensor.id, start=start, shape=tensor.parameter.shape)
 
         unchanged: Count = 0
-        x = torch.empty(piece.numel(), dtype=_arithmetic(piece), device=piece.device)
+        x = torch.empty(piece.numel(), dtype=arithmetic(piece), device=piece.device)
         count, recent = history.taken, deque(history.recent, self.window)
         for update in updates:
             if not update.sizes:
+                if update.unused:  # it was taken, for other tensors
+                    recent.append(update)
                 unchanged += piece.numel()
                 continue
             assert isinstance(update, Step)
@@ -106,8 +108,9 @@ class Elementwise(Rule):
                 recent.append(update)
                 for average in averages:
                     average.zero_()
-                self.fold(averages, list(recent), add)
-                count = len(recent)
+                own = [one for one in recent if one.sizes]
+                self.fold(averages, own, add)
+                count = len(own)
             x.copy_(piece)
             if update.decay != 1.0:
                 x.mul_(update.decay)
@@ -175,10 +178,16 @@ class WithMoments(Elementwise):
 
 
 def _zeros(count: int, like: Tensor) -> tuple[Tensor, ...]:
-    return tuple(torch.zeros(like.numel(), dtype=_arithmetic(like), device=like.device) for _ in range(count))
+    return tuple(torch.zeros(like.numel(), dtype=arithmetic(like), device=like.device) for _ in range(count))
 
 
-def _arithmetic(weight: Tensor) -> torch.dtype:
+def piece_size(weight: Tensor) -> int:
+    """How many elements are handled at once."""
+    return _PIECE.get(weight.device.type, _PIECE_ELSEWHERE)
+
+
+def arithmetic(weight: Tensor) -> torch.dtype:
+    """In which numbers weights are computed with."""
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..errors import InputError
 from ..noise import Count, Noise, Update
 from ..parameters import TunedParameters, TunedTensor
 from .masked import Masked
@@ -100,11 +101,16 @@ class History:
         )
 
     def of(self, tensor: int) -> History:
-        """The history of one tensor, without the steps that left it alone."""
+        """The history of one tensor. Steps that left it alone have no sizes there, and their place in a window."""
         if not self.missed.get(tensor):
             return self
-        recent = [update for update in self.recent if tensor not in update.unused]
+        recent = [of_tensor(update, tensor) for update in self.recent]
         return replace(self, taken=self.taken - self.missed[tensor], recent=recent)
+
+
+def of_tensor(update: Update, tensor: int) -> Update:
+    """The update for one tensor: without sizes if it leaves that alone."""
+    return Update(update.step, (), unused=update.unused) if tensor in update.unused else update
 
 
 def _recalled(
@@ -151,6 +157,21 @@ class Rule(ABC):
         """:meth:`move` of several tensors at once."""
         raise NotImplementedError
 
+    def reach(self, updates: Sequence[Update], factors: Sequence[float]) -> list[float]:
+        """The weights as one sum over directions: r with ``sum_t factors[t] * a_t = sum_t r[t] * sum_k sizes_t[k] z_tk``, where a_t is what step
+        t adds to the weights beside their decay.
+
+        Args:
+            updates: steps in order; one without sizes was skipped, or, where something was ``unused``, left the tensor alone.
+
+        Raises:
+            InputError: what a step adds is no sum of directions.
+        """
+        raise InputError(
+            f"the rule {self.name!r} does not add up directions, so the average of a run's weights is no list of factors: tune with the rule "
+            "sgd or momentum to average"
+        )
+
     @abstractmethod
     def plan(self, step: int, coefficients: Sequence[float], lr: float, weight_decay: float) -> Update:
         """One step in float32 numbers. Raises OverflowError when it does not fit them."""
@@ -196,7 +217,7 @@ def move_all(
     for done, tensor in enumerate(tuned):
         own = updates[tensor.group]
         if ragged:
-            own = [Update(update.step, ()) if tensor.id in update.unused else update for update in own]
+            own = [of_tensor(update, tensor.id) for update in own]
         before = history.of(tensor.id)
         unread = {u.step: u.unread[tensor.id] for u in (*before.recent, *own) if tensor.id in u.unread}
         if not unread and rule.moves_together and noise.launches_together(tensor.parameter):

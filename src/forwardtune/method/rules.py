@@ -30,6 +30,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -61,6 +62,9 @@ class SGD(Rule):
         self, noise: Noise, tensor: TunedTensor, updates: Sequence[Update], history: History, *, keep: bool
     ) -> Count:
         return self.move_together(noise, [tensor], updates)
+
+    def reach(self, updates: Sequence[Update], factors: Sequence[float]) -> list[float]:
+        return list(factors) if self.moves_together else super().reach(updates, factors)
 
     def move_together(self, noise: Noise, tensors: Sequence[TunedTensor], updates: Sequence[Update]) -> Count:
         with ExitStack() as stack:
@@ -142,6 +146,22 @@ class Momentum(WithMoments):
 
     def direction(self, averages: Sequence[Tensor], step: Step, count: int) -> Tensor:
         return averages[0] * step.lr
+
+    def reach(self, updates: Sequence[Update], factors: Sequence[float]) -> list[float]:
+        mu, result = float32(self.momentum), [0.0] * len(updates)
+        own = [i for i, update in enumerate(updates) if update.sizes]
+        moved = {i: -getattr(updates[i], "lr", 1.0) * factors[i] for i in own}
+        if self.window is None:
+            reach = 0.0
+            for i in reversed(own):
+                result[i] = reach = moved[i] + mu * reach
+            return result
+        place = list(accumulate(bool(update.sizes or update.unused) for update in updates))
+        for n, i in enumerate(own):
+            # Of the step itself, and of those in whose windows it is.
+            for later in reversed([j for j in own[n : n + self.window] if place[j] - place[i] < self.window]):
+                result[i] = moved[later] + mu * result[i]
+        return result
 
 
 @dataclass(frozen=True)
