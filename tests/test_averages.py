@@ -258,7 +258,9 @@ def test_sgd_moves_nothing_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", ["", "last", "last:0", "last:0%", "last:101%", "steps:5-2", "ema:1", "ema:0", "mean:3"])
+@pytest.mark.parametrize(
+    "text", ["", "last", "last:0", "last:0%", "last:101%", "steps:5-2", "ema:1", "ema:0", "mean:3"]
+)
 def test_what_is_no_average(text: str) -> None:
     with pytest.raises(InputError, match="is no average of weights: write last:200"):
         Average(text)
@@ -314,7 +316,10 @@ def test_an_export_is_replayed_to_its_average(tmp_path: Path, method: dict[str, 
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     # It holds the run all the same.
     for how in ({"average": "none"}, {"average": "ema:0.5"}, {"steps": 7, "average": "last:2"}):
-        theirs, ours = replayed(out, torch.bfloat16, **how), replayed(path, torch.bfloat16, **{"average": "none", **how})
+        theirs, ours = (
+            replayed(out, torch.bfloat16, **how),
+            replayed(path, torch.bfloat16, **{"average": "none", **how}),
+        )
         assert all(torch.equal(theirs[name], ours[name]) for name in ours)
 
 
@@ -348,7 +353,11 @@ def test_a_run_that_went_on_has_other_averages(tmp_path: Path) -> None:
     groups = read_log(path).header["groups"]
     decayed = [{"params": [net.table.weight, net.sometimes.weight, net.out.weight], **groups[0]}]
     optimizer = MeZO(
-        [*decayed, {"params": [net.sometimes.bias, net.out.bias], **groups[1]}], module=net, lr=2e-3, eps=2.0**-6, seed=5
+        [*decayed, {"params": [net.sometimes.bias, net.out.bias], **groups[1]}],
+        module=net,
+        lr=2e-3,
+        eps=2.0**-6,
+        seed=5,
     )
     with StepLog.resume(path, optimizer):
         optimizer.step(lambda: net(3).mean())

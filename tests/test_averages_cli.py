@@ -86,20 +86,26 @@ def test_auto_takes_an_average_that_is_better_on_the_dev_split(
     else:
         assert metrics["average"] == notes[0]["of"] == left
         assert metrics["dev"]["loss"] == 0.1
-        assert notes[0]["tried"] == {text: 0.1 if text == best else 1.0 for text in ("last:4", "last:8", "last:16")}
+        assert notes[0]["tried"] == {text: -0.1 if text == best else -1.0 for text in ("last:4", "last:8", "last:16")}
         done("replay", folder, "--model", tiny_folder, "--output-dir", again, "--average", left)
     assert weights(folder) == weights(again)
 
 
 def test_what_is_no_average_is_refused_before_anything_is_opened(tmp_path: Path) -> None:
     wrong = "'last' is no average of weights: write last:200"
-    assert wrong in message_of("train", "--model", "absent", "--task", "absent", "--output-dir", tmp_path / "a", "--average", "last")
+    assert wrong in message_of(
+        "train", "--model", "absent", "--task", "absent", "--output-dir", tmp_path / "a", "--average", "last"
+    )
     for command in (["replay", "absent", "--model", "absent", "--output-dir", "out"], ["export", "absent"]):
         assert wrong in cli(*command, "--average", "last").err
 
 
-def test_replay_refuses_what_the_run_has_not_before_the_model_is_loaded(tiny_folder: Path, task: Path, tmp_path: Path) -> None:
+def test_replay_refuses_what_the_run_has_not_before_the_model_is_loaded(
+    tiny_folder: Path, task: Path, tmp_path: Path
+) -> None:
     train(tiny_folder, task, tmp_path / "run", "--rule", "adam")
-    told = message_of("replay", tmp_path / "run", "--model", "absent", "--output-dir", tmp_path / "out", "--average", "last:2")
+    told = message_of(
+        "replay", tmp_path / "run", "--model", "absent", "--output-dir", tmp_path / "out", "--average", "last:2"
+    )
     assert "tune with the rule sgd or momentum to average" in told
     assert not (tmp_path / "out").exists()

@@ -323,7 +323,9 @@ def test_rows_that_no_example_looks_up_keep_their_bits_on_a_side_path():
 
 
 @pytest.mark.filterwarnings(IDLE)
-@pytest.mark.parametrize("rule", [Momentum(state="window", window=2), Adam(state="window", window=2)], ids=["momentum", "adam"])
+@pytest.mark.parametrize(
+    "rule", [Momentum(state="window", window=2), Adam(state="window", window=2)], ids=["momentum", "adam"]
+)
 def test_a_step_that_left_a_tensor_alone_has_its_place_in_a_window(tmp_path: Path, rule: Any) -> None:
     """One step at a time as in the run, or all of them at once as in replay."""
 

@@ -26,6 +26,7 @@ from ..objectives import Sampling, TaskObjective
 from ..run_folder import INITIAL, TERMS, read_lines
 from ..tasks.batching import collate
 from ..tasks.encoding import Encoded
+from ..search.rates import plain
 from ..trajectory import Log, read_log, replay
 from ..trajectory.log import add_note
 from ..trajectory.replay import tuned_by_header
@@ -89,7 +90,7 @@ def _take_average(session: Session, folder: Path, log: Log, trained: Trained) ->
     if chosen["of"] != texts[-1]:
         _rebuild(session, folder, log, steps=log.steps, average=chosen["of"])
     say(f"the weights are the average {chosen['of']} of the run")
-    add_note(log.path, {"average": {**chosen, "tried": {text: dev.get("loss") for text, dev in tried.items()}}})
+    add_note(log.path, {"average": {**chosen, "tried": {text: plain(worth(dev)[0]) for text, dev in tried.items()}}})
     trained.facts.pop("best_step", None)
     trained.facts |= {"average": chosen["of"]} | ({} if best is None else {"dev": best})
     return True

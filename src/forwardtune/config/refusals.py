@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
-from ..averages import NONE
+from ..averages import NONE, average_or_auto
 from ..durations import seconds_of
 from ..errors import InputError
 from .option import AUTO, Bounds, Option, number_or_auto, options
@@ -195,7 +195,7 @@ def _example(one: Option) -> Any:
     """A value that is no default."""
     if one.choices:
         return next(choice for choice in one.choices if choice != one.default)
-    return {int: 2, float: 0.5, number_or_auto: 1e-3, seconds_of: 60.0}.get(one.read, "loss")
+    return {int: 2, float: 0.5, number_or_auto: 1e-3, seconds_of: 60.0, average_or_auto: AUTO}.get(one.read, "loss")
 
 
 def refusal_of(command: str, run: Any, given: frozenset[str]) -> Refusal | None:

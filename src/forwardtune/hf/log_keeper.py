@@ -107,6 +107,7 @@ class LogKeeper(TrainerCallback):
             if cores is not None and torch.get_num_threads() < cores.most:
                 self._note_threads()
             self._passes, length = {0: 0}, None
+        trainer.averaging.begin(optimizer, self._log.base)
         self._pass = -1 if length is None else state.global_step // length - 1
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -13,13 +13,13 @@ _LIST = re.compile(r"(?<=The following hyperparameters were used during training
 _AFTER = "\n### Framework versions\n"
 
 
-def describe(card: str, log: Log, steps: int) -> str:
+def describe(card: str, log: Log, steps: int, average: str = NONE) -> str:
     """transformers' model card of a run, with MeZO in the place of the optimizer that it names.
 
     Args:
         card: the text that transformers wrote.
         log: the run's step log, finished or not.
-        steps: the model has the weights after so many steps.
+        steps: the model has the weights after so many steps, or an average of those up to there.
     """
     method = {f"- {name}": value for name, value in method_facts(log).items()}
 
@@ -28,7 +28,7 @@ def describe(card: str, log: Log, steps: int) -> str:
         return "\n".join([*(f"{name}: {value}" for name, value in method.items()), *others]) + "\n"
 
     before, mark, after = _LIST.sub(mended, card, count=1).partition(_AFTER)
-    return f"{before.rstrip()}\n\n{rebuilding(log, steps)}{mark}{after}"
+    return f"{before.rstrip()}\n\n{rebuilding(log, steps, average)}{mark}{after}"
 
 
 def method_facts(log: Log) -> dict[str, Any]:

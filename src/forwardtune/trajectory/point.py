@@ -19,6 +19,7 @@ from ..method.record import StepRecord
 from ..method.rule import History, Rule, move_all
 from ..noise import Update
 from ..optimizer import MeZO
+from ..parameters import TunedParameters
 from .reader import Log
 from .replay import require_base
 from .updates import standing, trajectory_of, updates_by_group
@@ -140,6 +141,19 @@ def keep_point(path: str | PathLike[str], optimizer: MeZO, log: Log) -> None:
         require_base(trajectory_of(log), optimizer.tuned)
         require_room(path, optimizer)
         _write(Path(path), optimizer, {"base": log.header["base"], "steps": 0})
+
+
+def keep_base(path: str | PathLike[str], optimizer: MeZO, base: str) -> None:
+    """Keep the optimizer's weights, with this digest, as those that a run begins with."""
+    _write(Path(path), optimizer, {"base": base, "steps": 0})
+
+
+@torch.no_grad()
+def restore(path: str | PathLike[str], tuned: TunedParameters) -> None:
+    """Give tuned tensors the values that they have in a file. Raises InputError if it was cut."""
+    with open(path, "rb") as file:
+        file.readline()
+        _fill(Path(path), file, [tensor.parameter.detach() for tensor in tuned])
 
 
 def require_room(path: str | PathLike[str], optimizer: MeZO) -> None:
