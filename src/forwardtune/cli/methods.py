@@ -24,9 +24,9 @@ from ..method.record import StepRecord
 from ..models import load_model
 from ..objectives import Sampling, TaskObjective
 from ..run_folder import INITIAL, TERMS, read_lines
+from ..search.rates import plain
 from ..tasks.batching import collate
 from ..tasks.encoding import Encoded
-from ..search.rates import plain
 from ..trajectory import Log, read_log, replay
 from ..trajectory.log import add_note
 from ..trajectory.replay import tuned_by_header
