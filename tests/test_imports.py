@@ -39,7 +39,7 @@ LAYERS = (
     {"search"},
     {"tasks", "models"},
     {"objectives"},
-    {"evaluation", "predictions", "run_folder"},
+    {"evaluation", "forgetting", "predictions", "run_folder"},
     {"reference"},
     {"hf", "paper"},
     {"cli"},

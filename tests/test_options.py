@@ -107,6 +107,8 @@ CASES: dict[str, dict[str, tuple[Any, See, Any]]] = {
         "lr_scheduler": ("linear", lambda b: b.trainer.args.lr_scheduler_type.value, "linear"),
         "move": ("all", lambda b: b.mezo.move, "all"),
         "clip_coefficient": (0.5, lambda b: b.mezo.clip_coefficient, 0.5),
+        "general_text": ("packaged", lambda b: (b.metrics["general_text"]["text"], b.metrics["general_text"]["tokens"] > 4000),
+                         ("packaged", True)),
         "average": ("last:2", lambda b: b.metrics["average"], "last:2"),
         "parts": (2, lambda b: b.mezo.parts, 2),
         "worker_timeout": (90.0, lambda b: b.trainer.args.worker_timeout, 90.0),

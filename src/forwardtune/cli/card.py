@@ -14,7 +14,7 @@ from ..config.repeat import repeat_command
 from ..files import write_text
 from ..hf.model_card import method_facts, rebuilding
 from ..models import EMBEDDED_MODEL, model_kind
-from ..run_folder import LOG, METRICS, PREDICTIONS
+from ..run_folder import LOG, METRICS, PREDICTIONS, forgetting
 from ..tasks import Task
 from ..trajectory import Log
 from .session import Session
@@ -96,6 +96,8 @@ def _results(metrics: dict[str, Any]) -> str:
             lines.append(
                 f"| {name.replace('_', ' ')} | " + " | ".join(_number(c.get(name)) for c in columns.values()) + " |"
             )
+    if told := forgetting(metrics):
+        lines.append(f"\n{told}.")
     if test := metrics.get("sign_test"):
         lines.append(
             f"\n{test['better']} examples came out better, {test['worse']} worse: p = {test['p_value']:.2g} by the sign test."

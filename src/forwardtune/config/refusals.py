@@ -68,6 +68,12 @@ _COMBINATIONS = (
         {"eval_steps": 2, "dev_examples": 0},
     ),
     Refusal(
+        "<general_text> compares with the untuned model, and <no_before> leaves that out: leave one of them out",
+        lambda run, given: run.general_text is not None and bool(run.no_before),
+        {"general_text": "packaged", "no_before": True},
+        ("train",),
+    ),
+    Refusal(
         "<average> {average} is a sum of directions, and what <rule> {rule} adds is none: give <rule> sgd or momentum, or leave <average> out",
         lambda run, given: run.average != NONE and run.rule in ("sign", "adam"),
         {"average": "last:10", "rule": "adam"},

@@ -80,9 +80,14 @@ class Data:
     seed: int = option(0, "seed of directions, minibatches and splits", bounds=SEED, argument="seed")
 
 
+_GENERAL = "also measure the perplexity of a text: a file, or packaged (3,500 words, for a first look)"
+
+
 @dataclass
 class Evaluation(Data):
     """What ``eval`` measures."""
+
+    general_text: str | None = option(None, _GENERAL, shown="not", is_place=True, free=True)
 
     shots: int = option(0, "demonstrations before every prompt: in-context learning", bounds=NOT_NEGATIVE)
     objective: str = option(
@@ -264,6 +269,7 @@ class Train(MeZOSettings, Data):
     report_to: str | None = option(
         None, f"{', '.join(names.TRACKERS)}, or several by commas", shown="none", free=True, read=trackers
     )
+    general_text: str | None = option(None, f"{_GENERAL}, before and after", shown="not", is_place=True, free=True)
     no_before: bool | None = option(None, "do not evaluate the untuned model", free=True)
 
 
