@@ -104,6 +104,7 @@ CASES: dict[str, dict[str, tuple[Any, See, Any]]] = {
         "refresh": (3, lambda b: b.mezo.noise.structure.refresh, 3),
         "perturbation": ("copy", lambda b: b.mezo.perturbation.name, "copy"),
         "weight_decay": (0.02, lambda b: {group["weight_decay"] for group in b.mezo.param_groups}, {0.02}),
+        "decay_towards": ("base", lambda b: b.mezo.rule.decay_towards, "base"),
         "lr_scheduler": ("linear", lambda b: b.trainer.args.lr_scheduler_type.value, "linear"),
         "move": ("all", lambda b: b.mezo.move, "all"),
         "clip_coefficient": (0.5, lambda b: b.mezo.clip_coefficient, 0.5),

@@ -9,6 +9,8 @@ ASSIGNMENTS = ("shared", "example")
 #: Of :mod:`forwardtune.method.rules`, and how they keep their moments.
 RULES = ("sgd", "sign", "momentum", "adam")
 STATES = ("auto", "exact", "window")
+#: What weight decay pulls the weights towards: zero, or those that the run began with.
+DECAYS = ("zero", "base")
 #: Of :mod:`forwardtune.noise`.
 DIRECTIONS = ("gaussian", "rademacher")
 #: Of :mod:`forwardtune.points`.

@@ -74,6 +74,11 @@ _COMBINATIONS = (
         ("train",),
     ),
     Refusal(
+        "<decay_towards> base says what weight decay pulls towards, and there is none: give <weight_decay> too",
+        lambda run, given: run.decay_towards == "base" and not run.weight_decay,
+        {"decay_towards": "base"},
+    ),
+    Refusal(
         "<average> {average} is a sum of directions, and what <rule> {rule} adds is none: give <rule> sgd or momentum, or leave <average> out",
         lambda run, given: run.average != NONE and run.rule in ("sign", "adam"),
         {"average": "last:10", "rule": "adam"},

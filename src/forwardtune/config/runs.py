@@ -191,6 +191,11 @@ class MeZOSettings:
         read=average_or_auto,
         free=True,
     )
+    decay_towards: str = _of_mezo(
+        "zero",
+        "what weight decay pulls towards: zero, or base, the weights that the run began with",
+        choices=names.DECAYS,
+    )
     parts: int | None = _of_mezo(
         None,
         "cut the minibatch into so many parts, for workers to share beside the queries",

@@ -1,4 +1,4 @@
-"""L6: the average of a run's weights, which a :class:`~forwardtune.hf.trainer.MeZOTrainer` leaves in their place."""
+"""L6: the weights that a run of :class:`~forwardtune.hf.trainer.MeZOTrainer` began with, on disk, and the average that it leaves."""
 
 from __future__ import annotations
 
@@ -39,9 +39,10 @@ class Averaging:
         return Path(self._trainer.run_folder / _BASE)
 
     @property
-    def is_wanted(self) -> bool:
-        """Whether an average was asked for."""
-        return bool(self._trainer.args.average != NONE)
+    def keeps_base(self) -> bool:
+        """Whether the weights that the run began with are needed later: for an average, or for decay towards them."""
+        args = self._trainer.args
+        return bool(args.average != NONE or args.decay_towards == "base")
 
     def require(self) -> None:
         """Raise InputError where there is nothing to choose an average by."""
@@ -53,13 +54,16 @@ class Averaging:
 
     def begin(self, optimizer: MeZO, base: str) -> None:
         """A run begins at the optimizer's weights, whose digest this is, or goes on."""
-        if self.is_wanted and optimizer.next_step == 0:
+        if self.keeps_base and optimizer.next_step == 0:
             keep_base(self._path, optimizer, base)
+        elif self.keeps_base:
+            optimizer.tuned.base = self._path
 
     def keep(self, optimizer: MeZO, log: Log) -> None:
         """A run will be resumed, whose base weights the optimizer has."""
-        if self.is_wanted:
+        if self.keeps_base:
             keep_point(self._path, optimizer, log)
+            optimizer.tuned.base = self._path
 
     def take(self, steps: int | None) -> None:
         """Move the model to the average, or to the best of some on ``eval_dataset``, if that is better than what it has.
@@ -69,8 +73,14 @@ class Averaging:
         """
         trainer = self._trainer
         log = read_log(trainer.step_log)
-        if not self.is_wanted or log.end is None:
+        if not self.keeps_base or log.end is None:
             return
+        if trainer.args.average != NONE:
+            self._average(log, steps)
+        self._path.unlink(missing_ok=True)
+
+    def _average(self, log: Log, steps: int | None) -> None:
+        trainer = self._trainer
         trajectory, text = trajectory_of(log), trainer.args.average
         if text == AUTO:
             measure = held_out(trainer, 1 << 30)  # on all of it
@@ -94,7 +104,6 @@ class Averaging:
                     }
                 },
             )
-        self._path.unlink(missing_ok=True)
 
     def _move(self, trajectory: Trajectory, text: str, steps: int) -> None:
         tuned, averaged = self._trainer.mezo.tuned, trajectory.averaged(text, steps)

@@ -150,4 +150,5 @@ class MeZOConfig(MeZOSettings, TrainingArguments):
         }
         if self.rule not in own and (self.rule_state, self.rule_window) != ("auto", None):
             raise InputError(f"the rule {self.rule!r} remembers nothing: leave rule_state and rule_window out")
-        return get_rule(self.rule, **own.get(self.rule, {}))
+        anchored = {"decay_towards": self.decay_towards} if self.decay_towards != "zero" else {}
+        return get_rule(self.rule, **own.get(self.rule, {}), **anchored)

@@ -86,6 +86,7 @@ class LogKeeper(TrainerCallback):
             if cores is not None:
                 cores.follow(threads)
             self._log = StepLog.resume(before.path, optimizer, lock=lock)
+            trainer.averaging.begin(optimizer, self._log.base)
             if threads is not None:
                 self._note_threads()
             automatic.begin(self._log, plan_of(before), before)
@@ -103,11 +104,11 @@ class LogKeeper(TrainerCallback):
             plan = automatic.plan(state.max_steps)
             self._log = StepLog(trainer.step_log, optimizer, trainer._run, lock=lock)
             trainer.run_logs.opened(trainer.step_log)
+            trainer.averaging.begin(optimizer, self._log.base)
             automatic.begin(self._log, plan)
             if cores is not None and torch.get_num_threads() < cores.most:
                 self._note_threads()
             self._passes, length = {0: 0}, None
-        trainer.averaging.begin(optimizer, self._log.base)
         self._pass = -1 if length is None else state.global_step // length - 1
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -159,7 +159,7 @@ class Resumption:
             return None
         if automatic.finds_lr:
             automatic.keep_point(self._optimizer(), log)
-        if self._trainer.averaging.is_wanted:
+        if self._trainer.averaging.keeps_base:
             self._trainer.averaging.keep(self._optimizer(), log)
         existing = self._trainer.workers.first(self._existing)
         # Several workers replay at the same time, each into its own folder.

@@ -66,12 +66,13 @@ def summed(rule: Rule, updates: Sequence[Update], shares: Sequence[float]) -> li
     With d_t the decay of step t, let ``b_t = shares[t] + d_{t+1} b_{t+1}``: how much of theta_t is in the average. What step t adds counts b_t
     times. The base counts ``A_1``, where ``A_{T+1} = 1``, ``A_t = A_{t+1} - (1 - d_t) b_t``; for rows that step t was the first to read, A_t.
     So update t multiplies by ``A_t / A_{t+1}`` and then adds its directions, which the later ones multiply by A_{t+1}, divided by that.
-    Factors are computed in float64 and rounded once.
+    Where weights decay towards the base, what they moved decays alone, and ``A_t = 1``. Factors are computed in float64 and rounded once.
 
     Raises:
         InputError: the rule is not linear, or a step decayed weights to nothing.
     """
-    if any(update.decay <= 0 for update in updates):
+    anchored = rule.decay_towards == "base"  # what moved decays, and the base counts whole
+    if not anchored and any(update.decay <= 0 for update in updates):
         raise InputError(
             "a step took all of the weights by weight decay, so their average has no base: lower weight decay or rate"
         )
@@ -80,7 +81,7 @@ def summed(rule: Rule, updates: Sequence[Update], shares: Sequence[float]) -> li
     ahead = 0.0
     for t in reversed(range(len(updates))):
         counts[t] = ahead = shares[t + 1] + ahead
-        base[t] = base[t + 1] - (1 - updates[t].decay) * ahead
+        base[t] = 1.0 if anchored else base[t + 1] - (1 - updates[t].decay) * ahead
         ahead *= updates[t].decay
     reach = rule.reach(updates, counts)
     return [

@@ -15,6 +15,7 @@ from ..errors import InputError, nearest
 from ..names import STATES
 from ..noise import Count, Noise, Update, flattened
 from ..parameters import TunedParameters, TunedTensor
+from .base import decay, require_target
 from .rule import History, Rule, Step, float32, shares
 
 # "auto" keeps exact moments if they take at most this share of the memory of the model's weights: adapters do.
@@ -93,6 +94,7 @@ class Elementwise(Rule):
 
         unchanged: Count = 0
         x = torch.empty(piece.numel(), dtype=arithmetic(piece), device=piece.device)
+        base: Tensor | None = None
         count, recent = history.taken, deque(history.recent, self.window)
         for update in updates:
             if not update.sizes:
@@ -111,9 +113,7 @@ class Elementwise(Rule):
                 own = [one for one in recent if one.sizes]
                 self.fold(averages, own, add)
                 count = len(own)
-            x.copy_(piece)
-            if update.decay != 1.0:
-                x.mul_(update.decay)
+            base = decay(x.copy_(piece), update, history.base, start, base)
             x.sub_(self.direction(averages, update, count))
             unchanged += noise.store(piece, x, step=update.step, tensor=tensor.id, start=start)
         return unchanged
@@ -126,6 +126,7 @@ class WithMoments(Elementwise):
     Attributes:
         state: ``"exact"``, ``"window"``, or ``"auto"``: exact if the moments take at most a tenth of the memory of the
             model's weights, as for adapters, else window.
+        decay_towards: what weight decay pulls towards, ``"zero"`` or ``"base"``.
         window: W, the number of steps in a window. By default as many as leave out less than 1% of the average.
 
     Raises:
@@ -134,8 +135,10 @@ class WithMoments(Elementwise):
 
     state: str = field(default="auto", kw_only=True)
     window: int | None = field(default=None, kw_only=True)
+    decay_towards: str = field(default="zero", kw_only=True)
 
     def __post_init__(self) -> None:
+        require_target(self.decay_towards)
         if self.state not in STATES:
             raise InputError(
                 f"unknown state {self.state!r}{nearest(str(self.state), STATES)}: choose one of {', '.join(STATES)}"
@@ -174,7 +177,8 @@ class WithMoments(Elementwise):
     def settings(self) -> dict[str, Any]:
         own = [setting.name for setting in fields(self) if setting.name not in ("state", "window")]
         settings = {key: getattr(self, key) for key in (*own, "state", "window")}
-        return {key: value for key, value in settings.items() if value is not None and self.unsaid.get(key) != value}
+        unsaid = {"decay_towards": "zero"} | self.unsaid
+        return {key: value for key, value in settings.items() if value is not None and unsaid.get(key) != value}
 
 
 def _zeros(count: int, like: Tensor) -> tuple[Tensor, ...]:

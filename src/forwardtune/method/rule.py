@@ -15,6 +15,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..noise import Count, Noise, Update
 from ..parameters import TunedParameters, TunedTensor
+from .base import BaseFile, ReadBase, present
 from .masked import Masked
 
 
@@ -38,12 +39,14 @@ class History:
         recent: the last W of them, for ``state="window"``.
         moments: flat float32 tensors under the name of each tuned tensor, for ``state="exact"``.
         missed: how many of the steps taken left a tensor alone, by its id.
+        base: reads the values of one tensor that the run began with, for a rule that decays towards them.
     """
 
     taken: int = 0
     recent: list[Update] = field(default_factory=list)
     moments: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
     missed: dict[int, int] = field(default_factory=dict)
+    base: ReadBase | None = None
 
     def take(self, updates: Sequence[Update], window: int | None) -> None:
         """Count steps that were taken, of which the last ``window`` are kept."""
@@ -129,6 +132,8 @@ class Rule(ABC):
     name: ClassVar[str]
     #: What holds for settings of which a log says nothing, because they came later.
     unsaid: ClassVar[dict[str, Any]] = {}
+    #: What weight decay pulls towards, ``"zero"`` or ``"base"``: ``theta <- theta_0 + d (theta - theta_0)``.
+    decay_towards: str = "zero"
 
     @property
     def remembers(self) -> bool:
@@ -199,6 +204,7 @@ def move_all(
     history: History,
     *,
     keep: bool = True,
+    from_base: bool = False,
     progress: Callable[[int, int], object] | None = None,
 ) -> int:
     """Apply steps to all tuned tensors, a tensor at a time, and take them into the history.
@@ -206,11 +212,13 @@ def move_all(
     Args:
         updates: for every parameter group the same steps, in order.
         keep: whether ``history.moments`` are wanted afterwards; without them they are never whole in memory.
+        from_base: the tensors are as the run began.
         progress: called with the numbers of tensors done and in all.
 
     Returns:
         How many stored values did not change, summed over the steps.
     """
+    kept = None if rule.decay_towards != "base" or tuned.base is None or from_base else BaseFile(tuned.base, tuned)
     ragged = any(update.unused for update in updates[0])
     counts: list[Count] = []
     together: dict[Any, list[TunedTensor]] = {}
@@ -219,6 +227,8 @@ def move_all(
         if ragged:
             own = [of_tensor(update, tensor.id) for update in own]
         before = history.of(tensor.id)
+        if rule.decay_towards == "base":
+            before = replace(before, base=present(tensor) if from_base else kept.of(tensor) if kept else None)
         unread = {u.step: u.unread[tensor.id] for u in (*before.recent, *own) if tensor.id in u.unread}
         if not unread and rule.moves_together and noise.launches_together(tensor.parameter):
             together.setdefault((tensor.parameter.device, tuple(own)), []).append(tensor)

@@ -143,9 +143,20 @@ def keep_point(path: str | PathLike[str], optimizer: MeZO, log: Log) -> None:
         _write(Path(path), optimizer, {"base": log.header["base"], "steps": 0})
 
 
-def keep_base(path: str | PathLike[str], optimizer: MeZO, base: str) -> None:
-    """Keep the optimizer's weights, with this digest, as those that a run begins with."""
-    _write(Path(path), optimizer, {"base": base, "steps": 0})
+def keep_base(path: str | PathLike[str], optimizer: MeZO, base: str | None = None) -> None:
+    """Keep the optimizer's weights, which are those that a run begins with, in a file, and let weight decay read them there.
+
+    Needed before the first step, or before a log is resumed, by rules with ``decay_towards="base"``.
+
+    Args:
+        base: their digest, if it is known.
+
+    Raises:
+        InputError: the disk has no room for them.
+    """
+    require_room(path, optimizer)
+    _write(Path(path), optimizer, {"base": base or optimizer.tuned.digest(), "steps": 0})
+    optimizer.tuned.base = Path(path)
 
 
 @torch.no_grad()
@@ -166,8 +177,8 @@ def require_room(path: str | PathLike[str], optimizer: MeZO) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise InputError(
-            f"a run that finds its own learning rate keeps the weights that it may go back to on disk: {needed / 2**30:.1f} GiB "
-            f"in {folder}, where {free / 2**30:.1f} are free. Make room, or give a learning rate"
+            f"a run that may go back to weights, or reads those that it began with, keeps them on disk: {needed / 2**30:.1f} GiB "
+            f"in {folder}, where {free / 2**30:.1f} are free. Make room, or give a learning rate, no average, and decay_towards='zero'"
         )
 
 

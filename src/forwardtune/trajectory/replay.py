@@ -96,7 +96,16 @@ def apply_updates(
 ) -> History:
     """The sweeps: each tensor takes all its steps while it is in the cache. Returns what the rule remembers of them."""
     history = History()
-    move_all(trajectory.rule, noise_of(trajectory.header), tuned, updates, history, keep=keep, progress=progress)
+    move_all(
+        trajectory.rule,
+        noise_of(trajectory.header),
+        tuned,
+        updates,
+        history,
+        keep=keep,
+        from_base=True,
+        progress=progress,
+    )
     return history
 
 
