@@ -108,8 +108,6 @@ CASES: dict[str, dict[str, tuple[Any, See, Any]]] = {
         "lr_scheduler": ("linear", lambda b: b.trainer.args.lr_scheduler_type.value, "linear"),
         "move": ("all", lambda b: b.mezo.move, "all"),
         "clip_coefficient": (0.5, lambda b: b.mezo.clip_coefficient, 0.5),
-        "general_text": ("packaged", lambda b: (b.metrics["general_text"]["text"], b.metrics["general_text"]["tokens"] > 4000),
-                         ("packaged", True)),
         "average": ("last:2", lambda b: b.metrics["average"], "last:2"),
         "parts": (2, lambda b: b.mezo.parts, 2),
         "worker_timeout": (90.0, lambda b: b.trainer.args.worker_timeout, 90.0),
@@ -145,6 +143,8 @@ CASES: dict[str, dict[str, tuple[Any, See, Any]]] = {
         "time_budget": ("60s", lambda b: (b.session.deadline is not None, b.session.options.steps > 10), (True, True)),
     },
     "adam": {
+        "general_text": ("packaged", lambda b: (b.metrics["general_text"]["text"], b.metrics["general_text"]["tokens"] > 4000),
+                         ("packaged", True)),
         "method": ("adam", lambda b: type(b.trainer), AdamTrainer),
         "batch_size": (3, lambda b: b.trainer.args.train_batch_size, 3),
         "steps": (2, lambda b: b.trainer.state.global_step, 2),

@@ -48,7 +48,8 @@ def settings_of(command: str, row: Refusal) -> dict[str, Any]:
 
 
 def flags(settings: Mapping[str, Any]) -> list[str]:
-    return [part for name, value in settings.items() for part in (flag(name), str(value))]
+    given = ((flag(name),) if value is True else (flag(name), str(value)) for name, value in settings.items())
+    return [part for parts in given for part in parts]
 
 
 def named(value: object) -> str:
