@@ -154,7 +154,12 @@ def keep_base(path: str | PathLike[str], optimizer: MeZO, base: str | None = Non
     Raises:
         InputError: the disk has no room for them.
     """
-    require_room(path, optimizer)
+    require_room(
+        path,
+        optimizer,
+        why="leaves an average, or decays weights towards those that it began with, keeps those",
+        remedy="do without both",
+    )
     _write(Path(path), optimizer, {"base": base or optimizer.tuned.digest(), "steps": 0})
     optimizer.tuned.base = Path(path)
 
@@ -167,7 +172,13 @@ def restore(path: str | PathLike[str], tuned: TunedParameters) -> None:
         _fill(Path(path), file, [tensor.parameter.detach() for tensor in tuned])
 
 
-def require_room(path: str | PathLike[str], optimizer: MeZO) -> None:
+def require_room(
+    path: str | PathLike[str],
+    optimizer: MeZO,
+    *,
+    why: str = "finds its own learning rate keeps the weights that it may go back to",
+    remedy: str = "give a learning rate",
+) -> None:
     """Raise InputError unless the disk has room for a point."""
     rule, folder = optimizer.rule, Path(path).parent
     needed = sum(t.parameter.numel() * t.parameter.element_size() for t in optimizer.tuned)
@@ -177,8 +188,8 @@ def require_room(path: str | PathLike[str], optimizer: MeZO) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise InputError(
-            f"a run that may go back to weights, or reads those that it began with, keeps them on disk: {needed / 2**30:.1f} GiB "
-            f"in {folder}, where {free / 2**30:.1f} are free. Make room, or give a learning rate, no average, and decay_towards='zero'"
+            f"a run that {why} on disk: {needed / 2**30:.1f} GiB "
+            f"in {folder}, where {free / 2**30:.1f} are free. Make room, or {remedy}"
         )
 
 
