@@ -48,8 +48,9 @@ def settings_of(command: str, row: Refusal) -> dict[str, Any]:
 
 
 def flags(settings: Mapping[str, Any]) -> list[str]:
-    given = ((flag(name),) if value is True else (flag(name), str(value)) for name, value in settings.items())
-    return [part for parts in given for part in parts]
+    return [
+        part for name, value in settings.items() for part in (flag(name), *(() if value is True else (str(value),)))
+    ]
 
 
 def named(value: object) -> str:

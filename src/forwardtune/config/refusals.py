@@ -206,7 +206,8 @@ def _example(one: Option) -> Any:
     """A value that is no default."""
     if one.choices:
         return next(choice for choice in one.choices if choice != one.default)
-    return {int: 2, float: 0.5, number_or_auto: 1e-3, seconds_of: 60.0, average_or_auto: AUTO}.get(one.read, "loss")
+    samples = {int: 2, bool: True, float: 0.5, number_or_auto: 1e-3, seconds_of: 60.0, average_or_auto: AUTO}
+    return samples.get(one.read, "loss")
 
 
 def refusal_of(command: str, run: Any, given: frozenset[str]) -> Refusal | None:
