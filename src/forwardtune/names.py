@@ -4,8 +4,11 @@ from __future__ import annotations
 
 #: Of :mod:`forwardtune.method.estimators`.
 ESTIMATORS = ("spsa", "one_sided")
-NORMALIZATIONS = ("none", "sigma", "rank")
+NORMALIZATIONS = ("none", "sigma", "rank", "spread")
 ASSIGNMENTS = ("shared", "example")
+#: Of :mod:`forwardtune.method.weighting`.
+MODIFY = ("none", "variance", "expectation")
+MODIFIED_BY = ("parameters", "gradients")
 #: Of :mod:`forwardtune.method.rules`, and how they keep their moments.
 RULES = ("sgd", "sign", "momentum", "adam")
 STATES = ("auto", "exact", "window")

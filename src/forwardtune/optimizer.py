@@ -15,15 +15,18 @@ from .errors import InputError, NonFiniteLossError, nearest, warn
 from .method.estimators import Estimator, Losses, Query, get_estimator
 from .method.record import StepRecord, estimated, mean_loss, updates_of
 from .method.rule import History, Rule, move_all
-from .method.rules import get_rule
+from .method.rules import SGD, get_rule
 from .method.unread import Unread, Used
+from .method.weighting import Weighting, each_alone, gradient_norms
 from .names import MOVES
-from .noise import Direction, LowRank, Noise, get_direction
+from .noise import Direction, Emphasis, LowRank, Noise, get_direction
 from .parameters import TunedParameters, require_settings
 from .points import Closure, Evaluator, Perturbation
 from .points.idle import IdleWatch
 from .processes import processor, versions
 from .workers import Alone, Parts, Seen
+
+_SIDE_PATHS = ("side_path", "both_signs")
 
 
 class InterruptedUpdateError(RuntimeError):
@@ -72,12 +75,14 @@ class MeZO(torch.optim.Optimizer):
         max_skipped: after this many steps in a row with a loss that is not finite, raise.
         module: the module that holds ``params``, if those are not a module.
         estimator: ``"spsa"``, ``"one_sided"``, or an estimator, which brings its own eps, probes, normalisation and assignment.
-        normalize: ``"none"``, ``"sigma"`` (FZOO's) or ``"rank"``: what differences of losses are measured in.
+        normalize: ``"none"``, ``"sigma"`` (FZOO's), ``"rank"`` or ``"spread"`` (over examples, too): what differences of losses are measured in.
         rule: ``"sgd"``, ``"sign"``, ``"momentum"``, ``"adam"``, or a rule with settings, such as ``Momentum(0.9)``.
         assignment: ``"shared"``, directions of the minibatch, or ``"example"``, directions of every example.
         rank: r of low-rank directions ``Z = U V^T / sqrt(r)`` of matrices; 0: full ones. By default 1 with
             ``assignment="example"``, else 0.
         refresh: V stays the same for so many steps (LOZO's nu).
+        active_layers, sparsity, modify, modify_by: where directions fall, and how long they are there
+            (:class:`~forwardtune.method.weighting.Weighting`). With ``modify_by="gradients"`` call :meth:`measure_layers` first.
         workers: who evaluates which query: :class:`~forwardtune.workers.ranks.Ranks` shares them between the processes of ``torchrun``.
         parts: into how many parts a minibatch is cut at most. With more than one, :meth:`step` takes :class:`~forwardtune.workers.Parts`.
 
@@ -111,6 +116,10 @@ class MeZO(torch.optim.Optimizer):
         assignment: str = "shared",
         rank: int | None = None,
         refresh: int = 1,
+        active_layers: int | None = None,
+        sparsity: float = 0.0,
+        modify: str = "none",
+        modify_by: str = "parameters",
         workers: Alone | None = None,
         parts: int = 1,
     ) -> None:
@@ -136,6 +145,16 @@ class MeZO(torch.optim.Optimizer):
             )
         self.noise = Noise(seed, get_direction(direction), LowRank(rank, refresh) if rank else None)
         self._rule = get_rule(rule)
+        self.weighting = Weighting(active_layers, sparsity, modify, modify_by)
+        if sparsity and not isinstance(self._rule, SGD):
+            raise InputError(
+                f"sparsity leaves weights alone by their size, which the rule {self._rule.name!r} does not know of: use rule='sgd'"
+            )
+        if sparsity and (self.estimator.per_example or perturbation in _SIDE_PATHS):
+            raise InputError(
+                "sparsity is of weights one by one, and a side path multiplies with whole directions: use assignment='shared' and "
+                "perturbation='auto', 'scratch' or 'copy', or leave sparsity out"
+            )
         self.history = History()
         self.clip_coefficient = clip_coefficient
         self.max_skipped = max_skipped
@@ -166,7 +185,42 @@ class MeZO(torch.optim.Optimizer):
         """Take up the tuned tensors, from the parameter groups."""
         self.tuned = TunedParameters.from_groups(self.param_groups, self.module)
         self.rule = self._rule.resolved(self.tuned)
-        self.evaluator = Evaluator(self.tuned, self.noise, self._perturbation, per_example=self.estimator.per_example)
+        self.noise = replace(self.noise, emphasis=self.weighting.emphasis(self.tuned))
+        self.evaluator = self._evaluator(self.noise)
+
+    def _evaluator(self, noise: Noise) -> Evaluator:
+        return Evaluator(self.tuned, noise, self._perturbation, per_example=self.estimator.per_example)
+
+    @torch.no_grad()
+    def measure_layers(self, closure: Closure) -> None:
+        """Estimate the norms of the layers' gradients, by which ``modify_by="gradients"`` weights their directions: eight evaluations a layer.
+
+        To be called once, before a step log is begun, which keeps what was found.
+
+        Args:
+            closure: evaluates the loss of one minibatch, or the losses of its examples.
+        """
+        perturbation = "auto" if self.estimator.per_example else self._perturbation
+        noise = replace(self.noise, emphasis=each_alone(self.tuned))
+        evaluator = Evaluator(self.tuned, noise, perturbation, per_example=False)
+
+        def losses(step: int, queries: Sequence[Query]) -> list[Losses]:
+            return evaluator.losses(step, queries, lambda: torch.as_tensor(closure()).double().mean())[0]
+
+        found = gradient_norms(self.tuned, losses, self.estimator.eps)
+        self.emphasise(self.weighting.emphasis(self.tuned, found))
+
+    def emphasise(self, emphasis: Emphasis | None) -> None:
+        """Let directions fall as was found earlier, at the beginning of a run that goes on."""
+        if emphasis != self.noise.emphasis:
+            self.noise = replace(self.noise, emphasis=emphasis)
+            self.evaluator = self._evaluator(self.noise)
+
+    @property
+    def lacks_layers(self) -> bool:
+        """Whether :meth:`measure_layers` is to be called before the first step."""
+        emphasis = self.noise.emphasis
+        return self.weighting.measures and not (emphasis is not None and emphasis.probed)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters. Only before the first step: afterwards ids, and so directions, would change."""
@@ -215,6 +269,12 @@ class MeZO(torch.optim.Optimizer):
             The mean of this call's losses.
         """
         self.require_whole_weights()
+        if self.lacks_layers:
+            raise InputError(
+                "modify_by='gradients' weights layers by their gradients, which were not estimated yet: call measure_layers(closure) before "
+                "the first step, and before a step log is begun",
+                "modify_by",
+            )
         self.meet()
         began = time.perf_counter()
         before = len(self._pending[0]) if self._pending else 0
@@ -262,6 +322,7 @@ class MeZO(torch.optim.Optimizer):
             "seed": self.noise.seed,
             "direction": self.noise.direction.name,
             "structure": repr(self.noise.structure),
+            "emphasis": repr(self.noise.emphasis),
         }
         facts |= self.estimator.settings() | {
             "rule": self.rule.name,
@@ -410,6 +471,8 @@ class MeZO(torch.optim.Optimizer):
         """As for any optimizer, with the step number and what the rule remembers: the whole state of MeZO."""
         own: dict[str, Any] = {"next_step": self.next_step, "seed": self.noise.seed, "skipped": self._skipped}
         own |= {"unread": self._unread.state()}
+        if self.noise.emphasis is not None:
+            own |= {"emphasis": self.noise.emphasis.content()}
         return {**super().state_dict(), "mezo": own | self.history.state(self.rule)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -425,9 +488,16 @@ class MeZO(torch.optim.Optimizer):
             raise ValueError(
                 f"the state was saved with seed {own['seed']}, this optimizer has {self.noise.seed}: use the same seed"
             )
+        emphasis = own.get("emphasis")
+        if (emphasis is None) != (self.noise.emphasis is None):
+            raise ValueError(
+                "one of the state and this optimizer has directions that fall on some weights alone, or are longer on some, the other has "
+                "not: use the same active_layers, sparsity and modify"
+            )
         history = History.of_state(own.get("rule"), self.rule, self.tuned)
         super().load_state_dict(state_dict)
         self.history = history
+        self.emphasise(None if emphasis is None else Emphasis.of_content(emphasis))
         self._forget_estimate()
         self.next_step = own["next_step"]
         self._unread = Unread.of_state(own.get("unread"), own["next_step"])
