@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from forwardtune import MeZO, StepLog, noise, replay
 from forwardtune.method.estimators import SPSA, Estimator, OneSided, Query, centred_ranks
 from forwardtune.method.rule import History, Rule, float32, move_all
-from forwardtune.method.rules import SGD, Adam, Momentum, Sign, get_rule, nearest_root, sgd
+from forwardtune.method.rules import SGD, Adam, Momentum, Muon, Sign, get_rule, nearest_root, sgd
 from forwardtune.noise import ROUNDING_PROBE, Noise, Update, definition
 from forwardtune.noise.philox import half_words
 from forwardtune.parameters import TunedParameters
@@ -230,13 +230,14 @@ class Layered(nn.Module):
         return sum(0.5 * part().square().sum() for part in (*self.layers, self.outside))  # type: ignore[return-value]
 
 
-#: Where directions fall, and the rules that can move weights so.
+#: Where directions fall, and the rules that can move weights so; and the rule that needs them to be of low rank.
 WEIGHTINGS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "layers": ({"active_layers": 2}, list(RULES)),
     "sparse": ({"sparsity": 0.5}, ["sgd"]),
     "variance": ({"modify": "variance"}, list(RULES)),
     "expectation": ({"modify": "expectation"}, list(RULES)),
     "gradients": ({"modify": "variance", "modify_by": "gradients"}, ["sgd", "adam-window"]),
+    "muon": ({"rank": 1, "refresh": 3}, ["muon"]),
     "all, low-rank": ({"active_layers": 1, "sparsity": 0.25, "modify": "variance", "rank": 1, "refresh": 2}, ["sgd"]),
 }
 
@@ -244,13 +245,13 @@ WEIGHTINGS: dict[str, tuple[dict[str, Any], list[str]]] = {
 @pytest.mark.parametrize(("direction", "perturbation"), list(zip(DIRECTIONS, PERTURBATIONS, strict=True)))
 @pytest.mark.parametrize(
     ("settings", "rule"),
-    [(settings, RULES[rule]) for settings, rules in WEIGHTINGS.values() for rule in rules],
+    [(settings, RULES.get(rule, Muon(0.5, window=3))) for settings, rules in WEIGHTINGS.values() for rule in rules],
     ids=[f"{name}-{rule}" for name, (_, rules) in WEIGHTINGS.items() for rule in rules],
 )
 def test_wherever_directions_fall_runs_are_replayed_resumed_and_restored(
     settings, rule, direction, perturbation, tmp_path
 ):
-    for dtype in DTYPES if isinstance(rule, SGD) else [torch.bfloat16]:
+    for dtype in DTYPES if isinstance(rule, (SGD, Muon)) else [torch.bfloat16]:
 
         def begun(dtype: torch.dtype = dtype) -> tuple[Layered, MeZO]:
             model = Layered(dtype)
@@ -260,7 +261,7 @@ def test_wherever_directions_fall_runs_are_replayed_resumed_and_restored(
             ]
             return model, MeZO(
                 groups, lr=1e-2, module=model, direction=direction, perturbation=perturbation, seed=5,
-                estimator=SPSA(0.125, 2), rule=rule, **settings,
+                estimator=SPSA(0.125, 1 if isinstance(rule, Muon) else 2), rule=rule, **settings,
             )  # fmt: skip
 
         path = tmp_path / str(dtype) / "steps.jsonl"

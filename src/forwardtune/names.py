@@ -10,7 +10,7 @@ ASSIGNMENTS = ("shared", "example")
 MODIFY = ("none", "variance", "expectation")
 MODIFIED_BY = ("parameters", "gradients")
 #: Of :mod:`forwardtune.method.rules`, and how they keep their moments.
-RULES = ("sgd", "sign", "momentum", "adam")
+RULES = ("sgd", "sign", "momentum", "adam", "muon")
 STATES = ("auto", "exact", "window")
 #: Of :mod:`forwardtune.noise`.
 DIRECTIONS = ("gaussian", "rademacher")

@@ -76,7 +76,7 @@ class MeZO(torch.optim.Optimizer):
         module: the module that holds ``params``, if those are not a module.
         estimator: ``"spsa"``, ``"one_sided"``, or an estimator, which brings its own eps, probes, normalisation and assignment.
         normalize: ``"none"``, ``"sigma"`` (FZOO's), ``"rank"`` or ``"spread"`` (over examples, too): what differences of losses are measured in.
-        rule: ``"sgd"``, ``"sign"``, ``"momentum"``, ``"adam"``, or a rule with settings, such as ``Momentum(0.9)``.
+        rule: ``"sgd"``, ``"sign"``, ``"momentum"``, ``"adam"``, ``"muon"``, or a rule with settings, such as ``Momentum(0.9)``.
         assignment: ``"shared"``, directions of the minibatch, or ``"example"``, directions of every example.
         rank: r of low-rank directions ``Z = U V^T / sqrt(r)`` of matrices; 0: full ones. By default 1 with
             ``assignment="example"``, else 0.
@@ -186,6 +186,7 @@ class MeZO(torch.optim.Optimizer):
         self.tuned = TunedParameters.from_groups(self.param_groups, self.module)
         self.rule = self._rule.resolved(self.tuned)
         self.noise = replace(self.noise, emphasis=self.weighting.emphasis(self.tuned))
+        self.rule.require(self.estimator, self.noise)
         self.evaluator = self._evaluator(self.noise)
 
     def _evaluator(self, noise: Noise) -> Evaluator:

@@ -119,6 +119,19 @@ _COMBINATIONS = (
         {"refresh": 50},
     ),
     Refusal(
+        "<rule> muon works in the space that low-rank directions share, one direction a step: give <rank>, and <refresh> 10 or more, and leave "
+        "<probes>, <assignment>, <active_layers>, <sparsity> and <modify> out",
+        lambda run, given: (
+            run.rule == "muon"
+            and (
+                not run.rank
+                or (run.probes, run.assignment, run.active_layers) != (1, "shared", None)
+                or (run.sparsity, run.modify) != (0, "none")
+            )
+        ),
+        {"rule": "muon"},
+    ),
+    Refusal(
         "<sparsity> leaves weights alone by their size, which <rule> {rule} does not know of: leave <rule> out",
         lambda run, given: run.sparsity > 0 and run.rule != "sgd",
         {"sparsity": 0.5, "rule": "adam"},

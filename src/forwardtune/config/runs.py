@@ -159,7 +159,9 @@ class MeZOSettings:
         choices=names.NORMALIZATIONS,
     )
     rule: str = _of_mezo("sgd", "how coefficients move the weights", choices=names.RULES)
-    momentum: float = option(0.9, "of the rule momentum", bounds=FRACTION, only={**_MEZO, "rule": ("momentum",)})
+    momentum: float = option(
+        0.9, "of the rules momentum and muon", bounds=FRACTION, only={**_MEZO, "rule": ("momentum", "muon")}
+    )
     rule_state: str = option(
         "auto",
         "moments of the rules momentum and adam: kept (exact), or rebuilt (window)",

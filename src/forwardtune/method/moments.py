@@ -92,7 +92,7 @@ class Elementwise(Rule):
             noise.update(x, steps, tensor=tensor.id, start=start, shape=tensor.parameter.shape)
 
         unchanged: Count = 0
-        x = torch.empty(piece.numel(), dtype=_arithmetic(piece), device=piece.device)
+        x = torch.empty(piece.numel(), dtype=arithmetic(piece), device=piece.device)
         count, recent = history.taken, deque(history.recent, self.window)
         for update in updates:
             if not update.sizes:
@@ -166,7 +166,7 @@ class WithMoments(Elementwise):
             state = "exact" if exact else "window"
         if state == "exact" or self.window is not None:
             return replace(self, state=state)
-        return replace(self, state=state, window=_window(self.slowest))
+        return replace(self, state=state, window=window_of(self.slowest))
 
     def settings(self) -> dict[str, Any]:
         own = [setting.name for setting in fields(self) if setting.name not in ("state", "window")]
@@ -175,14 +175,14 @@ class WithMoments(Elementwise):
 
 
 def _zeros(count: int, like: Tensor) -> tuple[Tensor, ...]:
-    return tuple(torch.zeros(like.numel(), dtype=_arithmetic(like), device=like.device) for _ in range(count))
+    return tuple(torch.zeros(like.numel(), dtype=arithmetic(like), device=like.device) for _ in range(count))
 
 
-def _arithmetic(weight: Tensor) -> torch.dtype:
+def arithmetic(weight: Tensor) -> torch.dtype:
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
-def _window(factor: float) -> int:
+def window_of(factor: float) -> int:
     """The least W with ``factor^W < 1%``."""
     weight, window = factor, 1
     while weight >= _CUT_OFF:

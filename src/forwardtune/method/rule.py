@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..noise import Count, Noise, Update
 from ..parameters import TunedParameters, TunedTensor
+from .estimators import Estimator
 from .masked import Masked
 
 
@@ -137,6 +138,9 @@ class Rule(ABC):
     def settings(self) -> dict[str, Any]:
         """What the step log's header says of the rule beside its name; ``type(rule)(**settings)`` is the rule."""
         return {}
+
+    def require(self, estimator: Estimator, noise: Noise) -> None:  # noqa: B027 (most rules take all)
+        """Raise InputError unless the rule can take the estimates of this estimator along these directions."""
 
     def resolved(self, tuned: TunedParameters) -> Rule:
         """The rule with everything chosen that was left to be chosen by the tuned weights."""

@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from ..errors import LogError
-from ..method.moments import Elementwise
 from ..method.rule import Rule, Step
 from ..noise import Update
 from .format import numbers, ranges, rows_read, without_rows
@@ -121,7 +120,7 @@ def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str
 
 def needs_lr(rule: Rule) -> bool:
     """Whether a step has a learning rate beside its sizes."""
-    return isinstance(rule, Elementwise)
+    return isinstance(rule.plan(0, [1.0], 1e-3, 0.0), Step)
 
 
 def _compact(rows: list[list[float]], taken: Tensor) -> Tensor:
