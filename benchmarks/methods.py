@@ -50,6 +50,17 @@ METHODS = {
         1e-4, {"assignment": "example", "rank": 1, "direction": "rademacher", "perturbation": "both_signs"}
     ),
     "example_4": Method(1e-4, {"assignment": "example", "rank": 4, "perturbation": "both_signs"}),
+    "fzoo_examples": Method(
+        3e-3, {"assignment": "example", "rank": 1, "normalize": "spread", "perturbation": "both_signs"}
+    ),
+    "layers_8": Method(3e-5, {"active_layers": 8}),
+    "sparse": Method(1e-4, {"sparsity": 0.75}),
+    "variance": Method(3e-5, {"modify": "variance"}),
+    "expectation": Method(3e-5, {"modify": "expectation"}),
+    "variance_gradients": Method(3e-5, {"modify": "variance", "modify_by": "gradients"}),
+    "expectation_gradients": Method(3e-5, {"modify": "expectation", "modify_by": "gradients"}),
+    "momentum": Method(3e-6, {"rule": "momentum", "rank": 4, "refresh": 50}),
+    "muon": Method(3e-4, {"rule": "muon", "rank": 4, "refresh": 50}),
     "lora": Method(1e-3, {"eps": 1e-2}, "lora"),
     "lora_example": Method(
         3e-3, {"eps": 1e-2, "assignment": "example", "rank": 0, "perturbation": "both_signs"}, "lora"
@@ -78,7 +89,10 @@ class Bench:
         self.model.load_state_dict(self.base)
         torch.manual_seed(seed)
         model = self.model if method.tune == "all" else tune(self.model, self.tokenizer, method.tune)
-        return model.eval(), MeZO(model, lr=lr, seed=seed, **{"eps": EPS, **method.settings})
+        optimizer = MeZO(model.eval(), lr=lr, seed=seed, **{"eps": EPS, **method.settings})
+        if optimizer.lacks_layers:
+            optimizer.measure_layers(self.closure(model, optimizer, 0, seed))
+        return model, optimizer
 
     def closure(self, model: Any, optimizer: MeZO, step: int, seed: int) -> Callable[[], torch.Tensor]:
         """The loss of a minibatch, or the losses of its examples."""

@@ -304,6 +304,50 @@ def test_wherever_directions_fall_runs_are_replayed_resumed_and_restored(
             assert_same_bits(resumed, final)
 
 
+def test_the_number_of_probes_rises_as_in_the_paper(tmp_path):
+    """``max(1, int(t / T n))`` of them in step t; from step T on, n."""
+    counts = [1, 1, 1, 2, 2, 3, 4, 4]
+    model = Layered(torch.bfloat16)
+
+    def begun(model: nn.Module) -> MeZO:
+        return MeZO(model, lr=1e-2, eps=0.125, probes=4, probes_rise=6, seed=5, rule=RULES["adam-window"])
+
+    optimizer = begun(model)
+    with StepLog(tmp_path / "steps.jsonl", optimizer):
+        for step in range(8):
+            calls = itertools.count()
+            optimizer.estimate(lambda calls=calls: (next(calls), model())[1])
+            optimizer.step()
+            assert len(optimizer.last.coefficients) == counts[step] == max(1, min(4, int(step / 6 * 4)))
+            assert step == 0 or next(calls) == 2 * counts[step]  # the first step checks itself
+            if step == 2:
+                short = tmp_path / "short.jsonl"
+                short.write_bytes((tmp_path / "steps.jsonl").read_bytes())
+    plain = Layered(torch.bfloat16)  # a step of so many probes is one of a run with as many
+    one = MeZO(plain, lr=1e-2, eps=0.125, seed=5, rule=RULES["adam-window"])
+    one.step(plain)
+    assert one.last.coefficients == read_log(short).records[0].coefficients
+    ended = tmp_path / "ended.jsonl"
+    ended.write_bytes(short.read_bytes())
+    with StepLog.resume(ended, begun(Layered(torch.bfloat16))):
+        pass  # a run that ends before it has had so many probes as the header says
+    for log, steps in ((tmp_path / "steps.jsonl", 8), (ended, 3)):
+        export_trajectory(read_log(log), log.with_suffix(".safetensors"))
+        base, again = Layered(torch.bfloat16), Layered(torch.bfloat16)
+        assert replay(log, base) == replay(log.with_suffix(".safetensors"), again) == steps
+        assert_same_bits(base, snapshot(again))
+    resumed = Layered(torch.bfloat16)
+    optimizer = begun(resumed)
+    with StepLog.resume(short, optimizer):
+        for _ in range(5):
+            optimizer.step(resumed)
+    assert_same_bits(resumed, snapshot(model))
+    with pytest.raises(ValueError, match="probes_rise must be a number of steps"):
+        MeZO(resumed, probes_rise=-1)
+    with pytest.raises(ValueError, match="use assignment='shared'"):
+        MeZO(resumed, probes_rise=5, probes=2, normalize="rank")
+
+
 # --- convergence -----------------------------------------------------------------------------------------------------
 
 

@@ -95,6 +95,7 @@ CASES: dict[str, dict[str, tuple[Any, See, Any]]] = {
         "lr": (3e-4, lambda b: b.trainer.args.learning_rate, 3e-4),
         "eps": (2e-3, lambda b: b.mezo.estimator.eps, 2e-3),
         "probes": (3, lambda b: b.mezo.estimator.probes, 3),
+        "probes_rise": (2, lambda b: b.mezo.probes_rise, 2),
         "estimator": ("one_sided", lambda b: b.mezo.estimator.name, "one_sided"),
         "normalize": ("sigma", lambda b: b.mezo.estimator.normalize, "sigma"),
         "rule": ("momentum", lambda b: b.mezo.rule.name, "momentum"),

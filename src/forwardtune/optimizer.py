@@ -66,6 +66,7 @@ class MeZO(torch.optim.Optimizer):
         lr: learning rate: 1e-6 or 1e-7 for models of billions of parameters, 1e-5 to 3e-5 for ones of 100M.
         eps: perturbation scale.
         probes: n, the directions a step, or an example (n-SPSA).
+        probes_rise: n rises from 1 to ``probes`` over so many steps, step t with the whole part of ``probes t / probes_rise``.
         direction: ``"gaussian"`` or ``"rademacher"``.
         perturbation: ``"scratch"``, ``"copy"``, ``"side_path"`` or ``"both_signs"`` (:mod:`forwardtune.points`), or ``"auto"``: the side path with
             ``assignment="example"``; else scratch, or copy without a module or where a weight is read on a way that scratch cannot see.
@@ -102,6 +103,7 @@ class MeZO(torch.optim.Optimizer):
         eps: float = 1e-3,
         *,
         probes: int = 1,
+        probes_rise: int = 0,
         direction: str | Direction = "gaussian",
         perturbation: str = "auto",
         weight_decay: float = 0.0,
@@ -138,6 +140,14 @@ class MeZO(torch.optim.Optimizer):
         if not (isinstance(parts, int) and parts >= 1):
             raise InputError(f"parts must be an integer of at least 1, got {parts!r}")
         self.estimator = get_estimator(estimator, eps, probes, normalize, assignment)
+        if isinstance(probes_rise, bool) or not isinstance(probes_rise, int) or probes_rise < 0:
+            raise InputError(f"probes_rise must be a number of steps, got {probes_rise!r}")
+        if probes_rise and (self.estimator.per_example or self.estimator.normalize != "none"):
+            raise InputError(
+                "probes_rise begins with one direction of the minibatch and plain coefficients: use assignment='shared' and normalize='none', or "
+                "leave it out"
+            )
+        self.probes_rise = probes_rise
         rank = int(self.estimator.per_example) if rank is None else rank
         if not rank and refresh != 1:
             raise InputError(
@@ -279,7 +289,8 @@ class MeZO(torch.optim.Optimizer):
         self.meet()
         began = time.perf_counter()
         before = len(self._pending[0]) if self._pending else 0
-        queries = [query.after(before) for query in self.estimator.queries()]
+        estimator = self.estimator_at(self.next_step)
+        queries = [query.after(before) for query in estimator.queries()]
         try:
             parts = Parts.of(closure)
             parts.require(self.parts, self.estimator.per_example)
@@ -289,15 +300,21 @@ class MeZO(torch.optim.Optimizer):
             raise
         losses: list[Losses] | None = None
         for own in by_part:
-            losses = self.estimator.merge(losses, own)
+            losses = estimator.merge(losses, own)
         assert losses is not None
-        self._pending = self.estimator.merge(self._pending, losses)
+        self._pending = estimator.merge(self._pending, losses)
         self.evaluator.leave_out(seen.left_out)
         self._used = Used.of(self._used).merged(seen.used)
         self._used -= self.evaluator.left_out  # an earlier microbatch may have had a path
         self._seconds += time.perf_counter() - began
         values = [loss for own in losses for loss in own]
         return math.fsum(values) / len(values) if all(map(math.isfinite, values)) else math.nan
+
+    def estimator_at(self, step: int) -> Estimator:
+        """The estimator with the number of probes that a step has."""
+        if step >= self.probes_rise:
+            return self.estimator
+        return replace(self.estimator, probes=max(1, self.estimator.probes * step // self.probes_rise))
 
     def _evaluate(self, queries: Sequence[Query], closure: Closure) -> tuple[list[Losses], Seen]:
         losses, used = self.evaluator.losses(self.next_step, queries, closure)
@@ -311,7 +328,7 @@ class MeZO(torch.optim.Optimizer):
         """
         if self._have_met or self.workers.count == 1:
             return
-        evaluations = len(self.estimator.queries()) * self.parts
+        evaluations = len(self.estimator_at(self.next_step).queries()) * self.parts
         if self.workers.count > evaluations:
             raise InputError(
                 f"a step has {evaluations} evaluations, and {self.workers.count} workers would share them: start fewer, or cut the "
@@ -328,6 +345,7 @@ class MeZO(torch.optim.Optimizer):
         facts |= self.estimator.settings() | {
             "rule": self.rule.name,
             "rule_settings": self.rule.settings(),
+            "probes_rise": self.probes_rise,
             "parts": self.parts,
         }
         facts |= {"learning rates": [float(group["lr"]) for group in self.param_groups], "steps taken": self.next_step}
@@ -371,7 +389,7 @@ class MeZO(torch.optim.Optimizer):
         record = estimated(
             self.next_step,
             self.param_groups,
-            self.estimator,
+            self.estimator_at(self.next_step),
             losses,
             self.clip_coefficient,
             unused,

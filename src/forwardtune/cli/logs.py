@@ -22,7 +22,17 @@ from .results import new_folder
 from .session import bar, reach
 
 # What a header leaves out where it is as usual.
-_METHOD = ("normalize", "assignment", "rank", "refresh", "active_layers", "sparsity", "modify", "modify_by")
+_METHOD = (
+    "probes_rise",
+    "normalize",
+    "assignment",
+    "rank",
+    "refresh",
+    "active_layers",
+    "sparsity",
+    "modify",
+    "modify_by",
+)
 
 
 def run_replay(options: argparse.Namespace) -> None:

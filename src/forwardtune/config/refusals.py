@@ -119,6 +119,11 @@ _COMBINATIONS = (
         {"refresh": 50},
     ),
     Refusal(
+        "<probes_rise> begins with one direction of the minibatch and plain coefficients: leave <assignment> and <normalize> out",
+        lambda run, given: run.probes_rise > 0 and (run.assignment, run.normalize) != ("shared", "none"),
+        {"probes_rise": 10, "assignment": "example"},
+    ),
+    Refusal(
         "<rule> muon works in the space that low-rank directions share, one direction a step: give <rank>, and <refresh> 10 or more, and leave "
         "<probes>, <assignment>, <active_layers>, <sparsity> and <modify> out",
         lambda run, given: (

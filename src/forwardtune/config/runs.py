@@ -150,6 +150,7 @@ class MeZOSettings:
         AUTO, "perturbation scale, or auto: measured before the run", defaults={"adam": None}
     )
     probes: int = _of_mezo(1, "directions a step; each costs two forward passes", bounds=POSITIVE)
+    probes_rise: int = _of_mezo(0, "steps over which the number of probes rises from 1 to that", bounds=NOT_NEGATIVE)
     estimator: str = _of_mezo(
         "spsa", "two-sided spsa, or one_sided (probes + 1 forward passes)", choices=names.ESTIMATORS
     )

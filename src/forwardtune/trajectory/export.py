@@ -46,7 +46,9 @@ def export_trajectory(log: Log, path: str | PathLike[str]) -> int:
     if path.exists():
         raise LogError(f"{path} exists: choose another name (nothing was overwritten)")
     groups, steps = len(trajectory.updates), trajectory.steps
-    probes = max((len(update.sizes) for update in trajectory.updates[0]), default=0) or log.header["probes"]
+    probes = max((len(update.sizes) for update in trajectory.updates[0]), default=0)
+    if not probes or log.header.get("assignment", "shared") == "shared":
+        probes = log.header["probes"]  # of which a step may have fewer
     sizes = torch.tensor(  # what a short minibatch lacks is 0: no direction
         [[_padded(update.sizes, probes) for update in group] for group in trajectory.updates],
         dtype=torch.float32,

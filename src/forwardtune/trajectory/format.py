@@ -69,7 +69,7 @@ FOUND = "emphasis"
 #: What a field means that the header leaves out.
 ABSENT: dict[str, Any] = {
     "normalize": "none", "rule_settings": {}, "assignment": "shared", "rank": 0, "refresh": 1, "clip_coefficient": None, "parts": 1,
-    "active_layers": None, "sparsity": 0.0, "modify": "none", "modify_by": "parameters",
+    "probes_rise": 0, "active_layers": None, "sparsity": 0.0, "modify": "none", "modify_by": "parameters",
 }  # fmt: skip
 
 
@@ -114,6 +114,7 @@ def identity(optimizer: MeZO) -> dict[str, Any]:
         **structure_content(optimizer.noise.structure),
         **weighting_content(optimizer),
         **optimizer.estimator.settings(),
+        **({"probes_rise": optimizer.probes_rise} if optimizer.probes_rise else {}),
         # Coefficients are logged as clipped, but for those that are derived from the losses of examples.
         **({"clip_coefficient": optimizer.clip_coefficient} if _clips_derived(optimizer) else {}),
         "rule": optimizer.rule.name,
