@@ -65,6 +65,7 @@ CASES: dict[str, dict[str, tuple[Any, See, Any]]] = {
         "quantize": ("int8", lambda b: {type(p.data).__name__ for p in b.trainer.model.parameters()}, {"Tensor", "Int8Tensor"}),
         "tune": ("lora", lambda b: b.lora.peft_type.value, "LORA"),
         "sparsity": (0.5, lambda b: None in b.mezo.noise.emphasis.limits, False),
+        "probes_rise": (2, lambda b: b.mezo.probes_rise, 2),
         "steps": (2, lambda b: b.trainer.state.global_step, 2),
     },
     "lora": {
@@ -95,7 +96,6 @@ CASES: dict[str, dict[str, tuple[Any, See, Any]]] = {
         "lr": (3e-4, lambda b: b.trainer.args.learning_rate, 3e-4),
         "eps": (2e-3, lambda b: b.mezo.estimator.eps, 2e-3),
         "probes": (3, lambda b: b.mezo.estimator.probes, 3),
-        "probes_rise": (2, lambda b: b.mezo.probes_rise, 2),
         "estimator": ("one_sided", lambda b: b.mezo.estimator.name, "one_sided"),
         "normalize": ("sigma", lambda b: b.mezo.estimator.normalize, "sigma"),
         "rule": ("momentum", lambda b: b.mezo.rule.name, "momentum"),

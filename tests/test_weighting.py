@@ -462,3 +462,35 @@ def test_a_model_without_layers_has_no_part_of_them() -> None:
 def test_settings_that_are_usual_say_nothing() -> None:
     assert Weighting().settings() == {}
     assert optimizer_of(Stack()).noise.emphasis is None
+
+
+# --- in Trainer ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"modify": "variance", "modify_by": "gradients"}, {"active_layers": 1}, {"sparsity": 0.5}],
+    ids=str,
+)
+def test_a_killed_run_of_trainer_goes_on_with_what_was_found(settings: dict[str, Any], tmp_path: Path) -> None:
+    from forwardtune import MeZOTrainer
+    from support.trainers import Kill, KilledError, quiet_config
+
+    ids = support.token_batch(12, 6).tolist()
+    data = [{"input_ids": row, "labels": row} for row in ids]
+
+    def begun(folder: str, *callbacks: Any) -> Any:
+        args = quiet_config(tmp_path / folder, max_steps=4, learning_rate=1e-3, eps=1e-3, **settings)
+        model = support.tiny_model("llama")
+        return MeZOTrainer(model=model, args=args, train_dataset=data, callbacks=list(callbacks))
+
+    whole = begun("whole")
+    whole.train()
+    with pytest.raises(KilledError):
+        begun("killed", Kill(2)).train()
+    trainer = begun("killed")
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.mezo.noise == whole.mezo.noise
+    assert not trainer.mezo.lacks_layers
+    assert_same_bits(trainer.model, snapshot(whole.model))
+    assert whole.mezo.noise.emphasis is not None
