@@ -23,6 +23,7 @@ from forwardtune.noise import Emphasis, LowRank, Noise
 from forwardtune.noise.emphasis import LAYERS_PROBE, chosen_layers
 from forwardtune.noise.philox import half_words
 from forwardtune.parameters import TunedParameters
+from forwardtune.points.arena import Arena
 from forwardtune.trajectory import read_log
 from support import assert_same_bits, snapshot
 
@@ -151,10 +152,16 @@ def test_layers_that_take_no_part_take_no_scratch_memory_and_no_sweep(monkeypatc
         drawn.append(tensor)
         original(self, out, source, tensor, *address)
 
+    taken_from: list[int] = []
+    take = Arena.take
     monkeypatch.setattr(Noise, "_perturb", counted)
+    monkeypatch.setattr(Arena, "take", lambda self, like: (taken_from.append(like.data_ptr()), take(self, like))[1])
     model = Stack()
     optimizer = support.trusted(optimizer_of(model, active_layers=2))
     optimizer.estimate(model)
+    still = {p.data_ptr() for i in set(range(5)) - chosen_layers(7, 0, 5, 2) for p in model.layers[i].parameters()}
+    assert taken_from
+    assert not still & set(taken_from)
     layers = [layers_of(optimizer.tuned)[tensor] for tensor in drawn]
     assert set(layers) == {-1, *chosen_layers(7, 0, 5, 2)}
 
