@@ -58,6 +58,11 @@ class Built:
         return len(self.session.splits[split])
 
 
+def _is_orthogonal(rows: torch.Tensor) -> bool:
+    products = rows @ rows.T
+    return torch.allclose(products, torch.eye(len(rows)) * products[0, 0], atol=1e-6)
+
+
 See = Callable[[Built], Any]
 # run -> option -> (a value that is not the default, what to look at, what is there)
 CASES: dict[str, dict[str, tuple[Any, See, Any]]] = {
@@ -92,6 +97,8 @@ CASES: dict[str, dict[str, tuple[Any, See, Any]]] = {
         "lora_alpha": (0.5, lambda b: {m.scaling["default"] for m in b.trainer.model.modules() if hasattr(m, "scaling") and
                                        isinstance(m.scaling, dict)}, {0.5 / 3}),
         "lora_targets": ("k_proj, down_proj", lambda b: set(b.lora.target_modules), {"k_proj", "down_proj"}),
+        "lora_init": ("eva", lambda b: all(_is_orthogonal(p) for n, p in b.trainer.model.named_parameters() if "lora_A" in n), True),
+        "freeze_a": (True, lambda b: {".lora_B." in tensor.name for tensor in b.mezo.tuned}, {True}),
         "steps": (4, lambda b: (b.trainer.args.max_steps, b.mezo.next_step), (4, 4)),
         "lr": (3e-4, lambda b: b.trainer.args.learning_rate, 3e-4),
         "eps": (2e-3, lambda b: b.mezo.estimator.eps, 2e-3),

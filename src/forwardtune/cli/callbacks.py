@@ -273,7 +273,7 @@ class Run:
         *,
         last: Callable[[], Any],
         held: Callable[[], bool] = lambda: False,
-        **measured: Callable[..., object],
+        **measured: Callable[..., Any],
     ) -> None:
         self._session, self._trainer, self._peak = session, trainer, 0
         self._monitor = Monitor(session, last, held)

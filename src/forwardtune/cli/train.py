@@ -116,6 +116,8 @@ def run(parsed: argparse.Namespace) -> int:
     if Path(options.task).is_file():
         write_text(folder / TASK, Path(options.task).read_text(encoding="utf-8-sig"))
     if options.tune in ("lora", "prefix") and log is None:
+        if options.lora_init == "eva":
+            tuned.start_from_examples(session)
         tuned.keep_first(session.model, folder / INITIAL)
     outcomes: dict[str, list[float]] = read_json(folder / OUTCOMES) if log else {}
     answers = read_before(folder) if log else None

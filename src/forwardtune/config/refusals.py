@@ -217,7 +217,7 @@ def _example(one: Option) -> Any:
     """A value that is no default."""
     if one.choices:
         return next(choice for choice in one.choices if choice != one.default)
-    return {int: 2, float: 0.5, number_or_auto: 1e-3, seconds_of: 60.0}.get(one.read, "loss")
+    return {int: 2, bool: True, float: 0.5, number_or_auto: 1e-3, seconds_of: 60.0}.get(one.read, "loss")
 
 
 def refusal_of(command: str, run: Any, given: frozenset[str]) -> Refusal | None:

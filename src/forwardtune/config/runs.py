@@ -246,10 +246,17 @@ class Train(MeZOSettings, Data):
     lora_alpha: float = option(16.0, "scale of LoRA, times 1/rank", bounds=POSITIVE, only={"tune": ("lora",)})
     lora_targets: str | None = option(
         None,
-        "names of the layers to adapt, by commas; experts: those in one tensor",
+        "names of the layers to adapt, or patterns of them, by commas; all-linear: all but the head; experts: those in one tensor",
         shown="query and value projections",
         only={"tune": ("lora",)},
     )
+    lora_init: str = option(
+        "default",
+        "what A of LoRA is at first: random (default, gaussian), or eva: the principal directions of each layer's inputs",
+        choices=names.LORA_INITS,
+        only={"tune": ("lora",)},
+    )
+    freeze_a: bool = option(False, "tune B of LoRA alone", only={"tune": ("lora",)})
     prefix_length: int = option(5, "positions of the prefix", bounds=POSITIVE, only={"tune": ("prefix",)})
     steps: int | None = option(None, "optimizer steps", shown=f"{STEPS}; adam: 5 epochs", bounds=POSITIVE, free=True)
     epochs: float | None = option(
