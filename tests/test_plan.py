@@ -82,7 +82,7 @@ def test_steps_within_is_the_largest_number_that_fits() -> None:
     class Session:
         options = argparse.Namespace(
             lr="auto", eps=1e-3, no_before=False, eval_steps=None, dev_examples=None, batch_size=16,
-            estimator="spsa", probes=1, normalize="none", time_budget=1000.0,
+            estimator="spsa", probes=1, normalize="none", assignment="shared", time_budget=1000.0,
         )  # fmt: skip
         splits = {"test": [0] * 50, "dev": [0] * 20}
 
