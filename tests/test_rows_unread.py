@@ -18,7 +18,7 @@ from forwardtune.errors import LogError
 from forwardtune.method.masked import Masked
 from forwardtune.method.rules import Adam, Momentum
 from forwardtune.method.unread import Unread, Used
-from forwardtune.noise import Noise, Update
+from forwardtune.noise import Emphasis, Noise, Update
 from forwardtune.points import Scratch
 from forwardtune.search.held import drop, hold, take
 from forwardtune.trajectory import read_log
@@ -251,10 +251,13 @@ def test_rows_that_are_none_are_refused(tmp_path):
 @pytest.mark.parametrize("dtype", support.DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(9, 5), (700, 700), (3, 4, 5), (5,), (3, 600, 600)], ids=str)
 @pytest.mark.parametrize("rank", [0, 1])
-def test_rows_that_were_read_get_the_bits_of_an_ordinary_update(shape, rank, dtype):
+@pytest.mark.parametrize(
+    "emphasis", [None, Emphasis(moved=(1.0, 1.0, 3.0), limits=(None, None, 1.5))], ids=["even", "uneven"]
+)
+def test_rows_that_were_read_get_the_bits_of_an_ordinary_update(shape, emphasis, rank, dtype):
     from forwardtune.noise import GAUSSIAN, LowRank
 
-    noise = Noise(7, GAUSSIAN, LowRank(1) if rank else None)
+    noise = Noise(7, GAUSSIAN, LowRank(1) if rank else None, emphasis)
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(shape, generator=generator).to(dtype)
     unread = torch.zeros(shape[0], dtype=torch.bool)
@@ -320,3 +323,27 @@ def test_rows_that_no_example_looks_up_keep_their_bits_on_a_side_path():
     now = dict(model.named_parameters())[name]
     moved = {i for i, row in enumerate(now) if not support.same_bits(row, before[name][i])}
     assert moved == set(ids.flatten().tolist())
+
+
+@pytest.mark.filterwarnings(IDLE)
+@pytest.mark.parametrize(
+    "rule", [Momentum(state="window", window=2), Adam(state="window", window=2)], ids=["momentum", "adam"]
+)
+def test_a_step_that_left_a_tensor_alone_has_its_place_in_a_window(tmp_path: Path, rule: Any) -> None:
+    """One step at a time as in the run, or all of them at once as in replay."""
+
+    def net() -> nn.Sequential:
+        both = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+        for number, parameter in enumerate(both.parameters()):
+            parameter.data.fill_(0.1 + 0.2 * number)
+        return both
+
+    tuned, path = net(), tmp_path / "steps.jsonl"
+    optimizer = MeZO(tuned, lr=1e-2, rule=rule)
+    with StepLog(path, optimizer):
+        for step in range(9):  # two in a row without the first layer, which fills the window
+            x = torch.ones(3)
+            optimizer.step(lambda x=x, step=step: (tuned if step % 4 in (0, 3) else tuned[1])(x).square().sum())  # type: ignore[misc]
+    again = net()
+    assert replay(path, again) == 9
+    assert all(map(support.same_bits, again.parameters(), tuned.parameters()))

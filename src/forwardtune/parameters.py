@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, overload
 
 import torch
@@ -65,6 +66,8 @@ class TunedParameters(Sequence[TunedTensor]):
     def __init__(self, tensors: Sequence[TunedTensor], module: nn.Module | None = None) -> None:
         self._tensors = tuple(tensors)
         self.module = module
+        #: A file with the values that the run began with, for what decays towards them (:class:`forwardtune.method.base.BaseFile`).
+        self.base: Path | None = None
 
     @classmethod
     def from_groups(cls, groups: Iterable[Mapping[str, Any]], module: nn.Module | None = None) -> TunedParameters:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from ..averages import FORMS, NONE, average_or_none
 from ..names import OFFLOADS, QUANTISATIONS
-from .options import add_config, add_options
+from .options import add_config, add_options, typed
 from .parser import Parser
 
 _DESCRIPTION = "Fine-tune language models with forward passes only (MeZO)."
@@ -231,6 +232,11 @@ def _add_logs(commands: Any) -> None:
     parser.add_argument("--model", required=True, help="the model that the run began with")
     parser.add_argument("--output-dir", required=True, help="new folder for the tuned model")
     parser.add_argument("--steps", type=int, help="replay only this many steps; needed for an unfinished log")
+    parser.add_argument(
+        "--average",
+        type=typed(average_or_none),
+        help=f"an average of its weights: {FORMS}, or none [what an export says, else none]",
+    )
     parser.add_argument("--device", default="cpu", help="where the weights are rebuilt [cpu]")
     parser.add_argument("--quantize", choices=QUANTISATIONS, help="how the run quantised its model [as the log says]")
     parser.add_argument("--offload", choices=OFFLOADS, help="where weights live that the device has no room for")
@@ -249,4 +255,7 @@ def _add_logs(commands: Any) -> None:
     )
     parser.add_argument("log", help="steps.jsonl, or the folder of a run")
     parser.add_argument("--output", default="trajectory.safetensors", help="new file [trajectory.safetensors]")
+    parser.add_argument(
+        "--average", type=typed(average_or_none), default=NONE, help="what the file is replayed to [none]"
+    )
     parser.set_defaults(run="logs.run_export")

@@ -8,7 +8,7 @@ import tempfile
 import time
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from statistics import median
@@ -70,6 +70,11 @@ def measure(session: Session) -> Cost:
     optimizer.rule = rehearsed = Rehearsed(optimizer.rule)
     trainer.current_gradient_accumulation_steps = 1
 
+    if optimizer.lacks_layers:
+        from ..hf.automatic import held_out
+
+        optimizer.measure_layers(held_out(trainer, 1))
+
     def estimate(examples: Any) -> None:
         trainer.training_step(model, trainer.data_collator(examples))
 
@@ -126,6 +131,8 @@ class Rehearsed(Rule):
         times = [_clock(weight.device)]
         kept = weight.clone() if weight.device.type == "cpu" else weight.cpu()
         times.append(_clock(weight.device))
+        if self._rule.decay_towards == "base":  # the weights stay those of the beginning
+            history = replace(history, base=lambda lo, hi: kept.view(-1)[lo:hi])
         unchanged = self._rule.move(noise, tensor, updates, history, keep=keep)
         times.append(_clock(weight.device))
         weight.copy_(kept)
@@ -193,7 +200,7 @@ def steps_of_epochs(epochs: float, session: Session) -> int:
 
 
 def _plan(steps: int, options: Train) -> Plan:
-    estimator = get_estimator(options.estimator, 1.0, options.probes, options.normalize)
+    estimator = get_estimator(options.estimator, 1.0, options.probes, options.normalize, options.assignment)
     return Plan.of(steps, len(estimator.queries()), find_eps=options.eps == AUTO)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
+from ..averages import NONE, average_or_auto
 from ..durations import seconds_of
 from ..errors import InputError
 from .option import AUTO, Bounds, Option, number_or_auto, options
@@ -99,6 +100,27 @@ _COMBINATIONS = (
         {"eval_steps": 2, "dev_examples": 0},
     ),
     Refusal(
+        "<general_text> compares with the untuned model, and <no_before> leaves that out: leave one of them out",
+        lambda run, given: run.general_text is not None and bool(run.no_before),
+        {"general_text": "packaged", "no_before": True},
+        ("train",),
+    ),
+    Refusal(
+        "<decay_towards> base says what weight decay pulls towards, and there is none: give <weight_decay> too",
+        lambda run, given: run.decay_towards == "base" and not run.weight_decay,
+        {"decay_towards": "base"},
+    ),
+    Refusal(
+        "<average> {average} is a sum of directions, and what <rule> {rule} adds is none: give <rule> sgd or momentum, or leave <average> out",
+        lambda run, given: run.average != NONE and run.rule in ("sign", "adam"),
+        {"average": "last:10", "rule": "adam"},
+    ),
+    Refusal(
+        "<average> auto chooses on development examples, and <dev_examples> is 0: name an average, such as last:100",
+        lambda run, given: run.average == AUTO and run.dev_examples == 0,
+        {"average": AUTO, "dev_examples": 0},
+    ),
+    Refusal(
         "<lr> auto is found with forward passes, by <method> mezo: give a number for adam",
         lambda run, given: run.method == "adam" and run.lr == AUTO,
         {"method": "adam", "lr": AUTO},
@@ -127,7 +149,9 @@ _COMBINATIONS = (
     ),
     Refusal(
         "<normalize> {normalize} compares the probes of a step, and there is one: give <probes> 2 or more",
-        lambda run, given: run.normalize != "none" and run.probes < 2,
+        lambda run, given: (
+            run.normalize != "none" and run.probes < 2 and (run.normalize, run.assignment) != ("spread", "example")
+        ),
         {"normalize": "sigma", "probes": 1},
     ),
     Refusal(
@@ -147,6 +171,37 @@ _COMBINATIONS = (
         "<refresh> is of low-rank directions, one factor of which stays for a while: give <rank> too",
         lambda run, given: run.refresh != 1 and not run.rank and not (run.rank is None and run.assignment == "example"),
         {"refresh": 50},
+    ),
+    Refusal(
+        "<probes_rise> begins with one direction of the minibatch and plain coefficients: leave <assignment> and <normalize> out",
+        lambda run, given: run.probes_rise > 0 and (run.assignment, run.normalize) != ("shared", "none"),
+        {"probes_rise": 10, "assignment": "example"},
+    ),
+    Refusal(
+        "<rule> muon works in the space that low-rank directions share, one direction a step: give <rank>, and <refresh> 10 or more, and leave "
+        "<probes>, <assignment>, <active_layers>, <sparsity> and <modify> out",
+        lambda run, given: (
+            run.rule == "muon"
+            and (
+                not run.rank
+                or (run.probes, run.assignment, run.active_layers) != (1, "shared", None)
+                or (run.sparsity, run.modify) != (0, "none")
+            )
+        ),
+        {"rule": "muon"},
+    ),
+    Refusal(
+        "<sparsity> leaves weights alone by their size, which <rule> {rule} does not know of: leave <rule> out",
+        lambda run, given: run.sparsity > 0 and run.rule != "sgd",
+        {"sparsity": 0.5, "rule": "adam"},
+    ),
+    Refusal(
+        "<sparsity> is of weights one by one, and the side path, by which <assignment> example and <perturbation> side_path evaluate, "
+        "multiplies with whole directions: leave them out",
+        lambda run, given: (
+            run.sparsity > 0 and (run.assignment == "example" or run.perturbation in ("side_path", "both_signs"))
+        ),
+        {"sparsity": 0.5, "assignment": "example"},
     ),
     Refusal(
         f"<lr_scheduler> polynomial ends at a learning rate of {POLYNOMIAL_END:g}, and <lr> is {{lr:g}}: give a larger "
@@ -216,7 +271,8 @@ def _example(one: Option) -> Any:
     """A value that is no default."""
     if one.choices:
         return next(choice for choice in one.choices if choice != one.default)
-    return {int: 2, bool: True, float: 0.5, number_or_auto: 1e-3, seconds_of: 60.0}.get(one.read, "loss")
+    samples = {int: 2, bool: True, float: 0.5, number_or_auto: 1e-3, seconds_of: 60.0, average_or_auto: AUTO}
+    return samples.get(one.read, "loss")
 
 
 def refusal_of(command: str, run: Any, given: frozenset[str]) -> Refusal | None:

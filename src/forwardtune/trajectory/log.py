@@ -19,7 +19,17 @@ from ..method.record import StepRecord
 from ..method.rules import RULES, logged_rule
 from ..noise import DIRECTIONS
 from ..optimizer import MeZO
-from .format import ABSENT, DESCRIPTIVE, header_content, identity, require_frozen, seal, step_content
+from .format import (
+    ABSENT,
+    DESCRIPTIVE,
+    FOUND,
+    emphasis_of,
+    header_content,
+    identity,
+    require_frozen,
+    seal,
+    step_content,
+)
 from .lock import LogLock
 from .reader import Log, Rollback, read_log
 from .replay import apply_log
@@ -83,6 +93,7 @@ class StepLog:
         try:
             log = read_log(path)  # after the lock: nobody else writes to it now
             require_same_run(log, optimizer)
+            optimizer.emphasise(emphasis_of(log.header))
             optimizer.leave_out(number for record in log.records for number in record.left_out)
             if optimizer.next_step == 0:
                 apply_log(log, optimizer)
@@ -197,6 +208,19 @@ class StepLog:
             self.close()
 
 
+def add_note(path: Path, content: dict[str, Any]) -> None:
+    """Keep something in a log that nobody writes now, behind its last whole line. Raises LogError as :func:`read_log` does."""
+    lock = LogLock(path)
+    try:
+        log = read_log(path)
+        with open(path, "r+b") as file:
+            file.truncate(log.length)
+            file.seek(0, os.SEEK_END)
+            file.write((seal(log.check, {"note": content})[0] + "\n").encode())
+    finally:
+        lock.release()
+
+
 def require_no_log(path: Path) -> None:
     """Raise LogError if the file exists."""
     if path.exists():
@@ -267,7 +291,7 @@ def cut_log(log: Log, steps: int) -> Log:
 def require_same_run(log: Log, optimizer: MeZO) -> None:
     """Raise LogError, naming the first difference, unless the optimizer is set up as the log's header says."""
     own = identity(optimizer)
-    for key in (key for key in dict.fromkeys([*own, *log.header]) if key not in DESCRIPTIVE):
+    for key in (key for key in dict.fromkeys([*own, *log.header]) if key not in (*DESCRIPTIVE, FOUND)):
         ours, theirs = (header.get(key, ABSENT.get(key)) for header in (own, log.header))
         if theirs == ours:
             continue
