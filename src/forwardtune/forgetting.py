@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from .errors import InputError
 from .models import context_length, model_kind
 from .objectives import logits_at
+from .storage import device_of
 from .tasks.tokens import Tokens
 from .workers import Alone
 
@@ -87,17 +88,17 @@ def token_losses(
 
 
 def _score_next(model: Any, opening: list[int], window: list[int]) -> list[float]:
-    row = torch.tensor([*opening, *window], device=model.device)
+    row = torch.tensor([*opening, *window], device=device_of(model))
     first = max(1, len(opening))
-    places = torch.arange(first - 1, len(row) - 1, device=model.device)
+    places = torch.arange(first - 1, len(row) - 1, device=device_of(model))
     return _losses(model, row[None], places, row[first:]) if len(places) else []
 
 
 def _score_masked(model: Any, opening: list[int], window: list[int], closing: list[int], mask: int) -> list[float]:
-    row = torch.tensor([*opening, *window, *closing], device=model.device)
+    row = torch.tensor([*opening, *window, *closing], device=device_of(model))
     losses = [0.0] * len(window)
     for shift in range(min(_MASKED, len(window))):
-        places = torch.arange(shift, len(window), _MASKED, device=model.device) + len(opening)
+        places = torch.arange(shift, len(window), _MASKED, device=device_of(model)) + len(opening)
         losses[shift::_MASKED] = _losses(model, row.index_fill(0, places, mask)[None], places, row[places])
     return losses
 
