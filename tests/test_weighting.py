@@ -17,7 +17,7 @@ import support
 from forwardtune import MeZO, StepLog, replay
 from forwardtune.errors import InputError, LogError
 from forwardtune.method.estimators import SPSA
-from forwardtune.method.rules import sgd
+from forwardtune.method.rules import SGD, sgd
 from forwardtune.method.weighting import Weighting, gradient_norms, groups_of, in_units, layers_of, parameter_norms
 from forwardtune.noise import Emphasis, LowRank, Noise
 from forwardtune.noise.emphasis import LAYERS_PROBE, chosen_layers
@@ -501,3 +501,31 @@ def test_a_killed_run_of_trainer_goes_on_with_what_was_found(settings: dict[str,
     assert not trainer.mezo.lacks_layers
     assert_same_bits(trainer.model, snapshot(whole.model))
     assert whole.mezo.noise.emphasis is not None
+
+
+def test_an_average_of_a_run_with_a_mask_is_refused(tmp_path: Path) -> None:
+    """Which weights a step reached depends on the weights of the moment: the average is no sum of directions."""
+    model = support.tiny_model()
+    optimizer = MeZO(model, lr=1e-3, sparsity=0.5)
+    with StepLog(tmp_path / "steps.jsonl", optimizer):
+        optimizer.step(support.closure_for(model, support.token_batch()))
+    with pytest.raises(InputError, match="sparsity"):
+        replay(tmp_path / "steps.jsonl", support.tiny_model(), average="last:1")
+    with pytest.raises(InputError, match="sparsity"):
+        MeZO(support.tiny_model(), sparsity=0.5, weight_decay=0.1, rule=SGD("base"))
+
+
+@pytest.mark.parametrize("settings", [{"active_layers": 1}, {"modify": "variance"}], ids=str)
+def test_an_average_of_weighted_directions_is_the_mean_of_replays(tmp_path: Path, settings: dict[str, Any]) -> None:
+    model = support.tiny_model().double()
+    optimizer = MeZO(model, lr=1e-3, **settings)
+    with StepLog(tmp_path / "steps.jsonl", optimizer):
+        for _ in range(3):
+            optimizer.step(support.closure_for(model, support.token_batch()))
+    at = []
+    for steps in (2, 3):
+        replay(tmp_path / "steps.jsonl", other := support.tiny_model().double(), steps=steps)
+        at.append(dict(other.named_parameters()))
+    replay(tmp_path / "steps.jsonl", mean := support.tiny_model().double(), average="last:2")
+    for name, p in mean.named_parameters():
+        torch.testing.assert_close(p, (at[0][name] + at[1][name]) / 2, rtol=0, atol=1e-9)

@@ -169,6 +169,10 @@ class MeZO(torch.optim.Optimizer):
             raise InputError(
                 f"sparsity leaves weights alone by their size, which the rule {self._rule.name!r} does not know of: use rule='sgd'"
             )
+        if sparsity and self._rule.decay_towards == "base":
+            raise InputError(
+                "sparsity leaves weights alone by their size, and decay_towards='base' moves all of them: leave one of them out"
+            )
         if sparsity and (self.estimator.per_example or perturbation in _SIDE_PATHS):
             raise InputError(
                 "sparsity is of weights one by one, and a side path multiplies with whole directions: use assignment='shared' and "

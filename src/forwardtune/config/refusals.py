@@ -112,8 +112,18 @@ _COMBINATIONS = (
     ),
     Refusal(
         "<average> {average} is a sum of directions, and what <rule> {rule} adds is none: give <rule> sgd or momentum, or leave <average> out",
-        lambda run, given: run.average != NONE and run.rule in ("sign", "adam"),
+        lambda run, given: run.average != NONE and run.rule in ("sign", "adam", "muon"),
         {"average": "last:10", "rule": "adam"},
+    ),
+    Refusal(
+        "<average> is a sum of directions, and which weights those of <sparsity> reach depends on the weights: leave one of them out",
+        lambda run, given: run.average != NONE and run.sparsity > 0,
+        {"average": "last:10", "sparsity": 0.5},
+    ),
+    Refusal(
+        "<decay_towards> base is not for <rule> muon, nor beside <sparsity>, which leaves weights alone by their size: leave it out",
+        lambda run, given: run.decay_towards == "base" and (run.rule == "muon" or run.sparsity > 0),
+        {"decay_towards": "base", "weight_decay": 0.1, "sparsity": 0.5},
     ),
     Refusal(
         "<average> auto chooses on development examples, and <dev_examples> is 0: name an average, such as last:100",

@@ -123,6 +123,10 @@ class MeZOConfig(MeZOSettings, TrainingArguments):
         rule = self.make_rule()
         if average_or_auto(self.average) != NONE:
             rule.reach([], [])  # refused where the rule is not linear
+            if self.sparsity:
+                raise InputError(
+                    "an average is a sum of directions, which with sparsity depend on the weights: leave one of them out"
+                )
         if self.learning_rate == AUTO and self.eval_strategy != "no":
             self.eval_on_start = True  # the untuned model is a point to go back to
 

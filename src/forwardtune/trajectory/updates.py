@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from ..averages import NONE, Average
+from ..errors import InputError
 from ..method.averaged import Averaged, summed
 from ..method.record import StepRecord, updates_of
 from ..method.rule import Rule
 from ..noise import Update
+from .format import emphasis_of
 from .reader import Log, Rollback, rule_of
 
 
@@ -50,11 +52,16 @@ class Trajectory:
         """The trajectory to an average of the weights of its first steps; by default to that which it names itself.
 
         Raises:
-            InputError: the average is none of these steps, or the rule is not linear.
+            InputError: the average is none of these steps, or the run is not linear in its directions.
         """
         text = self.average if average is None else average
         if text == NONE:
             return self
+        if (emphasis := emphasis_of(self.header)) is not None and emphasis.limits:
+            raise InputError(
+                f"{self.path}: which weights the run's directions reach depends on the weights (sparsity), so their average is no sum of "
+                "directions: replay its last step"
+            )
         rule = Averaged(self.rule, tuple(Average(text).shares(standing(self.rollbacks, steps))))
         summed(self.rule, self.first(steps)[0], rule.shares)  # refused before any weight is read
         return replace(self, rule=rule, digest=self.averages.get(text), average=text)
