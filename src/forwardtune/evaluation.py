@@ -176,6 +176,8 @@ def find_layout(model: Any, tokenizer: Any, examples: Sequence[Encoded]) -> Layo
     the plain layout, whose mask is the model's own.
     """
     plain = plain_layout(model, tokenizer)
+    if model.device.type == "meta":  # nothing can be tried without weights: as most models
+        return replace(plain, shared=True, packed=True)
     if not all(example.options for example in examples):
         return plain  # nothing to score
     by_length = sorted(examples, key=lambda example: example.length)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from ..durations import bytes_of
 from ..names import QUANTISATIONS
 from .options import add_config, add_options
 from .parser import Parser
@@ -82,13 +83,29 @@ def _add_plan(commands: Any) -> None:
     parser = _command(
         commands,
         "plan",
-        "say what train would cost: memory, time, and the steps that fit a time",
+        "say what train would cost: memory, time, and the steps that fit a time; and what other ways to tune would",
         "forwardtune plan --model smollm2-135m --task reviews --dtype bfloat16",
         usage="%(prog)s [options]",
     )
-    add_options(parser, "plan", first=("model", "task", "dtype", "time_budget", "tune"))
+    first = add_options(parser, "plan", first=("model", "task", "dtype", "time_budget", "tune"))
+    first.add_argument(
+        "--no-weights",
+        action="store_true",
+        help="estimate from the model's config.json alone; nothing is loaded or run",
+    )
+    first.add_argument(
+        "--memory", type=_bytes, help="of the machine that it is for, as 80GB or 24GiB [what is free on this one]"
+    )
+    parser.add_argument("--alone", action="store_true", help="measure the run that is asked for, no other ways")
     add_config(parser)
     parser.set_defaults(run="plan.run")
+
+
+def _bytes(text: str) -> int:
+    try:
+        return bytes_of(text)
+    except ValueError as error:  # whose message argparse would not show
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _add_evaluations(commands: Any) -> None:

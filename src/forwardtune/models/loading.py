@@ -57,7 +57,8 @@ def load_model(
     Args:
         name: a hub id, a local folder, a ``.gguf`` file, or ``smollm2-135m``, the embedded model.
         dtype: of the base model: ``auto`` (as stored; float32 for GGUF), ``float32``, ``bfloat16`` or ``float16``.
-        device: a torch device, such as ``cpu`` or ``cuda``, or ``auto``, which spreads the layers over all GPUs.
+        device: a torch device, such as ``cpu`` or ``cuda``, ``auto``, which spreads the layers over all GPUs, or ``meta``, for which no
+            weights are read (:func:`blank_model`).
         attn_implementation: as in ``from_pretrained``: ``eager``, ``sdpa``, ``flash_attention_2`` ...; by default torch's own fused
             attention (sdpa) where the model has it, which takes the masks of packed rows, else eager.
         quantize: ``nf4``, ``int8`` or ``int4`` (:mod:`forwardtune.models.quantised`): quantise the base model as it is loaded. A checkpoint
@@ -77,9 +78,34 @@ def load_model(
             "attn_implementation",
         )
     folder = Path(name).expanduser()
-    if (folder / _ADAPTER).is_file():
+    if (folder / _ADAPTER).is_file() and device != "meta":
         return _load_adapted(folder, dtype, device, attn_implementation, quantize, announce)
     return _load_base(name, dtype, device, attn_implementation, quantize, announce)
+
+
+def blank_model(name: str, *, dtype: str = "auto", attn_implementation: str | None = None) -> Any:
+    """The base model that a configuration describes, on torch's meta device: shapes and dtypes without weights, in evaluation mode.
+
+    ``config.json`` is all that is read, of a GGUF file its head. Arguments as those of :func:`load_model`.
+
+    Raises:
+        InputError: as :func:`load_model`; or the folder holds an adapter.
+    """
+    from transformers import AutoConfig
+
+    if (Path(name).expanduser() / _ADAPTER).is_file():
+        raise InputError(f"{name} holds an adapter, whose weights say what it is: give the base model")
+    where, gguf = _locate(name)
+    try:
+        with _parsed_once():
+            config = AutoConfig.from_pretrained(where, **{} if gguf is None else {"gguf_file": gguf})
+        computes = DTYPES.get(dtype) or (None if gguf else config.get_text_config().dtype) or torch.float32
+        options = {"attn_implementation": attn_implementation} if attn_implementation else {}
+        with torch.device("meta"):
+            model = loader_of(config).from_config(config, dtype=computes, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise InputError(f"model {name!r} could not be loaded: {_reason(error)}") from None
+    return model.eval()
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
@@ -139,7 +165,9 @@ def _load_base(
     announce: Callable[[str], object],
 ) -> tuple[Any, Any]:
     where, gguf = _locate(name)
-    if gguf is None:
+    if device == "meta":
+        model, tokenizer = blank_model(name, dtype=dtype, attn_implementation=attention), _tokenizer(name, where, gguf)
+    elif gguf is None:
         model, tokenizer = _read(name, where, dtype, device, attention, quantize, announce)
     else:
         dtype = "float32" if dtype == "auto" else dtype
@@ -167,7 +195,17 @@ def _load_base(
         # Collators take padding out of the labels: with the end of text in its place nothing would be taught to end.
         unknown = tokenizer.unk_token if tokenizer.unk_token != tokenizer.bos_token else None
         tokenizer.pad_token = tokenizer.eos_token if unknown is None else unknown
-    return (model if device == "auto" else model.to(device)).eval(), tokenizer
+    return (model if device in ("auto", "meta") else model.to(device)).eval(), tokenizer
+
+
+def _tokenizer(name: str, where: str, gguf: str | None) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        with _parsed_once():
+            return AutoTokenizer.from_pretrained(where, **{} if gguf is None else {"gguf_file": gguf})
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise InputError(f"the tokenizer of model {name!r} could not be loaded: {_reason(error)}") from None
 
 
 def _quantised_gguf(
