@@ -3,7 +3,7 @@
     python benchmarks/rivals_page.py      # writes between the marks in docs/memory.md, and docs/results/memory/peak.png
 
 Sizes that were not run are extrapolated, and marked ``~``. What a method holds is arithmetic: weights as they are stored, gradients, states of the
-optimizer, the input of every layer where the others are recomputed. What was measured beyond that at 1.1B grows with layers times width where
+optimizer, the input of every layer where the others are recomputed. What was measured beyond that, at 1.1B once all methods were run there and at 135M until then, grows with layers times width where
 activations are kept for a backward pass, and with the width alone where one layer's are there at a time.
 """
 
@@ -17,8 +17,8 @@ from typing import Any
 
 from machine import HERE, parser
 from rival_methods import METHODS, Method
-from rivals import LENGTH, SHARES, TASKS, WORKLOADS, medians
-from shapes import BATCH, LLAMA
+from rivals import SHARES, TASKS, WORKLOADS, medians
+from shapes import LLAMA
 
 PAGE = HERE.parent / "docs" / "memory.md"
 PICTURE = HERE.parent / "docs" / "results" / "memory" / "peak.png"
@@ -30,7 +30,7 @@ SHAPES = {
     "33b": (32000, 6656, 17920, 60, 52, 52),
     "65b": (32000, 8192, 22016, 80, 64, 64),
 }
-MEASURED, LARGER, ROOMS = "1.1b", ("7b", "13b", "33b", "65b"), (8, 16, 24, 80)
+LARGER, ROOMS = ("1.1b", "7b", "13b", "33b", "65b"), (8, 16, 24, 80)
 MIB, GIB = 2**20, 2**30
 # Bytes of a weight in 4 bits, with the scales of its group.
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -56,11 +56,19 @@ def held(method: Method, shape: str, tokens: int) -> float:
     return (0 if method.mapped else weights) + tuned * (own + (method.tune != "all")) + inputs
 
 
-def peak(name: str, shape: str, measured: dict[str, dict[str, float]]) -> float:
+def base_of(result: dict[str, Any]) -> tuple[str, dict[str, dict[str, float]]]:
+    """The shape that others are extrapolated from, with what was measured of it: 1.1B, once all methods were run there."""
+    large = medians(result["measured"], "1.1b")
+    return ("1.1b", large) if large.keys() == METHODS.keys() else ("smollm2-135m", medians(result["measured"], "sst2"))
+
+
+def peak(name: str, shape: str, base: str, measured: dict[str, dict[str, float]]) -> float:
     """Bytes at a size that was not run."""
     method, row = METHODS[name], measured[name]
-    rest = row["bytes"] - held(method, MEASURED, int(row["tokens"]))
-    (_, width, _, layers, *_), (_, old_width, _, old_layers, *_) = SHAPES[shape], SHAPES[MEASURED]
+    if shape == base:
+        return row["bytes"]
+    rest = row["bytes"] - held(method, base, int(row["tokens"]))
+    (_, width, _, layers, *_), (_, old_width, _, old_layers, *_) = SHAPES[shape], SHAPES[base]
     keeps = method.optimizer != "mezo" and not method.recompute
     return held(method, shape, int(row["tokens"])) + rest * width / old_width * (layers / old_layers if keeps else 1)
 
@@ -88,14 +96,16 @@ def measured_table(result: dict[str, Any]) -> str:
 
 def size_table(result: dict[str, Any]) -> str:
     """GiB by size, extrapolated, and the largest size that memory of so many GiB takes."""
-    measured = medians(result["measured"], MEASURED)
+    base, measured = base_of(result)
     rows = []
     for name in measured:
-        gib = {shape: peak(name, shape, measured) / GIB for shape in LARGER}
-        gib[MEASURED] = measured[name]["bytes"] / GIB
-        largest = [next((s for s in reversed((MEASURED, *LARGER)) if gib[s] <= room), "none") for room in ROOMS]
-        rows.append([METHODS[name].title, f"{gib[MEASURED]:.1f}", *(f"~{gib[s]:.1f}" for s in LARGER), *largest])
-    return table(["", MEASURED, *LARGER, *(f"{room} GiB take" for room in ROOMS)], rows) if rows else ""
+        sizes = {shape: peak(name, shape, base, measured) / GIB for shape in (base, *LARGER)}
+        largest = [next((s for s in reversed(LARGER) if sizes[s] <= room), "none") for room in ROOMS]
+        marks = {s: "" if s == base else "~" for s in sizes}
+        rows.append([METHODS[name].title, *(f"{marks[s]}{gib:.2g}" for s, gib in sizes.items()), *largest])
+    return (
+        table(["GiB", *dict.fromkeys((base, *LARGER)), *(f"{room} GiB take" for room in ROOMS)], rows) if rows else ""
+    )
 
 
 def equal_table(result: dict[str, Any]) -> str:
@@ -128,16 +138,18 @@ def draw(result: dict[str, Any]) -> None:
 
     from forwardtune.paper.report.plots import COLOURS, DPI, STYLE
 
-    measured = medians(result["measured"], MEASURED)
-    small = medians(result["measured"], "smollm2-135m")
+    base, measured = base_of(result)
+    ran = {"smollm2-135m": medians(result["measured"], "sst2"), "1.1b": medians(result["measured"], "1.1b")}
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.5, 4.6), layout="constrained")
         FigureCanvasAgg(figure)
         panel = figure.add_subplot()
         for number, name in enumerate(measured):
             style = {"color": COLOURS[number % len(COLOURS)], "marker": "os^"[number // len(COLOURS)], "markersize": 4}
-            run = [(sum(counts(s)[:2]), rows[name]["bytes"]) for s, rows in (("smollm2-135m", small), (MEASURED, measured)) if name in rows]  # fmt: skip
-            more = [run[-1], *((sum(counts(s)[:2]), peak(name, s, measured)) for s in LARGER)]
+            shapes = [shape for shape in ran if name in ran[shape] and (shape == base or base == "1.1b")]
+            run = [(sum(counts(shape)[:2]), ran[shape][name]["bytes"]) for shape in shapes]
+            larger = [shape for shape in LARGER if shape != base]
+            more = [run[-1], *((sum(counts(s)[:2]), peak(name, s, base, measured)) for s in larger)]
             panel.plot(*zip(*((n, b / GIB) for n, b in run), strict=True), label=METHODS[name].title, **style)
             panel.plot(*zip(*((n, b / GIB) for n, b in more), strict=True), ls="--", mfc="none", lw=1, **style)
         for room in ROOMS:
@@ -163,10 +175,9 @@ def main() -> None:
         body = content or "Not run yet: the command is above."
         text = re.sub(between, lambda found, body=body: f"{found[1]}\n{body}\n\n{found[2]}", text, flags=re.DOTALL)
     PAGE.write_text(text)
-    if medians(result["measured"], MEASURED):
+    if base_of(result)[1]:
         draw(result)
 
 
 if __name__ == "__main__":
-    print(f"{BATCH} x {LENGTH} tokens at {MEASURED}")
     main()

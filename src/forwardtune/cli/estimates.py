@@ -19,7 +19,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..method.estimators import get_estimator
 from ..noise import Noise, Update
 from ..objectives import logits_at
-from ..points.head import is_table
 
 # Bytes of a weight, and of the scales of its group, as quantised layers are stored (:mod:`forwardtune.models.quantised`).
 _STORED = {"int8": (1.0, 0.0), "nf4": (0.5, 1 / 64 + 4 / (64 * 256)), "int4": (0.5, 4 / 32)}
@@ -71,8 +70,8 @@ def estimate(model: Any, inputs: dict[str, Tensor], options: Any) -> Estimate:
     scratch = sum(map(_size, tuned)) if options.perturbation == "copy" else lent
     if both:
         scratch = _directions(tuned, options) + (lent if options.quantize else 0)
-    if getattr(options, "offload", None):
-        weights = max(sum(map(_size, block.parameters())) for block in _blocks(model))
+    if getattr(options, "offload", None):  # one module at a time visits the device
+        weights = max(sum(_size(p) for p in m.parameters(recurse=False)) for m in model.modules())
     moments = 0 if options.rule_state == "window" else _MOMENTS.get(options.rule, 0) * count
     queries = len(get_estimator(options.estimator, 1.0, options.probes, options.normalize).queries())
     return Estimate(
@@ -106,12 +105,6 @@ def _stored(model: Any, quantize: str | None) -> int:
     dense = sum(_size(layer.weight) for layer in layers)
     stored = sum(layer.weight.numel() * (each + group) + layer.out_features * rows for layer in layers)
     return int(total - dense + stored)
-
-
-def _blocks(model: Any) -> list[nn.Module]:
-    """What visits the device one after the other: the layers of the stack, and what stands beside them."""
-    stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
-    return [*(layer for stack in stacks for layer in stack), *(m for m in model.modules() if is_table(m))]
 
 
 def _twice(inputs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from contextlib import redirect_stderr, suppress
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,11 @@ class Row:
     steps: int | None = None
     measured: bool = False
     why: str = ""
+
+    @property
+    def is_peak_measured(self) -> bool:
+        """Whether the peak was measured. In resident memory the pages of a file that weights live in would count, which are cache."""
+        return self.measured and not self.settings.get("offload")
 
     def fits(self, room: int) -> bool | None:
         """Whether it fits so many bytes."""
@@ -138,7 +144,7 @@ class Outlook:
 
     def __init__(self, asked: Asked, rows: list[Row], room: int | None, *, timed: bool) -> None:
         own = asked.describe()
-        self.session, inputs = _inputs(own)
+        self.session, blank, inputs = _inputs(own)
         self.tokens = int(inputs["input_ids"].numel())
         device = _device(own.device) if timed else torch.device("cpu")
         load_kernels(device)
@@ -149,7 +155,7 @@ class Outlook:
         found: dict[int, Estimate] = {}
         for number, row in enumerate(rows):
             described = _described(asked, row.settings)
-            model = blank_model(own.model, dtype=own.dtype, attn_implementation=own.attn_implementation)
+            model = deepcopy(blank)
             tokenizer = None if self.session is None else self.session.tokenizer
             dtype, width = model.dtype, model.config.get_text_config().hidden_size
             try:
@@ -185,21 +191,19 @@ def _device(name: str | None) -> torch.device:
     return torch.device(str(name))
 
 
-def _inputs(own: Any) -> tuple[Session | None, dict[str, Tensor]]:
-    """The longest minibatch of the task; without a tokenizer rows of ``--max-length`` tokens."""
+def _inputs(own: Any) -> tuple[Session | None, Any, dict[str, Tensor]]:
+    """A model without weights, and the longest minibatch of the task; without a tokenizer rows of ``--max-length`` tokens."""
     if own.task != NO_TASK and _has_tokenizer(own.model):
         blank = replace(own, device="meta", quantize=None)
         with redirect_stderr(io.StringIO()):
             session = open_session(blank, "train", "dev", "test")
         found = prepare(session.model, session.tokenizer, session.longest, session.layout)
-        return session, {name: found[name] for name in _INPUTS if name in found}
-    model = blank_model(own.model, dtype=own.dtype)
+        return session, session.model, {name: found[name] for name in _INPUTS if name in found}
+    model = blank_model(own.model, dtype=own.dtype, attn_implementation=own.attn_implementation)
     length = min(own.max_length, context_length(model))
     say(f"no task with a tokenizer: every example is taken to be {length:,} tokens long (--max-length)")
-    return None, {
-        "input_ids": torch.zeros(own.batch_size, length, dtype=torch.int64, device="meta"),
-        "positions": torch.zeros(own.batch_size, dtype=torch.int64, device="meta"),
-    }
+    shapes = {"input_ids": (own.batch_size, length), "positions": (own.batch_size,)}
+    return None, model, {n: torch.zeros(shape, dtype=torch.int64, device="meta") for n, shape in shapes.items()}
 
 
 def _has_tokenizer(name: str) -> bool:
@@ -228,9 +232,12 @@ def _measure(row: Row, outlook: Outlook) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == 0:
         facts = json.loads(done.stdout)
-        row.peak = facts["peak_memory_bytes"]
-        times = (facts[f"seconds_per_{what}"] for what in ("step", "update", "evaluated_example"))
-        outlook.take(row, Cost(*times, 0, 0, 0), measured=True)
+        if not row.settings.get("offload"):
+            row.peak = facts["peak_memory_bytes"]
+        step, update, example = (
+            float(facts[f"seconds_per_{what}"]) for what in ("step", "update", "evaluated_example")
+        )
+        outlook.take(row, Cost(step, update, example, 0, 0, 0), measured=True)
         row.why = ""
     else:  # the kernel ends what takes too much without a word
         row.why = (done.stderr.strip().splitlines() or ["it was killed, as happens where memory runs out"])[-1]
@@ -244,8 +251,8 @@ def tell(rows: list[Row], outlook: Outlook, budget: float | None) -> None:
     say(f"{'':44}{'fits':>6}{'peak MiB':>11}{'s a step':>10}{'steps in ' + duration(span):>16}")
     for row in rows:
         fits = {None: "?", True: "yes", False: "no"}[row.fits(outlook.room)]
-        mark = "" if row.measured else "~"
-        peak = "?" if row.peak is None else f"{mark}{row.peak / 2**20:,.0f}"
+        mark, about = "" if row.measured else "~", "" if row.is_peak_measured else "~"
+        peak = "?" if row.peak is None else f"{about}{row.peak / 2**20:,.0f}"
         seconds = "" if row.seconds is None else f"{mark}{row.seconds:.2f}"
         steps = "" if row.steps is None else f"{mark}{row.steps:,}"
         say(f"{row.title:44}{fits:>6}{peak:>11}{seconds:>10}{steps:>16}" + (f"  {row.why}" if row.why else ""))
@@ -265,6 +272,7 @@ def facts_of(rows: list[Row], outlook: Outlook) -> list[dict[str, Any]]:
             "settings": row.settings,
             "fits": row.fits(outlook.room),
             "measured": row.measured,
+            "peak_measured": row.is_peak_measured,
             "peak_memory_bytes": row.peak,
             "seconds_per_step": row.seconds,
             "steps": row.steps,

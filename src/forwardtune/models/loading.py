@@ -166,7 +166,9 @@ def _load_base(
 ) -> tuple[Any, Any]:
     where, gguf = _locate(name)
     if device == "meta":
-        model, tokenizer = blank_model(name, dtype=dtype, attn_implementation=attention), _tokenizer(name, where, gguf)
+        with _parsed_once():
+            model = blank_model(name, dtype=dtype, attn_implementation=attention)
+            tokenizer = _tokenizer(name, where, gguf)
     elif gguf is None:
         model, tokenizer = _read(name, where, dtype, device, attention, quantize, announce)
     else:
@@ -202,8 +204,7 @@ def _tokenizer(name: str, where: str, gguf: str | None) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        with _parsed_once():
-            return AutoTokenizer.from_pretrained(where, **{} if gguf is None else {"gguf_file": gguf})
+        return AutoTokenizer.from_pretrained(where, **{} if gguf is None else {"gguf_file": gguf})
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise InputError(f"the tokenizer of model {name!r} could not be loaded: {_reason(error)}") from None
 
@@ -319,7 +320,7 @@ def _how_quantised(
     return options if device == "auto" else options | {"device_map": {"": device}}
 
 
-_converting = threading.Lock()
+_converting = threading.RLock()
 _PURE = ("GGUFReader", "get_tensor_name_map")
 
 
