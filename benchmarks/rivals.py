@@ -257,9 +257,9 @@ def main() -> None:
     asked.add_argument("--marks", type=json.loads, help=argparse.SUPPRESS)
     asked.add_argument("--split", help=argparse.SUPPRESS)
     options = asked.parse_args()
+    torch.set_num_threads(1)
     if options.only:
         logging.disable_progress_bar()
-        torch.set_num_threads(1)
         one = (options.methods[0], options.workloads[0], options.folder, options.data)
         if options.only == "make":
             prepare_folder(options.workloads[0], options.folder)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import memory
 from ..config import STEPS, Train, options
@@ -25,6 +25,7 @@ from ..errors import InputError
 from ..evaluation import prepare
 from ..models import blank_model, context_length, require_device
 from ..noise import load_kernels
+from ..optimizer import MeZO
 from . import say, tuned
 from .costs import Cost, steps_within
 from .estimates import Estimate, estimate, speed
@@ -147,9 +148,7 @@ class Outlook:
         self.session, blank, inputs = _inputs(own)
         self.tokens = int(inputs["input_ids"].numel())
         device = _device(own.device) if timed else torch.device("cpu")
-        load_kernels(device)
-        from ..hf.trainer import MeZOTrainer  # noqa: F401  # what every run imports is in the memory that it begins with
-
+        _warm_up(device, blank.dtype)
         base = 0 if str(own.device).startswith("cuda") and not timed else memory.now(device)
         self.room = room if room is not None else memory.free(device) + base
         found: dict[int, Estimate] = {}
@@ -189,6 +188,18 @@ def _device(name: str | None) -> torch.device:
     if name in (None, "auto"):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(str(name))
+
+
+def _warm_up(device: torch.device, dtype: torch.dtype) -> None:
+    """Load what every run loads, of libraries and of their kernels, on a model of a few weights: it is in the memory that a run begins with."""
+    import transformers.quantizers.auto  # noqa: F401  # by which checkpoints are read
+
+    from ..hf.trainer import MeZOTrainer  # noqa: F401
+
+    load_kernels(device)
+    tiny = nn.Sequential(nn.Embedding(8, 64), nn.Linear(64, 8)).to(device, dtype)
+    numbers = torch.arange(8, device=device)
+    MeZO(tiny, lr=1e-9).step(lambda: tiny(numbers).float().logsumexp(dim=-1).sum())
 
 
 def _inputs(own: Any) -> tuple[Session | None, Any, dict[str, Tensor]]:
