@@ -19,6 +19,7 @@ from ..models import checkpoint_format
 from . import say, tuned, ways
 from .costs import Cost, measure, seconds_of_run, steps_of_budget, steps_of_epochs, steps_within
 from .options import Asked, ask
+from .outlook import Outlook
 from .results import plain
 from .session import Session, open_session
 
@@ -39,7 +40,7 @@ def _from_shapes(asked: Asked, room: int | None) -> dict[str, Any]:
     if "task" not in asked.settings:
         asked = replace(asked, settings={**asked.settings, "task": ways.NO_TASK})
     rows = ways.rows_of(asked)
-    outlook = ways.Outlook(asked, rows, room, timed=False)
+    outlook = Outlook(asked, rows, room, timed=False)
     if all(row.peak is None for row in rows):
         raise InputError("this model's forward pass asks for values, so nothing can be said of it without weights")
     ways.tell(rows, outlook, asked.value("time_budget"))
@@ -52,7 +53,7 @@ def _measured(asked: Asked, parsed: argparse.Namespace) -> dict[str, Any]:
     options = asked.describe()
     beside = not (parsed.alone or checkpoint_format(options.model))  # shapes do not say how a checkpoint is quantised
     rows = ways.rows_of(asked) if beside else []
-    outlook = ways.Outlook(asked, rows, parsed.memory, timed=True) if beside else None
+    outlook = Outlook(asked, rows, parsed.memory, timed=True) if beside else None
     facts: dict[str, Any] = {}
     if outlook is not None and rows[0].fits(outlook.room) is False:
         rows[0].why = "it would not fit"
@@ -65,7 +66,7 @@ def _measured(asked: Asked, parsed: argparse.Namespace) -> dict[str, Any]:
         _tell(facts, cost, session, asked.settings)
         if outlook is not None:
             rows[0].peak = cost.bytes_step
-            outlook.take(rows[0], cost, measured=True)
+            outlook.take(rows[0], cost)
         del session  # and its model
     if outlook is not None:
         ways.measure_others(rows, outlook)

@@ -3,34 +3,26 @@
 from __future__ import annotations
 
 import gc
-import io
 import json
 import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
-from contextlib import redirect_stderr, suppress
-from copy import deepcopy
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
 
-from .. import memory
 from ..config import STEPS, Train, options
 from ..durations import duration
 from ..errors import InputError
-from ..evaluation import prepare
-from ..models import blank_model, context_length, require_device
-from ..noise import load_kernels
-from ..optimizer import MeZO
-from . import say, tuned
-from .costs import Cost, steps_within
-from .estimates import Estimate, estimate, speed
+from . import say
+from .costs import Cost
 from .options import Asked, flag
-from .session import Session, open_session
+
+if TYPE_CHECKING:
+    from .outlook import Outlook
 
 #: Title -> what of a run's settings makes it.
 WAYS: dict[str, dict[str, Any]] = {
@@ -47,11 +39,8 @@ NO_TASK = "TASK"
 # Settings that a way has of its own.
 _OWN = ("tune", "prefix_length", "quantize", "assignment", "rank", "refresh", "perturbation", "offload")
 _LENGTHS = ("steps", "epochs", "time_budget")
-# A step from a file whose pages are in memory, over a resident one.
-_OFFLOADED = 1.3
 # A row is not tried that would take more than this share of the memory.
 _SAFE = 0.95
-_INPUTS = ("input_ids", "attention_mask", "position_ids", "positions")
 
 
 @dataclass
@@ -61,7 +50,7 @@ class Row:
     Attributes:
         settings: those that are given on its command line.
         peak: bytes; None where nothing is known.
-        seconds: of a step.
+        cost: in seconds.
         steps: that fit the time.
         measured: whether it ran; else it is estimated.
         why: it was not measured.
@@ -70,10 +59,15 @@ class Row:
     title: str
     settings: dict[str, Any]
     peak: int | None = None
-    seconds: float | None = None
+    cost: Cost | None = None
     steps: int | None = None
     measured: bool = False
     why: str = ""
+
+    @property
+    def seconds(self) -> float | None:
+        """Of a step."""
+        return None if self.cost is None else self.cost.step
 
     @property
     def is_peak_measured(self) -> bool:
@@ -115,112 +109,18 @@ def rows_of(asked: Asked) -> list[Row]:
             if name not in _OWN and (changes["tune"] == "lora" or not name.startswith("lora_"))
         }
         with suppress(InputError):  # the objective or another setting has no meaning with it
-            _described(asked, settings := kept | changes)
+            described(asked, settings := kept | changes)
             rows.append(Row(title, settings))
     return rows
 
 
-def _described(asked: Asked, settings: dict[str, Any]) -> Any:
+def described(asked: Asked, settings: dict[str, Any]) -> Any:
     """The description of a row's run."""
     known = {name: value for name, value in settings.items() if name in options(Train)}
-    described = asked.describe(known)
+    run = asked.describe(known)
     for name in settings.keys() - known.keys():
-        setattr(described, name, settings[name])
-    return described
-
-
-class Outlook:
-    """What every row would take, by shapes alone.
-
-    Args:
-        asked: the command line.
-        rows: take what is estimated.
-        room: bytes of memory; None: what is free here.
-        timed: estimate seconds too, for this machine.
-
-    Attributes:
-        session: task and examples, with a model without weights; None where there is no tokenizer.
-        tokens: of the longest minibatch.
-    """
-
-    def __init__(self, asked: Asked, rows: list[Row], room: int | None, *, timed: bool) -> None:
-        own = asked.describe()
-        self.session, blank, inputs = _inputs(own)
-        self.tokens = int(inputs["input_ids"].numel())
-        device = _device(own.device) if timed else torch.device("cpu")
-        _warm_up(device, blank.dtype)
-        base = 0 if str(own.device).startswith("cuda") and not timed else memory.now(device)
-        self.room = room if room is not None else memory.free(device) + base
-        found: dict[int, Estimate] = {}
-        for number, row in enumerate(rows):
-            described = _described(asked, row.settings)
-            model = deepcopy(blank)
-            tokenizer = None if self.session is None else self.session.tokenizer
-            dtype, width = model.dtype, model.config.get_text_config().hidden_size
-            try:
-                with redirect_stderr(io.StringIO()):
-                    model = tuned.prepare_model(model, tokenizer, options=described, first=None)
-                    found[number] = estimate(model, inputs, described)
-                row.peak = base + found[number].bytes
-            except InputError as error:
-                if number == 0:
-                    raise
-                row.why = str(error)
-            except Exception as error:  # a model of an unusual kind may ask for values, which are not there
-                row.why = f"its shapes alone do not tell ({type(error).__name__})"
-        if timed and found:
-            pace = speed(device, dtype, self.tokens, width)
-            for number, one in found.items():
-                offloaded = _OFFLOADED if rows[number].settings.get("offload") else 1.0
-                step = offloaded * pace.seconds(one)
-                evaluation = one.products * pace.product / own.batch_size / 2
-                self.take(rows[number], Cost(step, one.updated * pace.update, evaluation, 0, 0, 0), measured=False)
-
-    def take(self, row: Row, cost: Cost, *, measured: bool) -> None:
-        """Note what a row costs."""
-        row.seconds, row.measured = cost.step, measured
-        if self.session is not None:
-            row.steps = steps_within(self.session.options.time_budget or 3600.0, cost, self.session)
-
-
-def _device(name: str | None) -> torch.device:
-    require_device(name or "auto")
-    if name in (None, "auto"):
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(str(name))
-
-
-def _warm_up(device: torch.device, dtype: torch.dtype) -> None:
-    """Load what every run loads, of libraries and of their kernels, on a model of a few weights: it is in the memory that a run begins with."""
-    import transformers.quantizers.auto  # noqa: F401  # by which checkpoints are read
-
-    from ..hf.trainer import MeZOTrainer  # noqa: F401
-
-    load_kernels(device)
-    tiny = nn.Sequential(nn.Embedding(8, 64), nn.Linear(64, 8)).to(device, dtype)
-    numbers = torch.arange(8, device=device)
-    MeZO(tiny, lr=1e-9).step(lambda: tiny(numbers).float().logsumexp(dim=-1).sum())
-
-
-def _inputs(own: Any) -> tuple[Session | None, Any, dict[str, Tensor]]:
-    """A model without weights, and the longest minibatch of the task; without a tokenizer rows of ``--max-length`` tokens."""
-    if own.task != NO_TASK and _has_tokenizer(own.model):
-        blank = replace(own, device="meta", quantize=None)
-        with redirect_stderr(io.StringIO()):
-            session = open_session(blank, "train", "dev", "test")
-        found = prepare(session.model, session.tokenizer, session.longest, session.layout)
-        return session, session.model, {name: found[name] for name in _INPUTS if name in found}
-    model = blank_model(own.model, dtype=own.dtype, attn_implementation=own.attn_implementation)
-    length = min(own.max_length, context_length(model))
-    say(f"no task with a tokenizer: every example is taken to be {length:,} tokens long (--max-length)")
-    shapes = {"input_ids": (own.batch_size, length), "positions": (own.batch_size,)}
-    return None, model, {n: torch.zeros(shape, dtype=torch.int64, device="meta") for n, shape in shapes.items()}
-
-
-def _has_tokenizer(name: str) -> bool:
-    folder = Path(name).expanduser()
-    files = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-    return not folder.is_dir() or any((folder / file).exists() for file in files)
+        setattr(run, name, settings[name])
+    return run
 
 
 def measure_others(rows: list[Row], outlook: Outlook) -> None:
@@ -236,6 +136,7 @@ def measure_others(rows: list[Row], outlook: Outlook) -> None:
         else:
             say(f"measuring: {row.title}")
             _measure(row, outlook)
+    outlook.settle(rows)
 
 
 def _measure(row: Row, outlook: Outlook) -> None:
@@ -248,8 +149,7 @@ def _measure(row: Row, outlook: Outlook) -> None:
         step, update, example = (
             float(facts[f"seconds_per_{what}"]) for what in ("step", "update", "evaluated_example")
         )
-        outlook.take(row, Cost(step, update, example, 0, 0, 0), measured=True)
-        row.why = ""
+        outlook.take(row, Cost(step, update, example, 0, 0, 0))
     else:  # the kernel ends what takes too much without a word
         row.why = (done.stderr.strip().splitlines() or ["it was killed, as happens where memory runs out"])[-1]
         row.why = row.why.removeprefix("forwardtune: error: ")
