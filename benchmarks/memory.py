@@ -1,12 +1,14 @@
 """Peak memory of a full-tuning step, against one inference forward and against backpropagation with Adam.
 
     python benchmarks/memory.py [--sizes 125m 1.3b] [--dtypes bfloat16] [--device cuda] [--length 32]
+    python benchmarks/memory.py --sizes lfm2-350m mamba-130m --length 8 --output memory-hybrids
 
-OPT-shaped models with random weights, batch 16, every weight tuned, one logit row a sequence. MeZO and Adam run in processes of
+OPT-shaped models and hybrids with random weights, batch 16, every weight tuned, one logit row a sequence. MeZO and Adam run in processes of
 their own: resident memory on a CPU, allocated memory on a GPU. ``more`` is the peak of a step over the peak of a forward pass
 of the same batch, both in the same process and after a first round of each, so that neither pays for what libraries load and
 cache at their first use; ``first`` is the same of the first step, self-check included. ``bound`` is the largest tuned
-layer, embeddings and vocabulary head left out.
+layer, embeddings and vocabulary head left out. ``copied`` are the weights that the model reads past their modules, and which are perturbed
+as a whole in memory of their own: none of OPT, the convolutions of hybrids.
 
 Adam is torch's AdamW with gradient and states in the weights' dtype. What would not fit into the memory that is free beside
 ``--reserve`` is not tried: ``adam_at_least`` is then four times the weights, by arithmetic.
@@ -27,7 +29,7 @@ from typing import Any
 
 import torch
 from machine import parser, write
-from shapes import BATCH, DTYPES, OPT, largest_layer, loss_of, make, minibatch, size_of
+from shapes import BATCH, DTYPES, HYBRIDS, OPT, bytes_of, largest_layer, loss_of, make, minibatch, size_of
 from timing import peak_of
 from torch import nn
 
@@ -63,6 +65,7 @@ def measure(what: str, size: str, dtype: torch.dtype, device: str, length: int) 
         "perturbation": optimizer.perturbation.name,  # not scratch: the self-check found something
         "weights": size_of(model),
         "bound": largest_layer(model),
+        "copied": sum(optimizer.tuned[i].parameter.nbytes for i in optimizer.evaluator.copied),
         "inference": inference,
         "mezo": mezo,
         "more": mezo - inference,
@@ -81,8 +84,7 @@ def warm_up(dtype: torch.dtype, device: str) -> None:
 
 def in_process(what: str, size: str, dtype: str, options: argparse.Namespace) -> dict[str, Any]:
     """The measurement of a process of its own; nothing if memory is short."""
-    layers, _, width = OPT[size]
-    weights = (12 * layers * width**2 + 50272 * width) * DTYPES[dtype].itemsize
+    weights = bytes_of(size, DTYPES[dtype])
     needed = weights * (4 if what == "adam" else 1) + BESIDE
     if needed > free(options.device) - options.reserve * 2**30:
         print(f"{size} {dtype} {what}: needs about {needed / 2**30:.0f} GiB, which are not free", file=sys.stderr)
@@ -113,11 +115,12 @@ def free(device: str) -> int:
 def main() -> None:
     """Print and save the table."""
     asked = parser(__doc__)
-    asked.add_argument("--sizes", nargs="+", choices=OPT, default=["125m", "350m", "1.3b", "2.7b"])
+    asked.add_argument("--sizes", nargs="+", choices=(*OPT, *HYBRIDS), default=["125m", "350m", "1.3b", "2.7b"])
     asked.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bfloat16", "float32"])
     asked.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     asked.add_argument("--length", type=int, default=32)
     asked.add_argument("--reserve", type=float, default=1.0, help="GiB to leave to others")
+    asked.add_argument("--output", help="name of the result file; memory, or memory-cuda on a GPU")
     asked.add_argument("--only", choices=("mezo", "adam"), help=argparse.SUPPRESS)
     options = asked.parse_args()
     options.failed = False
@@ -126,8 +129,8 @@ def main() -> None:
         print(json.dumps(measure(options.only, options.sizes[0], dtype, options.device, options.length)))
         return
     rows = []
-    titles = ("inference", "mezo", "more", "first", "bound", "adam")
-    print(f"{'size':6}{'dtype':10}" + "".join(f"{title:>12}" for title in titles) + "   MiB")
+    titles = ("inference", "mezo", "more", "first", "bound", "copied", "adam")
+    print(f"{'size':12}{'dtype':10}" + "".join(f"{title:>12}" for title in titles) + "   MiB")
     for size in options.sizes:
         for dtype in options.dtypes:
             mezo = in_process("mezo", size, dtype, options)
@@ -142,10 +145,10 @@ def main() -> None:
             }
             rows.append(row)
             print(
-                f"{size:6}{dtype:10}" + "".join(f"{(row[title] or float('nan')) / 2**20:12,.1f}" for title in titles),
+                f"{size:12}{dtype:10}" + "".join(f"{(row[title] or float('nan')) / 2**20:12,.1f}" for title in titles),
                 flush=True,
             )
-            write("memory" if options.device == "cpu" else "memory-cuda", {"rows": rows})
+            write(options.output or ("memory" if options.device == "cpu" else "memory-cuda"), {"rows": rows})
     sys.exit(options.failed)
 
 

@@ -35,25 +35,35 @@ BATCH, EPS, DEV, TEST, MEASURE = 16, 1e-3, 200, 436, 50
 
 @dataclass(frozen=True)
 class Method:
-    """A way to spend two forward passes, and the middle of its rates, which lie a factor of the square root of ten apart."""
+    """A way to spend two forward passes, and the middle of its rates, which lie a factor of the square root of ten apart.
+
+    ``falls``: the rate falls to 0 over the run, linearly.
+    """
 
     middle: float
     settings: dict[str, Any] = field(default_factory=dict)
     tune: str = "all"
+    falls: bool = False
+
+
+EXAMPLE = {"assignment": "example", "rank": 1, "perturbation": "both_signs"}
+#: The matrices that are worth perturbing most: up and down projections of the second two thirds of the 30 layers.
+LATE_MLP = r"layers\.[12]\d\.mlp\.(up|down)_proj"
 
 
 METHODS = {
     "dense": Method(3e-5),
     "low_rank": Method(3e-5, {"rank": 4, "refresh": 50}),
-    "example_1": Method(1e-4, {"assignment": "example", "rank": 1, "perturbation": "both_signs"}),
-    "example_1_signs": Method(
-        1e-4, {"assignment": "example", "rank": 1, "direction": "rademacher", "perturbation": "both_signs"}
-    ),
-    "example_4": Method(1e-4, {"assignment": "example", "rank": 4, "perturbation": "both_signs"}),
+    "dense_late": Method(1e-4, tune=LATE_MLP),
+    "dense_falls": Method(3e-5, falls=True),
+    "example_1": Method(1e-4, EXAMPLE),
+    "example_1_falls": Method(1e-4, EXAMPLE, falls=True),
+    "example_1_signs": Method(1e-4, EXAMPLE | {"direction": "rademacher"}),
+    "example_4": Method(1e-4, EXAMPLE | {"rank": 4}),
+    "example_late": Method(6e-4, EXAMPLE, LATE_MLP),
+    "example_late_falls": Method(6e-4, EXAMPLE, LATE_MLP, falls=True),
     "lora": Method(1e-3, {"eps": 1e-2}, "lora"),
-    "lora_example": Method(
-        3e-3, {"eps": 1e-2, "assignment": "example", "rank": 0, "perturbation": "both_signs"}, "lora"
-    ),
+    "lora_example": Method(3e-3, EXAMPLE | {"eps": 1e-2, "rank": 0}, "lora"),
 }
 
 
@@ -77,8 +87,13 @@ class Bench:
         """A model to be tuned, and what tunes it."""
         self.model.load_state_dict(self.base)
         torch.manual_seed(seed)
-        model = self.model if method.tune == "all" else tune(self.model, self.tokenizer, method.tune)
-        return model.eval(), MeZO(model, lr=lr, seed=seed, **{"eps": EPS, **method.settings})
+        model = tune(self.model, self.tokenizer, method.tune)
+        return model, MeZO(model, lr=lr, seed=seed, **{"eps": EPS, **method.settings})
+
+    def unload(self, model: Any) -> None:
+        """Take an adapter off again."""
+        if model is not self.model:
+            self.model = model.unload()
 
     def closure(self, model: Any, optimizer: MeZO, step: int, seed: int) -> Callable[[], torch.Tensor]:
         """The loss of a minibatch, or the losses of its examples."""
@@ -101,12 +116,13 @@ class Bench:
         model, optimizer = self.optimizer(method, lr, seed)
         dev = {0: self.measure(model, "dev")}
         for step in range(steps):
+            if method.falls:
+                optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
             optimizer.step(self.closure(model, optimizer, step, seed))
             if (step + 1) % MEASURE == 0 or step + 1 == steps:
                 dev[step + 1] = self.measure(model, "dev")
         row = {"method": name, "lr": lr, "seed": seed, "steps": steps, "dev": dev, "test": self.measure(model, "test")}
-        if method.tune != "all":
-            self.model = model.unload()
+        self.unload(model)
         return row
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/plans.py [--rounds 3] [--cases all lora]
 
-SmolLM2-135M in bfloat16 on the embedded task, five ways to tune. ``estimated`` is what ``plan --no-weights`` says of shapes alone, ``said`` what
+SmolLM2-135M in bfloat16 on the embedded task, six ways to tune. ``estimated`` is what ``plan --no-weights`` says of shapes alone, ``said`` what
 ``plan`` measured on three steps, ``found`` what a run of eight steps took: its peak, and its median step without the first. A round
 takes plan and run of every case in turn, each a process of its own; the medians of the rounds are compared, as the machine may be shared.
 Targets: peaks within 10%, seconds within 30%.
@@ -23,8 +23,9 @@ from machine import parser, write
 from forwardtune.trajectory import read_log
 
 CASES: dict[str, dict[str, str]] = {
-    "all": {},
-    "example": {"assignment": "example"},
+    "default": {},
+    "all": {"tune": "all"},
+    "example": {"tune": "all", "assignment": "example"},
     "lora": {"tune": "lora"},
     "int8": {"tune": "lora", "quantize": "int8"},
     "nf4": {"tune": "lora", "quantize": "nf4"},

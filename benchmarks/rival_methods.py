@@ -26,7 +26,7 @@ class Method:
     Attributes:
         title: of its row.
         lr: the middle of the rates that are tried.
-        tune: all weights, or LoRA of rank 8 in float32 on query and value projections.
+        tune: all weights, LoRA of rank 8 in float32 on query and value projections, or late-mlp.
         optimizer: ``mezo``; ``adam`` with states in the weights' dtype; ``adam8bit``, that of bitsandbytes.
         nf4: whether frozen linear layers are stored in 4 bits.
         mapped: whether frozen weights stay in their file, from which the kernel reads them when they are wanted.
@@ -58,6 +58,10 @@ METHODS = {
     "mezo": Method("MeZO, all weights", 3e-5, "all", "mezo"),
     "mezo_example": Method(
         "MeZO, all weights, a direction for every example", 1e-4, "all", "mezo", settings={"assignment": "example"}
+    ),
+    "forward": Method(
+        "forwardtune's default: late feed-forward matrices, a direction for every example", 6e-4, "late-mlp", "mezo",
+        settings={"assignment": "example"},
     ),
     "mezo_lora": Method("MeZO, LoRA", 1e-3, "lora", "mezo", settings={"eps": 1e-2}),
     "mezo_lora_mapped": Method(

@@ -51,9 +51,11 @@ def held(method: Method, shape: str, tokens: int) -> float:
     _, width, _, layers, *_ = SHAPES[shape]
     weights = linear * (NF4 if method.nf4 else 2) + tables * 2
     own = {"mezo": 0, "adam": 3, "adam8bit": 1.5}[method.optimizer]  # gradients and states, in weights
-    tuned = (linear + tables) * 2 if method.tune == "all" else adapter * 4
+    tuned = (
+        adapter * 4 if method.tune == "lora" else (linear + tables) * 2
+    )  # of late-mlp fewer, but MeZO keeps nothing of them
     inputs = 2 * tokens * width * layers if method.recompute else 0
-    return (0 if method.mapped else weights) + tuned * (own + (method.tune != "all")) + inputs
+    return (0 if method.mapped else weights) + tuned * (own + (method.tune == "lora")) + inputs
 
 
 def base_of(result: dict[str, Any]) -> tuple[str, dict[str, dict[str, float]]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import AutoModelForCausalLM, Lfm2Config, LlamaConfig, MambaConfig, OPTConfig
 
 from forwardtune.objectives import logits_at
 
@@ -26,6 +26,19 @@ OPT = {
 }
 #: name -> (vocabulary, width, inner width, layers, heads, heads of keys and values); the second is TinyLlama's
 LLAMA = {"smollm2-135m": (49152, 576, 1536, 30, 9, 3), "1.1b": (32000, 2048, 5632, 22, 32, 4)}
+#: Hybrids, whose parents read weights of a child: LFM2-350M's shape, and Mamba-130M's.
+HYBRIDS: dict[str, Callable[[], Any]] = {
+    "lfm2-350m": lambda: Lfm2Config(
+        vocab_size=65536,
+        hidden_size=1024,
+        intermediate_size=6656,
+        num_hidden_layers=16,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        full_attn_idxs=[2, 5, 8, 10, 12, 14],
+    ),
+    "mamba-130m": lambda: MambaConfig(vocab_size=50280, hidden_size=768, num_hidden_layers=24, use_mambapy=False),
+}
 #: All shapes: that of SmolLM2-135M, and OPT's by their sizes.
 SHAPES = ("smollm2-135m", *OPT)
 
@@ -33,7 +46,7 @@ SHAPES = ("smollm2-135m", *OPT)
 def make(name: str, dtype: torch.dtype, device: str = "cpu") -> Any:
     """A model of that shape in evaluation mode. Weights are uniform noise, so no operation meets special values."""
     with torch.device("meta"):
-        model = (LlamaForCausalLM(_llama(name)) if name in LLAMA else OPTForCausalLM(_opt(name))).to(dtype)
+        model = AutoModelForCausalLM.from_config(config_of(name)).to(dtype)
     buffers = {key: buffer for key, buffer in model.named_buffers() if buffer.is_meta}
     model = model.to_empty(device=device)
     model.tie_weights()
@@ -44,6 +57,17 @@ def make(name: str, dtype: torch.dtype, device: str = "cpu") -> Any:
         for key in buffers:  # rotary frequencies: made up, too
             model.get_buffer(key).uniform_(0, 1, generator=generator)
     return model.eval()
+
+
+def config_of(name: str) -> Any:
+    """The configuration of a model of that shape."""
+    return HYBRIDS[name]() if name in HYBRIDS else _llama(name) if name in LLAMA else _opt(name)
+
+
+def bytes_of(name: str, dtype: torch.dtype) -> int:
+    """Bytes of all weights of a model of that shape, which is not made."""
+    with torch.device("meta"):
+        return size_of(AutoModelForCausalLM.from_config(config_of(name)).to(dtype))
 
 
 def largest_layer(model: Any) -> int:

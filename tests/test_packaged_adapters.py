@@ -75,6 +75,22 @@ def test_lora_reaches_experts_and_comes_back(family, targets, tmp_path):
     assert torch.allclose(logits(again.merge_and_unload(), ids), tuned, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("query", "names"), [(None, ["kv_b_proj", "q_proj"]), (8, ["kv_b_proj", "q_b_proj"])])
+def test_lora_adapts_latent_attention_by_itself(query, names):
+    latent = {"kv_lora_rank": 8, "q_lora_rank": query, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    experts = {
+        "n_routed_experts": 4,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+    }
+    sizes = {**support.SIZES, "num_key_value_heads": 4, "pad_token_id": 0}
+    table = {"v3": ("DeepseekV3Config", "DeepseekV3ForCausalLM", {**sizes, **latent, **experts})}
+    model = tune(build(table, "v3"), support.tokenizer(), "lora", lora_rank=2)
+    assert list(lora_modules(model)) == names
+
+
 def test_a_target_that_is_neither_is_refused():
     with pytest.raises(InputError, match="no linear layer is called 'expert'"):
         tune(build(EXPERTS, "qwen3_moe"), support.tokenizer(), "lora", lora_targets=["expert"])

@@ -9,11 +9,13 @@ import pytest
 import torch
 
 import support
+from forwardtune import MeZOTrainer, replay
 from forwardtune.errors import InputError
 from forwardtune.models import freeze_unreached, load_model, model_kind
 from forwardtune.tasks.media import require_text
 from support.command import Setting, done, message_of, read, write_jsonl, write_task
 from support.packaged import PACKAGES, build
+from support.trainers import Kill, KilledError, quiet_config
 
 # Where transformers has a class of the language model alone, that is what loads.
 ALONE = {"qwen3_5", "qwen3_5_moe", "llama4", "mllama"}
@@ -39,7 +41,7 @@ def test_the_language_model_of_a_package_loads(family, tmp_path):
         assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, expected)
 
 
-@pytest.mark.parametrize("family", ["gemma3", "qwen3_5", "mllama", "qwen3_vl"])
+@pytest.mark.parametrize("family", ["gemma3", "qwen3_5", "qwen3_5_moe", "llama4", "mllama", "qwen3_vl"])
 def test_it_is_tuned_on_text_and_comes_back(family, tmp_path):
     setting = Setting(saved(family, tmp_path / "model"), write_task(tmp_path / "task"))
     done(*setting.train(tmp_path / "run", steps=2, eval_steps=None, no_before=True))
@@ -111,6 +113,53 @@ def test_a_part_that_text_does_not_enter_is_frozen_and_named(family, parts, tmp_
     assert [name for name, parameter in resumed.items() if not support.same_bits(parameter, replayed[name])] == []
 
 
+def rows(**columns) -> list[dict]:
+    return [{"input_ids": row, "labels": row, **columns} for row in support.token_batch(8).tolist()]
+
+
+def trainer(model, folder: Path, **options) -> MeZOTrainer:
+    data = options.pop("train_dataset", None) or rows()
+    settings = {"max_steps": 4, "learning_rate": 1e-3, "eps": 1e-2, "weight_decay": 0.1}
+    return MeZOTrainer(model=model, args=quiet_config(folder, **{**settings, **options}), train_dataset=data)
+
+
+@pytest.mark.parametrize(("family", "parts"), [
+    ("gemma3", ["model.vision_tower", "model.multi_modal_projector"]), ("qwen3_vl", ["model.visual"]),
+])  # fmt: skip
+def test_a_trainer_leaves_out_what_text_does_not_enter(family, parts, tmp_path, caplog):
+    model = build(PACKAGES, family)
+    before = support.snapshot(model)
+    whole = trainer(model, tmp_path / "whole")
+    whole.train()
+    assert f"text does not enter {', '.join(parts)}: these" in caplog.text
+    inside = tuple(f"{part}." for part in parts)
+    header = header_of(tmp_path / "whole")
+    assert header["run"]["frozen"] == parts
+    assert not [tensor["name"] for tensor in header["tensors"] if tensor["name"].startswith(inside)]
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad  # whoever tunes it on images next finds it as it was
+        assert support.same_bits(parameter, before[name]) == name.startswith(inside), name
+
+    killed = trainer(build(PACKAGES, family), tmp_path / "run")
+    killed.add_callback(Kill(2))
+    with pytest.raises(KilledError):
+        killed.train()
+    resumed = trainer(build(PACKAGES, family), tmp_path / "run")
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.frozen == parts
+    support.assert_same_bits(resumed.model, support.snapshot(model))
+    again = build(PACKAGES, family)
+    assert replay(resumed.step_log, again) == 4
+    support.assert_same_bits(again, support.snapshot(model))
+
+
+@pytest.mark.parametrize("how", [{"train_dataset": rows(pixel_values=[0.0])}, {"move": "all"}], ids=["images", "all"])
+def test_a_trainer_leaves_nothing_out_of_other_data(how, tmp_path):
+    own = trainer(build(PACKAGES, "gemma3"), tmp_path, **how)
+    assert len(own.create_optimizer().tuned) == len(list(own.model.parameters()))
+    assert own.frozen == []
+
+
 def test_everything_moves_where_that_is_wanted(tmp_path):
     """As in the paper."""
     setting = Setting(saved("gemma3", tmp_path / "model"), write_task(tmp_path / "task"))
@@ -121,6 +170,22 @@ def test_everything_moves_where_that_is_wanted(tmp_path):
     assert not any(support.same_bits(parameter, moved[name]) for name, parameter in before.named_parameters())
 
 
+def test_what_longer_texts_alone_enter_is_no_part():
+    """As layers that sum up what lies far behind."""
+    from torch import nn
+
+    class Far(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.near, self.far, self.eye = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)
+
+        def forward(self, input_ids, attention_mask):
+            hidden = self.near(input_ids[:, :2].float())
+            return self.far(hidden) if input_ids.shape[1] > 100 else hidden
+
+    assert freeze_unreached(Far()) == {"eye": 6}
+
+
 def test_experts_of_a_list_are_no_part():
     """Other texts may be routed to them."""
     from torch import nn
@@ -129,7 +194,7 @@ def test_experts_of_a_list_are_no_part():
         def __init__(self) -> None:
             super().__init__()
             self.experts = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
-            self.eye, self.device = nn.Linear(2, 2), torch.device("cpu")
+            self.eye = nn.Linear(2, 2)
 
         def forward(self, input_ids, attention_mask):
             return self.experts[1](input_ids[:, :2].float())
@@ -157,4 +222,5 @@ def test_attention_that_is_not_there_is_refused(name, words, tmp_path):
     setting = Setting(support.save_tiny_model(tmp_path / "model"), write_task(tmp_path / "task"))
     said = message_of(*setting.train(tmp_path / "run", attn_implementation=name))
     assert words in said
+    assert "sdpa" in said  # what to do
     assert not (tmp_path / "run").exists()

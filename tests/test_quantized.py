@@ -118,7 +118,7 @@ def test_weights_beside_the_integers_are_tuned_and_replayed(load: Load, kind: st
     assert torch.equal(logits(again), logits(model))
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "gptq"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mode", ["prefix", "norm"])
 def test_prefixes_and_norms_are_tuned_too(load: Load, kind: str, mode: str, tmp_path: Path) -> None:
     model, optimizer = tuned(load, kind, mode, tmp_path / "steps.jsonl", steps=2)
@@ -145,7 +145,7 @@ def test_integers_are_never_tuned(load: Load, kind: str) -> None:
     model, tokenizer = load(kind)
     with pytest.raises(InputError, match=r"quantised.*lora or prefix.*norm\|bias"):
         tune(model, tokenizer, "all")
-    if kind != "gptq":  # whose integers are no parameters
+    if kind not in ("gptq", "awq"):  # whose integers are no parameters
         with pytest.raises(InputError, match=r"layers.0.self_attn.q_proj.weight\w* is quantised.*lora or prefix"):
             tune(model, tokenizer, r"layers\.0\.")
 
@@ -307,7 +307,7 @@ def test_the_commands_quantise_as_they_load(setting: Setting, kind: str, tmp_pat
     assert "--quantize" in done(*plan, "--quantize", kind, "--tune", "lora").err
 
 
-@pytest.mark.parametrize("kind", ["bitsandbytes-nf4", "torchao-int8", "compressed-w4"])
+@pytest.mark.parametrize("kind", ["bitsandbytes-nf4", "torchao-int8", "compressed-w4", "gptq", "awq"])
 def test_the_commands_know_a_quantised_checkpoint(
     setting: Setting, stored: Callable[[str], Path], kind: str, tmp_path: Path
 ) -> None:

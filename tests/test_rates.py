@@ -178,3 +178,16 @@ def test_the_numbers_of_the_watch_are_the_guards() -> None:
     assert guard.lr == 2.0
     assert guard.measured(2, 8.1) == GoBack(1, 1.0, "worse")  # hardly worse
     assert guard.measured(3, 20.0) == GoBack(1, 0.25, "worse")
+
+
+def test_the_rate_falls_behind_the_search_where_examples_have_directions() -> None:
+    plan = Plan.of(100, 2, find_eps=False, per_example=True)
+    assert plan.fall == pytest.approx(math.sqrt(10))
+    assert Plan.read(plan.content()) == plan
+    assert "fall" not in Plan.of(100, 2, find_eps=False).content()
+    falls = Plan(held=4, batches=1, tries=7, every=5, fall=4.0)
+    (_, taken), *_ = Number(falls, steps=4).run(4).all("take")
+    run = Number(falls, steps=4).run(4)
+    assert run.rate == taken / 4
+    guessed = Number(Plan(held=4, batches=1, tries=0, every=9, fall=4.0)).run(4)
+    assert guessed.rate == guessed.all("take")[0][1]  # there was no search, and so no jump

@@ -140,7 +140,7 @@ def test_the_way_that_is_asked_for_is_named_and_there_once(config_alone: Path) -
     assert "--lora-rank 4" in rows["LoRA over nf4"]["command"]
     assert "--lora-rank" not in rows["all weights"]["command"]
     own, _ = planned(**common, tune="norm")
-    assert list(own)[:2] == [ways.ASKED, "all weights"]
+    assert list(own) == [ways.ASKED, *ways.WAYS]
 
 
 def test_other_ways_are_measured_in_processes_of_their_own(
@@ -153,7 +153,7 @@ def test_other_ways_are_measured_in_processes_of_their_own(
         "LoRA of nothing": {"tune": "lora", "lora_targets": "nothing"},
     }
     monkeypatch.setattr(ways, "WAYS", changes)
-    rows, said = planned(model=setting.model, task=setting.task, batch_size=4, lr=1e-3, time_budget="1h")
+    rows, said = planned(model=setting.model, task=setting.task, batch_size=4, lr=1e-3, time_budget="1h", tune="all")
     assert list(rows) == list(changes)
     for way in ("all weights", "LoRA"):
         row = rows[way]
@@ -172,7 +172,7 @@ def test_other_ways_are_measured_in_processes_of_their_own(
 
 def test_what_does_not_fit_is_not_loaded(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ways, "WAYS", {"all weights": {"tune": "all"}, "LoRA": {"tune": "lora"}})
-    rows, said = planned(model=setting.model, task=setting.task, batch_size=4, memory="1MiB")
+    rows, said = planned(model=setting.model, task=setting.task, batch_size=4, memory="1MiB", tune="all")
     assert "all weights: does not fit, and is not loaded" in said
     for row in rows.values():
         assert row["fits"] is False
@@ -199,7 +199,8 @@ def test_an_adapter_alone_tells_nothing(tmp_path: Path) -> None:
     "changes",
     [
         {},
-        {"assignment": "example"},
+        {"tune": "all"},
+        {"tune": "all", "assignment": "example"},
         {"tune": "lora"},
         {"tune": "lora", "quantize": "int8"},
         {"tune": "lora", "quantize": "nf4"},

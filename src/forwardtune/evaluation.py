@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .models import model_kind
+from .models import model_kind, takes_lengths
 from .objectives import (
     Context,
     Reward,
@@ -173,7 +173,7 @@ def find_layout(model: Any, tokenizer: Any, examples: Sequence[Encoded]) -> Layo
 
     Packed rows and shared prompts need a model that honours position ids and a block mask. Whether it does is found by
     trying it on a few examples that would be packed or have long options. Examples longer than a sliding window keep
-    the plain layout, whose mask is the model's own.
+    the plain layout, whose mask is the model's own. Attention of variable length takes no masks, and needs none: with it all stand in one row.
     """
     plain = plain_layout(model, tokenizer)
     if model.device.type == "meta":  # nothing can be tried without weights: as most models
@@ -182,8 +182,10 @@ def find_layout(model: Any, tokenizer: Any, examples: Sequence[Encoded]) -> Layo
         return plain  # nothing to score
     by_length = sorted(examples, key=lambda example: example.length)
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    window = getattr(config, "sliding_window", None)
-    if window is not None and by_length[-1].length > window:  # the block mask would take the window's place
+    window, lengths = getattr(config, "sliding_window", None), takes_lengths(model)
+    if (
+        not lengths and window is not None and by_length[-1].length > window
+    ):  # the block mask would take the window's place
         return plain
     # Two that fit into one row beside the longest, and one with long options: enough to see what the model honours.
     chosen = by_length[:2] + by_length[2:][-1:]
@@ -191,7 +193,8 @@ def find_layout(model: Any, tokenizer: Any, examples: Sequence[Encoded]) -> Layo
     trial = [_shortened(example, length) for example, length in zip(chosen, (12, 20, 48, 48), strict=False)]
     expected = option_scores(model, _inputs(model, trial, plain, None))
     best = replace(plain, shared=True, packed=True)
-    for layout in (best, replace(best, first_position=padding_id(tokenizer) + 1), replace(best, packed=False)):
+    blocks = (best, replace(best, first_position=padding_id(tokenizer) + 1), replace(best, packed=False))
+    for layout in (replace(plain, packed=True, flat=True),) if lengths else blocks:
         if _agrees(model, trial, layout, expected):
             return layout
     return plain
@@ -214,7 +217,10 @@ def _inputs(model: Any, batch: Sequence[Encoded], layout: Layout, context: Conte
         skip = len(context.tokens)
         batch = [replace(e, prompt=e.prompt[skip:]) for e in batch]
         layout = replace(layout, context=skip)
-    inputs: dict[str, Any] = {name: tensor.to(model.device) for name, tensor in collate(batch, layout).items()}
+    inputs = {
+        name: value.to(model.device) if isinstance(value, Tensor) else value
+        for name, value in collate(batch, layout).items()
+    }
     if context is not None:
         inputs["past_key_values"] = context.repeated(len(inputs["input_ids"]))
     return inputs

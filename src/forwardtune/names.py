@@ -16,7 +16,7 @@ PERTURBATIONS = ("auto", "scratch", "copy", "side_path", "both_signs")
 #: Of :class:`forwardtune.MeZO`: what a step moves.
 MOVES = ("read", "all")
 #: Of ``forwardtune train``.
-METHODS = ("mezo", "adam")
+METHODS = ("forward", "mezo", "adam")
 #: Of transformers, those that need no further settings.
 LR_SCHEDULERS = ("constant", "linear", "cosine", "inverse_sqrt", "polynomial")
 #: Of :mod:`forwardtune.models`: how a dense checkpoint is quantised as it is loaded.

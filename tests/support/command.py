@@ -126,7 +126,7 @@ class Setting:
     def train(self, folder: Path, **changes: object) -> list[object]:
         """Arguments of ``train``; None leaves an option out, True makes it a flag."""
         options: dict[str, object] = {"model": self.model, "task": self.task, "output_dir": folder}
-        options |= {"steps": STEPS, "batch_size": 4, "lr": 1e-3, "device": "cpu"}
+        options |= {"method": "mezo", "steps": STEPS, "batch_size": 4, "lr": 1e-3, "device": "cpu"}
         options |= {"eps": None if changes.get("method") == "adam" else 1e-3, **changes}
         return ["train", *flags(options)]
 

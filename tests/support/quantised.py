@@ -23,6 +23,7 @@ STORED = {
     "compressed-w8a8": "compressed_tensors",
     "compressed-fp8": "compressed_tensors",
     "gptq": "gptqmodel",
+    "awq": "gptqmodel",
 }
 _GROUP = 32
 
@@ -49,8 +50,8 @@ def save_quantised(folder: Path, dense: Path, kind: str) -> Path:
     tokenizer().save_pretrained(folder)
     if kind.startswith("compressed"):
         _save_compressed(folder, kind)
-    elif kind == "gptq":
-        _save_gptq(folder)
+    elif kind in ("gptq", "awq"):
+        _save_packed(folder, kind)
     else:
         import transformers
 
@@ -102,35 +103,42 @@ def _save_compressed(folder: Path, kind: str) -> None:
     compressor.update_config(str(folder))
 
 
-def _save_gptq(folder: Path) -> None:
+def _save_packed(folder: Path, kind: str) -> None:
     from safetensors.torch import save_file
 
     model, tensors = dense_model(torch.float16), {}
     for name, tensor in model.state_dict().items():
         if name.endswith("proj.weight"):
-            tensors |= {name.removesuffix("weight") + key: value for key, value in _packed(tensor).items()}
+            tensors |= {name.removesuffix("weight") + key: value for key, value in _packed(tensor, kind).items()}
         else:
             tensors[name] = tensor.contiguous().clone()
-    quantised = {"quant_method": "gptq", "bits": 4, "group_size": _GROUP, "desc_act": False, "sym": True}
-    write_config(folder, model, {**quantised, "checkpoint_format": "gptq"})
+    layout = {
+        "gptq": {"desc_act": False, "sym": True, "checkpoint_format": "gptq"},
+        "awq": {"zero_point": True, "version": "gemm"},
+    }
+    write_config(folder, model, {"quant_method": kind, "bits": 4, "group_size": _GROUP, **layout[kind]})
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def _packed(weight: Tensor) -> dict[str, Tensor]:
-    """GPTQ's layout: eight numbers of 4 bits in an integer, along the inputs; the zero is 8, stored as 7."""
+def _packed(weight: Tensor, kind: str) -> dict[str, Tensor]:
+    """Eight numbers of 4 bits in an integer: GPTQ's along the inputs, with a zero of 8 stored as 7; AWQ's along the outputs, those with even
+    numbers before those with odd ones."""
     out, inner = weight.shape
     grouped = weight.float().reshape(out, inner // _GROUP, _GROUP)
     scales = (grouped.abs().amax(-1) / 7).clamp(min=1e-8)
     numbers = (torch.round(grouped / scales[..., None]) + 8).clamp(0, 15).reshape(out, inner).long().T
-    packed = torch.zeros(inner // 8, out, dtype=torch.int64)
-    for place in range(8):
-        packed |= numbers[place::8] << (4 * place)
-    return {
-        "qweight": torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32),
-        "qzeros": torch.full((inner // _GROUP, out // 8), 0x77777777, dtype=torch.int32),
+    eighth = (
+        [numbers[i::8] for i in range(8)] if kind == "gptq" else [numbers[:, i::8] for i in (0, 2, 4, 6, 1, 3, 5, 7)]
+    )
+    packed = sum(part << (4 * place) for place, part in enumerate(eighth))
+    integers = {
+        "qweight": torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32).contiguous(),
+        "qzeros": torch.full(
+            (inner // _GROUP, out // 8), 0x77777777 if kind == "gptq" else 0x88888888 - 2**32, dtype=torch.int32
+        ),
         "scales": scales.T.contiguous().half(),
-        "g_idx": (torch.arange(inner) // _GROUP).to(torch.int32),
     }
+    return integers | ({"g_idx": (torch.arange(inner) // _GROUP).to(torch.int32)} if kind == "gptq" else {})
 
 
 def save_fp8(folder: Path, block: int = 32) -> Path:

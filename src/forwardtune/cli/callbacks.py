@@ -78,7 +78,7 @@ class Monitor(TrainerCallback):
             say(f"the time is over after step {state.global_step} of {state.max_steps}")
         if self._interrupted:
             control.should_training_stop = True
-            control.should_save = self._options.method == "mezo"
+            control.should_save = self._options.method != "adam"
 
     @contextmanager
     def watch(self, done: int) -> Iterator[None]:
@@ -159,7 +159,7 @@ class ObjectiveLog(TrainerCallback):
 
 
 class DevWatcher(TrainerCallback):
-    """Measures the development split every so many steps and at the end, and remembers which step was best.
+    """Measures the development split every so many steps, when it is due, and at the end, and remembers which step was best.
 
     Steps are compared by the loss where that is tuned, as it is less noisy, else by the task's metric, for which the loss decides
     between equals. A run that finds its learning rate is measured before its first step too.
@@ -170,6 +170,7 @@ class DevWatcher(TrainerCallback):
         monitor: knows whether steps are held back, so that the weights are still untuned, and whether the time is over.
         report: called with every step and what was measured after it, as something that should fall.
         improved: called with the model when a step is better than all before it.
+        is_due: whether to measure after a step in any case.
 
     Attributes:
         lines: ``{"step": ..., "dev": ...}`` of every measurement.
@@ -184,13 +185,14 @@ class DevWatcher(TrainerCallback):
         monitor: Monitor,
         report: Callable[[int, float], object] = lambda step, value: None,
         improved: Callable[[Any], object] = lambda model: None,
+        is_due: Callable[[int], bool] = lambda step: False,
     ) -> None:
         options = session.options
         self._every, self._patience, self._untuned = options.eval_steps, options.patience, options.lr == AUTO
         by_loss = options.objective == "loss" and session.task.loss != "none"
         self._metric = "loss" if by_loss else session.metric
         self._session, self._file, self._monitor = session, file, monitor
-        self._report, self._improved = report, improved
+        self._report, self._improved, self._is_due = report, improved, is_due
         self.gave_up = False
         self.log: Callable[[dict[str, float]], object] = lambda values: None
         self.lines = read_lines(file)
@@ -211,7 +213,8 @@ class DevWatcher(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         step = state.global_step
         last = step == state.max_steps or self._monitor.is_over
-        if not last and (self._every is None or step % self._every or self._monitor.held()):
+        is_planned = self._every is not None and (step % self._every == 0 or self._is_due(step))
+        if not last and (not is_planned or self._monitor.held()):
             return
         best = self.measure(step, model)
         in_vain = sum(line["step"] > best["step"] for line in self.lines)

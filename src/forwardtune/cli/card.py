@@ -29,7 +29,9 @@ def write_card(folder: Path, session: Session, metrics: dict[str, Any], log: Log
     adapted = (folder / "adapter_config.json").is_file()
     name, base, method = folder.resolve().name, _base(metrics["model"]), metrics["method"]
     how = (
-        f"MeZO ({_PAPER}): forward passes only, no backpropagation" if method == "mezo" else "backpropagation with Adam"
+        "backpropagation with Adam"
+        if method == "adam"
+        else f"forward passes only, no backpropagation, after MeZO ({_PAPER})"
     )
     parts = [
         f"---\n{_data(session, metrics, name, adapted).to_yaml()}\n---\n",
@@ -64,7 +66,7 @@ def _data(session: Session, metrics: dict[str, Any], name: str, adapted: bool) -
         base_model=on_hub,
         library_name="peft" if adapted else "transformers",
         pipeline_tag="text-generation" if model_kind(session.model) == "causal" else "fill-mask",
-        tags=["mezo", "forwardtune", "zeroth-order-optimization"] if metrics["method"] == "mezo" else ["forwardtune"],
+        tags=["mezo", "forwardtune", "zeroth-order-optimization"] if metrics["method"] != "adam" else ["forwardtune"],
         datasets=[session.task.hub["path"]] if session.task.hub else None,
         metrics=[metrics["metric"]],
         model_name=name,

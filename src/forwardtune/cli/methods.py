@@ -89,6 +89,7 @@ def _run_mezo(session: Session, folder: Path, log: Log | None, settings: dict[st
         last=lambda: trainer.mezo.last,
         held=lambda: trainer.mezo.held is not None,
         report=automatic.measured,
+        is_due=automatic.has_jumped,
     )
     with warnings.catch_warnings():
         if options.objective != "loss":  # an accuracy often stands still: advise() says it, with what to do
@@ -271,6 +272,7 @@ class _AdamSteps(TrainerCallback):
 
 
 METHODS: dict[str, Callable[[Session, Path, Log | None, dict[str, Any]], Trained | None]] = {
+    "forward": train_mezo,
     "mezo": train_mezo,
     "adam": train_adam,
 }

@@ -310,7 +310,7 @@ def _report(metrics: dict[str, Any], folder: Path, method: str, as_json: bool) -
         say("the weights are untuned: no step was better on the dev split")
     elif metrics.get("best_step", metrics["steps"]) != metrics["steps"]:
         say(f"the weights are those of step {metrics['best_step']}, which was best on the dev split")
-    say(f"model, {LOG if method == 'mezo' else HISTORY} and {METRICS} are in {folder}")
+    say(f"model, {HISTORY if method == 'adam' else LOG} and {METRICS} are in {folder}")
     _say_what_next(folder, answers="token_accuracy" not in metrics["test"])
     if as_json:
         print(json.dumps(plain(metrics)))

@@ -50,7 +50,7 @@ def prepare_model(
         of_run = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in tensors}
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.requires_grad and id(parameter) in of_run)
-    elif options.method == "mezo" and options.move == "read" and (parts := freeze_unreached(model)):
+    elif options.method != "adam" and options.move == "read" and (parts := freeze_unreached(model)):
         numel = sum(parts.values())
         say(
             f"text does not enter {', '.join(parts)}: these {numel:,} weights stay as they are (--move all tunes them too)"

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 #: Title -> what of a run's settings makes it.
 WAYS: dict[str, dict[str, Any]] = {
+    "late feed-forward matrices, as by default": {"tune": "late-mlp"},
     "all weights": {"tune": "all"},
     "all weights, a direction for every example": {"tune": "all", "assignment": "example"},
     "all weights, offloaded to a file": {"tune": "all", "offload": "disk"},
@@ -37,7 +38,7 @@ ASKED = "as it is asked for"
 #: In the place of a task that is not named.
 NO_TASK = "TASK"
 # Settings that a way has of its own.
-_OWN = ("tune", "prefix_length", "quantize", "assignment", "rank", "refresh", "perturbation", "offload")
+_OWN = ("method", "tune", "prefix_length", "quantize", "assignment", "rank", "refresh", "perturbation", "offload")
 _LENGTHS = ("steps", "epochs", "time_budget")
 # A row is not tried that would take more than this share of the memory.
 _SAFE = 0.95
@@ -96,21 +97,17 @@ def rows_of(asked: Asked) -> list[Row]:
     """The run that is asked for, and every other way that its settings allow."""
     rows, own = [Row(ASKED, asked.settings)], asked.describe()
     for title, changes in WAYS.items():
-        if all(getattr(own, name, None) == value for name, value in changes.items()) and all(
-            getattr(own, name, None) in (None, one.default)
-            for name, one in options(Train).items()
-            if name in _OWN and name not in changes
-        ):
-            rows[0].title = title
-            continue
         kept = {
             name: value
             for name, value in asked.settings.items()
             if name not in _OWN and (changes["tune"] == "lora" or not name.startswith("lora_"))
         }
         with suppress(InputError):  # the objective or another setting has no meaning with it
-            described(asked, settings := kept | changes)
-            rows.append(Row(title, settings))
+            run = described(asked, settings := kept | changes)
+            if all(getattr(run, name, None) == getattr(own, name, None) for name in _OWN):
+                rows[0].title = title
+            else:
+                rows.append(Row(title, settings))
     return rows
 
 

@@ -39,9 +39,9 @@ class Refusal:
 
 _COMBINATIONS = (
     Refusal(
-        "<quantize> {quantize} leaves integers in the place of most weights, and <tune> all would have to move them: give <tune> lora, "
-        "prefix, or a pattern of names, such as 'norm|bias'",
-        lambda run, given: run.quantize is not None and run.tune == "all",
+        "<quantize> {quantize} leaves integers in the place of most weights, and <tune> {tune} would have to move them: give <tune> "
+        "lora, prefix, or a pattern of names, such as 'norm|bias'",
+        lambda run, given: run.quantize is not None and run.tune in ("all", "late-mlp"),
         {"quantize": "nf4", "tune": "all"},
     ),
     Refusal(
@@ -135,8 +135,8 @@ _COMBINATIONS = (
         ("train", "plan", "eval", "probe"),
     ),
     Refusal(
-        "plan measures steps of <method> mezo, not of {method}: leave <method> out",
-        lambda run, given: run.method != "mezo",
+        "plan measures steps of forward passes, not of <method> {method}: leave <method> out",
+        lambda run, given: run.method == "adam",
         {"method": "adam"},
         ("plan",),
     ),

@@ -61,7 +61,7 @@ class Data:
     attn_implementation: str | None = option(
         None,
         "eager, sdpa, flash_attention_2 or another that transformers knows",
-        shown="sdpa where the model has it",
+        shown="the fastest that is installed and works: FlashAttention on a GPU, or sdpa",
     )
     batch_size: int = option(
         16, "examples in a minibatch", bounds=POSITIVE, defaults={"adam": 8}, argument="per_device_train_batch_size"
@@ -138,7 +138,7 @@ class Chat(Generation):
     system: str | None = option(None, "what the model is told before the conversation", shown="nothing")
 
 
-_MEZO = {"method": ("mezo",)}
+_MEZO = {"method": ("forward", "mezo")}
 _of_mezo = partial(option, only=_MEZO)
 
 
@@ -166,7 +166,10 @@ class MeZOSettings:
     )
     direction: str = _of_mezo("gaussian", "distribution of directions", choices=names.DIRECTIONS)
     assignment: str = _of_mezo(
-        "shared", "directions shared by the minibatch, or one for each example", choices=names.ASSIGNMENTS
+        "shared",
+        "directions shared by the minibatch, or one for each example",
+        choices=names.ASSIGNMENTS,
+        defaults={"forward": "example"},
     )
     rank: int | None = _of_mezo(
         None, "of low-rank directions of matrices; 0: full ones", shown="0; 1 for each example", bounds=NOT_NEGATIVE
@@ -197,7 +200,12 @@ class MeZOSettings:
 class Train(MeZOSettings, Data):
     """What ``train`` does, and ``plan`` measures."""
 
-    method: str = option("mezo", "mezo, or adam: backpropagation", choices=names.METHODS)
+    method: str = option(
+        "mezo",
+        "forward, what won the comparison; mezo, the paper's; or adam: backpropagation",
+        shown="forward; mezo where a setting of the method is given",
+        choices=names.METHODS,
+    )
     objective: str = _of_mezo("loss", "loss, accuracy, f1, exact_match, module:function, file.py:function, or a sum")
     class_weights: str | None = option(
         None, "weights of classes in the loss: balanced, or labels with weights such as spam=5,ham=1", shown="all alike"
@@ -211,7 +219,9 @@ class Train(MeZOSettings, Data):
         free=True,
         metavar="STEPS",
     )
-    tune: str = option("all", "all, lora, prefix, or a pattern of parameter names")
+    tune: str = option(
+        "all", "all, late-mlp, lora, prefix, or a pattern of parameter names", defaults={"forward": "late-mlp"}
+    )
     lora_rank: int = option(8, "width of the LoRA matrices", bounds=POSITIVE, only={"tune": ("lora",)})
     lora_alpha: float = option(16.0, "scale of LoRA, times 1/rank", bounds=POSITIVE, only={"tune": ("lora",)})
     lora_targets: str | None = option(
@@ -287,13 +297,26 @@ def with_defaults(command: str, given: Mapping[str, Any]) -> Any:
     """The description of a command's run, with defaults for what was not given. Nothing is refused."""
     declared = options(COMMANDS[command])
     known = {name: value for name, value in given.items() if value is not None}
-    method = known.get("method", "mezo")
+    method = known.get("method") or usual_method(known)
+    known = {**known, "method": method} if "method" in declared else known
     return COMMANDS[command](**{name: one.defaults.get(method, one.default) for name, one in declared.items()} | known)
+
+
+#: Who gives one of these says how the method shall be, and gets the rest of it as the paper has it.
+_OF_THE_METHOD = frozenset(
+    ("probes", "estimator", "normalize", "rule", "direction", "assignment", "rank", "refresh", "perturbation")
+)
+
+
+def usual_method(given: Mapping[str, Any]) -> str:
+    """The method of a run that does not name one: ``forward``, if nothing else is said of the method, of what is tuned or of the objective."""
+    is_plain = not given.keys() & _OF_THE_METHOD and given.get("objective", "loss") == "loss"
+    return "forward" if is_plain and given.get("tune", "late-mlp") == "late-mlp" and "quantize" not in given else "mezo"
 
 
 def recorded(run: Any) -> Train:
     """The description that a step log's header has; what it does not say is default."""
-    known = run if isinstance(run, dict) else {}
+    known = {"method": "mezo", **(run if isinstance(run, dict) else {})}
     described: Train = with_defaults("train", {name: known[name] for name in options(Train) if name in known})
     return described
 

@@ -52,6 +52,10 @@ class Automatic(TrainerCallback):
         """Whether somebody else measures held-out examples."""
         return bool(self.measured_elsewhere or self._trainer.args.eval_strategy != IntervalStrategy.NO)
 
+    def has_jumped(self, step: int) -> bool:
+        """Whether the steps that were held back were taken just now: a point to go back to, as what follows may lead away from it."""
+        return self._driver is not None and self._driver.has_jumped(step)
+
     @property
     def _point_path(self) -> Path:
         return Path(self._trainer.run_folder / RETURN_POINT)
@@ -130,7 +134,9 @@ class Automatic(TrainerCallback):
         if self._driver is not None:
             if not self._driver.stepped():
                 control.should_save = control.should_training_stop = False  # what is held is in no checkpoint
-            elif state.global_step >= state.max_steps and args.eval_strategy == IntervalStrategy.STEPS:
+            elif args.eval_strategy == IntervalStrategy.STEPS and (
+                state.global_step >= state.max_steps or self.has_jumped(state.global_step)
+            ):
                 control.should_evaluate = True  # the last steps are judged as well, however many they are
         elif self._given is not None and last is not None:
             warning = self._given.stepped(state.global_step, math.nan if last.skipped else last.loss)

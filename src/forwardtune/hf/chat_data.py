@@ -5,12 +5,15 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import datasets
 import torch
 
 from ..errors import InputError, warn
+from ..models import takes_lengths
+from ..tasks.batching import lengths_of
 from ..tasks.chat import TASK, ChatTask, form_of
 from ..tasks.chat_tokens import ChatTokens
 from ..tasks.tokens import padding_id
@@ -69,6 +72,7 @@ class ChatData:
 
     def settle(self, trainer: Any) -> None:
         """See to it that the model keeps packed rows apart, when the trainer has put it where it will be."""
+        trainer.data_collator.flat = takes_lengths(trainer.model) and trainer.args.assignment != "example"
         if self.packing:
             require_apart(trainer.model, trainer.train_dataset, trainer.data_collator)
 
@@ -164,12 +168,21 @@ class ChatCollator:
 
     Returns:
         ``input_ids`` and ``labels`` (batch, length), and ``attention_mask``; of packed rows ``position_ids`` in its place, by which
-        transformers keeps the sequences of a row apart, and ``use_cache=False``, without which it does not.
+        transformers keeps the sequences of a row apart, and ``use_cache=False``, without which it does not. A flat batch is one row of all
+    packed rows, (1, tokens), with :func:`~forwardtune.tasks.batching.lengths_of` its sequences: for attention that takes no masks.
     """
 
     tokenizer: Any
+    flat: bool = False
 
     def __call__(self, rows: Sequence[Mapping[str, list[int]]]) -> dict[str, Any]:
+        if self.flat and "position_ids" in rows[0]:
+            row = {
+                name: [value for row in rows for value in row[name]] for name in ("input_ids", "labels", "position_ids")
+            }
+            starts = [i for i, place in enumerate(row["position_ids"]) if place == 0]
+            sizes = [end - begin for begin, end in pairwise([*starts, len(row["input_ids"])])]
+            return {name: torch.tensor([row[name]]) for name in row} | {"use_cache": False, **lengths_of(sizes)}
         length = max(len(row["input_ids"]) for row in rows)
 
         def padded(name: str, value: int) -> torch.Tensor:
@@ -182,8 +195,8 @@ class ChatCollator:
         }
         if "position_ids" in rows[0]:
             return {**batch, "position_ids": padded("position_ids", 0), "use_cache": False}
-        sizes = torch.tensor([[len(row["input_ids"])] for row in rows])
-        return {**batch, "attention_mask": (torch.arange(length) < sizes).long()}
+        ends = torch.tensor([[len(row["input_ids"])] for row in rows])
+        return {**batch, "attention_mask": (torch.arange(length) < ends).long()}
 
 
 @torch.no_grad()
@@ -197,12 +210,12 @@ def require_apart(model: Any, rows: Iterable[Mapping[str, list[int]]], collator:
         return  # no row holds two
     first, second = row["input_ids"][: starts[1]][-16:], row["input_ids"][starts[1] :][:16]
     tokens, places = [*first, *second], [*range(len(first)), *range(len(second))]
-    batch = collator([{"input_ids": tokens, "labels": tokens, "position_ids": places}])
+    batch = collator([{"input_ids": tokens, "labels": tokens, "position_ids": places}] * 2)
     on = {name: value.to(model.device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
     training = model.training
     model.eval()
     try:
-        together = model(**on).logits[0, len(first) :].float()
+        together = model(**on).logits[0, len(first) : len(tokens)].float()
         alone = model(input_ids=torch.tensor([second], device=model.device), use_cache=False).logits[0].float()
         apart = torch.allclose(together, alone, rtol=0.05, atol=0.05)
     except TypeError:  # it takes no positions

@@ -6,10 +6,26 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from transformers.trainer_utils import has_length
+
 from ..errors import warn
 from ..models.quantised import keep_as_stored
 
 _ABSENT = object()
+# Columns of text in tokens, as tokenizers, processors and the data sets prepared here name them.
+_OF_TEXT = {
+    "input_ids", "attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids", "special_tokens_mask", "labels", "label",
+    "completion_mask", "assistant_masks", "seq_lengths", "length",
+}  # fmt: skip
+
+
+def is_text(dataset: Any) -> bool:
+    """Whether a data set holds nothing but tokens, as far as its columns, or those of its first row, say."""
+    columns = getattr(dataset, "column_names", None)
+    if columns is None and has_length(dataset) and hasattr(dataset, "__getitem__") and len(dataset):
+        row = dataset[0]
+        columns = row.keys() if isinstance(row, Mapping) else None
+    return columns is not None and set(columns) <= _OF_TEXT
 
 
 @contextmanager

@@ -101,7 +101,8 @@ class LogKeeper(TrainerCallback):
                 )
             optimizer.meet()
             plan = automatic.plan(state.max_steps)
-            self._log = StepLog(trainer.step_log, optimizer, trainer._run, lock=lock)
+            run = {**(trainer._run or {}), "frozen": trainer.frozen} if trainer.frozen else trainer._run
+            self._log = StepLog(trainer.step_log, optimizer, run, lock=lock)
             trainer.run_logs.opened(trainer.step_log)
             automatic.begin(self._log, plan)
             if cores is not None and torch.get_num_threads() < cores.most:

@@ -17,6 +17,7 @@ from ..config import AUTO, MeZOSettings, options
 from ..cores import SharedCores
 from ..errors import InputError
 from ..method.estimators import get_estimator
+from ..models import unreached
 from ..noise import compile_kernels
 from ..optimizer import MeZO
 from ..points.both_signs import BothSigns
@@ -29,7 +30,7 @@ from .automatic import Automatic
 from .config import MeZOConfig
 from .data_sets import prepared_data
 from .example_losses import ExampleLosses
-from .given import quantised_base, warn_of_missing_ends
+from .given import is_text, quantised_base, warn_of_missing_ends
 from .log_keeper import LogKeeper, steps_in_pass
 from .model_card import describe
 from .resuming import Resumption
@@ -91,6 +92,8 @@ class MeZOTrainer(Trainer):
         #: Which log a run writes.
         self.run_logs = RunLogs()
         self._run = run
+        #: Parts of the model that the text does not enter, by name: they are not tuned.
+        self.frozen: list[str] = []
         asked = signature(Trainer.__init__).bind(self, *args, **kwargs).arguments
         given = asked.get("model")
         if not isinstance(asked.get("args"), MeZOConfig):
@@ -150,7 +153,8 @@ class MeZOTrainer(Trainer):
         if self.optimizer is None:
             model = self.model if model is None else model
             decayed = set(self.get_decay_parameter_names(model))
-            tuned = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+            left = self._left_out(model)
+            tuned = [(name, p) for name, p in model.named_parameters() if p.requires_grad and id(p) not in left]
             groups = [
                 {"params": [p for name, p in tuned if name in decayed], "weight_decay": self.args.weight_decay},
                 {"params": [p for name, p in tuned if name not in decayed], "weight_decay": 0.0},
@@ -180,6 +184,24 @@ class MeZOTrainer(Trainer):
                 announce=self.automatic.announce,
             )
         return self.optimizer
+
+    def _left_out(self, model: nn.Module) -> set[int]:
+        """The ids of the weights of parts that text does not enter, of a run on text; of a run that goes on, those which it left out."""
+        if self._logged:
+            self.frozen = self._logged["run"].get("frozen", [])
+            tuned = {tensor["name"] for tensor in self._logged["tensors"]}
+            kept = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in tuned}
+            return {id(p) for p in model.parameters()} - kept if self.frozen else set()
+        parts = unreached(model.eval()) if self.args.move == "read" else {}
+        if parts and self._data is None and not is_text(self.train_dataset):
+            parts = {}
+        self.frozen = list(parts)
+        left = {id(p): p.numel() for part in parts.values() for p in part}
+        if parts:
+            self.automatic.announce(
+                f"text does not enter {', '.join(parts)}: these {sum(left.values()):,} weights stay as they are (move='all' tunes them too)"
+            )
+        return set(left)
 
     def _parts(self) -> int:
         """Into how many parts minibatches are cut: as was said, or as the run's log has it."""

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ..errors import InputError, nearest
+from .attention import use_fastest
 from .converted import through_cache
 from .kinds import base_model, is_adapted, is_package, loader_of
 from .prefix import prefix_length
@@ -59,8 +60,9 @@ def load_model(
         dtype: of the base model: ``auto`` (as stored; float32 for GGUF), ``float32``, ``bfloat16`` or ``float16``.
         device: a torch device, such as ``cpu`` or ``cuda``, ``auto``, which spreads the layers over all GPUs, or ``meta``, for which no
             weights are read (:func:`blank_model`).
-        attn_implementation: as in ``from_pretrained``: ``eager``, ``sdpa``, ``flash_attention_2`` ...; by default torch's own fused
-            attention (sdpa) where the model has it, which takes the masks of packed rows, else eager.
+        attn_implementation: as in ``from_pretrained``: ``eager``, ``sdpa``, ``flash_attention_2`` ...; by default FlashAttention where it is
+            installed and the model computes the same with it (on a GPU, in half precision), else torch's own fused attention (sdpa) where
+            the model has it, else eager.
         quantize: ``nf4``, ``int8`` or ``int4`` (:mod:`forwardtune.models.quantised`): quantise the base model as it is loaded. A checkpoint
             that is quantised already is loaded as it is stored.
         announce: told what takes long, and of a quantised checkpoint that transformers makes dense on this device.
@@ -147,7 +149,8 @@ def context_length(model: Any) -> int:
     """The longest input that the model's configuration and its prefix allow."""
     base = base_model(model)
     config = base.config.get_text_config()
-    length = int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 1 << 20)
+    length = int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 0)
+    length = length if length > 0 else 1 << 20  # XLNet's is -1
     for module in base.modules():
         is_positions = isinstance(module, nn.Embedding) and module.num_embeddings == length
         if is_positions and module is not base.get_input_embeddings() and module.padding_idx is not None:
@@ -197,7 +200,12 @@ def _load_base(
         # Collators take padding out of the labels: with the end of text in its place nothing would be taught to end.
         unknown = tokenizer.unk_token if tokenizer.unk_token != tokenizer.bos_token else None
         tokenizer.pad_token = tokenizer.eos_token if unknown is None else unknown
-    return (model if device in ("auto", "meta") else model.to(device)).eval(), tokenizer
+    if device == "meta":
+        return model, tokenizer
+    model = (model if device == "auto" else model.to(device)).eval()
+    if attention is None:
+        use_fastest(model)
+    return model, tokenizer
 
 
 def _tokenizer(name: str, where: str, gguf: str | None) -> Any:
@@ -264,6 +272,12 @@ def _read(
     except (OSError, ValueError, KeyError, ImportError) as error:
         if stored is not None:
             raise InputError(cannot_run(name, stored, _reason(error)), "quantize") from None
+        if attention and "ttention" in str(error):
+            raise InputError(
+                f"model {name!r} does not load with {attention}: {_reason(error).rstrip('.')}. Leave attn_implementation out for the fastest "
+                "that is here, or choose sdpa or eager",
+                "attn_implementation",
+            ) from None
         raise InputError(f"model {name!r} could not be loaded: {_reason(error)}") from None
     except (RuntimeError, AttributeError, TypeError) as error:  # packages of quantisation raise what they like
         if stored is None:

@@ -45,7 +45,8 @@ def add_prefix(model: Any, tokenizer: Any, length: int, seed: int) -> Any:
     if weight.shape != rows.shape:
         raise InputError(
             f"peft takes the keys and values of {type(model).__name__} for {weight.shape[1]} numbers a token, but they "
-            f"are {rows.shape[1]}: correct num_key_value_heads and head_dim in its config.json"
+            f"are {rows.shape[1]}. If num_key_value_heads or head_dim in its config.json is wrong, correct it; if it keeps something else "
+            "than keys and values (a latent of them, for instance), choose lora, all, or a pattern of parameter names"
         )
     weight.data.copy_(rows)
     if (window := _window(model)) is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import torch
@@ -11,41 +12,52 @@ from ..method.estimators import Query
 from ..noise import Noise
 from ..parameters import TunedParameters
 from ..points import Scratch
+from .loading import context_length
 
-# So many tokens are read to see which parts of a model take part.
-_TOKENS = 8
+# Tokens that are read to see which parts of a model take part; the second number where the first leaves some out.
+_SHORT, _LONG = 8, 256
 
 
 def freeze_unreached(model: Any) -> dict[str, int]:
-    """Let what a forward pass on text does not enter require no grad.
+    """Let what a forward pass on text does not enter require no grad. Returns the names of these parts, with the number of their tuned weights."""
+    parts = unreached(model)
+    for parameter in chain.from_iterable(parts.values()):
+        parameter.requires_grad_(False)
+    return {name: sum(parameter.numel() for parameter in part) for name, part in parts.items()}
+
+
+def unreached(model: Any) -> dict[str, list[nn.Parameter]]:
+    """The tuned weights of the parts that a forward pass on text does not enter, by the names of the parts.
 
     A part is a module none of whose tuned weights is read. Items of a list are no parts, as they may be experts that other texts are
     routed to, unless they are of another class than those which were read (cross-attention layers, for instance).
-
-    Returns:
-        The names of the parts, with the number of their tuned weights.
     """
     tuned = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if model.device.type == "meta":  # only weights show what is read
+    if not tuned or model.device.type == "meta":  # only weights show what is read
         return {}
     parameters = TunedParameters.from_groups([{"params": tuned}], model)
-    ids = torch.arange(_TOKENS, device=model.device)[None]
+    read = _read(model, parameters, _SHORT)
+    if read and len(read) < len(
+        tuned
+    ):  # some layers sum up what lies far behind, and are not entered before there is such
+        read |= _read(model, parameters, min(_LONG, context_length(model)) if hasattr(model, "config") else _LONG)
+    unread = {id(parameter) for parameter in tuned} - read
+    parts = _parts(model, "", unread, read) if unread and read else ()
+    return {name: [p for p in part.parameters() if p.requires_grad] for name, part in parts}
+
+
+def _read(model: Any, parameters: TunedParameters, tokens: int) -> set[int]:
+    """The ids of the parameters that a text of so many tokens reads; none if it wants more than text."""
+    ids = (torch.arange(tokens, device=parameters[0].parameter.device) % _SHORT)[None]
     scratch = Scratch(parameters, Noise(0))
     try:
         with torch.no_grad(), scratch:
             scratch.shift(0, Query(0, 0.0))
             model(input_ids=ids, attention_mask=torch.ones_like(ids))
-    except Exception:  # it wants more than text: its run will say so, or knows better
-        return {}
+    except Exception:  # its run will say so, or knows better
+        return set()
     assert scratch.used is not None
-    read = {id(parameters[i].parameter) for i in scratch.used}
-    unread = {id(parameter) for parameter in tuned} - read
-    found: dict[str, int] = {}
-    for name, part in _parts(model, "", unread, read) if unread and read else ():
-        found[name] = sum(p.numel() for p in part.parameters() if p.requires_grad)
-        for parameter in part.parameters():
-            parameter.requires_grad_(parameter.requires_grad and id(parameter) in read)
-    return found
+    return {id(parameters[i].parameter) for i in scratch.used}
 
 
 def _parts(module: nn.Module, prefix: str, unread: set[int], read: set[int]) -> list[tuple[str, nn.Module]]:

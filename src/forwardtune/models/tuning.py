@@ -16,17 +16,19 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import InputError, nearest, warn
 from ..parameters import dtype_name
 from .kinds import is_adapted, model_kind
+from .late import late_mlp
 from .prefix import add_prefix
 from .quantised import is_quantised, is_quantised_layer, keep_as_stored, storage_of, with_weights
 
-MODES = ("all", "lora", "prefix")
+MODES = ("all", "late-mlp", "lora", "prefix")
 
-# How libraries name the query and value projections, or the one that holds both, where peft has no default.
+# How libraries name the query and value projections, or the one that holds both, where peft has no default. Latent attention (MLA)
+# projects values from a latent.
 _PROJECTIONS = tuple(
     names.split()
     for names in (
         "q_proj v_proj", "query value", "query_proj value_proj", "q_lin v_lin", "query_key_value", "qkv_proj", "Wqkv",
-        "c_attn", "attn_qkv", "q v",
+        "c_attn", "attn_qkv", "q v", "q_b_proj kv_b_proj", "q_proj kv_b_proj", "Wq Wv", "project_q project_v",
     )
 )  # fmt: skip
 
@@ -48,6 +50,8 @@ def tune(
     mode                what is tuned
     ==================  ==================================================================================
     ``all``             every weight
+    ``late-mlp``        the feed-forward matrices of all layers but the first third; where a model has none, all matrices of
+                        these layers (:mod:`.late`)
     ``lora``            ``B A`` in ``W + (alpha / rank) B A``, of the query and value projections (Hu et al., ICLR
                         2022); A is random, B zero; no dropout
     ``prefix``          keys and values of ``prefix_length`` positions before the text (:mod:`.prefix`)
@@ -87,11 +91,13 @@ def tune(
             raise InputError(
                 f"nothing is named to be tuned: choose {', '.join(MODES)}, or a pattern of parameter names"
             )
-        if mode == "all" and is_quantised(model):
+        if mode in ("all", "late-mlp") and is_quantised(model):
             raise InputError(
                 "the model is quantised: integers stand in the place of most weights and cannot be moved by small steps. Choose lora or prefix, "
                 "or a pattern of other weights, such as 'norm|bias'"
             )
+        if mode == "late-mlp":
+            mode = "|".join(f"^{re.escape(name)}$" for name in late_mlp(model))
         _select(model, "" if mode == "all" else mode)
     return model.eval()
 

@@ -97,13 +97,17 @@ def preference_margins(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     return (chosen - batch["reference"][:, 0]) - (rejected - batch["reference"][:, 1])
 
 
+_INPUTS = (
+    "input_ids", "attention_mask", "position_ids", "past_key_values", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k",
+)  # fmt: skip
+
+
 def logits_at(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     """Logits at ``batch["positions"]`` alone, float32, shape (positions, vocabulary).
 
     The vocabulary head is given just those hidden states, so no logit is computed that nobody reads.
     """
-    names = ("input_ids", "attention_mask", "position_ids", "past_key_values")
-    inputs: dict[str, Any] = {name: batch[name] for name in names if name in batch}
+    inputs: dict[str, Any] = {name: batch[name] for name in _INPUTS if name in batch}
     if hasattr(getattr(model, "config", None), "use_cache"):
         inputs["use_cache"] = False
     whose = examples_at(batch["examples_at"], len(batch["labels"])) if "examples_at" in batch else nullcontext()

@@ -23,6 +23,10 @@ _TRIES, _PLANNED_TRIES, _LEAST_TRIES = 7, 5, 3
 _MOST_BATCHES = 16
 # Scales that the choice of eps measures at most, and its share of the search.
 _SCALES, _SCALES_SHARE = 3, 1 / 3
+# By what the rate falls behind the search where every example has a direction of its own. In the noise of such a step the spread of examples counts B
+# times as much beside the gradient as in that of a shared direction, and once the answers' prior is calibrated it is what is left:
+# the best rate falls some three times further (docs/log.md).
+_FALL_OF_EXAMPLES = 10**0.5
 # What the log says of a plan.
 _LOGGED = ("held", "batches", "tries", "every")
 
@@ -42,6 +46,7 @@ class Plan:
         tries: evaluations of the line search, at most; fewer than 3 mean that there is no search.
         every: steps from one measurement to the next.
         scales: scales that the choice of eps may measure; 0: eps stays as it begins.
+        fall: by what the rate that the line search found is divided for the steps that follow.
     """
 
     held: int
@@ -49,25 +54,27 @@ class Plan:
     tries: int
     every: int
     scales: int = 0
+    fall: float = 1.0
 
     @classmethod
-    def of(cls, steps: int, evaluations: int, *, find_eps: bool) -> Plan:
+    def of(cls, steps: int, evaluations: int, *, find_eps: bool, per_example: bool = False) -> Plan:
         """For a run of so many steps of so many evaluations, of which the search takes at most :data:`SHARE`."""
         left = int(SHARE * steps * evaluations)
         scales = min(_SCALES, int(_SCALES_SHARE * left) // SCALE_EVALUATIONS) if find_eps else 0
         left -= scales * SCALE_EVALUATIONS
         batches = min(max(left // _PLANNED_TRIES, 1), _MOST_BATCHES)
         held, every = max(1, min(_HELD, int(_HELD_SHARE * steps))), max(1, steps // MEASUREMENTS)
-        return cls(held, batches, min(_TRIES, left // batches), every, scales)
+        fall = _FALL_OF_EXAMPLES if per_example else 1.0
+        return cls(held, batches, min(_TRIES, left // batches), every, scales, fall)
 
     @classmethod
     def read(cls, content: dict[str, Any]) -> Plan:
         """From what :meth:`content` gave, and whatever stands beside it."""
-        return cls(*(content[name] for name in _LOGGED))
+        return cls(*(content[name] for name in _LOGGED), fall=content.get("fall", 1.0))
 
     def content(self) -> dict[str, Any]:
         """What a step log says of it, as JSON."""
-        return {name: getattr(self, name) for name in _LOGGED}
+        return {name: getattr(self, name) for name in _LOGGED} | ({"fall": self.fall} if self.fall != 1 else {})
 
     @property
     def searches(self) -> bool:

@@ -49,7 +49,7 @@ def plan_run(
         may_check: whether a given eps is checked, where the run is long enough for it.
     """
     evaluations = len(optimizer.estimator.queries())
-    plan = Plan.of(steps, evaluations, find_eps=find_eps)
+    plan = Plan.of(steps, evaluations, find_eps=find_eps, per_example=optimizer.estimator.per_example)
     dtypes = dtypes_of(optimizer if model is None else model)
     content: dict[str, Any] = {}
     if find_eps:
@@ -119,6 +119,10 @@ class SearchDriver:
         self._search.stepped(optimizer.next_step, loss, record.present)
         self._trial_loss = None
         return optimizer.held is None
+
+    def has_jumped(self, step: int) -> bool:
+        """Whether this is the last of the steps that a line search took together."""
+        return self._plan.searches and step == self._plan.held
 
     def measured(self, step: int, loss: float) -> None:
         """The held-out loss after a step was measured, lower is better; after step 0 that of the untuned model."""

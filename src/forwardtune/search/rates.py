@@ -151,17 +151,18 @@ class RateSearch:
         elif self._measures:  # a point to go back to
             self._note_untuned(self._run.try_rate(0.0))
         held, self._held = self._held, []
-        guard = self._watch(lr, len(held))
+        guard = self._watch_behind(lr)
         for loss, _ in held:
             guard.stepped(loss)
         self._count_search(guard, len(held), lr, tried)
         self._run.take(lr)
         self._run.note({"search": {"lr": lr, "tried": [[size, plain(loss)] for size, loss in tried.items()]}})
         shown = ", ".join(f"{size:.1e}: {loss:.4f}" for size, loss in sorted(tried.items()))
+        then = f", then {guard.lr:.1e}" if guard.lr != lr else ""
         unsearched = f", a guess: a run of {self._steps} steps is too short for a search"
         why = f"; losses of held-out examples: {shown}" if shown else unsearched
-        self._run.announce(f"learning rate {lr:.1e}{why}")
-        self._run.set_rate(lr)
+        self._run.announce(f"learning rate {lr:.1e}{then}{why}")
+        self._run.set_rate(guard.lr)
         self._measure_if_due(len(held))
 
     def _replay(self, log: Log) -> tuple[Guard, list[GoBack]]:
@@ -169,7 +170,7 @@ class RateSearch:
         notes: dict[int, list[dict[str, Any]]] = {}
         for note in log.notes:
             notes.setdefault(note.at, []).append(note.content)
-        guard = self._watch(log.records[self.plan.held - 1].lr[0], self.plan.held)
+        guard = self._watch_behind(log.records[self.plan.held - 1].lr[0])
         decided: list[GoBack | None] = []
         for step, record in enumerate(log.records, start=1):
             decided.append(guard.stepped(math.nan if record.skipped else record.loss))
@@ -182,8 +183,9 @@ class RateSearch:
                     decided.append(guard.measured(step, float(content["held_out"])))
         return guard, [decision for decision in decided if decision is not None]
 
-    def _watch(self, lr: float, held: int) -> Guard:
-        self._guard = self._new_guard(lr, held)
+    def _watch_behind(self, lr: float) -> Guard:
+        """The watch over the steps that follow those that were held and taken with this rate."""
+        self._guard = self._new_guard(lr / self.plan.fall if self.plan.searches else lr, self.plan.held)
         if self._untuned is not None:
             self._guard.known(0, self._untuned)
         return self._guard

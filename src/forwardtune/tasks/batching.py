@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,19 +18,20 @@ class Layout:
 
     ``shared`` and ``packed`` need a model that honours position ids and a block mask, which
     :func:`forwardtune.evaluation.find_layout` finds out. Without them every option is a row of its own, padded on the
-    right: the plain definition.
+    right: the plain definition. ``flat`` needs variable-length attention, and no mask.
     """
 
     pad: int  # token that fills rows up
     dtype: torch.dtype = torch.float32  # of the additive attention mask
     shared: bool = True  # the options of an example stand side by side behind its prompt, which is processed once
     packed: bool = True  # several short examples stand in one row, so that little of it is padding
+    flat: bool = False  # all stand in one row without padding, kept apart by their lengths; options that are tokens of input do not share
     causal: bool = True  # whether a token sees only what is before it
     first_position: int = 0  # position id of the first token (RoBERTa counts from 2)
     context: int = 0  # so many tokens were processed before, and their keys and values stand before every row
 
 
-def collate(batch: Sequence[Encoded], layout: Layout) -> dict[str, Tensor]:
+def collate(batch: Sequence[Encoded], layout: Layout) -> dict[str, Any]:
     """One model input for a batch of examples, with the places of the answer tokens in it.
 
     The last token of an option is never an input, so options of one token need no input at all beyond the prompt.
@@ -44,11 +46,12 @@ def collate(batch: Sequence[Encoded], layout: Layout) -> dict[str, Tensor]:
         those numbers by example, -1 where an example has fewer; ``labels`` (batch,); ``examples_at`` (rows, length), the
         example that a place belongs to, -1 for padding; ``reference`` (batch, 2) if the examples have it. Where attention is not plainly causal, ``attention_mask``: (rows, 1, length, length),
         additive, in the layout's dtype, with ``position_ids`` (rows, length); or for masked models in the plain layout
-        (rows, length), 1 for tokens and 0 for padding.
+        (rows, length), 1 for tokens and 0 for padding. In the flat layout ``position_ids`` (1, length) and :func:`lengths_of`.
     """
     counts = [len(example.options) for example in batch]
     starts = [sum(counts[:i]) for i in range(len(counts))]
-    rows = _rows(_sequences(batch, starts, layout.shared), layout.packed)
+    sequences = _sequences(batch, starts, layout)
+    rows = [sequences] if layout.flat else _rows(sequences, layout.packed)
     length = max(sum(sequence.length for sequence, *_ in row) for row in rows)
     blocks = layout.context > 0 or any(len(row) > 1 for row in rows)
     # Of every place: token, position, which sequence of the row it belongs to (0 is padding), which option (0: prompt), which
@@ -86,7 +89,7 @@ def collate(batch: Sequence[Encoded], layout: Layout) -> dict[str, Tensor]:
     places = {place: i for i, place in enumerate(dict.fromkeys(place for place, _, _ in answers))}
     numbered = torch.tensor([(places[place], token, slot) for place, token, slot in answers], dtype=torch.int64)
     logit_rows, tokens, slots_of = numbered.view(-1, 3).T.contiguous()
-    collated = {
+    collated: dict[str, Any] = {
         "input_ids": torch.tensor(ids).view(-1, length),
         "positions": torch.tensor(list(places), dtype=torch.int64),
         "logit_rows": logit_rows,
@@ -100,7 +103,10 @@ def collate(batch: Sequence[Encoded], layout: Layout) -> dict[str, Tensor]:
     }
     if all(example.reference is not None for example in batch):
         collated["reference"] = torch.tensor([example.reference for example in batch])
-    if blocks:
+    if layout.flat:
+        sizes = [sequence.length for sequence, *_ in sequences]
+        collated |= {"position_ids": torch.tensor([positions]) + layout.first_position, **lengths_of(sizes)}
+    elif blocks:
         places_in, owner, branch_of = (
             torch.tensor(column).view(-1, length) for column in (positions, owners, branches)
         )
@@ -111,13 +117,25 @@ def collate(batch: Sequence[Encoded], layout: Layout) -> dict[str, Tensor]:
     return collated
 
 
+def lengths_of(sizes: Sequence[int]) -> dict[str, Any]:
+    """Where sequences of these sizes begin and end in the row in which they stand one after the other, as transformers' models pass it on
+    to variable-length attention.
+
+    Returns:
+        ``cu_seq_lens_q`` and ``cu_seq_lens_k``, int32, shape (sequences + 1,); ``max_length_q`` and ``max_length_k``, int.
+    """
+    ends, longest = torch.tensor([0, *sizes]).cumsum(0).to(torch.int32), max(sizes)
+    return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+
+
 # A prompt with the options behind it that share it, their slots, and the number of the example.
 _Sequence = tuple[Encoded, Sequence[int], int]
 
 
-def _sequences(batch: Sequence[Encoded], starts: Sequence[int], shared: bool) -> list[_Sequence]:
+def _sequences(batch: Sequence[Encoded], starts: Sequence[int], layout: Layout) -> list[_Sequence]:
     sequences: list[_Sequence] = []
     for number, (example, start) in enumerate(zip(batch, starts, strict=True)):
+        shared = layout.shared or (layout.flat and all(len(option) < 2 for option in example.options))
         if shared or example.mask is not None or not example.options:
             sequences.append((example, range(start, start + len(example.options)), number))
         else:

@@ -97,7 +97,9 @@ def _sweep(content: dict[str, Any], path: Path, data_dir: str | None) -> Sweep:
     for model, task, method in itertools.product(models, tasks, methods):
         if task not in method.tasks:
             continue
-        merged = {**shared, **method.options, **by_task.get(task, {})}
+        # A file that does not name the method means the paper's, whatever train takes by itself.
+        usual = {"method": "mezo"} if "method" in _OPTIONS[method.command] else {}
+        merged = {**usual, **shared, **method.options, **by_task.get(task, {})}
         if data_dir is not None and not found[task].files:
             merged["data-dir"] = data_dir
         accepted = _OPTIONS[method.command]

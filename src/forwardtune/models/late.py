@@ -1,0 +1,63 @@
+"""L5: the weights that pay best for being perturbed: feed-forward matrices behind the first third of the layers.
+
+A step's noise is what all perturbed weights add to the loss, ``tr H``; what it learns is what they share of ``|g|^2``. On a model of 135M weights the layers of the
+first third have a fifth to two fifths of the mean ratio of these, later ones 1.2 to 2 times, and feed-forward matrices more than
+those of attention (``benchmarks/methods.py`` compares runs).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import nn
+
+from ..errors import InputError
+
+# What configurations call the width of a feed-forward block, in all its layers or in one expert.
+_WIDTHS = (
+    "intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "ffn_dim", "n_inner", "d_ff", "ffn_hidden_size",
+    "expert_ffn_hidden_size", "block_ff_dim", "mlp_hidden_size", "intermediate_dim",
+)  # fmt: skip
+
+
+def late_mlp(model: Any) -> list[str]:
+    """Names of the feed-forward matrices, or stacks of them, of all layers but the first third.
+
+    A matrix is one that leads from the width of the model to that of a feed-forward block, or to two of these side by side, or back. Where there is none, as in Mamba,
+    all matrices of these layers are meant.
+
+    Raises:
+        InputError: the model has no layers in a row.
+    """
+    config = model.config.get_text_config()
+    hidden = config.hidden_size
+    layers = _layers(model)
+    widths = {width for name in _WIDTHS if isinstance(width := getattr(config, name, None), int)}
+    pairs = {frozenset((hidden, k * width)) for width in {4 * hidden, *widths} for k in (1, 2)}
+    matrices = [
+        (name, parameter)
+        for name, parameter in model.named_parameters()
+        if parameter.ndim >= 2 and any(name.startswith(f"{layer}.") for layer in layers[len(layers) // 3 :])
+    ]
+    found = [
+        name
+        for name, p in matrices
+        if frozenset(p.shape[-2:]) in pairs and not re.search(r"attn|attention", name.rpartition(".")[0])
+    ]
+    return found or [name for name, _ in matrices]
+
+
+def _layers(model: nn.Module) -> list[str]:
+    """Names of the layers of the longest row of them that text goes through."""
+    rows = {
+        name: [f"{name}.{k}" for k in range(len(module))]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and not re.search("vis|image|audio|expert", name)
+    }
+    if not rows:
+        raise InputError(
+            f"{type(model).__name__} has no layers in a row, of which late-mlp could take the last two thirds: choose all, or a pattern "
+            "of parameter names"
+        )
+    return max(rows.values(), key=len)

@@ -1,0 +1,113 @@
+"""What a run is that says nothing of its method, and which weights it tunes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from forwardtune import replay
+from forwardtune.config import describe
+from forwardtune.errors import InputError
+from forwardtune.models import load_model, tune
+from forwardtune.models.late import late_mlp
+from forwardtune.trajectory import read_log
+from support import save_tiny_model, tiny_model
+from support.command import Setting, done, read, weights, write_task
+
+# Of two layers, the second two thirds are both; so each name is one of layer 0.
+MATRICES = {
+    "llama": {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"},
+    "gemma3": {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"},
+    "opt": {"fc1", "fc2"},
+    "gpt2": {"mlp.c_fc", "mlp.c_proj"},
+    "gpt_neox": {"mlp.dense_h_to_4h", "mlp.dense_4h_to_h"},
+    "bert": {"intermediate.dense", "output.dense"},
+    "mixtral": {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"},
+    "qwen3_moe": {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"},
+}
+
+
+@pytest.mark.parametrize("family", MATRICES)
+def test_late_mlp_is_the_feed_forward_matrices(family: str) -> None:
+    names = late_mlp(tiny_model(family))
+    found = {name.split(".0.", 1)[1].removesuffix(".weight") for name in names if ".0." in name}
+    assert found == MATRICES[family]
+    assert len(names) == 2 * len(found)
+
+
+def test_the_first_third_of_the_layers_is_left_out() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=40, num_hidden_layers=6, num_attention_heads=2
+    )
+    names = late_mlp(transformers.LlamaForCausalLM(config))
+    assert {int(name.split(".")[2]) for name in names} == {2, 3, 4, 5}
+
+
+def test_a_model_without_feed_forward_blocks_tunes_all_matrices_of_these_layers() -> None:
+    names = late_mlp(tiny_model("mamba"))
+    assert any("in_proj" in name for name in names)
+    assert not any("norm" in name for name in names)
+
+
+def test_tune_says_what_lacks() -> None:
+    with pytest.raises(InputError, match="no layers in a row, of which late-mlp"):
+        late_mlp(_Flat())
+
+
+class _Flat(torch.nn.Module):
+    class config:  # noqa: N801
+        hidden_size = 4
+
+        @classmethod
+        def get_text_config(cls) -> Any:
+            return cls
+
+
+def test_only_these_require_grad() -> None:
+    model = tiny_model("llama")
+    tune(model, None, "late-mlp")
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == set(late_mlp(model))
+
+
+#: What is given -> the method.
+PLAIN = {"model": "m", "task": "sst2"}
+MEANT: list[tuple[dict[str, Any], str]] = [
+    ({}, "forward"),
+    ({"lr": 1e-4, "steps": 3, "eps": 1e-3}, "forward"),
+    ({"tune": "late-mlp"}, "forward"),
+    *(({name: value}, "mezo") for name, value in {
+        "tune": "all", "assignment": "shared", "rank": 4, "rule": "sign", "perturbation": "copy", "direction": "rademacher",
+        "objective": "accuracy", "estimator": "one_sided", "probes": 2,
+    }.items()),
+    ({"tune": "lora", "quantize": "nf4"}, "mezo"),
+    ({"method": "forward", "tune": "all"}, "forward"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("given", "method"), MEANT, ids=lambda value: str(value))
+def test_who_says_how_the_method_shall_be_gets_the_papers(given: dict[str, Any], method: str) -> None:
+    run = describe("train", {**PLAIN, **given})
+    assert run.method == method
+    assert run.assignment == given.get("assignment", "example" if method == "forward" else "shared")
+    assert run.tune == given.get("tune", "late-mlp" if method == "forward" else "all")
+
+
+def test_a_run_by_default_learns_and_replays(tmp_path: Path) -> None:
+    setting = Setting(save_tiny_model(tmp_path / "model", "llama"), write_task(tmp_path / "task"))
+    done(*setting.train(tmp_path / "run", method=None))
+    assert read(tmp_path / "run")["method"] == "forward"
+    log = read_log(tmp_path / "run" / "steps.jsonl")
+    assert log.header["assignment"] == "example"
+    assert log.header["run"]["tune"] == "late-mlp"
+    assert all(tensor["name"].split(".mlp.")[1:] for tensor in log.header["tensors"])
+    model, tokenizer = load_model(str(setting.model))
+    before = weights(setting.model)
+    replay(log, tune(model, tokenizer, "late-mlp"))
+    tuned, _ = load_model(str(tmp_path / "run"))
+    for (name, a), b in zip(model.named_parameters(), tuned.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    assert weights(setting.model) == before != weights(tmp_path / "run")
