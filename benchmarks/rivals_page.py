@@ -104,10 +104,14 @@ def size_table(result: dict[str, Any]) -> str:
         sizes = {shape: peak(name, shape, base, measured) / GIB for shape in (base, *LARGER)}
         largest = [next((s for s in reversed(LARGER) if sizes[s] <= room), "none") for room in ROOMS]
         marks = {s: "" if s == base else "~" for s in sizes}
-        rows.append([METHODS[name].title, *(f"{marks[s]}{gib:.2g}" for s, gib in sizes.items()), *largest])
+        rows.append([METHODS[name].title, *(f"{marks[s]}{_number(gib)}" for s, gib in sizes.items()), *largest])
     return (
         table(["GiB", *dict.fromkeys((base, *LARGER)), *(f"{room} GiB take" for room in ROOMS)], rows) if rows else ""
     )
+
+
+def _number(gib: float) -> str:
+    return f"{gib:,.0f}" if gib >= 10 else f"{gib:.2g}"
 
 
 def equal_table(result: dict[str, Any]) -> str:
@@ -137,6 +141,7 @@ def draw(result: dict[str, Any]) -> None:
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
     from forwardtune.paper.report.plots import COLOURS, DPI, STYLE
 
@@ -157,6 +162,8 @@ def draw(result: dict[str, Any]) -> None:
         for room in ROOMS:
             panel.axhline(room, color="#4D4D4D", lw=0.6, ls=":")
         panel.set(xscale="log", yscale="log", xlabel="weights (hollow: extrapolated)", ylabel="peak memory, GiB")
+        panel.xaxis.set_major_formatter(EngFormatter(sep=""))
+        panel.yaxis.set_major_formatter("{x:g}")
         panel.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
         PICTURE.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(PICTURE, dpi=DPI)
