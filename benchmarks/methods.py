@@ -25,8 +25,8 @@ from timing import interleave
 
 from forwardtune import MeZO
 from forwardtune.evaluation import evaluate, find_layout, prepare
-from forwardtune.models import load_model, tune
-from forwardtune.objectives import option_cross_entropy
+from forwardtune.models import load_model, start_from_inputs, tune
+from forwardtune.objectives import logits_at, option_cross_entropy
 from forwardtune.tasks import get_task, load_splits
 from forwardtune.tasks.encoding import Encoder
 
@@ -43,6 +43,7 @@ class Method:
     middle: float
     settings: dict[str, Any] = field(default_factory=dict)
     tune: str = "all"
+    adapter: dict[str, Any] = field(default_factory=dict)
     falls: bool = False
 
 
@@ -50,6 +51,12 @@ EXAMPLE = {"assignment": "example", "rank": 1, "perturbation": "both_signs"}
 #: The matrices that are worth perturbing most: up and down projections of the second two thirds of the 30 layers.
 LATE_MLP = r"layers\.[12]\d\.mlp\.(up|down)_proj"
 
+
+# B of LoRA beside a frozen A of the inputs' principal directions. At this rank A is sqrt(rank / (3 width)) = 0.1 times orthonormal (576
+# wide), so eps 1e-2 perturbs as 1e-3 does the weights themselves, and a rate of 1e-2 moves them as 1e-4.
+EVA = {"lora_rank": 16, "lora_init": "eva", "freeze_a": True}
+# Minibatches from which A is taken.
+INPUTS = 8
 
 METHODS = {
     "dense": Method(3e-5),
@@ -64,6 +71,12 @@ METHODS = {
     "example_late_falls": Method(6e-4, EXAMPLE, LATE_MLP, falls=True),
     "lora": Method(1e-3, {"eps": 1e-2}, "lora"),
     "lora_example": Method(3e-3, EXAMPLE | {"eps": 1e-2, "rank": 0}, "lora"),
+    "eva_shared": Method(3e-3, {"eps": 1e-2}, "lora", EVA),
+    "eva_example": Method(1e-2, EXAMPLE | {"eps": 1e-2, "rank": 0}, "lora", EVA),
+    "eva_all_example": Method(
+        1e-2, EXAMPLE | {"eps": 1e-2, "rank": 0}, "lora", {**EVA, "lora_targets": ["all-linear"]}
+    ),
+    "eva_late_example": Method(6e-2, EXAMPLE | {"eps": 1e-2, "rank": 0}, "lora", {**EVA, "lora_targets": [LATE_MLP]}),
 }
 
 
@@ -87,13 +100,24 @@ class Bench:
         """A model to be tuned, and what tunes it."""
         self.model.load_state_dict(self.base)
         torch.manual_seed(seed)
-        model = tune(self.model, self.tokenizer, method.tune)
+        model = self.adapted(method)
         return model, MeZO(model, lr=lr, seed=seed, **{"eps": EPS, **method.settings})
 
     def unload(self, model: Any) -> None:
         """Take an adapter off again."""
         if model is not self.model:
             self.model = model.unload()
+
+    def adapted(self, method: Method) -> Any:
+        """The model with what the method tunes."""
+        adapter = dict(method.adapter)
+        eva = adapter.pop("lora_init", None) == "eva"
+        model = tune(self.model, self.tokenizer, method.tune, **adapter)
+        if eva:
+            some = self.splits["train"][: INPUTS * BATCH]
+            batches = [some[i : i + BATCH] for i in range(0, len(some), BATCH)]
+            start_from_inputs(model, [prepare(model, self.tokenizer, b, self.layout) for b in batches], logits_at)
+        return model
 
     def closure(self, model: Any, optimizer: MeZO, step: int, seed: int) -> Callable[[], torch.Tensor]:
         """The loss of a minibatch, or the losses of its examples."""

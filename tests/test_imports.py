@@ -27,7 +27,7 @@ SOURCE = Path(forwardtune.__file__).parent
 # A module imports from layers before its own, or from its own package. `forwardtune/__init__.py` may import them all.
 LAYERS = (
     {"errors", "names"},
-    {"files", "memory", "cores", "durations", "processes"},
+    {"files", "memory", "cores", "durations", "averages", "processes"},
     {"noise"},
     {"storage"},
     {"parameters"},
@@ -39,7 +39,7 @@ LAYERS = (
     {"search"},
     {"tasks", "models"},
     {"objectives"},
-    {"evaluation", "predictions", "run_folder"},
+    {"evaluation", "forgetting", "predictions", "run_folder"},
     {"reference"},
     {"hf", "paper"},
     {"cli"},
@@ -64,6 +64,7 @@ NEEDS = {
     "cli/commands.py": set(),
     "cli/parser.py": set(),
     "durations": set(),
+    "averages": set(),
     "config": set(),
     "processes": set(),
     "trajectory": {"torch", "safetensors"},

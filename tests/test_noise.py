@@ -663,3 +663,22 @@ def test_without_numba_the_bits_are_the_same_and_one_warning_says_that_it_is_slo
     digest, message = python(WITHOUT_NUMBA).splitlines()
     assert digest == EVERYTHING
     assert "the same bits, but slowly (install numba)" in message
+
+
+def test_compiled_loops_use_the_widest_vectors_of_the_processor() -> None:
+    """LLVM takes half of them by itself on processors with AVX-512."""
+    numba = pytest.importorskip("numba")
+    from forwardtune.noise.cpu_conversions import wide_vectors
+
+    if "+avx512f" not in numba.core.registry.cpu_target.target_context.codegen()._get_host_cpu_features():
+        pytest.skip("needs AVX-512")
+
+    @numba.njit
+    def scaled(x):  # type: ignore[no-untyped-def]
+        wide_vectors()
+        for i in range(x.shape[0]):
+            x[i] = x[i] * x[i]
+
+    scaled(torch.zeros(64).numpy())
+    (code,) = scaled.inspect_asm().values()
+    assert "zmm" in code

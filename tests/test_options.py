@@ -58,6 +58,11 @@ class Built:
         return len(self.session.splits[split])
 
 
+def _is_orthogonal(rows: torch.Tensor) -> bool:
+    products = rows @ rows.T
+    return torch.allclose(products, torch.eye(len(rows)) * products[0, 0], atol=1e-6)
+
+
 See = Callable[[Built], Any]
 # run -> option -> (a value that is not the default, what to look at, what is there)
 CASES: dict[str, dict[str, tuple[Any, See, Any]]] = {
@@ -90,6 +95,8 @@ CASES: dict[str, dict[str, tuple[Any, See, Any]]] = {
         "lora_alpha": (0.5, lambda b: {m.scaling["default"] for m in b.trainer.model.modules() if hasattr(m, "scaling") and
                                        isinstance(m.scaling, dict)}, {0.5 / 3}),
         "lora_targets": ("k_proj, down_proj", lambda b: set(b.lora.target_modules), {"k_proj", "down_proj"}),
+        "lora_init": ("eva", lambda b: all(_is_orthogonal(p) for n, p in b.trainer.model.named_parameters() if "lora_A" in n), True),
+        "freeze_a": (True, lambda b: {".lora_B." in tensor.name for tensor in b.mezo.tuned}, {True}),
         "steps": (4, lambda b: (b.trainer.args.max_steps, b.mezo.next_step), (4, 4)),
         "lr": (3e-4, lambda b: b.trainer.args.learning_rate, 3e-4),
         "eps": (2e-3, lambda b: b.mezo.estimator.eps, 2e-3),
@@ -104,9 +111,11 @@ CASES: dict[str, dict[str, tuple[Any, See, Any]]] = {
         "refresh": (3, lambda b: b.mezo.noise.structure.refresh, 3),
         "perturbation": ("copy", lambda b: b.mezo.perturbation.name, "copy"),
         "weight_decay": (0.02, lambda b: {group["weight_decay"] for group in b.mezo.param_groups}, {0.02}),
+        "decay_towards": ("base", lambda b: b.mezo.rule.decay_towards, "base"),
         "lr_scheduler": ("linear", lambda b: b.trainer.args.lr_scheduler_type.value, "linear"),
         "move": ("all", lambda b: b.mezo.move, "all"),
         "clip_coefficient": (0.5, lambda b: b.mezo.clip_coefficient, 0.5),
+        "average": ("last:2", lambda b: b.metrics["average"], "last:2"),
         "parts": (2, lambda b: b.mezo.parts, 2),
         "worker_timeout": (90.0, lambda b: b.trainer.args.worker_timeout, 90.0),
         "eval_steps": (2, lambda b: b.dev._every, 2),
@@ -141,6 +150,8 @@ CASES: dict[str, dict[str, tuple[Any, See, Any]]] = {
         "time_budget": ("60s", lambda b: (b.session.deadline is not None, b.session.options.steps > 10), (True, True)),
     },
     "adam": {
+        "general_text": ("packaged", lambda b: (b.metrics["general_text"]["text"], b.metrics["general_text"]["tokens"] > 4000),
+                         ("packaged", True)),
         "method": ("adam", lambda b: type(b.trainer), AdamTrainer),
         "batch_size": (3, lambda b: b.trainer.args.train_batch_size, 3),
         "steps": (2, lambda b: b.trainer.state.global_step, 2),

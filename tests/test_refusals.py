@@ -48,7 +48,9 @@ def settings_of(command: str, row: Refusal) -> dict[str, Any]:
 
 
 def flags(settings: Mapping[str, Any]) -> list[str]:
-    return [part for name, value in settings.items() for part in (flag(name), str(value))]
+    return [
+        part for name, value in settings.items() for part in (flag(name), *(() if value is True else (str(value),)))
+    ]
 
 
 def named(value: object) -> str:

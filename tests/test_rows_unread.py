@@ -320,3 +320,27 @@ def test_rows_that_no_example_looks_up_keep_their_bits_on_a_side_path():
     now = dict(model.named_parameters())[name]
     moved = {i for i, row in enumerate(now) if not support.same_bits(row, before[name][i])}
     assert moved == set(ids.flatten().tolist())
+
+
+@pytest.mark.filterwarnings(IDLE)
+@pytest.mark.parametrize(
+    "rule", [Momentum(state="window", window=2), Adam(state="window", window=2)], ids=["momentum", "adam"]
+)
+def test_a_step_that_left_a_tensor_alone_has_its_place_in_a_window(tmp_path: Path, rule: Any) -> None:
+    """One step at a time as in the run, or all of them at once as in replay."""
+
+    def net() -> nn.Sequential:
+        both = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+        for number, parameter in enumerate(both.parameters()):
+            parameter.data.fill_(0.1 + 0.2 * number)
+        return both
+
+    tuned, path = net(), tmp_path / "steps.jsonl"
+    optimizer = MeZO(tuned, lr=1e-2, rule=rule)
+    with StepLog(path, optimizer):
+        for step in range(9):  # two in a row without the first layer, which fills the window
+            x = torch.ones(3)
+            optimizer.step(lambda x=x, step=step: (tuned if step % 4 in (0, 3) else tuned[1])(x).square().sum())  # type: ignore[misc]
+    again = net()
+    assert replay(path, again) == 9
+    assert all(map(support.same_bits, again.parameters(), tuned.parameters()))

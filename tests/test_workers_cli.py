@@ -75,6 +75,7 @@ RUNS: dict[str, tuple[int, dict[str, str | None], dict[str, Any]]] = {
     "parts": (3, {}, {"parts": 4}),
     "search": (2, {}, {"lr": "auto", "eps": "auto", "steps": 60, "rule": "momentum"}),
     "lora": (2, {}, {"tune": "lora", "parts": 2, "eval_steps": 2, "patience": 2}),
+    "inputs": (2, {}, {"tune": "lora", "lora_init": "eva", "freeze_a": True}),
     "directions of examples": (3, {}, {"assignment": "example", "perturbation": "side_path", "parts": 3}),
     "generated": (3, FREE_TEXT, {"objective": "loss + f1", "parts": 4, "temperature": 0.7, "log_completions": 2}),
 }

@@ -9,6 +9,8 @@ ASSIGNMENTS = ("shared", "example")
 #: Of :mod:`forwardtune.method.rules`, and how they keep their moments.
 RULES = ("sgd", "sign", "momentum", "adam")
 STATES = ("auto", "exact", "window")
+#: What weight decay pulls the weights towards: zero, or those that the run began with.
+DECAYS = ("zero", "base")
 #: Of :mod:`forwardtune.noise`.
 DIRECTIONS = ("gaussian", "rademacher")
 #: Of :mod:`forwardtune.points`.
@@ -21,6 +23,8 @@ METHODS = ("forward", "mezo", "adam")
 LR_SCHEDULERS = ("constant", "linear", "cosine", "inverse_sqrt", "polynomial")
 #: Of :mod:`forwardtune.models`: how a dense checkpoint is quantised as it is loaded.
 QUANTISATIONS = ("nf4", "int8", "int4")
+#: What A of LoRA is at first.
+LORA_INITS = ("default", "gaussian", "eva")
 #: Of transformers, what a run can be reported to; the packages have the same names.
 TRACKERS = ("tensorboard", "wandb", "trackio")
 #: Of :mod:`forwardtune.tasks`: what is done with rows that a task cannot use.

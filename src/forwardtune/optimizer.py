@@ -215,6 +215,7 @@ class MeZO(torch.optim.Optimizer):
             The mean of this call's losses.
         """
         self.require_whole_weights()
+        self._require_base()
         self.meet()
         began = time.perf_counter()
         before = len(self._pending[0]) if self._pending else 0
@@ -382,6 +383,15 @@ class MeZO(torch.optim.Optimizer):
             raise InterruptedUpdateError(
                 "an earlier update was interrupted, so the weights are between two steps: "
                 "load the base weights again and replay the step log"
+            )
+
+    def _require_base(self) -> None:
+        """Raise InputError if weights decay towards those that the run began with, and nobody kept them."""
+        anchored = self.rule.decay_towards == "base" and any(group["weight_decay"] for group in self.param_groups)
+        if anchored and self.tuned.base is None:
+            raise InputError(
+                "weights decay towards those that the run began with, which nobody kept: call forwardtune.trajectory.keep_base(path, optimizer) "
+                "before the first step, or before the log is resumed; or set decay_towards='zero'"
             )
 
     def __getstate__(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, overload
 
 import torch
@@ -60,6 +61,8 @@ class TunedParameters(Sequence[TunedTensor]):
     def __init__(self, tensors: Sequence[TunedTensor], module: nn.Module | None = None) -> None:
         self._tensors = tuple(tensors)
         self.module = module
+        #: A file with the values that the run began with, for what decays towards them (:class:`forwardtune.method.base.BaseFile`).
+        self.base: Path | None = None
 
     @classmethod
     def from_groups(cls, groups: Iterable[Mapping[str, Any]], module: nn.Module | None = None) -> TunedParameters:
@@ -144,16 +147,21 @@ class TunedParameters(Sequence[TunedTensor]):
         return state.hexdigest()
 
     def frozen_digest(self) -> str | None:
-        """SHA-256 over all else that a quantised module is stored as, integers and scales, as hex; None if it is not quantised.
+        """SHA-256 over what decides the meaning of the tuned tensors and is none of them, as hex; None if there is nothing.
 
-        What runs over one quantisation of a model is worth nothing over another, and their tuned tensors, an adapter's, may be the same.
+        Of a quantised module it is all else that it is stored as, integers and scales: what runs over one quantisation of a model is worth
+        nothing over another, and their tuned tensors, an adapter's, may be the same. Of other modules it is a frozen A beside each tuned B of LoRA.
         """
-        if self.module is None or not getattr(self.module, "is_quantized", False):  # transformers' mark
+        if self.module is None:
             return None
         tuned = {name for tensor in self for name in (tensor.name, *tensor.aliases)}
+        beside = {tensor.name.replace(".lora_B.", ".lora_A.") for tensor in self} - tuned
+        quantised = getattr(self.module, "is_quantized", False)  # transformers' mark
+        if not quantised and not beside:
+            return None
         state = hashlib.sha256()
         for name, stored in sorted(self.module.state_dict().items()):
-            if isinstance(stored, Tensor) and name not in tuned:
+            if isinstance(stored, Tensor) and (name in beside or (quantised and name not in tuned)):
                 for part, tensor in _stored(name, stored):
                     state.update(f"{part}\0{dtype_name(tensor.dtype)}\0{tuple(tensor.shape)}\0".encode())
                     _digest_values(state, tensor)

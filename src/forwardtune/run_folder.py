@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,12 +21,26 @@ HISTORY = "history.jsonl"
 COMPLETIONS = "completions.jsonl"
 TERMS = "objective.jsonl"
 DEV = "dev.jsonl"
+#: The loss of every token of a general text, before and after.
+GENERAL = "general_text.json"
 #: The task file that the run was told, so that its model can be asked the same way elsewhere.
 TASK = "task.yaml"
 #: The adapter that a run began with, so that its step log can be replayed anywhere.
 INITIAL = "initial.safetensors"
 
 _MODEL_FILES = ("config.json", "adapter_config.json")
+
+
+def forgetting(metrics: Mapping[str, Any]) -> str:
+    """What ``metrics.json`` says of general text, in a sentence; nothing where none was measured before and after."""
+    facts = metrics.get("general_text", {})
+    if "difference" not in facts:
+        return ""
+    before, after = (facts[name]["perplexity"] for name in ("before", "after"))
+    return (
+        f"Perplexity of general text ({facts['tokens']:,} tokens of {Path(facts['text']).name}): {before:.4g} before, {after:.4g} after; "
+        f"{facts['difference']:+.4f} nats a token, standard error {facts['standard_error']:.4f}"
+    )
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

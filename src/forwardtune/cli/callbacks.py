@@ -6,7 +6,7 @@ import math
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -189,8 +189,7 @@ class DevWatcher(TrainerCallback):
     ) -> None:
         options = session.options
         self._every, self._patience, self._untuned = options.eval_steps, options.patience, options.lr == AUTO
-        by_loss = options.objective == "loss" and session.task.loss != "none"
-        self._metric = "loss" if by_loss else session.metric
+        self._metric = dev_metric(session)
         self._session, self._file, self._monitor = session, file, monitor
         self._report, self._improved, self._is_due = report, improved, is_due
         self.gave_up = False
@@ -229,8 +228,7 @@ class DevWatcher(TrainerCallback):
             training = model.training
             dev = self._session.evaluate("dev", "dev")
             model.train(training)
-            shown = ", ".join(f"{name} {value:.4f}" for name, value in dev.items() if name != "examples")
-            say(f"step {step}: dev {shown}")
+            say(f"step {step}: dev {plainly(dev)}")
             # Reported before it is written: a resumed run measures again what was not reported.
             self._report(step, dev[self._metric] if self._metric == "loss" else -dev[self._metric])
             self.log({f"dev_{name}": value for name, value in dev.items() if name != "examples"})
@@ -243,9 +241,25 @@ class DevWatcher(TrainerCallback):
         return best
 
     def _worth(self, line: dict[str, Any]) -> tuple[float, float]:
-        loss = line["dev"].get("loss")
-        fallen = -loss if loss is not None and math.isfinite(loss) else -math.inf
-        return (fallen, 0.0) if self._metric == "loss" else (line["dev"][self._metric], fallen)
+        return worth_on_dev(line["dev"], self._metric)
+
+
+def dev_metric(session: Session) -> str:
+    """By what measurements of the development split are compared: the loss where that is tuned, else the task's metric."""
+    by_loss = session.options.objective == "loss" and session.task.loss != "none"
+    return "loss" if by_loss else session.metric
+
+
+def worth_on_dev(dev: Mapping[str, Any], metric: str) -> tuple[float, float]:
+    """What was measured, so that a larger one is better."""
+    loss = dev.get("loss")
+    fallen = -loss if loss is not None and math.isfinite(loss) else -math.inf
+    return (fallen, 0.0) if metric == "loss" else (dev[metric], fallen)
+
+
+def plainly(dev: Mapping[str, Any]) -> str:
+    """What was measured, in a line."""
+    return ", ".join(f"{name} {value:.4f}" for name, value in dev.items() if name != "examples")
 
 
 @dataclass
@@ -273,7 +287,7 @@ class Run:
         *,
         last: Callable[[], Any],
         held: Callable[[], bool] = lambda: False,
-        **measured: Callable[..., object],
+        **measured: Callable[..., Any],
     ) -> None:
         self._session, self._trainer, self._peak = session, trainer, 0
         self._monitor = Monitor(session, last, held)

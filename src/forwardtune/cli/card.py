@@ -9,11 +9,12 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from .. import __version__
+from ..averages import NONE
 from ..config.repeat import repeat_command
 from ..files import write_text
 from ..hf.model_card import method_facts, rebuilding
 from ..models import EMBEDDED_MODEL, model_kind
-from ..run_folder import LOG, METRICS, PREDICTIONS
+from ..run_folder import LOG, METRICS, PREDICTIONS, forgetting
 from ..tasks import Task
 from ..trajectory import Log
 from .session import Session
@@ -42,10 +43,12 @@ def write_card(folder: Path, session: Session, metrics: dict[str, Any], log: Log
         _use(base, adapted, metrics["model"], model_kind(session.model) == "causal"),
         _repeating(metrics),
     ]
+    average = metrics.get("average", NONE)
     if log is not None:
-        parts.append(rebuilding(log, metrics.get("best_step", log.steps)))
+        parts.append(rebuilding(log, metrics.get("best_step", log.steps), average))
+        option = "" if average == NONE else f" --average {average}"
         parts.append(
-            f"On the command line: `forwardtune replay {LOG} --model {base} --output-dir again`, beside this folder's files."
+            f"On the command line: `forwardtune replay {LOG} --model {base}{option} --output-dir again`, beside this folder's files."
         )
     write_text(folder / CARD, "\n\n".join(part.strip("\n") for part in parts if part) + "\n")
 
@@ -95,6 +98,8 @@ def _results(metrics: dict[str, Any]) -> str:
             lines.append(
                 f"| {name.replace('_', ' ')} | " + " | ".join(_number(c.get(name)) for c in columns.values()) + " |"
             )
+    if told := forgetting(metrics):
+        lines.append(f"\n{told}.")
     if test := metrics.get("sign_test"):
         lines.append(
             f"\n{test['better']} examples came out better, {test['worse']} worse: p = {test['p_value']:.2g} by the sign test."
@@ -114,6 +119,7 @@ def _tuning(metrics: dict[str, Any], log: Log | None) -> str:
     facts |= {"tuned weights": settings.get("tune"), "batch size": settings["batch_size"]}
     facts |= {} if log is not None else {"steps": metrics["steps"]}
     facts |= {"weights are those of step": metrics["best_step"]} if "best_step" in metrics else {}
+    facts |= {"weights are the average": metrics["average"]} if "average" in metrics else {}
     facts |= {"ways back": metrics["rollbacks"]} if metrics.get("rollbacks") else {}
     facts["seconds"] = f"{metrics['seconds']:.0f}, {metrics['seconds_per_step']:.2f} a step"
     mib = {key: metrics[f"{key}peak_memory_bytes"] / 2**20 for key in ("", "inference_")}

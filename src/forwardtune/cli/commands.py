@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from ..averages import FORMS, NONE, average_or_none
 from ..durations import bytes_of
 from ..names import QUANTISATIONS
-from .options import add_config, add_options
+from .options import add_config, add_options, typed
 from .parser import Parser
 
 _DESCRIPTION = "Fine-tune language models with forward passes only (MeZO)."
@@ -94,18 +95,13 @@ def _add_plan(commands: Any) -> None:
         help="estimate from the model's config.json alone; nothing is loaded or run",
     )
     first.add_argument(
-        "--memory", type=_bytes, help="of the machine that it is for, as 80GB or 24GiB [what is free on this one]"
+        "--memory",
+        type=typed(bytes_of),
+        help="of the machine that it is for, as 80GB or 24GiB [what is free on this one]",
     )
     parser.add_argument("--alone", action="store_true", help="measure the run that is asked for, no other ways")
     add_config(parser)
     parser.set_defaults(run="plan.run")
-
-
-def _bytes(text: str) -> int:
-    try:
-        return bytes_of(text)
-    except ValueError as error:  # whose message argparse would not show
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _add_evaluations(commands: Any) -> None:
@@ -248,6 +244,11 @@ def _add_logs(commands: Any) -> None:
     parser.add_argument("--model", required=True, help="the model that the run began with")
     parser.add_argument("--output-dir", required=True, help="new folder for the tuned model")
     parser.add_argument("--steps", type=int, help="replay only this many steps; needed for an unfinished log")
+    parser.add_argument(
+        "--average",
+        type=typed(average_or_none),
+        help=f"an average of its weights: {FORMS}, or none [what an export says, else none]",
+    )
     parser.add_argument("--device", default="cpu", help="where the weights are rebuilt [cpu]")
     parser.add_argument("--quantize", choices=QUANTISATIONS, help="how the run quantised its model [as the log says]")
     parser.set_defaults(run="logs.run_replay")
@@ -265,4 +266,7 @@ def _add_logs(commands: Any) -> None:
     )
     parser.add_argument("log", help="steps.jsonl, or the folder of a run")
     parser.add_argument("--output", default="trajectory.safetensors", help="new file [trajectory.safetensors]")
+    parser.add_argument(
+        "--average", type=typed(average_or_none), default=NONE, help="what the file is replayed to [none]"
+    )
     parser.set_defaults(run="logs.run_export")

@@ -8,7 +8,7 @@ import tempfile
 import time
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from statistics import median
@@ -126,6 +126,8 @@ class Rehearsed(Rule):
         times = [_clock(weight.device)]
         kept = weight.clone() if weight.device.type == "cpu" else weight.cpu()
         times.append(_clock(weight.device))
+        if self._rule.decay_towards == "base":  # the weights stay those of the beginning
+            history = replace(history, base=lambda lo, hi: kept.view(-1)[lo:hi])
         unchanged = self._rule.move(noise, tensor, updates, history, keep=keep)
         times.append(_clock(weight.device))
         weight.copy_(kept)

@@ -9,6 +9,7 @@ from typing import Any
 
 from .. import memory
 from ..errors import InputError
+from ..forgetting import measured, read_general
 from ..paper.extra import PROBING, require
 from ..run_folder import METRICS
 from ..workers import workers_of_launch
@@ -21,13 +22,18 @@ from .session import Session, open_session
 def run_eval(parsed: argparse.Namespace) -> None:
     """Evaluate and print one JSON object on stdout."""
     options = _described(parsed, "eval")
+    general = None if options.general_text is None else read_general(options.general_text)
     session = open_session(
         options, "test", shots=options.shots, calibrate=options.calibrate, workers=workers_of_launch()
     )
     name = "icl" if options.shots else "zero-shot"
+    if general is not None:
+        losses = session.general_losses("general text", general)
     metrics = session.facts("eval", f"{name}-calibrated" if options.calibrate else name)
     if options.shots:
         metrics["demonstrations"] = session.demonstrations
+    if general is not None:
+        metrics["general_text"] = {"text": options.general_text, "tokens": len(losses), **measured(losses)}
     _conclude(session, metrics, parsed)
 
 

@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from ..averages import NONE
 from ..config import recorded
 from ..errors import InputError
 from ..models import load_model, save_model
@@ -27,6 +28,8 @@ def run_replay(options: argparse.Namespace) -> None:
     path = log_in(options.log)
     is_export = path.suffix == ".safetensors"
     trajectory = read_trajectory(path) if is_export else trajectory_of(read_log(path))
+    steps = trajectory.steps if options.steps is None else options.steps
+    averaged = trajectory.averaged(options.average, steps)  # refused before the model is loaded
     folder = new_folder(options.output_dir)
 
     import transformers
@@ -44,10 +47,13 @@ def run_replay(options: argparse.Namespace) -> None:
         first, tensors = path.parent / INITIAL, tuned.tensors_of(trajectory)
         model = tuned.prepare_model(model, tokenizer, options=run, first=first, tensors=tensors)
     with bar(len(trajectory.header["tensors"]), "replaying", "tensor") as progress:
-        steps = replay(trajectory, model, steps=options.steps, progress=reach(progress))
+        steps = replay(trajectory, model, steps=options.steps, average=averaged.average, progress=reach(progress))
     save_model(model, tokenizer, folder)
-    verified = trajectory.digest is not None and steps == trajectory.steps
-    say(f"{steps} steps replayed{', weights verified against the log' if verified else ''}; the model is in {folder}")
+    verified = averaged.digest is not None and steps == trajectory.steps
+    of = "" if averaged.average == NONE else f" to the average {averaged.average} of their weights"
+    say(
+        f"{steps} steps replayed{of}{', weights verified against the log' if verified else ''}; the model is in {folder}"
+    )
 
 
 def log_in(name: str) -> Path:
@@ -96,6 +102,11 @@ def run_inspect(options: argparse.Namespace) -> None:
         "tensors": len(tensors),
         "weights": weights_of(log),
         "dtypes": sorted({tensor["dtype"] for tensor in tensors}),
+        "averages": {
+            f"{note.content['average']['of']} of {note.at}": note.content["average"]["digest"]
+            for note in log.notes
+            if "average" in note.content
+        },
         "base_digest": header["base"],
         "tuned_digest": log.end["digest"] if log.end else None,
         "versions": header["versions"],
@@ -124,5 +135,5 @@ def _short(value: Any) -> str:
 def run_export(options: argparse.Namespace) -> None:
     """Write the smallest form of a run."""
     log = read_log(log_in(options.log))
-    size = export_trajectory(log, options.output)
+    size = export_trajectory(log, options.output, options.average)
     say(f"{options.output}: {size:,} bytes for {log.steps:,} steps")

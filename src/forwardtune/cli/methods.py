@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 
+from ..averages import AUTO, NONE, candidates
 from ..config import arguments
 from ..errors import InputError
 from ..evaluation import training_objective
@@ -22,11 +24,15 @@ from ..method.record import StepRecord
 from ..models import load_model
 from ..objectives import Sampling, TaskObjective
 from ..run_folder import INITIAL, TERMS, read_lines
+from ..search.rates import plain
 from ..tasks.batching import collate
 from ..tasks.encoding import Encoded
 from ..trajectory import Log, read_log, replay
+from ..trajectory.log import add_note
+from ..trajectory.replay import tuned_by_header
+from ..trajectory.updates import standing
 from . import say
-from .callbacks import Copied, ObjectiveLog, Run, Trained, advise
+from .callbacks import Copied, ObjectiveLog, Run, Trained, advise, dev_metric, plainly, worth_on_dev
 from .results import resume_command
 from .session import Session
 from .tuned import prepare_model, tensors_of, tuned_weights
@@ -50,24 +56,61 @@ def train_mezo(session: Session, folder: Path, log: Log | None, settings: dict[s
     folder = session.workers.own(folder)
     if trained is not None:
         step, step_log = trained.facts.get("best_step"), read_log(folder / "steps.jsonl")
+        if session.options.average != NONE and _take_average(session, folder, step_log, trained):
+            return trained
         last = step_log.rollbacks[-1] if step_log.rollbacks else None
         went_back = last is not None and (last.at, last.to) == (step_log.steps, step)
-        if step is not None and step < step_log.steps and not went_back:
+        behind = step is not None and step < step_log.steps
+        if behind:
             say(f"going back to step {step}, which was best on the dev split")
-            session.model, options = None, session.options
-            gc.collect()
-            model, _ = load_model(
-                options.model,
-                dtype=options.dtype,
-                device=options.device,
-                attn_implementation=options.attn_implementation,
-                quantize=options.quantize,
-            )
-            session.model = prepare_model(
-                model, session.tokenizer, options=options, first=folder / INITIAL, tensors=tensors_of(step_log)
-            )
-            replay(step_log, session.model, steps=step)
+        if (behind and not went_back) or session.model is None:
+            _rebuild(session, folder, step_log, steps=step if behind else step_log.steps)
     return trained
+
+
+def _take_average(session: Session, folder: Path, log: Log, trained: Trained) -> bool:
+    """Leave the model at the average of the run's weights that was asked for, or at the best of some; False, and no model, if none of them
+    is better on the dev split than the run's best step."""
+    automatic, kept = session.options.average == AUTO, sum(standing(log.rollbacks, log.steps))
+    texts = candidates(kept) if automatic else [session.options.average]
+    worth = partial(worth_on_dev, metric=dev_metric(session))
+    best, chosen, tried = trained.facts.get("dev") if automatic else None, None, {}
+    for text in texts:
+        _rebuild(session, folder, log, steps=log.steps, average=text)
+        digest = tuned_by_header(log, session.model).digest()
+        if "dev" in session.splits:
+            tried[text] = session.evaluate(f"average {text}", "dev")
+            say(f"average {text}: dev {plainly(tried[text])}")
+        if best is None or worth(tried[text]) > worth(best):
+            best, chosen = tried.get(text), {"of": text, "digest": digest}
+    if chosen is None:
+        say("no average is better on the dev split")
+        session.model = None
+        return False
+    if chosen["of"] != texts[-1]:
+        _rebuild(session, folder, log, steps=log.steps, average=chosen["of"])
+    say(f"the weights are the average {chosen['of']} of the run")
+    add_note(log.path, {"average": {**chosen, "tried": {text: plain(worth(dev)[0]) for text, dev in tried.items()}}})
+    trained.facts.pop("best_step", None)
+    trained.facts |= {"average": chosen["of"]} | ({} if best is None else {"dev": best})
+    return True
+
+
+def _rebuild(session: Session, folder: Path, log: Log, **which: Any) -> None:
+    """Load the base model again, in the place of the present one, and replay the run over it."""
+    options, session.model = session.options, None
+    gc.collect()
+    model, _ = load_model(
+        options.model,
+        dtype=options.dtype,
+        device=options.device,
+        attn_implementation=options.attn_implementation,
+        quantize=options.quantize,
+    )
+    session.model = prepare_model(
+        model, session.tokenizer, options=options, first=folder / INITIAL, tensors=tensors_of(log)
+    )
+    replay(log, session.model, **which)
 
 
 def _run_mezo(session: Session, folder: Path, log: Log | None, settings: dict[str, Any]) -> Trained | None:
@@ -141,6 +184,7 @@ def make_trainer(
             f"text is generated at every evaluation: weights are perturbed in a copy, {size / 2**20:,.0f} MiB more memory"
         )
         changes["perturbation"] = "copy"
+    changes["average"] = NONE  # the best step is known later than Trainer ends
     try:
         config = MeZOConfig(
             output_dir=str(folder),

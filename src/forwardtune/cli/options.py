@@ -40,7 +40,7 @@ def add_options(
         if one.read is bool:
             how["action"] = "store_true"
         else:
-            how |= {"type": _reader(one), "choices": one.choices, "metavar": one.metavar}
+            how |= {"type": typed(one.read), "choices": one.choices, "metavar": one.metavar}
         title = group_of(COMMANDS[command], name) if first and name not in first else ""
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
@@ -163,14 +163,15 @@ def _number(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _reader(one: Option) -> Callable[[str], Any]:
-    if one.read in (int, float, str):
-        return one.read
+def typed(reader: Callable[[str], Any] | None) -> Callable[[str], Any]:
+    """What reads the text of an option, as argparse wants it."""
+    assert reader is not None
+    if reader in (int, float, str):
+        return reader
 
     def read(text: str) -> Any:
-        assert one.read is not None
         try:
-            return one.read(text)
+            return reader(text)
         except ValueError as error:  # whose message argparse would not show
             raise argparse.ArgumentTypeError(str(error)) from None
 

@@ -20,6 +20,7 @@ from ..cores import SharedCores
 from ..errors import InputError
 from ..evaluation import evaluate, find_layout, prepare
 from ..files import read_json
+from ..forgetting import token_losses
 from ..models import (
     KEPT_QUANTISED,
     checkpoint_format,
@@ -84,6 +85,16 @@ class Session:
         examples, calibrations = self.splits[split], self.calibrations if split == "test" else None
         with bar(len(examples), what, "example") as progress:
             return self.measure(examples, calibrations=calibrations, progress=reach(progress), **kept)
+
+    def general_losses(self, what: str, text: str) -> list[float]:
+        """The loss of each token of a text that is not the task's, with a progress bar."""
+        with bar(1, what, "window") as progress:
+
+            def reached(done: int, total: int) -> None:
+                progress.total = total
+                progress.update(done - progress.n)
+
+            return token_losses(self.model, self.tokenizer, text, workers=self.workers, progress=reached)
 
     def measure(self, examples: Sequence[Encoded], **how: Any) -> dict[str, float]:
         """The task's metric and loss on examples; ``how`` goes to :func:`~forwardtune.evaluation.evaluate`."""

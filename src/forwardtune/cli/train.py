@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shlex
@@ -11,17 +12,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..averages import AUTO
 from ..config import STEPS, Train, settings
 from ..config import options as options_of
 from ..durations import duration
 from ..errors import InputError, NonFiniteLossError
 from ..evaluation import sign_test
 from ..files import read_json, write_text
+from ..forgetting import compared, read_general
 from ..models import EMBEDDED_MODEL, save_model
 from ..processes import Launch
 from ..run_folder import (
     COMPLETIONS,
     DEV,
+    GENERAL,
     HISTORY,
     INITIAL,
     LOG,
@@ -30,6 +34,7 @@ from ..run_folder import (
     PREDICTIONS,
     TASK,
     TERMS,
+    forgetting,
     read_lines,
 )
 from ..tasks import get_task, task_names
@@ -77,16 +82,21 @@ def run(parsed: argparse.Namespace) -> int:
     given = _absolute(asked.settings)  # the log may be read in another folder
     resume = parsed.resume or _starts_again(folder, workers)
     if resume:
-        share_log(folder / LOG, workers, (METRICS, OUTCOMES, PREDICTIONS, DEV, TERMS, COMPLETIONS, INITIAL, TASK))
+        share_log(
+            folder / LOG, workers, (METRICS, OUTCOMES, PREDICTIONS, DEV, TERMS, COMPLETIONS, INITIAL, TASK, GENERAL)
+        )
         log, given = _resumed(given, folder)
     options = asked.describe(given, resumed=resume)
+    general = None if options.general_text is None else read_general(options.general_text)
     if workers.count > 1 and options.method == "adam":
         raise InputError("--method adam is a comparison, and runs in one process: start it without torchrun")
     if log is None:
         # A run that was killed before its first step leaves its first evaluation behind, and nothing else.
         begun = not read_json(folder / METRICS).keys() - {"before", "by_class"}
         leftovers = (
-            (METRICS, OUTCOMES, PREDICTIONS, COMPLETIONS, INITIAL, TASK, "steps.jsonl.lock", "ranks") if begun else ()
+            (METRICS, OUTCOMES, PREDICTIONS, COMPLETIONS, INITIAL, TASK, GENERAL, "steps.jsonl.lock", "ranks")
+            if begun
+            else ()
         )
         if parsed.overwrite:
             _require_outside(options, folder)
@@ -107,6 +117,10 @@ def run(parsed: argparse.Namespace) -> int:
         frozen=frozen,
     )
     session = open_session(options, "train", "dev", "test", prepare_model=prepare, resumed=log, workers=workers)
+    if options.average == AUTO and "dev" not in session.splits:
+        raise InputError(
+            "--average auto chooses on development examples, and the task has none: name one, such as last:100"
+        )
     if options.steps is None:
         # Before anything is evaluated: the time may be too short.
         options.steps = workers.first(lambda: _steps(session, began))
@@ -116,6 +130,8 @@ def run(parsed: argparse.Namespace) -> int:
     if Path(options.task).is_file():
         write_text(folder / TASK, Path(options.task).read_text(encoding="utf-8-sig"))
     if options.tune in ("lora", "prefix") and log is None:
+        if options.lora_init == "eva":
+            tuned.start_from_examples(session)
         tuned.keep_first(session.model, folder / INITIAL)
     outcomes: dict[str, list[float]] = read_json(folder / OUTCOMES) if log else {}
     answers = read_before(folder) if log else None
@@ -126,6 +142,8 @@ def run(parsed: argparse.Namespace) -> int:
         write_json(folder / METRICS, metrics)
         write_json(folder / OUTCOMES, outcomes)
         write_predictions(folder, session, answers)
+    if general is not None:
+        token_losses = _general_before(session, folder, general, log)
     # What the step log records beside the options.
     described: dict[str, Any] = {_RULE: session.task.splits, **({_FROZEN: frozen} if frozen else {})}
     if "dev" in session.splits:
@@ -152,6 +170,12 @@ def run(parsed: argparse.Namespace) -> int:
         metrics["by_class"] = {**metrics.get("by_class", {}), "test": after.classes}
     if "before" in outcomes:
         metrics["sign_test"] = sign_test(outcomes["before"], outcomes["after"])
+    if general is not None:
+        token_losses["after"] = session.general_losses("general text after", general)
+        metrics["general_text"] = {
+            "text": options.general_text,
+            **compared(token_losses["before"], token_losses["after"]),
+        }
     metrics.update(trained.facts, inference_peak_memory_bytes=inference_peak)
     if not workers.is_first:  # its log stays
         workers.wait()
@@ -160,6 +184,8 @@ def run(parsed: argparse.Namespace) -> int:
     write_lines(folder / HISTORY, trained.history)
     write_json(folder / OUTCOMES, outcomes)
     write_predictions(folder, session, answers, after.answers)
+    if general is not None:
+        write_json(folder / GENERAL, token_losses)
     write_json(folder / METRICS, metrics)
     write_card(folder, session, plain(metrics), read_log(folder / LOG) if (folder / LOG).is_file() else None)
     workers.wait()
@@ -195,6 +221,16 @@ def _measure(session: Session, folder: Path, what: str, step: int) -> Examined:
         ]
         write_lines(folder / COMPLETIONS, [*kept, *new])
     return examined
+
+
+def _general_before(session: Session, folder: Path, text: str, log: Log | None) -> dict[str, Any]:
+    """The loss of each token of a general text by the untuned model; of a run that goes on, as it was measured, if of this text."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+    known = read_json(folder / GENERAL) if log else {}
+    if known.get("digest") != digest:
+        known = {"digest": digest, "before": session.general_losses("general text before", text)}
+        write_json(folder / GENERAL, known)
+    return known
 
 
 def _steps(session: Session, began: float) -> int:
@@ -299,6 +335,8 @@ def _report(metrics: dict[str, Any], folder: Path, method: str, as_json: bool) -
     table({name: metrics[key] for name, key in (("before", "before"), ("after", "test")) if key in metrics})
     show_classes(metrics.get("by_class", {}).get("test", {}))
     say()
+    if told := forgetting(metrics):
+        say(told)
     if test := metrics.get("sign_test"):
         say(
             f"{test['better']} examples came out better, {test['worse']} worse: p = {test['p_value']:.1e} by the sign test"
@@ -306,7 +344,9 @@ def _report(metrics: dict[str, Any], folder: Path, method: str, as_json: bool) -
     mib = {key: metrics[f"{key}peak_memory_bytes"] / 2**20 for key in ("", "inference_")}
     say(f"peak memory {mib['']:,.0f} MiB; inference on the same batch size {mib['inference_']:,.0f} MiB")
     say(f"{metrics['seconds']:.0f} s in {metrics['steps']} steps, {metrics['seconds_per_step']:.2f} s a step")
-    if metrics.get("best_step") == 0:
+    if "average" in metrics:
+        say(f"the weights are the average {metrics['average']} of those of the run")
+    elif metrics.get("best_step") == 0:
         say("the weights are untuned: no step was better on the dev split")
     elif metrics.get("best_step", metrics["steps"]) != metrics["steps"]:
         say(f"the weights are those of step {metrics['best_step']}, which was best on the dev split")

@@ -8,14 +8,20 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save, save_file
 
 from ..config import Train
 from ..errors import InputError
-from ..models import expert_stacks, freeze_unreached, lora_modules, tune
+from ..evaluation import prepare
+from ..models import a_of, expert_stacks, freeze_unreached, lora_modules, start_from_inputs, tune
+from ..objectives import logits_at
 from ..trajectory import Log
 from ..trajectory.updates import Trajectory
 from . import say
+from .session import Session
+
+# Minibatches of the training examples from which A of LoRA starts.
+_BATCHES = 8
 
 
 def prepare_model(
@@ -43,6 +49,8 @@ def prepare_model(
         lora_rank=options.lora_rank,
         lora_alpha=options.lora_alpha,
         lora_targets=[name for part in (options.lora_targets or "").split(",") if (name := part.strip())] or None,
+        lora_init="default" if options.lora_init == "eva" else options.lora_init,  # until there are inputs
+        freeze_a=options.freeze_a,
         prefix_length=options.prefix_length,
         seed=options.seed,
     )
@@ -68,11 +76,30 @@ def prepare_model(
             kept = load_file(first)
         except SafetensorError as error:
             raise InputError(f"{first} is damaged ({error}): restore the file of the run") from None
-        if {name: t.shape for name, t in kept.items()} != {name: p.shape for name, p in tuned.items()}:
+        begun = first_weights(model)
+        if {name: t.shape for name, t in kept.items()} != {name: p.shape for name, p in begun.items()}:
             raise InputError(f"{first} does not hold the first weights of this adapter: restore the file of the run")
-        for name, p in tuned.items():
+        for name, p in begun.items():
             p.copy_(kept[name])
+    elif first is not None and options.lora_init == "eva":
+        raise InputError(
+            f"{first} is missing, which holds what the run took from its examples: restore the file of the run"
+        )
     return model
+
+
+def start_from_examples(session: Session) -> None:
+    """Let A of LoRA be the principal directions of the inputs that a few of the training examples make; of rank 0, for all."""
+    train, size = session.splits["train"], session.options.batch_size
+    some = train[:: max(1, len(train) // (_BATCHES * size))][: _BATCHES * size]
+    batches = [
+        prepare(session.model, session.tokenizer, some[lo : lo + size], session.layout)
+        for lo in range(0, len(some), size)
+    ]
+    begun = first_weights(start_from_inputs(session.model, batches, logits_at))
+    for name, kept in load(session.workers.bytes_of(0, lambda: save(begun))).items():
+        begun[name].copy_(kept)
+    say(f"  A from the inputs of {len(some)} training examples")
 
 
 def _adapted(model: Any) -> str:
@@ -90,7 +117,13 @@ def keep_first(model: Any, path: Path) -> None:
     """Write the weights that an adapter starts from: random numbers or activations, which another machine may round
     differently."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: p.contiguous() for name, p in tuned_weights(model).items()}, path)
+    save_file({name: p.contiguous() for name, p in first_weights(model).items()}, path)
+
+
+def first_weights(model: Any) -> dict[str, torch.Tensor]:
+    """What an adapter starts from: what is tuned of it, and a frozen A beside that."""
+    parameters = dict(model.named_parameters())
+    return {name: parameters[name].detach() for tuned in tuned_weights(model) for name in (a_of(tuned), tuned)}
 
 
 def tuned_weights(model: Any) -> dict[str, torch.Tensor]:

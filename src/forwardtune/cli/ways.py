@@ -38,7 +38,7 @@ ASKED = "as it is asked for"
 #: In the place of a task that is not named.
 NO_TASK = "TASK"
 # Settings that a way has of its own.
-_OWN = ("method", "tune", "prefix_length", "quantize", "assignment", "rank", "refresh", "perturbation", "offload")
+_OWN = ("method", "tune", "quantize", "assignment", "rank", "refresh", "perturbation", "offload")
 _LENGTHS = ("steps", "epochs", "time_budget")
 # A row is not tried that would take more than this share of the memory.
 _SAFE = 0.95
@@ -100,7 +100,7 @@ def rows_of(asked: Asked) -> list[Row]:
         kept = {
             name: value
             for name, value in asked.settings.items()
-            if name not in _OWN and (changes["tune"] == "lora" or not name.startswith("lora_"))
+            if name not in _OWN and changes["tune"] in options(Train)[name].only.get("tune", (changes["tune"],))
         }
         with suppress(InputError):  # the objective or another setting has no meaning with it
             run = described(asked, settings := kept | changes)

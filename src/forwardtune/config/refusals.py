@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
+from ..averages import NONE, average_or_auto
 from ..durations import seconds_of
 from ..errors import InputError
 from .option import AUTO, Bounds, Option, number_or_auto, options
@@ -65,6 +66,27 @@ _COMBINATIONS = (
         "<eval_steps> measures development examples, and <dev_examples> is 0: leave one of them out",
         lambda run, given: run.eval_steps is not None and run.dev_examples == 0,
         {"eval_steps": 2, "dev_examples": 0},
+    ),
+    Refusal(
+        "<general_text> compares with the untuned model, and <no_before> leaves that out: leave one of them out",
+        lambda run, given: run.general_text is not None and bool(run.no_before),
+        {"general_text": "packaged", "no_before": True},
+        ("train",),
+    ),
+    Refusal(
+        "<decay_towards> base says what weight decay pulls towards, and there is none: give <weight_decay> too",
+        lambda run, given: run.decay_towards == "base" and not run.weight_decay,
+        {"decay_towards": "base"},
+    ),
+    Refusal(
+        "<average> {average} is a sum of directions, and what <rule> {rule} adds is none: give <rule> sgd or momentum, or leave <average> out",
+        lambda run, given: run.average != NONE and run.rule in ("sign", "adam"),
+        {"average": "last:10", "rule": "adam"},
+    ),
+    Refusal(
+        "<average> auto chooses on development examples, and <dev_examples> is 0: name an average, such as last:100",
+        lambda run, given: run.average == AUTO and run.dev_examples == 0,
+        {"average": AUTO, "dev_examples": 0},
     ),
     Refusal(
         "<lr> auto is found with forward passes, by <method> mezo: give a number for adam",
@@ -190,7 +212,8 @@ def _example(one: Option) -> Any:
     """A value that is no default."""
     if one.choices:
         return next(choice for choice in one.choices if choice != one.default)
-    return {int: 2, float: 0.5, number_or_auto: 1e-3, seconds_of: 60.0}.get(one.read, "loss")
+    samples = {int: 2, bool: True, float: 0.5, number_or_auto: 1e-3, seconds_of: 60.0, average_or_auto: AUTO}
+    return samples.get(one.read, "loss")
 
 
 def refusal_of(command: str, run: Any, given: frozenset[str]) -> Refusal | None:

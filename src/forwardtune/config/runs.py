@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from .. import names
+from ..averages import FORMS, NONE, average_or_auto
 from ..durations import seconds_of
 from ..errors import nearest
 from .option import AUTO, FINITE, FRACTION, NOT_NEGATIVE, POSITIVE, SEED, NumberOrAuto, option, options
@@ -79,9 +80,14 @@ class Data:
     seed: int = option(0, "seed of directions, minibatches and splits", bounds=SEED, argument="seed")
 
 
+_GENERAL = "also measure the perplexity of a text: a file, or packaged (3,500 words, for a first look)"
+
+
 @dataclass
 class Evaluation(Data):
     """What ``eval`` measures."""
+
+    general_text: str | None = option(None, _GENERAL, shown="not", is_place=True, free=True)
 
     shots: int = option(0, "demonstrations before every prompt: in-context learning", bounds=NOT_NEGATIVE)
     objective: str = option(
@@ -182,6 +188,17 @@ class MeZOSettings:
     clip_coefficient: float | None = _of_mezo(
         None, "largest magnitude of a projected gradient", shown="none", bounds=POSITIVE
     )
+    average: str = _of_mezo(
+        NONE,
+        f"leave an average of the run's weights: {FORMS}; auto: if one is better on the dev split",
+        read=average_or_auto,
+        free=True,
+    )
+    decay_towards: str = _of_mezo(
+        "zero",
+        "what weight decay pulls towards: zero, or base, the weights that the run began with",
+        choices=names.DECAYS,
+    )
     parts: int | None = _of_mezo(
         None,
         "cut the minibatch into so many parts, for workers to share beside the queries",
@@ -226,10 +243,17 @@ class Train(MeZOSettings, Data):
     lora_alpha: float = option(16.0, "scale of LoRA, times 1/rank", bounds=POSITIVE, only={"tune": ("lora",)})
     lora_targets: str | None = option(
         None,
-        "names of the layers to adapt, by commas; experts: those in one tensor",
+        "names of the layers to adapt, or patterns of them, by commas; all-linear: all but the head; experts: those in one tensor",
         shown="query and value projections",
         only={"tune": ("lora",)},
     )
+    lora_init: str = option(
+        "default",
+        "what A of LoRA is at first: random (default, gaussian), or eva: the principal directions of each layer's inputs",
+        choices=names.LORA_INITS,
+        only={"tune": ("lora",)},
+    )
+    freeze_a: bool = option(False, "tune B of LoRA alone", only={"tune": ("lora",)})
     prefix_length: int = option(5, "positions of the prefix", bounds=POSITIVE, only={"tune": ("prefix",)})
     steps: int | None = option(None, "optimizer steps", shown=f"{STEPS}; adam: 5 epochs", bounds=POSITIVE, free=True)
     epochs: float | None = option(
@@ -267,6 +291,7 @@ class Train(MeZOSettings, Data):
     report_to: str | None = option(
         None, f"{', '.join(names.TRACKERS)}, or several by commas", shown="none", free=True, read=trackers
     )
+    general_text: str | None = option(None, f"{_GENERAL}, before and after", shown="not", is_place=True, free=True)
     no_before: bool | None = option(None, "do not evaluate the untuned model", free=True)
 
 

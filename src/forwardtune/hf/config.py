@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from ..averages import NONE, average_or_auto
 from ..config import AUTO, MeZOSettings, NumberOrAuto, as_declared, number_or_auto
 from ..errors import InputError, warn
 from ..method.estimators import get_estimator
@@ -118,7 +119,9 @@ class MeZOConfig(MeZOSettings, TrainingArguments):
         # What the optimizer would refuse once the model is loaded, it refuses now.
         eps = 1.0 if isinstance(self.eps, str) else self.eps
         get_estimator(self.estimator, eps, self.probes, self.normalize, self.assignment)
-        self.make_rule()
+        rule = self.make_rule()
+        if average_or_auto(self.average) != NONE:
+            rule.reach([], [])  # refused where the rule is not linear
         if self.learning_rate == AUTO and self.eval_strategy != "no":
             self.eval_on_start = True  # the untuned model is a point to go back to
 
@@ -147,4 +150,5 @@ class MeZOConfig(MeZOSettings, TrainingArguments):
         }
         if self.rule not in own and (self.rule_state, self.rule_window) != ("auto", None):
             raise InputError(f"the rule {self.rule!r} remembers nothing: leave rule_state and rule_window out")
-        return get_rule(self.rule, **own.get(self.rule, {}))
+        anchored = {"decay_towards": self.decay_towards} if self.decay_towards != "zero" else {}
+        return get_rule(self.rule, **own.get(self.rule, {}), **anchored)

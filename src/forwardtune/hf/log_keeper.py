@@ -86,6 +86,7 @@ class LogKeeper(TrainerCallback):
             if cores is not None:
                 cores.follow(threads)
             self._log = StepLog.resume(before.path, optimizer, lock=lock)
+            trainer.averaging.begin(optimizer, self._log.base)
             if threads is not None:
                 self._note_threads()
             automatic.begin(self._log, plan_of(before), before)
@@ -104,6 +105,7 @@ class LogKeeper(TrainerCallback):
             run = {**(trainer._run or {}), "frozen": trainer.frozen} if trainer.frozen else trainer._run
             self._log = StepLog(trainer.step_log, optimizer, run, lock=lock)
             trainer.run_logs.opened(trainer.step_log)
+            trainer.averaging.begin(optimizer, self._log.base)
             automatic.begin(self._log, plan)
             if cores is not None and torch.get_num_threads() < cores.most:
                 self._note_threads()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from ..averages import NONE
 from ..trajectory import Log
 
 # In the card that transformers writes.
@@ -12,13 +13,13 @@ _LIST = re.compile(r"(?<=The following hyperparameters were used during training
 _AFTER = "\n### Framework versions\n"
 
 
-def describe(card: str, log: Log, steps: int) -> str:
+def describe(card: str, log: Log, steps: int, average: str = NONE) -> str:
     """transformers' model card of a run, with MeZO in the place of the optimizer that it names.
 
     Args:
         card: the text that transformers wrote.
         log: the run's step log, finished or not.
-        steps: the model has the weights after so many steps.
+        steps: the model has the weights after so many steps, or an average of those up to there.
     """
     method = {f"- {name}": value for name, value in method_facts(log).items()}
 
@@ -27,7 +28,7 @@ def describe(card: str, log: Log, steps: int) -> str:
         return "\n".join([*(f"{name}: {value}" for name, value in method.items()), *others]) + "\n"
 
     before, mark, after = _LIST.sub(mended, card, count=1).partition(_AFTER)
-    return f"{before.rstrip()}\n\n{rebuilding(log, steps)}{mark}{after}"
+    return f"{before.rstrip()}\n\n{rebuilding(log, steps, average)}{mark}{after}"
 
 
 def method_facts(log: Log) -> dict[str, Any]:
@@ -51,10 +52,12 @@ def method_facts(log: Log) -> dict[str, Any]:
     }
 
 
-def rebuilding(log: Log, steps: int) -> str:
+def rebuilding(log: Log, steps: int, average: str = NONE) -> str:
+    """How the weights after so many steps, or an average of those up to there, are rebuilt."""
     digest = log.end["digest"] if log.end is not None else "not there yet: the run has not ended"
     whole = steps == log.steps and log.end is not None
-    call = f'replay("{log.path.name}", model{"" if whole else f", steps={steps}"})'
+    named = ("" if whole else f", steps={steps}") + ("" if average == NONE else f', average="{average}"')
+    call = f'replay("{log.path.name}", model{named})'
     return (
         "### Step log\n\n"
         f"`{log.path.name}` holds every step, and rebuilds the weights from those that the run began with, bit for bit and without data:\n\n"
@@ -62,7 +65,7 @@ def rebuilding(log: Log, steps: int) -> str:
         "from forwardtune import replay\n\n"
         f"{call}  # model: as the run began with it, in {', '.join(sorted({t['dtype'] for t in log.header['tensors']}))}\n"
         "```\n\n"
-        f"- weights after step {steps} of {log.steps}\n"
+        f"- {'weights after' if average == NONE else f'the average {average} of the weights up to'} step {steps} of {log.steps}\n"
         f"- SHA-256 of the tuned weights before the run: `{log.header['base']}`\n"
         f"- SHA-256 of the tuned weights after the last step: `{digest}`\n"
         f"- checksum of the log's last line: `{log.check}`\n"

@@ -136,6 +136,7 @@ class Resumption:
         optimizer, automatic = self._optimizer(), trainer.automatic
         trainer.state = self._state()
         trainer.state.global_step = trainer.state.max_steps = log.steps
+        trainer.averaging.keep(optimizer, log)
         if log.end is None:
             automatic.keep_point(optimizer, log)
         step_log = StepLog.resume(log.path, optimizer, lock=self._lock)
@@ -158,6 +159,8 @@ class Resumption:
             return None
         if automatic.finds_lr:
             automatic.keep_point(self._optimizer(), log)
+        if self._trainer.averaging.keeps_base:
+            self._trainer.averaging.keep(self._optimizer(), log)
         existing = self._trainer.workers.first(self._existing)
         # Several workers replay at the same time, each into its own folder.
         return existing if existing is not None and Path(existing).is_dir() else str(self._by_replay())

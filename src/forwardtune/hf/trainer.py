@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 
+from ..averages import NONE
 from ..config import AUTO, MeZOSettings, options
 from ..cores import SharedCores
 from ..errors import InputError
@@ -27,6 +28,7 @@ from ..trajectory import read_log
 from ..trajectory.shared import any_has_log, share_log
 from ..workers import Alone, Parts, workers_of_launch
 from .automatic import Automatic
+from .averaging import Averaging
 from .config import MeZOConfig
 from .data_sets import prepared_data
 from .example_losses import ExampleLosses
@@ -138,6 +140,8 @@ class MeZOTrainer(Trainer):
         self.automatic = Automatic(self)
         #: What chooses the number of threads, on a CPU. Set it to go on with one; else every :meth:`train` has its own.
         self.cores: SharedCores | None = None
+        #: What puts an average in the place of a run's weights.
+        self.averaging = Averaging(self)
         self._keeper = LogKeeper(self)
         self.add_callback(self._keeper)
         self.add_callback(self.automatic)
@@ -374,6 +378,7 @@ class MeZOTrainer(Trainer):
         """
         self._trial = trial
         self.args.validate()
+        self.averaging.require()
         self.forget_own()
         self._logged = {}
         if Launch.read().restarts and not resume_from_checkpoint:  # what the launcher starts again goes on
@@ -388,7 +393,7 @@ class MeZOTrainer(Trainer):
         own = own and self.workers.count == 1  # of several, each would decide for itself
         if own:
             self.cores = SharedCores(self.automatic.announce)
-        checkpoint: str | None = None
+        checkpoint, resumption = None, None
         try:
             if not resume_from_checkpoint:
                 self.run_logs.begin(self.run_folder)
@@ -399,11 +404,13 @@ class MeZOTrainer(Trainer):
                 resumption = Resumption(self, resume_from_checkpoint, lock)
                 self._logged = resumption.log.header
                 if resumption.is_over:
-                    return resumption.finish()
-                checkpoint = resumption.checkpoint()
-                self._keeper.continues = resumption.log
-            self._set_use_cache(self.args.use_cache)
-            return super().train(checkpoint, trial, *args, **kwargs)
+                    result = resumption.finish()
+                else:
+                    checkpoint = resumption.checkpoint()
+                    self._keeper.continues = resumption.log
+            if resumption is None or not resumption.is_over:
+                self._set_use_cache(self.args.use_cache)
+                result = super().train(checkpoint, trial, *args, **kwargs)
         finally:
             self._set_use_cache(self._use_cache)
             self._keeper.close()
@@ -414,6 +421,14 @@ class MeZOTrainer(Trainer):
                 self.cores = None
             if trial is not None:
                 self.automatic.forget()
+        self.averaging.take(self._loaded_step)
+        return result
+
+    @property
+    def _loaded_step(self) -> int | None:
+        """After how many steps the model has the weights of, where Trainer went back to the best checkpoint."""
+        went_back = self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None
+        return self.state.best_global_step if went_back else None
 
     def _set_use_cache(self, value: bool | None) -> None:
         """Trainer switches the cache of keys and values off, and leaves it so in what is saved: a tuned model keeps its own setting."""
@@ -460,12 +475,16 @@ class MeZOTrainer(Trainer):
         super().create_model_card(*args, **kwargs)
         if not self.step_log.exists():
             return  # nothing was trained yet
-        log, steps = read_log(self.step_log), None
-        if self.args.load_best_model_at_end and not self.is_in_train and self.state.best_model_checkpoint is not None:
-            steps = self.state.best_global_step
+        log, steps = read_log(self.step_log), None if self.is_in_train else self._loaded_step
         card = Path(self.args.output_dir) / "README.md"
         card.write_text(
-            describe(card.read_text(encoding="utf-8"), log, log.steps if steps is None else steps), encoding="utf-8"
+            describe(
+                card.read_text(encoding="utf-8"),
+                log,
+                log.steps if steps is None or self.averaging.taken != NONE else steps,
+                self.averaging.taken,
+            ),
+            encoding="utf-8",
         )
 
     @property

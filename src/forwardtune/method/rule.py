@@ -12,8 +12,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..errors import InputError
 from ..noise import Count, Noise, Update
 from ..parameters import TunedParameters, TunedTensor
+from .base import BaseFile, ReadBase, present
 from .masked import Masked
 
 
@@ -37,12 +39,14 @@ class History:
         recent: the last W of them, for ``state="window"``.
         moments: flat float32 tensors under the name of each tuned tensor, for ``state="exact"``.
         missed: how many of the steps taken left a tensor alone, by its id.
+        base: reads the values of one tensor that the run began with, for a rule that decays towards them.
     """
 
     taken: int = 0
     recent: list[Update] = field(default_factory=list)
     moments: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
     missed: dict[int, int] = field(default_factory=dict)
+    base: ReadBase | None = None
 
     def take(self, updates: Sequence[Update], window: int | None) -> None:
         """Count steps that were taken, of which the last ``window`` are kept."""
@@ -100,11 +104,16 @@ class History:
         )
 
     def of(self, tensor: int) -> History:
-        """The history of one tensor, without the steps that left it alone."""
+        """The history of one tensor. Steps that left it alone have no sizes there, and their place in a window."""
         if not self.missed.get(tensor):
             return self
-        recent = [update for update in self.recent if tensor not in update.unused]
+        recent = [of_tensor(update, tensor) for update in self.recent]
         return replace(self, taken=self.taken - self.missed[tensor], recent=recent)
+
+
+def of_tensor(update: Update, tensor: int) -> Update:
+    """The update for one tensor: without sizes if it leaves that alone."""
+    return Update(update.step, (), unused=update.unused) if tensor in update.unused else update
 
 
 def _recalled(
@@ -123,6 +132,8 @@ class Rule(ABC):
     name: ClassVar[str]
     #: What holds for settings of which a log says nothing, because they came later.
     unsaid: ClassVar[dict[str, Any]] = {}
+    #: What weight decay pulls towards, ``"zero"`` or ``"base"``: ``theta <- theta_0 + d (theta - theta_0)``.
+    decay_towards: str = "zero"
 
     @property
     def remembers(self) -> bool:
@@ -151,6 +162,21 @@ class Rule(ABC):
         """:meth:`move` of several tensors at once."""
         raise NotImplementedError
 
+    def reach(self, updates: Sequence[Update], factors: Sequence[float]) -> list[float]:
+        """The weights as one sum over directions: r with ``sum_t factors[t] * a_t = sum_t r[t] * sum_k sizes_t[k] z_tk``, where a_t is what step
+        t adds to the weights beside their decay.
+
+        Args:
+            updates: steps in order; one without sizes was skipped, or, where something was ``unused``, left the tensor alone.
+
+        Raises:
+            InputError: what a step adds is no sum of directions.
+        """
+        raise InputError(
+            f"the rule {self.name!r} does not add up directions, so the average of a run's weights is no list of factors: tune with the rule "
+            "sgd or momentum to average"
+        )
+
     @abstractmethod
     def plan(self, step: int, coefficients: Sequence[float], lr: float, weight_decay: float) -> Update:
         """One step in float32 numbers. Raises OverflowError when it does not fit them."""
@@ -178,6 +204,7 @@ def move_all(
     history: History,
     *,
     keep: bool = True,
+    from_base: bool = False,
     progress: Callable[[int, int], object] | None = None,
 ) -> int:
     """Apply steps to all tuned tensors, a tensor at a time, and take them into the history.
@@ -185,19 +212,23 @@ def move_all(
     Args:
         updates: for every parameter group the same steps, in order.
         keep: whether ``history.moments`` are wanted afterwards; without them they are never whole in memory.
+        from_base: the tensors are as the run began.
         progress: called with the numbers of tensors done and in all.
 
     Returns:
         How many stored values did not change, summed over the steps.
     """
+    kept = None if rule.decay_towards != "base" or tuned.base is None or from_base else BaseFile(tuned.base, tuned)
     ragged = any(update.unused for update in updates[0])
     counts: list[Count] = []
     together: dict[Any, list[TunedTensor]] = {}
     for done, tensor in enumerate(tuned):
         own = updates[tensor.group]
         if ragged:
-            own = [Update(update.step, ()) if tensor.id in update.unused else update for update in own]
+            own = [of_tensor(update, tensor.id) for update in own]
         before = history.of(tensor.id)
+        if rule.decay_towards == "base":
+            before = replace(before, base=present(tensor) if from_base else kept.of(tensor) if kept else None)
         unread = {u.step: u.unread[tensor.id] for u in (*before.recent, *own) if tensor.id in u.unread}
         if not unread and rule.moves_together and noise.launches_together(tensor.parameter):
             together.setdefault((tensor.parameter.device, tuple(own)), []).append(tensor)

@@ -12,7 +12,8 @@ name          update, with the estimate ``g = mean_k c_k z_k``    memory
 ``adam``      AdamW                                               m and v, or the coefficients of the last W steps
 ============  ==================================================  ==================================================
 
-All of them decay weights first, ``theta <- (1 - lr * weight_decay) * theta``.
+All of them decay weights first, ``theta <- (1 - lr * weight_decay) * theta``, or with ``decay_towards="base"`` what moved,
+``theta <- theta_0 + (1 - lr * weight_decay) * (theta - theta_0)``: three float32 operations, each rounded once, on theta_0 as the run began.
 
 What ``momentum`` and ``adam`` remember has two forms. ``state="exact"`` keeps float32 tensors. ``state="window"`` keeps the
 numbers of the last W steps and regenerates their directions at each update, a piece of a tensor at a time: no memory that
@@ -30,15 +31,17 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError, nearest
-from ..noise import Count, Noise, Update
+from ..noise import Count, Noise, Update, flattened
 from ..parameters import TunedTensor
-from .moments import Elementwise, WithMoments
+from .base import decay, require_target
+from .moments import Elementwise, WithMoments, arithmetic, piece_size
 from .rule import History, Rule, Step, float32, shares
 
 # Steps handed to one fused sweep over a tensor.
@@ -50,8 +53,18 @@ class SGD(Rule):
 
     name: ClassVar[str] = "sgd"
 
+    def __init__(self, decay_towards: str = "zero") -> None:
+        self.decay_towards = require_target(decay_towards)
+
+    def settings(self) -> dict[str, Any]:
+        return {"decay_towards": "base"} if self.decay_towards == "base" else {}
+
     @property
     def moves_together(self) -> bool:
+        return self._moves_here and self.decay_towards == "zero"
+
+    @property
+    def _moves_here(self) -> bool:
         return type(self).move is SGD.move  # a class of a user's may move in its own way
 
     def plan(self, step: int, coefficients: Sequence[float], lr: float, weight_decay: float) -> Update:
@@ -60,7 +73,26 @@ class SGD(Rule):
     def move(
         self, noise: Noise, tensor: TunedTensor, updates: Sequence[Update], history: History, *, keep: bool
     ) -> Count:
-        return self.move_together(noise, [tensor], updates)
+        if self.decay_towards == "zero" or all(update.decay == 1.0 for update in updates):
+            return self.move_together(noise, [tensor], updates)
+        unchanged: Count = 0
+        with tensor.change() as weight, flattened(weight) as flat:
+            size = piece_size(flat)
+            for lo in range(0, flat.numel(), size):
+                piece, base = flat[lo : lo + size], None
+                x = torch.empty(piece.numel(), dtype=arithmetic(piece), device=piece.device)
+                for update in updates:
+                    if update.is_empty:
+                        unchanged += piece.numel()
+                        continue
+                    base = decay(x.copy_(piece), update, history.base, lo, base)
+                    added = Update(update.step, update.sizes)
+                    noise.update(x, [added], tensor=tensor.id, start=lo, shape=tensor.parameter.shape)
+                    unchanged += noise.store(piece, x, tensor=tensor.id, step=update.step, start=lo)
+        return unchanged
+
+    def reach(self, updates: Sequence[Update], factors: Sequence[float]) -> list[float]:
+        return list(factors) if self._moves_here else super().reach(updates, factors)
 
     def move_together(self, noise: Noise, tensors: Sequence[TunedTensor], updates: Sequence[Update]) -> Count:
         with ExitStack() as stack:
@@ -100,6 +132,12 @@ class Sign(Elementwise):
     averages: ClassVar[int] = 1
     state = "window"  # of this step alone
     window = 1
+
+    def __init__(self, decay_towards: str = "zero") -> None:
+        self.decay_towards = require_target(decay_towards)
+
+    def settings(self) -> dict[str, Any]:
+        return {"decay_towards": "base"} if self.decay_towards == "base" else {}
 
     def fold(
         self, averages: Sequence[Tensor], steps: Sequence[Update], add: Callable[[Tensor, list[Update]], object]
@@ -142,6 +180,22 @@ class Momentum(WithMoments):
 
     def direction(self, averages: Sequence[Tensor], step: Step, count: int) -> Tensor:
         return averages[0] * step.lr
+
+    def reach(self, updates: Sequence[Update], factors: Sequence[float]) -> list[float]:
+        mu, result = float32(self.momentum), [0.0] * len(updates)
+        own = [i for i, update in enumerate(updates) if update.sizes]
+        moved = {i: -getattr(updates[i], "lr", 1.0) * factors[i] for i in own}
+        if self.window is None:
+            reach = 0.0
+            for i in reversed(own):
+                result[i] = reach = moved[i] + mu * reach
+            return result
+        place = list(accumulate(bool(update.sizes or update.unused) for update in updates))
+        for n, i in enumerate(own):
+            # Of the step itself, and of those in whose windows it is.
+            for later in reversed([j for j in own[n : n + self.window] if place[j] - place[i] < self.window]):
+                result[i] = moved[later] + mu * result[i]
+        return result
 
 
 @dataclass(frozen=True)

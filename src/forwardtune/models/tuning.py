@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,13 +14,17 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import InputError, nearest, warn
+from ..names import LORA_INITS
 from ..parameters import dtype_name
 from .kinds import is_adapted, model_kind
 from .late import late_mlp
 from .prefix import add_prefix
+from .principal import start_from_inputs
 from .quantised import is_quantised, is_quantised_layer, keep_as_stored, storage_of, with_weights
 
 MODES = ("all", "late-mlp", "lora", "prefix")
+#: As peft calls every linear layer but the vocabulary head, as a target of LoRA.
+ALL_LINEAR = "all-linear"
 
 # How libraries name the query and value projections, or the one that holds both, where peft has no default. Latent attention (MLA)
 # projects values from a latent.
@@ -41,6 +45,9 @@ def tune(
     lora_rank: int = 8,
     lora_alpha: float = 16.0,
     lora_targets: Sequence[str] | None = None,
+    lora_init: str = "default",
+    freeze_a: bool = False,
+    inputs: Iterable[Mapping[str, Any]] | None = None,
     prefix_length: int = 5,
     seed: int = 0,
 ) -> Any:
@@ -53,7 +60,7 @@ def tune(
     ``late-mlp``        the feed-forward matrices of all layers but the first third; where a model has none, all matrices of
                         these layers (:mod:`.late`)
     ``lora``            ``B A`` in ``W + (alpha / rank) B A``, of the query and value projections (Hu et al., ICLR
-                        2022); A is random, B zero; no dropout
+                        2022); A by ``lora_init``, B zero; no dropout
     ``prefix``          keys and values of ``prefix_length`` positions before the text (:mod:`.prefix`)
     anything else       parameters whose name the regular expression is found in (``re.search``), biases for example:
                         ``bias$``. A tied tensor, such as a head that is the embedding too, is one parameter: naming
@@ -66,9 +73,14 @@ def tune(
     Args:
         model: from :func:`load_model`, or any such model without an adapter.
         tokenizer: its tokenizer; ``prefix`` draws tokens from it.
-        lora_targets: last parts of the names of the modules to adapt, or of tensors that hold a slice for every expert, all of which
+        lora_targets: last parts of the names of the modules to adapt, patterns that are found in whole names (``re.search``), ``all-linear``,
+            which is every linear layer but the head, or last parts of the names of tensors that hold a slice for every expert, all of which
             are ``experts``; by default the modules that ``peft`` adapts in this architecture, else the query and value projections by
             their usual names. A tied head gets a copy of its weights, as merging would move the embedding too; a warning says so.
+        lora_init: what A is at first. ``default`` and ``gaussian`` are random, peft's; ``eva``: the principal directions of each layer's
+            inputs (:mod:`.principal`).
+        freeze_a: tune B alone.
+        inputs: for ``eva``, a few minibatches of model inputs.
         seed: of A, or of the tokens that the prefix starts from.
 
     Raises:
@@ -80,7 +92,17 @@ def tune(
     if is_adapted(model):
         raise InputError("the model has an adapter already: give the base model, or merge the adapter and save that")
     if mode == "lora":
-        model = _add_lora(model, lora_rank, lora_alpha, lora_targets, seed)
+        if lora_init not in LORA_INITS:
+            raise InputError(
+                f"LoRA starts as {', '.join(LORA_INITS)}, not as {lora_init!r}{nearest(lora_init, LORA_INITS)}"
+            )
+        if (lora_init == "eva") != (inputs is not None):
+            raise InputError("inputs, a few minibatches, and lora_init='eva', which takes A from them, belong together")
+        model = _add_lora(model, lora_rank, lora_alpha, lora_targets, lora_init, seed)
+        if inputs is not None:
+            start_from_inputs(model, inputs)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and not (freeze_a and ".lora_A." in name))
     elif mode == "prefix":
         if prefix_length < 1:
             raise InputError(f"the prefix must have a positive length, got {prefix_length}: 5 is usual")
@@ -134,7 +156,7 @@ def _select(model: nn.Module, pattern: str) -> None:
         parameter.requires_grad_(id(parameter) in chosen)
 
 
-def _add_lora(model: Any, rank: int, alpha: float, targets: Sequence[str] | None, seed: int) -> Any:
+def _add_lora(model: Any, rank: int, alpha: float, targets: Sequence[str] | None, init: str, seed: int) -> Any:
     import peft
 
     if rank < 1 or not 0 < alpha < float("inf"):
@@ -159,6 +181,7 @@ def _add_lora(model: Any, rank: int, alpha: float, targets: Sequence[str] | None
         if alpha == int(alpha)
         else alpha,  # other readers of adapter_config.json expect an integer
         lora_dropout=0.0,
+        init_lora_weights=init if init == "gaussian" else True,  # eva is no concern of peft's
         target_modules=wanted,
         target_parameters=sorted({_behind_layers(name) for name in stacks if name.rpartition(".")[2] in of_experts})
         or None,
@@ -219,7 +242,11 @@ def _lora_targets(model: nn.Module, given: Sequence[str] | None) -> list[str] | 
 
     layers = [name for name, module in model.named_modules() if _is_linear(module)]
     advice = f"Layers are {_some(layers)}: give the last parts of such names as LoRA targets"
-    for target in given or ():
+    if ALL_LINEAR in (given or ()):
+        head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+        return sorted({name.rpartition(".")[2] for name in layers if model.get_submodule(name) is not head})
+    given = [name for target in given or () for name in _named(target, layers)]
+    for target in given:
         if not matching(model, [target]):
             near = nearest(target, {name.rpartition(".")[2] for name in layers}) or "."
             raise InputError(f"no linear layer is called {target!r}{near} {advice}")
@@ -230,6 +257,15 @@ def _lora_targets(model: nn.Module, given: Sequence[str] | None) -> list[str] | 
         if all(matching(model, [name]) for name in usual):
             return usual
     raise InputError(f"no query and value projections were found in {type(model).__name__}. {advice}")
+
+
+def _named(target: str, layers: Sequence[str]) -> list[str]:
+    """The layers that a pattern is found in; a name, or what is found nowhere, as it is."""
+    try:
+        found = [] if re.fullmatch(r"[\w.-]*", target) else [name for name in layers if re.search(target, name)]
+    except re.error as error:
+        raise InputError(f"{target!r} is neither a layer's name nor a regular expression ({error})") from None
+    return found or [target]
 
 
 def matching(model: nn.Module, targets: Collection[str] | str) -> list[Any]:

@@ -279,12 +279,14 @@ class Noise:
         scales: Sequence[float], device: torch.device,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """The rows of each U that these elements lie in, and V whole."""
-        low, width = self._structure, rows_and_columns(shape)[1]
-        first, end = piece.start // width, -(-piece.stop // width)
-        rows, rank = end - first, low.rank
-        u_scales = [low.scale(scale) for scale in scales]
-        u = self._strips(tensor, steps, probes, [first * rank], u_scales, rows * rank, device)
-        return u.view(len(probes), rows, rank), self._v(shape, tensor, steps, probes, device)
+        low, (height, width) = self._structure, rows_and_columns(shape)
+        first, end, rank = piece.start // width, -(-piece.stop // width), low.rank
+        places = [
+            Strips(tensor, steps, probes, [first * rank], [low.scale(scale) for scale in scales], (end - first) * rank),
+            Strips(tensor, [low.step_of_v(step) for step in steps], probes, [height * rank], [1.0], width * rank),
+        ]
+        u, v = backends.for_directions(device).many_strips(self.direction, self.seed, places, device)
+        return u.view(len(probes), end - first, rank), v.view(len(probes), width, rank)
 
     def _v(
         self, shape: Sequence[int], tensor: int, steps: Sequence[int], probes: Sequence[int], device: torch.device

@@ -27,15 +27,19 @@ class Columns(NamedTuple):
         """Words are uint32, places int64, scales float64."""
         numbers = [len(each.probes) for each in many]
         counts = np.repeat(np.array([each.length for each in many], np.int64), numbers)
-        places = np.concatenate([np.zeros(1, np.int64), counts.cumsum()])
+        places = np.zeros(len(counts) + 1, np.int64)
+        counts.cumsum(out=places[1:])
         tensors = np.repeat(np.array([each.tensor for each in many], np.uint32), numbers)
 
         def column(name: str, dtype: Any) -> np.ndarray:
             values = [getattr(each, name) for each in many]
             if all(len(value) == 1 for value in values):
                 return np.repeat(np.array([value[0] for value in values], dtype), numbers)
-            parts = [np.asarray(value, dtype) for value in values]
-            return np.concatenate([np.broadcast_to(part, number) for part, number in zip(parts, numbers, strict=True)])
+            filled, lo = np.empty(len(counts), dtype), 0
+            for value, number in zip(values, numbers, strict=True):
+                filled[lo : lo + number] = value
+                lo += number
+            return filled
 
         words = column("steps", np.uint32), column("probes", np.uint32)
         return cls(tensors, *words, column("starts", np.int64), column("scales", np.float64), counts, places)

@@ -178,8 +178,10 @@ def _drawn(updates: Sequence[Update], direction: Direction) -> tuple[Any, ...]:
 
 def _columns(factor: Tensor) -> np.ndarray:
     """(..., rows, rank) -> one row for every column, those of the first matrix first."""
-    columns = np.swapaxes(factor.numpy(), -1, -2)
-    return np.ascontiguousarray(columns).reshape(math.prod(columns.shape[:-1]), columns.shape[-1])
+    rows, rank = factor.shape[-2:]
+    return (
+        factor.mT.contiguous().view(math.prod(factor.shape[:-2]) * rank, rows).numpy()
+    )  # torch aligns memory to what vectors want
 
 
 def _array(tensor: Tensor) -> np.ndarray:

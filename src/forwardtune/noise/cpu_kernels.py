@@ -5,7 +5,7 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from .cpu_conversions import dropped_bits, narrow, round_stochastically, widen
+from .cpu_conversions import dropped_bits, narrow, round_stochastically, wide_vectors, widen
 from .definition import ROUNDING_PROBE
 from .kept import kernel
 
@@ -51,6 +51,7 @@ def _add_products(x, lo, hi, u, v, place, term, end):  # type: ignore[no-untyped
 
     Four terms in a pass: x is read and written once for them.
     """
+    wide_vectors()
     width = v.shape[1]
     row = place // width
     column = place - row * width
@@ -81,6 +82,7 @@ def _add_products(x, lo, hi, u, v, place, term, end):  # type: ignore[no-untyped
 @kernel
 def strips(out, places, values, shift, k0, k1, tensors, steps, probes, starts, scales, lo, hi):  # type: ignore[no-untyped-def]
     """``out[places[t] : places[t + 1]] <- float32(scales[t] * z)`` from element ``starts[t]`` on: the bits of a scaled table without one."""
+    wide_vectors()
     words = np.empty(2 * BLOCKS, np.uint64)
     halves = words.view(np.uint16)
     for t in range(lo, hi):
@@ -102,6 +104,7 @@ def strips(out, places, values, shift, k0, k1, tensors, steps, probes, starts, s
 
 @kernel
 def perturb(out, source, table, shift, k0, k1, tensor, step, probe, start, lo, hi):  # type: ignore[no-untyped-def]
+    wide_vectors()
     words = np.empty(2 * BLOCKS, np.uint64)
     halves = words.view(np.uint16)
     z = np.empty(TILE, np.float32)
@@ -126,6 +129,7 @@ def perturb(out, source, table, shift, k0, k1, tensor, step, probe, start, lo, h
 
 @kernel
 def perturb_factored(out, source, u, v, place, lo, hi):  # type: ignore[no-untyped-def]
+    wide_vectors()
     x = np.empty(TILE, np.float32)
     for position in range(lo, hi, TILE):
         count = min(TILE, hi - position)
@@ -140,6 +144,7 @@ def perturb_factored(out, source, u, v, place, lo, hi):  # type: ignore[no-untyp
 
 @kernel
 def perturb_rows(out, source, rows, table, shift, k0, k1, tensor, step, probe, lo, hi):  # type: ignore[no-untyped-def]
+    wide_vectors()
     width = source.shape[1]
     zero = lo - lo  # an int64 as for other callers: for a literal 0 Numba would compile the callee once more
     for i in range(lo, hi):
@@ -149,6 +154,7 @@ def perturb_rows(out, source, rows, table, shift, k0, k1, tensor, step, probe, l
 
 @kernel
 def update(weight, drawn, factors, ends, steps, decays, k0, k1, tensor, start, lo, hi):  # type: ignore[no-untyped-def]
+    wide_vectors()
     # Terms are either drawn or products of factors; the other is None, and Numba leaves its branch out.
     # Whole tiles have loops of their own, of a length that the compiler knows: that halves the time.
     words = np.empty(2 * BLOCKS, np.uint64)
@@ -215,6 +221,7 @@ def update(weight, drawn, factors, ends, steps, decays, k0, k1, tensor, start, l
 
 @kernel
 def store(weight, x, k0, k1, tensor, step, start, lo, hi):  # type: ignore[no-untyped-def]
+    wide_vectors()
     words = np.empty(2 * BLOCKS, np.uint64)
     halves = words.view(np.uint16)
     like = weight[0]

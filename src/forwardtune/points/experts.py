@@ -73,16 +73,16 @@ class ExpertWeight(Tensor):
             return func(args[0]._original, *args[1:], **kwargs)
         weight = args[0] if args and isinstance(args[0], cls) else None
         with torch._C.DisableTorchFunctionSubclass():
-            if weight is not None and weight.ndim == 3 and func in _TRANSPOSES and weight._transposed is None:
-                dims = _dimensions(func, args, kwargs)
+            if weight is not None and weight.ndim == 3 and func in TRANSPOSES and weight._transposed is None:
+                dims = exchanged(func, args, kwargs)
                 if dims is not None:
                     return cls._made(weight._original.transpose(*dims), weight._state, dims)
             if weight is not None and func is Tensor.__getitem__ and weight._transposed is None:
-                numbers = _numbers(args[1], weight._state.out)
+                numbers = picked(args[1], weight._state.out)
                 if numbers is not None:
                     return weight._state.some(numbers)[args[1]]
             if (
-                _is_grouped(func)
+                is_grouped(func)
                 and len(args) > 1
                 and isinstance(args[1], cls)
                 and isinstance(kwargs.get("offs"), Tensor)
@@ -139,10 +139,10 @@ class _Slices:
                 first = i + 1
 
 
-_TRANSPOSES = {Tensor.transpose, torch.transpose, Tensor.mT.__get__}  # type: ignore[attr-defined]
+TRANSPOSES = {Tensor.transpose, torch.transpose, Tensor.mT.__get__}  # type: ignore[attr-defined]
 
 
-def _dimensions(func: Any, args: Any, kwargs: Any) -> tuple[int, int] | None:
+def exchanged(func: Any, args: Any, kwargs: Any) -> tuple[int, int] | None:
     """Which two dimensions are exchanged, if the first one stays."""
     if func is Tensor.mT.__get__:  # type: ignore[attr-defined]
         return (1, 2)
@@ -152,7 +152,7 @@ def _dimensions(func: Any, args: Any, kwargs: Any) -> tuple[int, int] | None:
     return None if 0 in dims else dims
 
 
-def _numbers(index: Any, out: Tensor) -> Tensor | None:
+def picked(index: Any, out: Tensor) -> Tensor | None:
     """The numbers of the slices that an index of the first dimension picks; None for an index of another kind."""
     if isinstance(index, int) and not isinstance(index, bool):
         return torch.tensor([index], device=out.device) if -len(out) <= index < len(out) else None
@@ -161,5 +161,5 @@ def _numbers(index: Any, out: Tensor) -> Tensor | None:
     return None
 
 
-def _is_grouped(func: Any) -> bool:
+def is_grouped(func: Any) -> bool:
     return func is getattr(F, "grouped_mm", None) or "grouped_mm" in getattr(func, "__name__", "")

@@ -24,6 +24,8 @@ from ..method.estimators import Losses, Query
 from ..method.unread import Used
 from ..noise import Noise
 from ..parameters import TunedParameters, TunedTensor
+from . import side_experts
+from .experts import of_experts
 from .owners import Groups, Owners, declared, selected
 from .perturbation import Closure, Perturbation, ReadElsewhereError, as_loss, as_losses, read, without_compilation
 from .point_directions import PointDirections
@@ -54,6 +56,7 @@ class SidePath(Perturbation):
 
     Attributes:
         left_out: ids of the tensors that have no side path.
+        experts: ids of those that hold a slice for every expert.
     """
 
     name = "side_path"
@@ -73,12 +76,18 @@ class SidePath(Perturbation):
             for name, parameter in module._parameters.items()
             if id(parameter) in by_parameter
         ]
+        owned: dict[nn.Module, dict[str, TunedTensor]] = {}
+        for module, name, tensor in self._places:
+            owned.setdefault(module, {})[name] = tensor
+        stacks = {module: of_experts(module, tensors) for module, tensors in owned.items()}
+        self._routing = [module for module, names in stacks.items() if names]
+        self.experts = {owned[module][name].id for module, names in stacks.items() for name in names}
         self._kinds: dict[int, str] = {}
         self.point = PointDirections(tuned, noise, self.left_out)
         self._owners: Owners | None = None  # of an input of which nothing was said
         self._count: int | None = None  # of the examples of what the model worked on last
-        self._rows_passed = 0  # most rows of a tensor that the module was called with
-        self._hook: torch.utils.hooks.RemovableHandle | None = None
+        self._passed: list[tuple[int, int]] = []  # rows and columns of the tensors that the module was called with
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._declared: tuple[int, ...] | None = None  # the shape of what examples_at said
         self._eager: AbstractContextManager[Any] = nullcontext()
 
@@ -87,7 +96,11 @@ class SidePath(Perturbation):
         self._eager = without_compilation()
         self._eager.__enter__()
         assert self.tuned.module is not None
-        self._hook = self.tuned.module.register_forward_pre_hook(self._look_at, with_kwargs=True)
+        self._hooks.append(self.tuned.module.register_forward_pre_hook(self._look_at, with_kwargs=True))
+        enter = functools.partial(side_experts.enter, self)
+        for module in self._routing:
+            self._hooks.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+            self._hooks.append(module.register_forward_hook(side_experts.leave))
         for module, name, tensor in self._places:
             if tensor.id not in self.left_out:
                 module._parameters[name] = SideWeight.wrap(self, tensor)  # type: ignore[assignment]
@@ -96,8 +109,9 @@ class SidePath(Perturbation):
     def __exit__(self, *exception: object) -> None:
         for module, name, tensor in self._places:
             module._parameters[name] = tensor.parameter
-        if self._hook is not None:
-            self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
         self._eager.__exit__(None, None, None)
         self._owners = None
         self.point.forget()
@@ -105,7 +119,7 @@ class SidePath(Perturbation):
 
     def shift(self, step: int, query: Query) -> None:
         self.point.go_to(step, query)
-        self._owners, self._count, self._rows_passed = None, None, 0
+        self._owners, self._count, self._passed = None, None, []
         torch.clear_autocast_cache()
 
     def losses(self, step: int, queries: Sequence[Query], closure: Closure) -> list[Losses]:
@@ -206,7 +220,7 @@ class SidePath(Perturbation):
 
     def _look_at(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         passed = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim > 1]
-        self._rows_passed = max([self._rows_passed, *(value.shape[0] for value in passed)])
+        self._passed += [(value.shape[0], value.shape[1]) for value in passed]
 
     def _input(self) -> Owners | None:
         """The owners of the model's input; None before it was seen."""
@@ -222,14 +236,21 @@ class SidePath(Perturbation):
             return None
         owners = self._input()
         if owners is None:
-            # One row may be what all rows have in common, as the positions of learned embeddings.
             copies = self.point.copies
-            height = max(1, self._rows_passed) if lead[0] == 1 else lead[0] // copies
-            owners = _rows_are_examples((height, *lead[1:]))
+            owners = _rows_are_examples(
+                self._input_shape((lead[0] // copies, *lead[1:]) if lead[0] > 1 else tuple(lead))
+            )
             owners = self._owners = owners if copies == 1 else owners.twice
         self._count = owners.count
         positions = selected()
         return owners if positions is None else owners.at(positions)
+
+    def _input_shape(self, lead: tuple[int, ...]) -> tuple[int, ...]:
+        """The leading dimensions of the model's input, given those of what a tuned weight meets first."""
+        if lead[0] == 1:  # perhaps what all rows have in common, as the positions of learned embeddings
+            return max([1, *(rows for rows, _ in self._passed)]), *lead[1:]
+        flattened = (shape for shape in self._passed if len(lead) == 1 and shape[0] * shape[1] == lead[0])
+        return next(flattened, lead)
 
     def count(self) -> int | None:
         """The number of directions at the present point; None before the model's input was seen."""

@@ -45,25 +45,25 @@ class SideWeight(Tensor):
             return func(args[0]._original, *args[1:], **kwargs)
         handler = LINEAR.get(func)
         if handler is not None:
-            if any(isinstance(a, PerExample) for a in _leaves((args, kwargs))):
-                args, kwargs = _mapped(args, _first), _mapped(kwargs, _first)
+            if any(isinstance(a, PerExample) for a in leaves((args, kwargs))):
+                args, kwargs = mapped(args, _first), mapped(kwargs, _first)
             with torch._C.DisableTorchFunctionSubclass():
                 result = handler(*args, **kwargs)
             if result is not None:
                 return result
         refuse_writing(func, args, cls)
-        moved = [weight for weight in _leaves((args, kwargs)) if isinstance(weight, cls) and _moves(weight)]
-        if moved and all(weight.ndim == 1 for weight in moved) and _name(func) in ELEMENTWISE:
-            for other in _leaves((args, kwargs)):
+        moved = [weight for weight in leaves((args, kwargs)) if isinstance(weight, cls) and _moves(weight)]
+        if moved and all(weight.ndim == 1 for weight in moved) and name_of(func) in ELEMENTWISE:
+            for other in leaves((args, kwargs)):
                 if isinstance(other, Tensor) and not isinstance(other, (cls, PerExample)) and other.ndim > 1:
                     moved[0]._path.owner(
                         other.shape[:-1], other.device
                     )  # where this is the model's input, it counts the examples
-            return func(*_mapped(args, _spread), **_mapped(kwargs, _spread))
+            return func(*mapped(args, _spread), **mapped(kwargs, _spread))
         for weight in moved:
             weight._path.leave_out(weight._tensor)
         with torch._C.DisableTorchFunctionSubclass():
-            return func(*_mapped(args, plain), **_mapped(kwargs, plain))
+            return func(*mapped(args, plain), **mapped(kwargs, plain))
 
 
 class PerExample(Tensor):
@@ -82,23 +82,23 @@ class PerExample(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        vectors = [a for a in _leaves((args, kwargs)) if isinstance(a, cls)]
+        vectors = [a for a in leaves((args, kwargs)) if isinstance(a, cls)]
         first = vectors[0]
         if func in METADATA:
             return func(args[0]._value[0], *args[1:], **kwargs)
-        others = [a for a in _leaves((args, kwargs)) if isinstance(a, Tensor) and not isinstance(a, cls) and a.ndim > 0]
+        others = [a for a in leaves((args, kwargs)) if isinstance(a, Tensor) and not isinstance(a, cls) and a.ndim > 0]
         with torch._C.DisableTorchFunctionSubclass():
-            if _name(func) in ELEMENTWISE and not others and len(vectors) == 1:
-                value = func(*_mapped(args, _values), **_mapped(kwargs, _values))
+            if name_of(func) in ELEMENTWISE and not others and len(vectors) == 1:
+                value = func(*mapped(args, _values), **mapped(kwargs, _values))
                 if isinstance(value, Tensor) and value.shape == first._value.shape:
                     return PerExample.wrap(first._path, first._tensor, value)
-            if _name(func) in ELEMENTWISE and len(others) == 1:
+            if name_of(func) in ELEMENTWISE and len(others) == 1:
                 lead = others[0].shape[:-1]
                 rows = {id(v): v._rows(lead) for v in vectors}
                 if all(row is not None for row in rows.values()) and others[0].shape[-1:] == first._value.shape[1:]:
                     aligned = lambda a: rows[id(a)] if isinstance(a, cls) else a  # noqa: E731
-                    return func(*_mapped(args, aligned), **_mapped(kwargs, aligned))
-            return func(*_mapped(args, _first), **_mapped(kwargs, _first))
+                    return func(*mapped(args, aligned), **mapped(kwargs, aligned))
+            return func(*mapped(args, _first), **mapped(kwargs, _first))
 
     def _rows(self, lead: Any) -> Tensor | None:
         """The vector of every place of an activation with these leading dimensions, in a shape that broadcasts."""
@@ -159,25 +159,25 @@ def _first(value: Any) -> Any:
     return value._value[0]
 
 
-def _name(func: Any) -> str:
+def name_of(func: Any) -> str:
     return str(getattr(func, "__name__", ""))
 
 
-def _leaves(value: Any) -> Any:
+def leaves(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         for item in value:
-            yield from _leaves(item)
+            yield from leaves(item)
     elif isinstance(value, dict):
-        yield from _leaves(list(value.values()))
+        yield from leaves(list(value.values()))
     else:
         yield value
 
 
-def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
     if isinstance(value, (list, tuple)):
-        return type(value)(_mapped(item, change) for item in value)
+        return type(value)(mapped(item, change) for item in value)
     if isinstance(value, dict):
-        return {key: _mapped(item, change) for key, item in value.items()}
+        return {key: mapped(item, change) for key, item in value.items()}
     return change(value)
 
 

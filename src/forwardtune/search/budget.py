@@ -70,7 +70,7 @@ class Plan:
     @classmethod
     def read(cls, content: dict[str, Any]) -> Plan:
         """From what :meth:`content` gave, and whatever stands beside it."""
-        return cls(*(content[name] for name in _LOGGED), fall=content.get("fall", 1.0))
+        return cls(**{name: content[name] for name in _LOGGED}, fall=content.get("fall", 1.0))
 
     def content(self) -> dict[str, Any]:
         """What a step log says of it, as JSON."""

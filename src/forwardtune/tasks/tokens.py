@@ -24,6 +24,8 @@ class Tokens:
         begin = starts[0] if starts else 0
         self._opening = whole[:begin]
         self._closing = len(whole) - begin - len(bare) if starts else 0
+        #: The marks that open a text, and those that close it.
+        self.marks: tuple[list[int], list[int]] = (self._opening, whole[len(whole) - self._closing :])
         special = control_tokens(tokenizer)
         self._control = re.compile("|".join(map(re.escape, special))) if special else None
 

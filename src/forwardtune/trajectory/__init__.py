@@ -6,8 +6,8 @@
 from ..errors import LogError
 from .export import export_trajectory
 from .log import StepLog
-from .point import ReturnPoint
+from .point import ReturnPoint, keep_base
 from .reader import Log, read_log
 from .replay import replay
 
-__all__ = ["Log", "LogError", "ReturnPoint", "StepLog", "export_trajectory", "read_log", "replay"]
+__all__ = ["Log", "LogError", "ReturnPoint", "StepLog", "export_trajectory", "keep_base", "read_log", "replay"]

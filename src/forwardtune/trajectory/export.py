@@ -3,7 +3,7 @@
 Tensors: ``sizes`` float32 ``(groups or 1, steps, probes)``, the factors of the directions, NaN for a skipped step;
 ``decay`` float32 ``(groups, steps or 1)``, the factors of weight decay, absent when all are 1; ``lr`` float32
 ``(groups, steps or 1)``, the learning rates, for rules other than sgd, whose sizes contain them. Metadata: the log's header
-without versions, with the rollbacks and with what steps left alone, deflated, as base 85, the digest of the tuned weights, and ``check``, SHA-256 over all
+without versions, with the rollbacks, with what steps left alone and with the average that is meant, deflated, as base 85, the digest of the tuned weights, and ``check``, SHA-256 over all
 of this. The digest can tell damage only where the whole run is replayed; the checksum is compared whenever the file is read.
 """
 
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..averages import NONE
 from ..errors import LogError
 from ..method.moments import Elementwise
 from ..method.rule import Rule, Step
@@ -32,15 +33,20 @@ from .reader import Log, Rollback, check_header, rule_of
 from .updates import Trajectory, trajectory_of
 
 
-def export_trajectory(log: Log, path: str | PathLike[str]) -> int:
+def export_trajectory(log: Log, path: str | PathLike[str], average: str = NONE) -> int:
     """Write a log's trajectory to a new file and return its size in bytes.
+
+    Args:
+        average: of the run's weights, which is what the file will be replayed to (:class:`forwardtune.averages.Average`).
 
     Raises:
         LogError: the log is unfinished, or the file exists.
+        InputError: the average is none of these steps, or the run's rule is not linear.
     """
     from safetensors.torch import save_file
 
     trajectory = trajectory_of(log)
+    averaged = trajectory.averaged(average, trajectory.steps)
     path = Path(path)
     if trajectory.digest is None:
         raise LogError(f"{log.path} has no end line: resume the run and let it finish, then export it")
@@ -67,6 +73,8 @@ def export_trajectory(log: Log, path: str | PathLike[str]) -> int:
     header = {key: value for key, value in log.header.items() if key != "versions"}
     if log.rollbacks:
         header["rollbacks"] = [[rollback.at, rollback.to] for rollback in log.rollbacks]
+    if average != NONE:
+        header["average"] = {"of": average, "digest": averaged.digest}
     if unused := _runs(trajectory.updates[0]):
         header["unused"] = unused
     if rows := _rows(trajectory.updates[0]):
@@ -159,6 +167,7 @@ def read_trajectory(path: str | PathLike[str]) -> Trajectory:
         header = json.loads(zlib.decompress(base64.b85decode(metadata["header"])))
         digest = metadata["digest"]
         rollbacks = [Rollback(at, to) for at, to in header.pop("rollbacks", [])]
+        average = header.pop("average", {"of": NONE, "digest": None})
         groups = len(header["groups"])
         unused = {
             step: frozenset(numbers(text, len(header["tensors"])))
@@ -209,4 +218,5 @@ def read_trajectory(path: str | PathLike[str]) -> Trajectory:
         [update(step, *numbers) for step, numbers in enumerate(zip(rows, factors, rates, strict=True))]
         for rows, factors, rates in zip(sizes.tolist(), decay.tolist(), lr.tolist(), strict=True)
     ]
-    return Trajectory(path, header, rule, updates, rollbacks, digest, checked=check is not None)
+    averages = {} if average["digest"] is None else {average["of"]: average["digest"]}
+    return Trajectory(path, header, rule, updates, rollbacks, digest, check is not None, averages, average["of"])

@@ -90,14 +90,20 @@ def workers_content(optimizer: MeZO) -> dict[str, Any]:
 
 
 def require_frozen(path: object, header: dict[str, Any], tuned: TunedParameters) -> None:
-    """Raise LogError if the run of a log tuned over a quantised model, and this one is not stored in the same bits."""
+    """Raise LogError if the run of a log tuned over a quantised model, or beside a frozen A of LoRA, and this one has other bits."""
     frozen = header.get("frozen")
-    if frozen is not None and tuned.frozen_digest() != frozen:
+    if frozen is None or tuned.frozen_digest() == frozen:
+        return
+    if tuned.module is None or not getattr(tuned.module, "is_quantized", False):
         raise LogError(
-            f"the run of {path} tuned over a quantised model, and this model is not stored in the same bits: load the run's own base model "
-            f"({header['run'].get('model', 'not recorded')}), quantised as it was then ({header['run'].get('quantize') or 'as stored'}), "
-            "with the same versions of the packages"
+            f"the run of {path} tuned B of LoRA beside a frozen A, or over a quantised model, and this model has another A, or is not quantised: "
+            "start from the adapter that the run started from, over the run's own base model"
         )
+    raise LogError(
+        f"the run of {path} tuned over a quantised model, and this model is not stored in the same bits: load the run's own base model "
+        f"({header['run'].get('model', 'not recorded')}), quantised as it was then ({header['run'].get('quantize') or 'as stored'}), "
+        "with the same versions of the packages"
+    )
 
 
 def identity(optimizer: MeZO) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from ..method.record import StepRecord
 from ..method.rule import History, Rule, move_all
 from ..noise import Update
 from ..optimizer import MeZO
+from ..parameters import TunedParameters
 from .reader import Log
 from .replay import require_base
 from .updates import standing, trajectory_of, updates_by_group
@@ -142,7 +143,42 @@ def keep_point(path: str | PathLike[str], optimizer: MeZO, log: Log) -> None:
         _write(Path(path), optimizer, {"base": log.header["base"], "steps": 0})
 
 
-def require_room(path: str | PathLike[str], optimizer: MeZO) -> None:
+def keep_base(path: str | PathLike[str], optimizer: MeZO, base: str | None = None) -> None:
+    """Keep the optimizer's weights, which are those that a run begins with, in a file, and let weight decay read them there.
+
+    Needed before the first step, or before a log is resumed, by rules with ``decay_towards="base"``.
+
+    Args:
+        base: their digest, if it is known.
+
+    Raises:
+        InputError: the disk has no room for them.
+    """
+    require_room(
+        path,
+        optimizer,
+        why="leaves an average, or decays weights towards those that it began with, keeps those",
+        remedy="do without both",
+    )
+    _write(Path(path), optimizer, {"base": base or optimizer.tuned.digest(), "steps": 0})
+    optimizer.tuned.base = Path(path)
+
+
+@torch.no_grad()
+def restore(path: str | PathLike[str], tuned: TunedParameters) -> None:
+    """Give tuned tensors the values that they have in a file. Raises InputError if it was cut."""
+    with open(path, "rb") as file:
+        file.readline()
+        _fill(Path(path), file, [tensor.parameter.detach() for tensor in tuned])
+
+
+def require_room(
+    path: str | PathLike[str],
+    optimizer: MeZO,
+    *,
+    why: str = "finds its own learning rate keeps the weights that it may go back to",
+    remedy: str = "give a learning rate",
+) -> None:
     """Raise InputError unless the disk has room for a point."""
     rule, folder = optimizer.rule, Path(path).parent
     needed = sum(t.parameter.numel() * t.parameter.element_size() for t in optimizer.tuned)
@@ -152,8 +188,8 @@ def require_room(path: str | PathLike[str], optimizer: MeZO) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise InputError(
-            f"a run that finds its own learning rate keeps the weights that it may go back to on disk: {needed / 2**30:.1f} GiB "
-            f"in {folder}, where {free / 2**30:.1f} are free. Make room, or give a learning rate"
+            f"a run that {why} on disk: {needed / 2**30:.1f} GiB "
+            f"in {folder}, where {free / 2**30:.1f} are free. Make room, or {remedy}"
         )
 
 

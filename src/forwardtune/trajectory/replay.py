@@ -27,6 +27,7 @@ def replay(
     module: nn.Module,
     *,
     steps: int | None = None,
+    average: str | None = None,
     progress: Progress | None = None,
 ) -> int:
     """Bring a module from the base weights of a run to its tuned weights, bit for bit.
@@ -35,6 +36,8 @@ def replay(
         log: path of a ``steps.jsonl`` or an exported ``trajectory.safetensors``, or what was read from one.
         module: holds the base weights, in the dtypes of the run; changed in place.
         steps: replay this many steps only. Needed for a log without an end line, which may have lost its tail.
+        average: rebuild an average of the weights of these steps (:class:`forwardtune.averages.Average`), such as ``"last:100"``; by
+            default that which an export names, else ``"none"``.
         progress: called with the numbers of tensors done and in all.
 
     Returns:
@@ -42,7 +45,8 @@ def replay(
 
     Raises:
         LogError: the log is damaged or unfinished, or the module does not hold the weights that the run began with;
-            or the result differs from the digest in the log's end line.
+            or the result differs from the digest in the log's end line, or from that of the average in a note.
+        InputError: the average is none of these steps, or the run's rule is not linear.
     """
     if isinstance(log, (str, PathLike)):
         log = read_trajectory(log) if Path(log).suffix == ".safetensors" else read_log(log)
@@ -61,10 +65,11 @@ def replay(
             f"{trajectory.path} was exported by an earlier version, without a checksum: damage would show only after all "
             f"{total} steps. Replay all of them, or export it again from the log"
         )
+    averaged = trajectory.averaged(average, steps)
     tuned = tuned_by_header(trajectory, module)
     require_base(trajectory, tuned)
-    apply_updates(trajectory, tuned, trajectory.first(steps), progress, keep=False)
-    if steps == total and trajectory.digest is not None and tuned.digest() != trajectory.digest:
+    apply_updates(averaged, tuned, averaged.first(steps), progress, keep=False)
+    if steps == total and averaged.digest is not None and tuned.digest() != averaged.digest:
         raise LogError(
             f"the weights rebuilt from {trajectory.path} differ from those that the run ended with, though log and base "
             "weights are intact. Please report this, with the log's header"
@@ -91,11 +96,20 @@ def apply_updates(
 ) -> History:
     """The sweeps: each tensor takes all its steps while it is in the cache. Returns what the rule remembers of them."""
     history = History()
-    move_all(trajectory.rule, noise_of(trajectory.header), tuned, updates, history, keep=keep, progress=progress)
+    move_all(
+        trajectory.rule,
+        noise_of(trajectory.header),
+        tuned,
+        updates,
+        history,
+        keep=keep,
+        from_base=True,
+        progress=progress,
+    )
     return history
 
 
-def tuned_by_header(trajectory: Trajectory, module: nn.Module) -> TunedParameters:
+def tuned_by_header(trajectory: Trajectory | Log, module: nn.Module) -> TunedParameters:
     """The module's tensors that the header names, with the ids and groups of the run."""
     by_name = dict(module.named_parameters(remove_duplicate=False))
     groups: list[dict] = [{"params": []} for _ in trajectory.header["groups"]]

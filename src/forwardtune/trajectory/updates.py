@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ..averages import NONE, Average
+from ..method.averaged import Averaged, summed
 from ..method.record import StepRecord, updates_of
 from ..method.rule import Rule
 from ..noise import Update
@@ -25,6 +27,8 @@ class Trajectory:
         rollbacks: which steps were undone.
         digest: of the tuned weights; None when the run did not close its log.
         checked: whether a checksum covers every step; of an export by an early version only the digest tells damage.
+        averages: digests of averages of its weights, by their texts, as far as they are known.
+        average: of which its weights are meant to be taken.
     """
 
     path: Path
@@ -34,11 +38,26 @@ class Trajectory:
     rollbacks: list[Rollback]
     digest: str | None
     checked: bool = True
+    averages: Mapping[str, str] = field(default_factory=dict)
+    average: str = NONE
 
     @property
     def steps(self) -> int:
         """Number of steps, skipped ones and undone ones included."""
         return len(self.updates[0])
+
+    def averaged(self, average: str | None, steps: int) -> Trajectory:
+        """The trajectory to an average of the weights of its first steps; by default to that which it names itself.
+
+        Raises:
+            InputError: the average is none of these steps, or the rule is not linear.
+        """
+        text = self.average if average is None else average
+        if text == NONE:
+            return self
+        rule = Averaged(self.rule, tuple(Average(text).shares(standing(self.rollbacks, steps))))
+        summed(self.rule, self.first(steps)[0], rule.shares)  # refused before any weight is read
+        return replace(self, rule=rule, digest=self.averages.get(text), average=text)
 
     def first(self, steps: int) -> list[list[Update]]:
         """The updates that lead to the weights after so many steps: one that was undone by then is empty, as if skipped."""
@@ -67,7 +86,13 @@ def trajectory_of(log: Log) -> Trajectory:
     """The updates that a log describes, one list for each parameter group."""
     rule = rule_of(log.path, log.header)
     updates = updates_by_group(rule, log.records, len(log.header["groups"]))
-    return Trajectory(log.path, log.header, rule, updates, log.rollbacks, log.end["digest"] if log.end else None)
+    end = log.end["digest"] if log.end else None
+    averages = {
+        note.content["average"]["of"]: note.content["average"]["digest"]
+        for note in log.notes
+        if "average" in note.content and note.at == log.steps
+    }
+    return Trajectory(log.path, log.header, rule, updates, log.rollbacks, end, averages=averages)
 
 
 def updates_by_group(rule: Rule, records: Sequence[StepRecord], groups: int) -> list[list[Update]]:

@@ -9,7 +9,7 @@ from itertools import accumulate
 from typing import Any
 
 from ...config.repeat import repeat_command
-from ...run_folder import COMPLETIONS, DEV, HISTORY, PREDICTIONS, RunFolder
+from ...run_folder import COMPLETIONS, DEV, HISTORY, PREDICTIONS, RunFolder, forgetting
 
 # Examples that are shown.
 _SAMPLES = 12
@@ -113,6 +113,11 @@ class Course:
         if "test" in self.run.metrics:
             return "finished"
         return f"not finished: {len(self.steps)} of {self.settings.get('steps', '?')} steps"
+
+    @property
+    def forgetting(self) -> str:
+        """What the run says of general text, in a sentence; nothing if it did not measure any."""
+        return forgetting(self.run.metrics)
 
     @property
     def flips(self) -> tuple[int, int]:
