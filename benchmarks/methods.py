@@ -69,6 +69,16 @@ METHODS = {
     "example_4": Method(1e-4, EXAMPLE | {"rank": 4}),
     "example_late": Method(6e-4, EXAMPLE, LATE_MLP),
     "example_late_falls": Method(6e-4, EXAMPLE, LATE_MLP, falls=True),
+    "fzoo_examples": Method(3e-3, EXAMPLE | {"normalize": "spread"}),
+    "fzoo_late": Method(1e-2, EXAMPLE | {"normalize": "spread"}, LATE_MLP),
+    "layers_8": Method(3e-5, {"active_layers": 8}),
+    "sparse": Method(1e-4, {"sparsity": 0.75}),
+    "variance": Method(3e-5, {"modify": "variance"}),
+    "expectation": Method(3e-5, {"modify": "expectation"}),
+    "variance_gradients": Method(3e-5, {"modify": "variance", "modify_by": "gradients"}),
+    "expectation_gradients": Method(3e-5, {"modify": "expectation", "modify_by": "gradients"}),
+    "momentum": Method(3e-6, {"rule": "momentum", "rank": 4, "refresh": 50}),
+    "muon": Method(3e-4, {"rule": "muon", "rank": 4, "refresh": 50}),
     "lora": Method(1e-3, {"eps": 1e-2}, "lora"),
     "lora_example": Method(3e-3, EXAMPLE | {"eps": 1e-2, "rank": 0}, "lora"),
     "eva_shared": Method(3e-3, {"eps": 1e-2}, "lora", EVA),
@@ -101,7 +111,10 @@ class Bench:
         self.model.load_state_dict(self.base)
         torch.manual_seed(seed)
         model = self.adapted(method)
-        return model, MeZO(model, lr=lr, seed=seed, **{"eps": EPS, **method.settings})
+        optimizer = MeZO(model, lr=lr, seed=seed, **{"eps": EPS, **method.settings})
+        if optimizer.lacks_layers:
+            optimizer.measure_layers(self.closure(model, optimizer, 0, seed))
+        return model, optimizer
 
     def unload(self, model: Any) -> None:
         """Take an adapter off again."""

@@ -86,7 +86,7 @@ def test_every_setting_can_be_in_a_file(tmp_path: Path) -> None:
         ("steps: 1.5", "steps cannot be 1.5: it must be a whole number"),
         ("lr: fast", "lr cannot be 'fast': 'fast' is neither a positive number nor 'auto'"),
         ("time-budget: soon", "time-budget cannot be 'soon': 'soon' is no length of time"),
-        ("rule: adm", "rule cannot be 'adm': choose sgd, sign, momentum, adam; did you mean adam?"),
+        ("rule: adm", "rule cannot be 'adm': choose sgd, sign, momentum, adam, muon; did you mean adam?"),
         ("no-before: 1", "no-before cannot be 1: it is a flag, write true or false"),
         ("lora-targets: [q_proj]", "give a number or text"),
         ("output-dir: 3", "output-dir cannot be 3"),
@@ -124,7 +124,7 @@ def test_a_file_is_refused_by_the_same_table(tmp_path: Path, row: Refusal) -> No
 def test_an_option_may_mend_what_the_file_says(tmp_path: Path) -> None:
     file = write(tmp_path / "run.yaml", **ABSENT, rule="sgd", momentum=0.5)
     refusal = cli("train", "--config", file, "--output-dir", "x").err
-    assert f"{file}: --momentum belongs to --rule momentum: leave it out" in refusal
+    assert f"{file}: --momentum belongs to --rule momentum or --rule muon: leave it out" in refusal
     assert "absent.yaml" in cli("train", "--config", file, "--output-dir", "x", "--rule", "momentum").err
     with pytest.raises(InputError, match="unknown key"):
         read_config(str(write(file, shots=3)), "train")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from forwardtune import MeZO, StepLog, noise, replay
 from forwardtune.method.estimators import SPSA, Estimator, OneSided, Query, centred_ranks
 from forwardtune.method.rule import History, Rule, float32, move_all
-from forwardtune.method.rules import SGD, Adam, Momentum, Sign, get_rule, nearest_root, sgd
+from forwardtune.method.rules import SGD, Adam, Momentum, Muon, Sign, get_rule, nearest_root, sgd
 from forwardtune.noise import ROUNDING_PROBE, Noise, Update, definition
 from forwardtune.noise.philox import half_words
 from forwardtune.parameters import TunedParameters
@@ -48,9 +48,11 @@ METHODS = {
     "spsa-4": Method(lambda eps: SPSA(eps, 4), 8),
     "spsa-4-sigma": Method(lambda eps: SPSA(eps, 4, "sigma"), 8),
     "spsa-4-rank": Method(lambda eps: SPSA(eps, 4, "rank"), 8),
+    "spsa-4-spread": Method(lambda eps: SPSA(eps, 4, "spread"), 8),
     "one_sided-4": Method(lambda eps: OneSided(eps, 4), 5),
     "one_sided-4-sigma": Method(lambda eps: OneSided(eps, 4, "sigma"), 5),
     "one_sided-4-rank": Method(lambda eps: OneSided(eps, 4, "rank"), 4),
+    "one_sided-4-spread": Method(lambda eps: OneSided(eps, 4, "spread"), 5),
 }
 # Short windows, so that steps fall out of them in short runs.
 RULES: dict[str, Rule] = {
@@ -212,6 +214,140 @@ def test_replayed_resumed_and_restored_runs_have_the_same_bits(direction, pertur
             assert_same_bits(resumed, final)
 
 
+class Layered(nn.Module):
+    """As :class:`Quadratic`, of three layers and a tensor outside of them; one of them is not contiguous."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        values = torch.linspace(-0.5, 0.5, 12, dtype=dtype)
+        self.layers = nn.ModuleList(
+            Point(values.view(*shape).clone() if shape[0] < 4 else values.view(3, 4).t())
+            for shape in ((3, 4), (2, 6), (4, 3))
+        )
+        self.outside = Point(values[:5].clone())
+
+    def forward(self) -> Tensor:
+        return sum(0.5 * part().square().sum() for part in (*self.layers, self.outside))  # type: ignore[return-value]
+
+
+#: Where directions fall, and the rules that can move weights so; and the rule that needs them to be of low rank.
+WEIGHTINGS: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "layers": ({"active_layers": 2}, list(RULES)),
+    "sparse": ({"sparsity": 0.5}, ["sgd"]),
+    "variance": ({"modify": "variance"}, list(RULES)),
+    "expectation": ({"modify": "expectation"}, list(RULES)),
+    "gradients": ({"modify": "variance", "modify_by": "gradients"}, ["sgd", "adam-window"]),
+    "muon": ({"rank": 1, "refresh": 3}, ["muon"]),
+    "all, low-rank": ({"active_layers": 1, "sparsity": 0.25, "modify": "variance", "rank": 1, "refresh": 2}, ["sgd"]),
+}
+
+
+@pytest.mark.parametrize(("direction", "perturbation"), list(zip(DIRECTIONS, PERTURBATIONS, strict=True)))
+@pytest.mark.parametrize(
+    ("settings", "rule"),
+    [(settings, RULES.get(rule, Muon(0.5, window=3))) for settings, rules in WEIGHTINGS.values() for rule in rules],
+    ids=[f"{name}-{rule}" for name, (_, rules) in WEIGHTINGS.items() for rule in rules],
+)
+def test_wherever_directions_fall_runs_are_replayed_resumed_and_restored(
+    settings, rule, direction, perturbation, tmp_path
+):
+    for dtype in DTYPES if isinstance(rule, (SGD, Muon)) else [torch.bfloat16]:
+
+        def begun(dtype: torch.dtype = dtype) -> tuple[Layered, MeZO]:
+            model = Layered(dtype)
+            groups = [
+                {"params": list(model.layers.parameters()), "lr": 2e-2, "weight_decay": 0.5},
+                {"params": list(model.outside.parameters())},
+            ]
+            return model, MeZO(
+                groups, lr=1e-2, module=model, direction=direction, perturbation=perturbation, seed=5,
+                estimator=SPSA(0.125, 1 if isinstance(rule, Muon) else 2), rule=rule, **settings,
+            )  # fmt: skip
+
+        path = tmp_path / str(dtype) / "steps.jsonl"
+        model, optimizer = begun()
+        if optimizer.lacks_layers:
+            optimizer.measure_layers(model)
+        states, each = {}, [snapshot(model)]
+        with StepLog(path, optimizer):
+            for at in range(1, STEPS + 1):
+                before = snapshot(model)
+                take_steps(model, optimizer, at)
+                each.append(snapshot(model))
+                states[at] = io.BytesIO()
+                torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, states[at])
+                if "sparsity" in settings and at - 1 != SKIPPED:
+                    for name, was in before.items():
+                        limit = optimizer.noise.emphasis.limits[sorted(before).index(name)]
+                        assert limit is None or same_bits(each[-1][name][was.abs() > limit], was[was.abs() > limit])
+        final = snapshot(model)
+        export_trajectory(read_log(path), path.with_suffix(".safetensors"))
+        for source in (path, path.with_suffix(".safetensors")):
+            for steps in (None, 3, STEPS):
+                base = Layered(dtype)
+                replay(source, base, steps=steps)
+                assert_same_bits(base, final if steps is None else each[steps])
+        for at in (3, 6):
+            states[at].seek(0)
+            saved = torch.load(states[at], weights_only=True)
+            restored, other = begun()
+            restored.load_state_dict(saved["model"])
+            other.load_state_dict(saved["optimizer"])
+            take_steps(restored, other)
+            assert_same_bits(restored, final)
+            short = path.with_name(f"{at}.jsonl")
+            short.write_bytes(path.read_bytes())
+            cut_log(read_log(short), at)
+            resumed, other = begun()
+            with StepLog.resume(short, other):
+                take_steps(resumed, other)
+            assert_same_bits(resumed, final)
+
+
+def test_the_number_of_probes_rises_as_in_the_paper(tmp_path):
+    """``max(1, int(t / T n))`` of them in step t; from step T on, n."""
+    counts = [1, 1, 1, 2, 2, 3, 4, 4]
+    model = Layered(torch.bfloat16)
+
+    def begun(model: nn.Module) -> MeZO:
+        return MeZO(model, lr=1e-2, eps=0.125, probes=4, probes_rise=6, seed=5, rule=RULES["adam-window"])
+
+    optimizer = begun(model)
+    with StepLog(tmp_path / "steps.jsonl", optimizer):
+        for step in range(8):
+            calls = itertools.count()
+            optimizer.estimate(lambda calls=calls: (next(calls), model())[1])
+            optimizer.step()
+            assert len(optimizer.last.coefficients) == counts[step] == max(1, min(4, int(step / 6 * 4)))
+            assert step == 0 or next(calls) == 2 * counts[step]  # the first step checks itself
+            if step == 2:
+                short = tmp_path / "short.jsonl"
+                short.write_bytes((tmp_path / "steps.jsonl").read_bytes())
+    plain = Layered(torch.bfloat16)  # a step of so many probes is one of a run with as many
+    one = MeZO(plain, lr=1e-2, eps=0.125, seed=5, rule=RULES["adam-window"])
+    one.step(plain)
+    assert one.last.coefficients == read_log(short).records[0].coefficients
+    ended = tmp_path / "ended.jsonl"
+    ended.write_bytes(short.read_bytes())
+    with StepLog.resume(ended, begun(Layered(torch.bfloat16))):
+        pass  # a run that ends before it has had so many probes as the header says
+    for log, steps in ((tmp_path / "steps.jsonl", 8), (ended, 3)):
+        export_trajectory(read_log(log), log.with_suffix(".safetensors"))
+        base, again = Layered(torch.bfloat16), Layered(torch.bfloat16)
+        assert replay(log, base) == replay(log.with_suffix(".safetensors"), again) == steps
+        assert_same_bits(base, snapshot(again))
+    resumed = Layered(torch.bfloat16)
+    optimizer = begun(resumed)
+    with StepLog.resume(short, optimizer):
+        for _ in range(5):
+            optimizer.step(resumed)
+    assert_same_bits(resumed, snapshot(model))
+    with pytest.raises(ValueError, match="probes_rise must be a number of steps"):
+        MeZO(resumed, probes_rise=-1)
+    with pytest.raises(ValueError, match="use assignment='shared'"):
+        MeZO(resumed, probes_rise=5, probes=2, normalize="rank")
+
+
 # --- convergence -----------------------------------------------------------------------------------------------------
 
 
@@ -254,7 +390,8 @@ def test_it_converges_on_a_quadratic(direction, rule, method, dtype):
         # Steps of a fixed length at an angle to the gradient: its cosine is about 1 / sqrt(kappa). They must reach
         # three times as far as the target, and come to rest at a distance of length / (2 cosine).
         length = 3 * math.sqrt(size) * math.sqrt(kappa) / steps
-        unit = {"none": 1.0, "sigma": math.sqrt(kappa), "rank": 0.3 * math.sqrt(kappa)}[estimator.normalize]
+        unit = {"none": 1.0, "sigma": math.sqrt(kappa), "rank": 0.3 * math.sqrt(kappa), "spread": math.sqrt(kappa)}
+        unit = unit[estimator.normalize]
         if isinstance(rule, Sign):
             unit = math.sqrt(size)
         if isinstance(rule, Adam):
@@ -320,6 +457,25 @@ def test_all_sign_vectors_together_give_the_exact_gradient(kind):
             assert sum(Fraction(c) * z[i] for c, z in zip(update.sizes, signs, strict=True)) == -gradient[i] / 8
 
 
+def of_step(estimator: Estimator, losses: Sequence[float]) -> list[float]:
+    """A step's coefficients."""
+    return estimator.of_step(estimator.coefficients(losses))
+
+
+def test_spread_is_the_plain_coefficient_over_the_root_mean_square_of_all():
+    """Whatever the signs of directions are, which are arbitrary: the deviation around the mean depends on them."""
+    losses = torch.tensor([0.3, 1.5, -0.2, 0.9, 2.5, 0.1, 0.7], dtype=torch.float64)
+    for estimator, plain in (
+        (OneSided(0.25, 6, "spread"), losses[1:] - losses[0]),
+        (SPSA(0.25, 3, "spread"), losses[1::2] - losses[2::2]),
+    ):
+        given = losses.tolist() if estimator.name == "one_sided" else losses[1:].tolist()
+        expected = plain / plain.square().mean().sqrt()
+        assert of_step(estimator, given) == pytest.approx(expected.tolist(), rel=1e-14)
+    turned = [*losses[1:5].tolist(), losses[6].item(), losses[5].item()]
+    assert of_step(estimator, turned)[:2] == of_step(estimator, given)[:2]
+
+
 def test_sigma_is_the_plain_coefficient_times_eps_over_the_deviation_of_the_losses():
     losses = [0.3, 1.5, -0.2, 0.9, 2.5, 0.1, 0.7]
     deviation = torch.tensor(losses[1:], dtype=torch.float64).std().item()
@@ -334,16 +490,17 @@ def test_sigma_is_the_plain_coefficient_times_eps_over_the_deviation_of_the_loss
     ("normalize", "change"),
     [
         ("sigma", lambda loss: 8 * loss + 3),
+        ("spread", lambda loss: 8 * loss + 3),
         ("rank", lambda loss: 8 * loss + 3),
         ("rank", lambda loss: math.exp(loss)),
     ],
-    ids=["sigma-affine", "rank-affine", "rank-monotonic"],
+    ids=["sigma-affine", "spread-affine", "rank-affine", "rank-monotonic"],
 )
 def test_the_unit_of_the_loss_does_not_matter(kind, normalize, change):
     estimator = kind(1e-3, 4, normalize)
     losses = [0.25, 1.5, -0.5, 0.75, 2.5, 0.125, 0.625, -1.5][: len(estimator.queries())]
-    changed = estimator.coefficients([change(loss) for loss in losses])
-    assert changed == pytest.approx(estimator.coefficients(losses), rel=1e-12)
+    changed = of_step(estimator, [change(loss) for loss in losses])
+    assert changed == pytest.approx(of_step(estimator, losses), rel=1e-12)
     assert any(changed)
 
 
@@ -355,14 +512,16 @@ def test_ranks_are_centred_and_ties_share_theirs():
 
 
 @pytest.mark.parametrize("loss", [0.1, 0.0, 1e300])
-@pytest.mark.parametrize("normalize", ["sigma", "rank"])
+@pytest.mark.parametrize("normalize", ["sigma", "rank", "spread"])
 @pytest.mark.parametrize("kind", [SPSA, OneSided])
 def test_losses_that_are_all_equal_have_no_slope(kind, normalize, loss):
     """0, not NaN; also where they differ from the loss at theta, as an accuracy may."""
     estimator = kind(1e-3, 5, normalize)
     losses = [loss] * len(estimator.queries())
-    assert estimator.coefficients(losses) == [0.0] * 5
-    if estimator.queries()[0].scale == 0:
+    assert of_step(estimator, losses) == [0.0] * 5
+    if (
+        estimator.queries()[0].scale == 0 and normalize != "spread"
+    ):  # which is of the differences from the loss at theta
         assert estimator.coefficients([0.25, *losses[1:]]) == [0.0] * 5
 
 
@@ -381,9 +540,11 @@ GAP = {  # estimator, losses with a gap, losses without the probe that it is in,
     "spsa, minus": (SPSA(0.5, 3), [1.0, 0.5, 0.25, 3.0, 2.0, math.nan], [1.0, 0.5, 0.25, 3.0], 2),
     "spsa, overflow": (SPSA(0.5, 2), [1e308, -1e308, 1.0, 0.5], [1.0, 0.5], 0),
     "sigma": (SPSA(0.5, 3, "sigma"), [1.0, 0.5, -math.inf, 0.25, 3.0, 2.0], [1.0, 0.5, 3.0, 2.0], 1),
+    "spread": (SPSA(0.5, 3, "spread"), [1.0, 0.5, -math.inf, 0.25, 3.0, 2.0], [1.0, 0.5, 3.0, 2.0], 1),
     "rank": (SPSA(0.5, 3, "rank"), [math.nan, 0.5, 0.75, 0.25, 3.0, 2.0], [0.75, 0.25, 3.0, 2.0], 0),
     "one_sided": (OneSided(0.5, 3), [1.0, math.inf, 0.5, 0.25], [1.0, 0.5, 0.25], 0),
     "one_sided, sigma": (OneSided(0.5, 3, "sigma"), [1.0, 0.5, 0.25, math.inf], [1.0, 0.5, 0.25], 2),
+    "one_sided, spread": (OneSided(0.5, 3, "spread"), [1.0, 0.5, 0.25, math.inf], [1.0, 0.5, 0.25], 2),
     "one_sided, rank": (OneSided(0.5, 3, "rank"), [0.5, math.nan, 0.25], [0.5, 0.25], 1),
 }
 
@@ -395,9 +556,9 @@ def test_a_probe_without_finite_losses_is_left_out(case, tmp_path):
     fewer = type(estimator)(
         estimator.eps, estimator.probes - 1, estimator.normalize if estimator.probes > 2 else "none"
     )
-    expected = fewer.coefficients(others)
+    expected = of_step(fewer, others)
     expected.insert(gap, math.nan)
-    assert repr(estimator.coefficients(losses)) == repr(expected)
+    assert repr(of_step(estimator, losses)) == repr(expected)
 
     model = Quadratic()
     optimizer = trusted(MeZO(model, lr=0.25, estimator=estimator, perturbation="copy", rule="adam"))
@@ -418,14 +579,21 @@ def test_a_probe_without_finite_losses_is_left_out(case, tmp_path):
 
 @pytest.mark.parametrize(
     "estimator",
-    [SPSA(0.5, 2), OneSided(0.5, 2), SPSA(0.5, 2, "sigma"), OneSided(0.5, 2, "sigma"), OneSided(0.5, 2, "rank")],
+    [
+        SPSA(0.5, 2),
+        OneSided(0.5, 2),
+        SPSA(0.5, 2, "sigma"),
+        OneSided(0.5, 2, "sigma"),
+        OneSided(0.5, 2, "rank"),
+        OneSided(0.5, 2, "spread"),
+    ],
     ids=str,
 )
 def test_no_probe_left_skips_the_step(estimator):
     """Or too few for a normalisation; or the unperturbed loss, which all probes need, is gone."""
     count = len(estimator.queries())
     assert all(map(math.isnan, estimator.coefficients([math.inf] * count)))
-    if estimator.normalize != "none":
+    if estimator.normalize in ("sigma", "rank"):
         assert all(map(math.isnan, estimator.coefficients([*range(count - 1), math.nan])))
     if estimator.name == "one_sided" and estimator.normalize != "rank":
         assert all(map(math.isnan, estimator.coefficients([math.nan, *range(count - 1)])))
@@ -435,9 +603,10 @@ def test_no_probe_left_skips_the_step(estimator):
 def test_normalised_two_sided_coefficients_are_bounded(probes):
     losses = torch.randn(100, 2 * probes, generator=torch.Generator().manual_seed(0), dtype=torch.float64).exp()
     losses[:, 0] *= 1e6
-    for normalize, bound in (("sigma", math.sqrt(probes - 0.5) * (1 + 1e-12)), ("rank", 0.5)):
+    bounds = {"sigma": math.sqrt(probes - 0.5) * (1 + 1e-12), "rank": 0.5, "spread": math.sqrt(probes) * (1 + 1e-12)}
+    for normalize, bound in bounds.items():
         estimator = SPSA(1e-3, probes, normalize)
-        assert max(abs(c) for row in losses.tolist() for c in estimator.coefficients(row)) <= bound
+        assert max(abs(c) for row in losses.tolist() for c in of_step(estimator, row)) <= bound
 
 
 class CountedNoise(Noise):

@@ -69,6 +69,8 @@ CASES: dict[str, dict[str, tuple[Any, See, Any]]] = {
     "quantised": {
         "quantize": ("int8", lambda b: {type(p.data).__name__ for p in b.trainer.model.parameters()}, {"Tensor", "Int8Tensor"}),
         "tune": ("lora", lambda b: b.lora.peft_type.value, "LORA"),
+        "sparsity": (0.5, lambda b: None in b.mezo.noise.emphasis.limits, False),
+        "probes_rise": (2, lambda b: b.mezo.probes_rise, 2),
         "steps": (2, lambda b: b.trainer.state.global_step, 2),
     },
     "lora": {
@@ -109,6 +111,9 @@ CASES: dict[str, dict[str, tuple[Any, See, Any]]] = {
         "direction": ("rademacher", lambda b: b.mezo.noise.direction.name, "rademacher"),
         "rank": (2, lambda b: b.mezo.noise.structure.rank, 2),
         "refresh": (3, lambda b: b.mezo.noise.structure.refresh, 3),
+        "active_layers": (1, lambda b: b.mezo.noise.emphasis.active, 1),
+        "modify": ("variance", lambda b: len(b.mezo.noise.emphasis.moved) == len(b.mezo.tuned), True),
+        "modify_by": ("gradients", lambda b: b.mezo.weighting.modify_by, "gradients"),
         "perturbation": ("copy", lambda b: b.mezo.perturbation.name, "copy"),
         "weight_decay": (0.02, lambda b: {group["weight_decay"] for group in b.mezo.param_groups}, {0.02}),
         "decay_towards": ("base", lambda b: b.mezo.rule.decay_towards, "base"),

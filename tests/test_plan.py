@@ -82,7 +82,7 @@ def test_steps_within_is_the_largest_number_that_fits() -> None:
     class Session:
         options = argparse.Namespace(
             lr="auto", eps=1e-3, no_before=False, eval_steps=None, dev_examples=None, batch_size=16,
-            estimator="spsa", probes=1, normalize="none", time_budget=1000.0,
+            estimator="spsa", probes=1, normalize="none", assignment="shared", time_budget=1000.0,
         )  # fmt: skip
         splits = {"test": [0] * 50, "dev": [0] * 20}
 
@@ -172,7 +172,8 @@ def test_a_rehearsed_step_moves_no_weight(rule: Any, dtype: torch.dtype) -> None
 
 #: Options that change what a step costs, and the directions that a weight takes part in, in each update of a long run.
 COSTS: list[tuple[dict[str, object], int]] = [
-    ({}, 1),
+    ({"method": "mezo"}, 1),
+    ({}, 4),  # of low rank, one for each example
     ({"probes": 3, "estimator": "one_sided"}, 3),
     ({"rule": "momentum", "momentum": 0.5, "rule_state": "window"}, 7),  # the least n with 0.5**n < 1%
     ({"rule": "momentum", "momentum": 0.5, "rule_state": "exact"}, 1),

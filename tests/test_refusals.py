@@ -78,7 +78,7 @@ def test_what_belongs_to_a_setting_is_taken_beside_it(command: str) -> None:
         needed = {other: values[-1] for other, values in one.only.items()}
         value = next((choice for choice in one.choices or () if choice != "none"), one.default)
         value = "tensorboard" if name == "report_to" else value
-        beside = {"normalize": {"probes": 2}, "patience": {"eval_steps": 2}}.get(name, {})
+        beside = {"normalize": {"probes": 2}, "patience": {"eval_steps": 2}, "momentum": {"rank": 2}}.get(name, {})
         if name == "quantize" and "tune" in declared:
             beside = {"tune": "lora"}
         if value is None and one.read:
@@ -87,9 +87,9 @@ def test_what_belongs_to_a_setting_is_taken_beside_it(command: str) -> None:
 
 
 def test_a_message_has_the_names_that_the_user_knows() -> None:
-    with pytest.raises(InputError, match=r"^momentum belongs to rule momentum: leave it out$"):
+    with pytest.raises(InputError, match=r"^momentum belongs to rule momentum or rule muon: leave it out$"):
         describe("train", {**ABSENT, "momentum": 0.5})
-    with pytest.raises(InputError, match=r"^--momentum belongs to --rule momentum: leave it out$"):
+    with pytest.raises(InputError, match=r"^--momentum belongs to --rule momentum or --rule muon: leave it out$"):
         describe("train", {**ABSENT, "momentum": 0.5}, spell=flag)
 
 

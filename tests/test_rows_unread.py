@@ -18,7 +18,7 @@ from forwardtune.errors import LogError
 from forwardtune.method.masked import Masked
 from forwardtune.method.rules import Adam, Momentum
 from forwardtune.method.unread import Unread, Used
-from forwardtune.noise import Noise, Update
+from forwardtune.noise import Emphasis, Noise, Update
 from forwardtune.points import Scratch
 from forwardtune.search.held import drop, hold, take
 from forwardtune.trajectory import read_log
@@ -251,10 +251,13 @@ def test_rows_that_are_none_are_refused(tmp_path):
 @pytest.mark.parametrize("dtype", support.DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(9, 5), (700, 700), (3, 4, 5), (5,), (3, 600, 600)], ids=str)
 @pytest.mark.parametrize("rank", [0, 1])
-def test_rows_that_were_read_get_the_bits_of_an_ordinary_update(shape, rank, dtype):
+@pytest.mark.parametrize(
+    "emphasis", [None, Emphasis(moved=(1.0, 1.0, 3.0), limits=(None, None, 1.5))], ids=["even", "uneven"]
+)
+def test_rows_that_were_read_get_the_bits_of_an_ordinary_update(shape, emphasis, rank, dtype):
     from forwardtune.noise import GAUSSIAN, LowRank
 
-    noise = Noise(7, GAUSSIAN, LowRank(1) if rank else None)
+    noise = Noise(7, GAUSSIAN, LowRank(1) if rank else None, emphasis)
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(shape, generator=generator).to(dtype)
     unread = torch.zeros(shape[0], dtype=torch.bool)

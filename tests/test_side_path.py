@@ -185,6 +185,7 @@ def test_probes_of_an_example_have_directions_of_their_own() -> None:
         {"rule": "momentum", "probes": 2},
         {"clip_coefficient": 0.5},
         {"probes": 3, "normalize": "sigma"},
+        {"normalize": "spread", "clip_coefficient": 1.5},
     ],
 )
 def test_runs_are_logged_replayed_resumed_and_exported(tmp_path: Any, settings: dict[str, Any]) -> None:
@@ -229,6 +230,7 @@ def optimizer_record(optimizer: MeZO, step: int, tmp_path: Any) -> tuple[float, 
         refresh=optimizer.noise.structure.refresh,
         rule=optimizer.rule,
         probes=optimizer.estimator.probes,
+        estimator=optimizer.estimator.name,
         normalize=optimizer.estimator.normalize,
         clip_coefficient=optimizer.clip_coefficient,
     )[0]
@@ -238,6 +240,29 @@ def optimizer_record(optimizer: MeZO, step: int, tmp_path: Any) -> tuple[float, 
         ids = support.token_batch(2 if number == 3 else COUNT, LENGTH, seed=number)
         again.step(lambda ids=ids: losses_of(model, ids))
     return seen[step]
+
+
+@pytest.mark.parametrize(("estimator", "probes"), [("spsa", 1), ("one_sided", 2)])
+def test_fzoo_over_examples_is_the_update_of_a_plain_reference(estimator: str, probes: int) -> None:
+    """``theta - lr / (B n) sum_b,k d_bk / s z_bk``, s the root mean square of all differences d: no unit of the loss is left in it."""
+    moved = []
+    for unit in (1.0, 2.0**-7):
+        model, ids = support.tiny_model("llama"), support.token_batch(COUNT, LENGTH)
+        before = support.snapshot(model)
+        optimizer, _ = side_path(model, estimator=estimator, probes=probes, normalize="spread", lr=2.0**-6)
+        optimizer.step(lambda model=model, ids=ids, unit=unit: unit * losses_of(model, ids))
+        losses = torch.tensor(optimizer.last.losses, dtype=torch.float64).view(-1, COUNT)
+        d = (losses[0] - losses[1])[:, None] / 2 if estimator == "spsa" else (losses[1:] - losses[0]).T
+        c = (d / d.square().mean().sqrt()).flatten()
+        assert optimizer.last.coefficients == pytest.approx(c.tolist(), rel=1e-12)
+        for tensor in optimizer.tuned:
+            address = {"tensor": tensor.id, "step": 0}
+            zs = [optimizer.noise.z(tensor.parameter, probe=k, **address) for k in range(len(c))]
+            expected = before[tensor.name] - 2.0**-6 * sum(a * z for a, z in zip(c.tolist(), zs, strict=True)) / len(c)
+            if tensor.id not in optimizer.last.unused and tensor.id not in optimizer.last.unread:
+                torch.testing.assert_close(tensor.parameter.detach(), expected, rtol=0, atol=1e-6)
+        moved.append(optimizer.last.coefficients)
+    assert moved[0] == pytest.approx(moved[1], rel=1e-3)  # float32 losses
 
 
 def test_a_line_and_an_exported_step_are_short(tmp_path: Any) -> None:

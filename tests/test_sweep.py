@@ -57,7 +57,14 @@ def test_a_file_is_the_product_of_its_lists(tmp_path: Path) -> None:
     assert [run.seed for run in runs] == sorted(run.seed for run in runs)  # a whole table for one seed first
     mezo = next(run for run in runs if run.folder == "rte/mezo/lr-3e-5_tune-lora/seed-7")
     assert mezo.point == {"lr": 3e-5, "tune": "lora"}
-    assert mezo.options == {"batch-size": 16, "steps": 300, "lr": 3e-5, "tune": "lora", "max-length": 99}
+    assert mezo.options == {
+        "method": "mezo",
+        "batch-size": 16,
+        "steps": 300,
+        "lr": 3e-5,
+        "tune": "lora",
+        "max-length": 99,
+    }
     assert mezo.title == "rte, MeZO, lr 3e-5, tune lora, seed 7"
     zero_shot = next(run for run in runs if run.method == "Zero-shot" and run.task == "sst2")
     assert zero_shot.folder == "sst2/zero-shot/seed-0"
@@ -514,7 +521,7 @@ def test_a_sweep_of_a_trained_model(tmp_path: Path, models_dir: Path, data_dir: 
 
     told = cli(*sweep)
     assert told.code == 1
-    assert "sst2, Adam, seed 0: failed: --eps belongs to --method mezo: leave it out" in told.err
+    assert "sst2, Adam, seed 0: failed: --eps belongs to --method forward or --method mezo: leave it out" in told.err
     good = out / "sst2/mezo/lr-1e-4/seed-0"
     metrics = json.loads((good / "metrics.json").read_text())
     assert metrics["steps"] == 4

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 #: Of :mod:`forwardtune.method.estimators`.
 ESTIMATORS = ("spsa", "one_sided")
-NORMALIZATIONS = ("none", "sigma", "rank")
+NORMALIZATIONS = ("none", "sigma", "rank", "spread")
 ASSIGNMENTS = ("shared", "example")
+#: Of :mod:`forwardtune.method.weighting`.
+MODIFY = ("none", "variance", "expectation")
+MODIFIED_BY = ("parameters", "gradients")
 #: Of :mod:`forwardtune.method.rules`, and how they keep their moments.
-RULES = ("sgd", "sign", "momentum", "adam")
+RULES = ("sgd", "sign", "momentum", "adam", "muon")
 STATES = ("auto", "exact", "window")
 #: What weight decay pulls the weights towards: zero, or those that the run began with.
 DECAYS = ("zero", "base")

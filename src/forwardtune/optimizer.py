@@ -15,15 +15,18 @@ from .errors import InputError, NonFiniteLossError, nearest, warn
 from .method.estimators import Estimator, Losses, Query, get_estimator
 from .method.record import StepRecord, estimated, mean_loss, updates_of
 from .method.rule import History, Rule, move_all
-from .method.rules import get_rule
+from .method.rules import SGD, get_rule
 from .method.unread import Unread, Used
+from .method.weighting import Weighting, each_alone, gradient_norms
 from .names import MOVES
-from .noise import Direction, LowRank, Noise, get_direction
+from .noise import Direction, Emphasis, LowRank, Noise, get_direction
 from .parameters import TunedParameters, require_settings
 from .points import Closure, Evaluator, Perturbation
 from .points.idle import IdleWatch
 from .processes import processor, versions
 from .workers import Alone, Parts, Seen
+
+_SIDE_PATHS = ("side_path", "both_signs")
 
 
 class InterruptedUpdateError(RuntimeError):
@@ -63,6 +66,7 @@ class MeZO(torch.optim.Optimizer):
         lr: learning rate: 1e-6 or 1e-7 for models of billions of parameters, 1e-5 to 3e-5 for ones of 100M.
         eps: perturbation scale.
         probes: n, the directions a step, or an example (n-SPSA).
+        probes_rise: n rises from 1 to ``probes`` over so many steps, step t with the whole part of ``probes t / probes_rise``.
         direction: ``"gaussian"`` or ``"rademacher"``.
         perturbation: ``"scratch"``, ``"copy"``, ``"side_path"`` or ``"both_signs"`` (:mod:`forwardtune.points`), or ``"auto"``: the side path with
             ``assignment="example"``; else scratch, or copy without a module or where a weight is read on a way that scratch cannot see.
@@ -72,12 +76,14 @@ class MeZO(torch.optim.Optimizer):
         max_skipped: after this many steps in a row with a loss that is not finite, raise.
         module: the module that holds ``params``, if those are not a module.
         estimator: ``"spsa"``, ``"one_sided"``, or an estimator, which brings its own eps, probes, normalisation and assignment.
-        normalize: ``"none"``, ``"sigma"`` (FZOO's) or ``"rank"``: what differences of losses are measured in.
-        rule: ``"sgd"``, ``"sign"``, ``"momentum"``, ``"adam"``, or a rule with settings, such as ``Momentum(0.9)``.
+        normalize: ``"none"``, ``"sigma"`` (FZOO's), ``"rank"`` or ``"spread"`` (over examples, too): what differences of losses are measured in.
+        rule: ``"sgd"``, ``"sign"``, ``"momentum"``, ``"adam"``, ``"muon"``, or a rule with settings, such as ``Momentum(0.9)``.
         assignment: ``"shared"``, directions of the minibatch, or ``"example"``, directions of every example.
         rank: r of low-rank directions ``Z = U V^T / sqrt(r)`` of matrices; 0: full ones. By default 1 with
             ``assignment="example"``, else 0.
         refresh: V stays the same for so many steps (LOZO's nu).
+        active_layers, sparsity, modify, modify_by: where directions fall, and how long they are there
+            (:class:`~forwardtune.method.weighting.Weighting`). With ``modify_by="gradients"`` call :meth:`measure_layers` first.
         workers: who evaluates which query: :class:`~forwardtune.workers.ranks.Ranks` shares them between the processes of ``torchrun``.
         parts: into how many parts a minibatch is cut at most. With more than one, :meth:`step` takes :class:`~forwardtune.workers.Parts`.
 
@@ -97,6 +103,7 @@ class MeZO(torch.optim.Optimizer):
         eps: float = 1e-3,
         *,
         probes: int = 1,
+        probes_rise: int = 0,
         direction: str | Direction = "gaussian",
         perturbation: str = "auto",
         weight_decay: float = 0.0,
@@ -111,6 +118,10 @@ class MeZO(torch.optim.Optimizer):
         assignment: str = "shared",
         rank: int | None = None,
         refresh: int = 1,
+        active_layers: int | None = None,
+        sparsity: float = 0.0,
+        modify: str = "none",
+        modify_by: str = "parameters",
         workers: Alone | None = None,
         parts: int = 1,
     ) -> None:
@@ -129,6 +140,14 @@ class MeZO(torch.optim.Optimizer):
         if not (isinstance(parts, int) and parts >= 1):
             raise InputError(f"parts must be an integer of at least 1, got {parts!r}")
         self.estimator = get_estimator(estimator, eps, probes, normalize, assignment)
+        if isinstance(probes_rise, bool) or not isinstance(probes_rise, int) or probes_rise < 0:
+            raise InputError(f"probes_rise must be a number of steps, got {probes_rise!r}")
+        if probes_rise and (self.estimator.per_example or self.estimator.normalize != "none"):
+            raise InputError(
+                "probes_rise begins with one direction of the minibatch and plain coefficients: use assignment='shared' and normalize='none', or "
+                "leave it out"
+            )
+        self.probes_rise = probes_rise
         rank = int(self.estimator.per_example) if rank is None else rank
         if not rank and refresh != 1:
             raise InputError(
@@ -136,6 +155,16 @@ class MeZO(torch.optim.Optimizer):
             )
         self.noise = Noise(seed, get_direction(direction), LowRank(rank, refresh) if rank else None)
         self._rule = get_rule(rule)
+        self.weighting = Weighting(active_layers, sparsity, modify, modify_by)
+        if sparsity and not isinstance(self._rule, SGD):
+            raise InputError(
+                f"sparsity leaves weights alone by their size, which the rule {self._rule.name!r} does not know of: use rule='sgd'"
+            )
+        if sparsity and (self.estimator.per_example or perturbation in _SIDE_PATHS):
+            raise InputError(
+                "sparsity is of weights one by one, and a side path multiplies with whole directions: use assignment='shared' and "
+                "perturbation='auto', 'scratch' or 'copy', or leave sparsity out"
+            )
         self.history = History()
         self.clip_coefficient = clip_coefficient
         self.max_skipped = max_skipped
@@ -166,7 +195,43 @@ class MeZO(torch.optim.Optimizer):
         """Take up the tuned tensors, from the parameter groups."""
         self.tuned = TunedParameters.from_groups(self.param_groups, self.module)
         self.rule = self._rule.resolved(self.tuned)
-        self.evaluator = Evaluator(self.tuned, self.noise, self._perturbation, per_example=self.estimator.per_example)
+        self.noise = replace(self.noise, emphasis=self.weighting.emphasis(self.tuned))
+        self.rule.require(self.estimator, self.noise)
+        self.evaluator = self._evaluator(self.noise)
+
+    def _evaluator(self, noise: Noise) -> Evaluator:
+        return Evaluator(self.tuned, noise, self._perturbation, per_example=self.estimator.per_example)
+
+    @torch.no_grad()
+    def measure_layers(self, closure: Closure) -> None:
+        """Estimate the norms of the layers' gradients, by which ``modify_by="gradients"`` weights their directions: eight evaluations a layer.
+
+        To be called once, before a step log is begun, which keeps what was found.
+
+        Args:
+            closure: evaluates the loss of one minibatch, or the losses of its examples.
+        """
+        perturbation = "auto" if self.estimator.per_example else self._perturbation
+        noise = replace(self.noise, emphasis=each_alone(self.tuned))
+        evaluator = Evaluator(self.tuned, noise, perturbation, per_example=False)
+
+        def losses(step: int, queries: Sequence[Query]) -> list[Losses]:
+            return evaluator.losses(step, queries, lambda: torch.as_tensor(closure()).double().mean())[0]
+
+        found = gradient_norms(self.tuned, losses, self.estimator.eps)
+        self.emphasise(self.weighting.emphasis(self.tuned, found))
+
+    def emphasise(self, emphasis: Emphasis | None) -> None:
+        """Let directions fall as was found earlier, at the beginning of a run that goes on."""
+        if emphasis != self.noise.emphasis:
+            self.noise = replace(self.noise, emphasis=emphasis)
+            self.evaluator = self._evaluator(self.noise)
+
+    @property
+    def lacks_layers(self) -> bool:
+        """Whether :meth:`measure_layers` is to be called before the first step."""
+        emphasis = self.noise.emphasis
+        return self.weighting.measures and not (emphasis is not None and emphasis.probed)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters. Only before the first step: afterwards ids, and so directions, would change."""
@@ -216,10 +281,17 @@ class MeZO(torch.optim.Optimizer):
         """
         self.require_whole_weights()
         self._require_base()
+        if self.lacks_layers:
+            raise InputError(
+                "modify_by='gradients' weights layers by their gradients, which were not estimated yet: call measure_layers(closure) before "
+                "the first step, and before a step log is begun",
+                "modify_by",
+            )
         self.meet()
         began = time.perf_counter()
         before = len(self._pending[0]) if self._pending else 0
-        queries = [query.after(before) for query in self.estimator.queries()]
+        estimator = self.estimator_at(self.next_step)
+        queries = [query.after(before) for query in estimator.queries()]
         try:
             parts = Parts.of(closure)
             parts.require(self.parts, self.estimator.per_example)
@@ -229,15 +301,21 @@ class MeZO(torch.optim.Optimizer):
             raise
         losses: list[Losses] | None = None
         for own in by_part:
-            losses = self.estimator.merge(losses, own)
+            losses = estimator.merge(losses, own)
         assert losses is not None
-        self._pending = self.estimator.merge(self._pending, losses)
+        self._pending = estimator.merge(self._pending, losses)
         self.evaluator.leave_out(seen.left_out)
         self._used = Used.of(self._used).merged(seen.used)
         self._used -= self.evaluator.left_out  # an earlier microbatch may have had a path
         self._seconds += time.perf_counter() - began
         values = [loss for own in losses for loss in own]
         return math.fsum(values) / len(values) if all(map(math.isfinite, values)) else math.nan
+
+    def estimator_at(self, step: int) -> Estimator:
+        """The estimator with the number of probes that a step has."""
+        if step >= self.probes_rise:
+            return self.estimator
+        return replace(self.estimator, probes=max(1, self.estimator.probes * step // self.probes_rise))
 
     def _evaluate(self, queries: Sequence[Query], closure: Closure) -> tuple[list[Losses], Seen]:
         losses, used = self.evaluator.losses(self.next_step, queries, closure)
@@ -251,7 +329,7 @@ class MeZO(torch.optim.Optimizer):
         """
         if self._have_met or self.workers.count == 1:
             return
-        evaluations = len(self.estimator.queries()) * self.parts
+        evaluations = len(self.estimator_at(self.next_step).queries()) * self.parts
         if self.workers.count > evaluations:
             raise InputError(
                 f"a step has {evaluations} evaluations, and {self.workers.count} workers would share them: start fewer, or cut the "
@@ -263,10 +341,12 @@ class MeZO(torch.optim.Optimizer):
             "seed": self.noise.seed,
             "direction": self.noise.direction.name,
             "structure": repr(self.noise.structure),
+            "emphasis": repr(self.noise.emphasis),
         }
         facts |= self.estimator.settings() | {
             "rule": self.rule.name,
             "rule_settings": self.rule.settings(),
+            "probes_rise": self.probes_rise,
             "parts": self.parts,
         }
         facts |= {"learning rates": [float(group["lr"]) for group in self.param_groups], "steps taken": self.next_step}
@@ -310,7 +390,7 @@ class MeZO(torch.optim.Optimizer):
         record = estimated(
             self.next_step,
             self.param_groups,
-            self.estimator,
+            self.estimator_at(self.next_step),
             losses,
             self.clip_coefficient,
             unused,
@@ -420,6 +500,8 @@ class MeZO(torch.optim.Optimizer):
         """As for any optimizer, with the step number and what the rule remembers: the whole state of MeZO."""
         own: dict[str, Any] = {"next_step": self.next_step, "seed": self.noise.seed, "skipped": self._skipped}
         own |= {"unread": self._unread.state()}
+        if self.noise.emphasis is not None:
+            own |= {"emphasis": self.noise.emphasis.content()}
         return {**super().state_dict(), "mezo": own | self.history.state(self.rule)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -435,9 +517,16 @@ class MeZO(torch.optim.Optimizer):
             raise ValueError(
                 f"the state was saved with seed {own['seed']}, this optimizer has {self.noise.seed}: use the same seed"
             )
+        emphasis = own.get("emphasis")
+        if (emphasis is None) != (self.noise.emphasis is None):
+            raise ValueError(
+                "one of the state and this optimizer has directions that fall on some weights alone, or are longer on some, the other has "
+                "not: use the same active_layers, sparsity and modify"
+            )
         history = History.of_state(own.get("rule"), self.rule, self.tuned)
         super().load_state_dict(state_dict)
         self.history = history
+        self.emphasise(None if emphasis is None else Emphasis.of_content(emphasis))
         self._forget_estimate()
         self.next_step = own["next_step"]
         self._unread = Unread.of_state(own.get("unread"), own["next_step"])

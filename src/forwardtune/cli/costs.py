@@ -70,6 +70,11 @@ def measure(session: Session) -> Cost:
     optimizer.rule = rehearsed = Rehearsed(optimizer.rule)
     trainer.current_gradient_accumulation_steps = 1
 
+    if optimizer.lacks_layers:
+        from ..hf.automatic import held_out
+
+        optimizer.measure_layers(held_out(trainer, 1))
+
     def estimate(examples: Any) -> None:
         trainer.training_step(model, trainer.data_collator(examples))
 
@@ -195,7 +200,7 @@ def steps_of_epochs(epochs: float, session: Session) -> int:
 
 
 def _plan(steps: int, options: Train) -> Plan:
-    estimator = get_estimator(options.estimator, 1.0, options.probes, options.normalize)
+    estimator = get_estimator(options.estimator, 1.0, options.probes, options.normalize, options.assignment)
     return Plan.of(steps, len(estimator.queries()), find_eps=options.eps == AUTO)
 
 

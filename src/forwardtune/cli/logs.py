@@ -22,6 +22,19 @@ from .methods import unchanged_share, weights_of
 from .results import new_folder
 from .session import bar, reach
 
+# What a header leaves out where it is as usual.
+_METHOD = (
+    "probes_rise",
+    "normalize",
+    "assignment",
+    "rank",
+    "refresh",
+    "active_layers",
+    "sparsity",
+    "modify",
+    "modify_by",
+)
+
 
 def run_replay(options: argparse.Namespace) -> None:
     """Rebuild the tuned weights and save them as an ordinary model folder."""
@@ -95,7 +108,7 @@ def run_inspect(options: argparse.Namespace) -> None:
         "estimator": header["estimator"],
         "eps": header["eps"],
         "probes": header["probes"],
-        **{name: header.get(name, ABSENT[name]) for name in ("normalize", "assignment", "rank", "refresh")},
+        **{name: header.get(name, ABSENT[name]) for name in _METHOD},
         "rule": header["rule"],
         "rule_settings": header.get("rule_settings", ABSENT["rule_settings"]),
         "weight_decay": [group["weight_decay"] for group in header["groups"]],

@@ -117,7 +117,9 @@ _COMBINATIONS = (
     ),
     Refusal(
         "<normalize> {normalize} compares the probes of a step, and there is one: give <probes> 2 or more",
-        lambda run, given: run.normalize != "none" and run.probes < 2,
+        lambda run, given: (
+            run.normalize != "none" and run.probes < 2 and (run.normalize, run.assignment) != ("spread", "example")
+        ),
         {"normalize": "sigma", "probes": 1},
     ),
     Refusal(
@@ -137,6 +139,37 @@ _COMBINATIONS = (
         "<refresh> is of low-rank directions, one factor of which stays for a while: give <rank> too",
         lambda run, given: run.refresh != 1 and not run.rank and not (run.rank is None and run.assignment == "example"),
         {"refresh": 50},
+    ),
+    Refusal(
+        "<probes_rise> begins with one direction of the minibatch and plain coefficients: leave <assignment> and <normalize> out",
+        lambda run, given: run.probes_rise > 0 and (run.assignment, run.normalize) != ("shared", "none"),
+        {"probes_rise": 10, "assignment": "example"},
+    ),
+    Refusal(
+        "<rule> muon works in the space that low-rank directions share, one direction a step: give <rank>, and <refresh> 10 or more, and leave "
+        "<probes>, <assignment>, <active_layers>, <sparsity> and <modify> out",
+        lambda run, given: (
+            run.rule == "muon"
+            and (
+                not run.rank
+                or (run.probes, run.assignment, run.active_layers) != (1, "shared", None)
+                or (run.sparsity, run.modify) != (0, "none")
+            )
+        ),
+        {"rule": "muon"},
+    ),
+    Refusal(
+        "<sparsity> leaves weights alone by their size, which <rule> {rule} does not know of: leave <rule> out",
+        lambda run, given: run.sparsity > 0 and run.rule != "sgd",
+        {"sparsity": 0.5, "rule": "adam"},
+    ),
+    Refusal(
+        "<sparsity> is of weights one by one, and the side path, by which <assignment> example and <perturbation> side_path evaluate, "
+        "multiplies with whole directions: leave them out",
+        lambda run, given: (
+            run.sparsity > 0 and (run.assignment == "example" or run.perturbation in ("side_path", "both_signs"))
+        ),
+        {"sparsity": 0.5, "assignment": "example"},
     ),
     Refusal(
         f"<lr_scheduler> polynomial ends at a learning rate of {POLYNOMIAL_END:g}, and <lr> is {{lr:g}}: give a larger "

@@ -11,13 +11,14 @@ from .runs import Train, with_defaults
 
 
 def repeat_command(recorded: Mapping[str, Any], output_dir: str = "DIR") -> str:
-    """The command line of a run with the recorded settings; what is default is left out.
+    """The command line of a run with the recorded settings, its method among them; what is that method's default is left out.
 
     The steps that a time budget came to are named in its place.
     """
     declared = options(Train)
-    usual = with_defaults("train", {"method": recorded.get("method")})
-    words = ["forwardtune", "train"]
+    method = str(recorded.get("method", "mezo"))  # in runs of old there was no other
+    usual = with_defaults("train", {"method": method})
+    words = ["forwardtune", "train", "--method", method]
     for name, one in declared.items():
         value = recorded.get(name)
         if value is None or value is False or value == getattr(usual, name):

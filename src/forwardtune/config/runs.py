@@ -156,14 +156,19 @@ class MeZOSettings:
         AUTO, "perturbation scale, or auto: measured before the run", defaults={"adam": None}
     )
     probes: int = _of_mezo(1, "directions a step; each costs two forward passes", bounds=POSITIVE)
+    probes_rise: int = _of_mezo(0, "steps over which the number of probes rises from 1 to that", bounds=NOT_NEGATIVE)
     estimator: str = _of_mezo(
         "spsa", "two-sided spsa, or one_sided (probes + 1 forward passes)", choices=names.ESTIMATORS
     )
     normalize: str = _of_mezo(
-        "none", "units of loss differences over the probes: none, sigma (FZOO) or rank", choices=names.NORMALIZATIONS
+        "none",
+        "units of loss differences: none, sigma (FZOO) or rank over the probes, spread over all directions of a step",
+        choices=names.NORMALIZATIONS,
     )
     rule: str = _of_mezo("sgd", "how coefficients move the weights", choices=names.RULES)
-    momentum: float = option(0.9, "of the rule momentum", bounds=FRACTION, only={**_MEZO, "rule": ("momentum",)})
+    momentum: float = option(
+        0.9, "of the rules momentum and muon", bounds=FRACTION, only={**_MEZO, "rule": ("momentum", "muon")}
+    )
     rule_state: str = option(
         "auto",
         "moments of the rules momentum and adam: kept (exact), or rebuilt (window)",
@@ -181,6 +186,21 @@ class MeZOSettings:
         None, "of low-rank directions of matrices; 0: full ones", shown="0; 1 for each example", bounds=NOT_NEGATIVE
     )
     refresh: int = _of_mezo(1, "steps for which one factor of low-rank directions stays", bounds=POSITIVE)
+    active_layers: int | None = _of_mezo(
+        None, "layers that a step perturbs and moves, drawn by the seed", shown="all", bounds=POSITIVE
+    )
+    sparsity: float = _of_mezo(0.0, "share of every matrix, its largest weights, that stays as it is", bounds=FRACTION)
+    modify: str = _of_mezo(
+        "none",
+        "lengths of directions by layers: variance or expectation modified (MeZO, appendix B)",
+        choices=names.MODIFY,
+    )
+    modify_by: str = option(
+        "parameters",
+        "what modified directions go by: the norm of a layer's parameters, or of its gradients (8 forward passes a layer, once)",
+        choices=names.MODIFIED_BY,
+        only={**_MEZO, "modify": ("variance", "expectation")},
+    )
     perturbation: str = _of_mezo("auto", "how to perturb", choices=names.PERTURBATIONS)
     move: str = _of_mezo(
         "read", "what a step moves: what was read, or all that is tuned (the paper's)", choices=names.MOVES
@@ -329,8 +349,11 @@ def with_defaults(command: str, given: Mapping[str, Any]) -> Any:
 
 #: Who gives one of these says how the method shall be, and gets the rest of it as the paper has it.
 _OF_THE_METHOD = frozenset(
-    ("probes", "estimator", "normalize", "rule", "direction", "assignment", "rank", "refresh", "perturbation")
-)
+    (
+        "probes", "probes_rise", "estimator", "normalize", "rule", "direction", "assignment", "rank", "refresh", "perturbation",
+        "active_layers", "sparsity", "modify", "modify_by",
+    )
+)  # fmt: skip
 
 
 def usual_method(given: Mapping[str, Any]) -> str:

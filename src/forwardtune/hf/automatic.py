@@ -65,6 +65,8 @@ class Automatic(TrainerCallback):
     def plan(self, steps: int) -> dict[str, Any]:
         """Plan a new run of so many steps, before its log begins. Returns the plan, the log's first note."""
         trainer = self._trainer
+        if trainer.mezo.lacks_layers:
+            trainer.mezo.measure_layers(held_out(trainer, 1))
         plan = plan_run(
             trainer.mezo,
             steps,

@@ -146,6 +146,7 @@ class MeZOConfig(MeZOSettings, TrainingArguments):
         kept = {"state": self.rule_state, "window": self.rule_window}
         own: dict[str, dict[str, Any]] = {
             "momentum": {"momentum": self.momentum, **kept},
+            "muon": {"momentum": self.momentum, "window": self.rule_window},
             "adam": {"beta1": self.adam_beta1, "beta2": self.adam_beta2, "epsilon": self.adam_epsilon, **kept},
         }
         if self.rule not in own and (self.rule_state, self.rule_window) != ("auto", None):

@@ -44,7 +44,8 @@ def method_facts(log: Log) -> dict[str, Any]:
         "learning_rate": f"{spread or (f'{rates[0]:.3g}' if rates else 'none yet')}{', found by the run' if searched else ''}",
         "eps": f"{header['eps']:.3g}",
         "estimator": f"{header['estimator']}, probes a step: {header['probes']}, {header['direction']}"
-        + (f", normalised by {header['normalize']}" if "normalize" in header else ""),
+        + (f", normalised by {header['normalize']}" if "normalize" in header else "")
+        + "".join(f", {name} {header[name]}" for name in ("active_layers", "sparsity", "modify") if name in header),
         "weight_decay": max(group["weight_decay"] for group in header["groups"]),
         "seed": header["seed"],
         "training_steps": f"{log.steps}, {sum(record.skipped for record in log.records)} of them skipped"

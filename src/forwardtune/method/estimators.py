@@ -17,7 +17,12 @@ name       u                             afterwards
 ``none``   ``l / eps``                   coefficients are derivatives along the directions
 ``sigma``  ``l / std(l)``                multiplying the loss by a number changes nothing (FZOO)
 ``rank``   rank of l, from -1/2 to 1/2   no monotonic change of the loss changes anything (evolution strategies)
+``spread`` ``l / spread``                as ``sigma``, over all directions of a step, of examples too
 =========  ============================  =====================================================================
+
+``sigma`` and ``rank`` compare the losses of the probes, of an example with directions of its own those of its probes. Losses of different
+examples cannot be compared, as examples differ, but their differences can: ``spread`` is the root mean square of the differences along all
+directions of the step, examples or probes. The sign of a direction is arbitrary, so their mean says nothing and is not taken off.
 """
 
 from __future__ import annotations
@@ -74,7 +79,7 @@ class Estimator(ABC):
     Attributes:
         eps: perturbation scale, in units of the weights.
         probes: n, the number of directions, of the step or of each of its examples.
-        normalize: what the differences of losses are measured in: ``"none"``, ``"sigma"`` or ``"rank"``.
+        normalize: what the differences of losses are measured in: ``"none"``, ``"sigma"``, ``"rank"`` or ``"spread"``.
         assignment: ``"shared"`` or ``"example"``. Probe k of example b is direction number ``b n + k`` of the step.
 
     Raises:
@@ -98,7 +103,7 @@ class Estimator(ABC):
                 raise InputError(
                     f"unknown {setting} {value!r}{nearest(str(value), known)}: choose one of {', '.join(known)}"
                 )
-        if self.normalize != "none" and self.probes < 2:
+        if self.normalize != "none" and self.probes < 2 and not self._compares_examples:
             raise InputError(
                 f"normalize={self.normalize!r} compares the probes of a step, and there is one: set probes to 2 or more"
             )
@@ -107,6 +112,10 @@ class Estimator(ABC):
     def per_example(self) -> bool:
         """Whether every example has directions of its own."""
         return self.assignment == "example"
+
+    @property
+    def _compares_examples(self) -> bool:
+        return self.per_example and self.normalize == "spread"
 
     @abstractmethod
     def queries(self) -> list[Query]:
@@ -140,13 +149,21 @@ class Estimator(ABC):
         own = [losses[i : i + size] for i in range(shared, len(losses), size)]
         present = [all(map(math.isfinite, [*losses[:shared], *part])) for part in own]
         found = [math.nan] * self.probes
-        if sum(present) < (1 if self.normalize == "none" else 2):
+        if sum(present) < (1 if self.normalize in ("none", "spread") else 2):
             return found
         known = [*losses[:shared], *(loss for part, there in zip(own, present, strict=True) if there for loss in part)]
         places = (k for k, there in enumerate(present) if there)
         for k, c in zip(places, self.of_finite(known), strict=True):
             found[k] = c if math.isfinite(c) else math.nan
         return found
+
+    def of_step(self, coefficients: Sequence[float]) -> list[float]:
+        """The coefficients of a step, given those of its probes, or of all its examples: divided by their spread, or as they are."""
+        if self.normalize != "spread":
+            return list(coefficients)
+        known = [c for c in coefficients if math.isfinite(c)]
+        spread = math.sqrt(math.fsum(c * c for c in known) / len(known)) if known else math.nan
+        return [c / spread if spread else c for c in coefficients]
 
     @abstractmethod
     def of_finite(self, losses: Sequence[float]) -> list[float]:
@@ -183,6 +200,8 @@ class SPSA(Estimator):
             return [(plus - minus) / 2 for plus, minus in zip(ranks[0::2], ranks[1::2], strict=True)]
         if self.normalize == "sigma":
             return _divided([(plus - minus) / 2 for plus, minus in pairs], losses)
+        if self.normalize == "spread":
+            return [(plus - minus) / 2 for plus, minus in pairs]
         return [(plus - minus) / (2 * self.eps) for plus, minus in pairs]
 
 
@@ -196,8 +215,8 @@ class OneSided(Estimator):
     With ``sigma``, ``c_k = (l_k - l_0) / std(l_1 ... l_n)``. With ``rank``, c_k is the centred rank of l_k among the n
     losses; L(theta) would not change it and is not evaluated.
 
-    Source: ``sigma`` with Rademacher directions is FZOO (Dang et al., 2025, arXiv 2506.09034). Ranks: Salimans et al.,
-    2017.
+    Source: ``sigma`` with Rademacher directions is FZOO (Dang et al., 2025, arXiv 2506.09034); ``spread`` with a direction for
+    each example is the same over examples. Ranks: Salimans et al., 2017.
     """
 
     name: ClassVar[str] = "one_sided"
@@ -216,6 +235,8 @@ class OneSided(Estimator):
         clean, *there = losses
         if self.normalize == "sigma":
             return _divided([loss - clean for loss in there], there)
+        if self.normalize == "spread":
+            return [loss - clean for loss in there]
         return [(loss - clean) / self.eps for loss in there]
 
 

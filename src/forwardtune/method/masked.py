@@ -34,7 +34,7 @@ class Masked(Noise):
     @classmethod
     def of(cls, noise: Noise, shape: Sequence[int], unread: Mapping[int, Tensor]) -> Masked:
         """The noise of a run, for a tensor of this shape."""
-        return cls(noise.seed, noise.direction, noise.structure, tuple(shape), unread)
+        return cls(noise.seed, noise.direction, noise.structure, noise.emphasis, tuple(shape), unread)
 
     def update(
         self, weight: Tensor, updates: Sequence[Update], *, tensor: int, start: int = 0,

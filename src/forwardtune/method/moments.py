@@ -172,7 +172,7 @@ class WithMoments(Elementwise):
             state = "exact" if exact else "window"
         if state == "exact" or self.window is not None:
             return replace(self, state=state)
-        return replace(self, state=state, window=_window(self.slowest))
+        return replace(self, state=state, window=window_of(self.slowest))
 
     def settings(self) -> dict[str, Any]:
         own = [setting.name for setting in fields(self) if setting.name not in ("state", "window")]
@@ -195,7 +195,7 @@ def arithmetic(weight: Tensor) -> torch.dtype:
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
-def _window(factor: float) -> int:
+def window_of(factor: float) -> int:
     """The least W with ``factor^W < 1%``."""
     weight, window = factor, 1
     while weight >= _CUT_OFF:

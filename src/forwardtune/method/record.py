@@ -104,7 +104,7 @@ def estimated(
 def coefficients_of(estimator: Estimator, losses: Sequence[Losses], clip: float | None) -> tuple[float, ...]:
     """The coefficients of a step, example by example, clipped to ``-clip .. clip``; none if no direction has one."""
     limit = clip or math.inf
-    found = [c for own in zip(*losses, strict=True) for c in estimator.coefficients(own)]
+    found = estimator.of_step([c for own in zip(*losses, strict=True) for c in estimator.coefficients(own)])
     found = [c if math.isnan(c) else min(max(c, -limit), limit) for c in found]
     return () if all(map(math.isnan, found)) else tuple(found)
 

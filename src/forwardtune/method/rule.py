@@ -16,6 +16,7 @@ from ..errors import InputError
 from ..noise import Count, Noise, Update
 from ..parameters import TunedParameters, TunedTensor
 from .base import BaseFile, ReadBase, present
+from .estimators import Estimator
 from .masked import Masked
 
 
@@ -148,6 +149,9 @@ class Rule(ABC):
     def settings(self) -> dict[str, Any]:
         """What the step log's header says of the rule beside its name; ``type(rule)(**settings)`` is the rule."""
         return {}
+
+    def require(self, estimator: Estimator, noise: Noise) -> None:  # noqa: B027 (most rules take all)
+        """Raise InputError unless the rule can take the estimates of this estimator along these directions."""
 
     def resolved(self, tuned: TunedParameters) -> Rule:
         """The rule with everything chosen that was left to be chosen by the tuned weights."""

@@ -10,6 +10,7 @@ name          update, with the estimate ``g = mean_k c_k z_k``    memory
 ``sign``      ``theta <- theta - lr sign(g)``                     none
 ``momentum``  ``m <- mu m + g``; ``theta <- theta - lr m``        m, or the coefficients of the last W steps
 ``adam``      AdamW                                               m and v, or the coefficients of the last W steps
+``muon``      ``m`` of low-rank directions, made orthogonal       the coefficients of the last W steps (:mod:`.muon`)
 ============  ==================================================  ==================================================
 
 All of them decay weights first, ``theta <- (1 - lr * weight_decay) * theta``, or with ``decay_towards="base"`` what moved,
@@ -42,6 +43,7 @@ from ..noise import Count, Noise, Update, flattened
 from ..parameters import TunedTensor
 from .base import decay, require_target
 from .moments import Elementwise, WithMoments, arithmetic, piece_size
+from .muon import Muon
 from .rule import History, Rule, Step, float32, shares
 
 # Steps handed to one fused sweep over a tensor.
@@ -285,7 +287,7 @@ def require_share(**values: float) -> None:
             raise InputError(f"{name} must be a number from 0 up to 1, 1 excluded, got {value!r}")
 
 
-RULES: dict[str, type[Rule]] = {cls.name: cls for cls in (SGD, Sign, Momentum, Adam)}
+RULES: dict[str, type[Rule]] = {cls.name: cls for cls in (SGD, Sign, Momentum, Adam, Muon)}
 
 AnyRule = TypeVar("AnyRule", bound=type[Rule])
 

@@ -28,6 +28,7 @@ from .directions import (
     get_direction,
     register_direction,
 )
+from .emphasis import Emphasis, give_back, pieces
 from .philox import split_seed
 from .structure import LowRank, rows_and_columns
 
@@ -40,6 +41,7 @@ __all__ = [
     "SPECIFIED",
     "Count",
     "Direction",
+    "Emphasis",
     "LowRank",
     "Noise",
     "Update",
@@ -56,7 +58,7 @@ _FACTORS = 1 << 18
 
 @dataclass(frozen=True)
 class Noise:
-    """The directions of one run: a seed, a distribution and, for matrices, a structure.
+    """The directions of one run: a seed, a distribution, for matrices a structure, and where they are longer, shorter or absent.
 
     Tensors may have any layout; elements are numbered in row-major order. dtypes: float32, bfloat16, float16, float64.
 
@@ -67,6 +69,7 @@ class Noise:
     seed: int
     direction: Direction = GAUSSIAN
     structure: LowRank | None = None
+    emphasis: Emphasis | None = None
 
     def __post_init__(self) -> None:
         split_seed(self.seed)
@@ -74,6 +77,10 @@ class Noise:
     def is_low_rank(self, shape: Sequence[int]) -> bool:
         """Whether a tensor of this shape has directions of low rank."""
         return self.structure is not None and self.structure.applies(shape)
+
+    def takes_part(self, tensor: int, step: int) -> bool:
+        """Whether a tensor has a direction in a step."""
+        return self.emphasis is None or self.emphasis.takes_part(self.seed, tensor, step)
 
     # --- sweeps over weights ---------------------------------------------------------------------------------------
 
@@ -86,7 +93,8 @@ class Noise:
             z = torch.zeros(like.numel(), dtype=torch.float32, device=like.device)
             self.perturb(z, z, tensor=tensor, step=step, probe=probe, scale=1.0, start=start, shape=shape)
         else:
-            z = self._strips(tensor, [step], [probe], [start], [1.0], like.numel(), like.device)
+            scale = self._probed(tensor, step, 1.0)
+            z = self._strips(tensor, [step], [probe], [start], [scale], like.numel(), like.device)
         return z.view(like.shape)
 
     def perturb(
@@ -96,23 +104,47 @@ class Noise:
         """``out <- source + scale * z``, added in float32, rounded to nearest. ``out`` may be ``source``."""
         shape = self._full_shape(source, start, shape)
         flat_out, flat_source = _flat(out), _flat(source)
+        scale, limit = self._probed(tensor, step, scale), self._limit(tensor)
+        if scale == 0.0:
+            flat_out.copy_(flat_source)
+        elif limit is None:
+            self._perturb(flat_out, flat_source, tensor, step, probe, scale, start, shape)
+        else:
+            for (lo, piece), (_, of) in zip(pieces(flat_out), pieces(flat_source), strict=True):
+                kept = of.clone()  # ``out`` may be ``source``
+                self._perturb(piece, kept, tensor, step, probe, scale, start + lo, shape)
+                give_back(piece, kept, limit)
+        _give_back(out, flat_out)
+
+    def _perturb(
+        self,
+        out: Tensor,
+        source: Tensor,
+        tensor: int,
+        step: int,
+        probe: int,
+        scale: float,
+        start: int,
+        shape: Sequence[int],
+    ) -> None:
         backend = backends.backend(source)
         if self.is_low_rank(shape):
             piece = slice(start, start + source.numel())
             u, v = self._factors(shape, piece, tensor, [step], [probe], [scale], source.device)
-            backend.perturb_factored(flat_out, flat_source, u[0], v[0], start)
+            backend.perturb_factored(out, source, u[0], v[0], start)
         else:
-            backend.perturb(flat_out, flat_source, self.direction, self.seed, tensor, step, probe, scale, start)
-        _give_back(out, flat_out)
+            backend.perturb(out, source, self.direction, self.seed, tensor, step, probe, scale, start)
 
     def perturb_rows(self, source: Tensor, rows: Tensor, *, tensor: int, step: int, probe: int, scale: float) -> Tensor:
         """Rows ``source[rows] + scale * z[rows]`` of a table, shape ``(*rows.shape, width)``: what an embedding reads."""
         numbers = rows.reshape(-1).to(torch.int64)
         flat = source.index_select(0, numbers)  # copies, and refuses numbers outside the table
         backend, width = backends.backend(source), source.shape[-1]
+        scale, limit = self._probed(tensor, step, scale), self._limit(tensor)
+        kept = None if limit is None else flat.clone()
         if self.is_low_rank(source.shape):
             probes = torch.full_like(numbers, probe)
-            u = self.factor_rows(source.shape, numbers, probes, tensor=tensor, step=step, scale=scale)
+            u = self._u_rows(numbers, probes, tensor, step, scale)
             v = self._v(source.shape, tensor, [step], [probe], source.device)
             backend.perturb_factored(flat.view(-1), flat.view(-1), u, v[0])
         elif backend is not definition and source.is_contiguous():
@@ -124,6 +156,8 @@ class Noise:
                 definition.perturb(
                     row, row.clone(), self.direction, self.seed, tensor, step, probe, scale, number * width
                 )
+        if kept is not None and limit is not None:
+            give_back(flat, kept, limit)
         return flat.view(*rows.shape, width)
 
     def update(
@@ -136,27 +170,44 @@ class Noise:
             How many stored values did not change, summed over the steps. It may be a tensor that was not read yet.
         """
         shape = self._full_shape(weight, start, shape)
-        flat = _flat(weight)
-        backend = backends.backend(weight)
-        if self.is_low_rank(shape):
-            unchanged: Count = 0
-            piece = slice(start, start + flat.numel())
-            for fused in self._sweeps(updates, shape, piece):
-                terms = [(item.step, probe, size) for item in fused for probe, size in item.terms]
-                steps, probes, sizes = zip(*terms, strict=True) if terms else ((), (), ())
-                u, v = self._factors(shape, piece, tensor, steps, probes, sizes, flat.device)
-                unchanged += backend.update_factored(flat, fused, u, v, self.seed, tensor, start)
-        else:
-            unchanged = backend.update(flat, updates, self.direction, self.seed, tensor, start)
+        flat, limit = _flat(weight), self._limit(tensor)
+        if self.emphasis is not None:
+            updates = self.emphasis.updates(self.seed, tensor, updates)
+        if limit is None:
+            unchanged = self._update(flat, updates, tensor, start, shape)
+        else:  # which weights are too large is another question after every step
+            unchanged = 0
+            for lo, piece in pieces(flat):
+                for item in updates:
+                    kept = piece.clone()
+                    self._update(piece, [item], tensor, start + lo, shape)
+                    give_back(piece, kept, limit)
+                    unchanged += (piece == kept).sum()
         _give_back(weight, flat)
+        return unchanged
+
+    def _update(self, flat: Tensor, updates: Sequence[Update], tensor: int, start: int, shape: Sequence[int]) -> Count:
+        backend = backends.backend(flat)
+        if not self.is_low_rank(shape):
+            found: Count = backend.update(flat, updates, self.direction, self.seed, tensor, start)
+            return found
+        unchanged: Count = 0
+        piece = slice(start, start + flat.numel())
+        for fused in self._sweeps(updates, shape, piece):
+            terms = [(item.step, probe, size) for item in fused for probe, size in item.terms]
+            steps, probes, sizes = zip(*terms, strict=True) if terms else ((), (), ())
+            u, v = self._factors(shape, piece, tensor, steps, probes, sizes, flat.device)
+            unchanged += backend.update_factored(flat, fused, u, v, self.seed, tensor, start)
         return unchanged
 
     # --- many tensors: on a GPU launching takes longer than the sweep over a small one ------------------------------
 
     def launches_together(self, weight: Tensor) -> bool:
         """Whether a sweep over several tensors like this one costs one launch."""
+        if self.emphasis is not None or self.is_low_rank(weight.shape):
+            return False
         backend = backends.backend(weight)
-        return hasattr(backend, "fits") and not self.is_low_rank(weight.shape) and bool(backend.fits(weight))
+        return hasattr(backend, "fits") and bool(backend.fits(weight))
 
     def perturb_many(
         self, outs: Sequence[Tensor], sources: Sequence[Tensor], *, tensors: Sequence[int], step: int, probe: int,
@@ -213,7 +264,7 @@ class Noise:
         self, shape: Sequence[int], *, tensor: int, step: int, probes: Sequence[int], scale: float, device: torch.device
     ) -> tuple[Tensor, Tensor]:
         """U and V with ``scale * Z_k = U_k V_k^T`` for a tensor of low rank, shapes ``(K, m, rank)`` and ``(K, n, rank)``."""
-        many = len(probes)
+        many, scale = len(probes), self._probed(tensor, step, scale)
         return self._factors(shape, slice(0, math.prod(shape)), tensor, [step] * many, probes, [scale] * many, device)
 
     def factors_of(
@@ -225,7 +276,7 @@ class Noise:
         for tensor, shape in places:
             height, width = rows_and_columns(shape)
             u, v = height * low.rank, width * low.rank
-            many.append(Strips(tensor, [step], probes, [0], [low.scale(1.0)], u))
+            many.append(Strips(tensor, [step], probes, [0], [low.scale(self._probed(tensor, step, 1.0))], u))
             many.append(Strips(tensor, [low.step_of_v(step)], probes, [u], [1.0], v))
         found = backends.for_directions(device).many_strips(self.direction, self.seed, many, device, dtype)
         return [
@@ -238,7 +289,10 @@ class Noise:
         dtype: torch.dtype = torch.float32,
     ) -> list[Tensor]:  # fmt: skip
         """:meth:`directions`, at scale 1, of several tensors on one device: their ids and shapes. Rounded to a dtype."""
-        many = [Strips(tensor, [step], probes, [0], [1.0], math.prod(shape)) for tensor, shape in places]
+        many = [
+            Strips(tensor, [step], probes, [0], [self._probed(tensor, step, 1.0)], math.prod(shape))
+            for tensor, shape in places
+        ]
         found = backends.for_directions(device).many_strips(self.direction, self.seed, many, device, dtype)
         return [z.view(len(probes), *shape) for z, (_, shape) in zip(found, places, strict=True)]
 
@@ -246,13 +300,13 @@ class Noise:
         self, shape: Sequence[int], rows: Tensor, probes: Tensor, *, tensor: int, step: int, scale: float
     ) -> Tensor:
         """Row ``rows[i]`` of probe ``probes[i]``'s U, as in :meth:`factors`: shape ``(len(rows), rank)``."""
-        low = self._structure
-        return self._strips(tensor, [step], probes, rows * low.rank, [low.scale(scale)], low.rank, rows.device)
+        return self._u_rows(rows, probes, tensor, step, self._probed(tensor, step, scale))
 
     def directions(
         self, shape: Sequence[int], *, tensor: int, step: int, probes: Sequence[int], scale: float, device: torch.device
     ) -> Tensor:
         """``scale * z_k`` of a tensor with full directions, shape ``(K, *shape)``."""
+        scale = self._probed(tensor, step, scale)
         flat = self._strips(tensor, [step], probes, [0], [scale], math.prod(shape), device)
         return flat.view(len(probes), *shape)
 
@@ -260,9 +314,16 @@ class Noise:
         self, shape: Sequence[int], rows: Tensor, probes: Tensor, *, tensor: int, step: int, scale: float
     ) -> Tensor:
         """Row ``rows[i]`` of probe ``probes[i]``'s direction, as in :meth:`directions`: shape ``(len(rows), n)``."""
+        scale = self._probed(tensor, step, scale)
         return self._strips(tensor, [step], probes, rows * shape[-1], [scale], shape[-1], rows.device)
 
     # --- addresses -------------------------------------------------------------------------------------------------
+
+    def _probed(self, tensor: int, step: int, scale: float) -> float:
+        return scale if self.emphasis is None else self.emphasis.scale(self.seed, tensor, step, scale)
+
+    def _limit(self, tensor: int) -> float | None:
+        return None if self.emphasis is None else self.emphasis.limit(tensor)
 
     @property
     def _structure(self) -> LowRank:
@@ -287,6 +348,10 @@ class Noise:
         ]
         u, v = backends.for_directions(device).many_strips(self.direction, self.seed, places, device)
         return u.view(len(probes), end - first, rank), v.view(len(probes), width, rank)
+
+    def _u_rows(self, rows: Tensor, probes: Tensor, tensor: int, step: int, scale: float) -> Tensor:
+        low = self._structure
+        return self._strips(tensor, [step], probes, rows * low.rank, [low.scale(scale)], low.rank, rows.device)
 
     def _v(
         self, shape: Sequence[int], tensor: int, steps: Sequence[int], probes: Sequence[int], device: torch.device

@@ -312,7 +312,7 @@ class Scratch(Perturbation):
 
     def _perturbed(self, tensor: TunedTensor) -> Tensor:
         source = self._originals[tensor.id]
-        if self._point is None:
+        if self._point is None or not self.noise.takes_part(tensor.id, self._point["step"]):
             return as_parameter(source, tensor)
         if tensor.id in self._ahead:
             return as_parameter(self._ahead[tensor.id], tensor)

@@ -25,7 +25,6 @@ from torch import Tensor
 
 from ..averages import NONE
 from ..errors import LogError
-from ..method.moments import Elementwise
 from ..method.rule import Rule, Step
 from ..noise import Update
 from .format import numbers, ranges, rows_read, without_rows
@@ -53,7 +52,9 @@ def export_trajectory(log: Log, path: str | PathLike[str], average: str = NONE) 
     if path.exists():
         raise LogError(f"{path} exists: choose another name (nothing was overwritten)")
     groups, steps = len(trajectory.updates), trajectory.steps
-    probes = max((len(update.sizes) for update in trajectory.updates[0]), default=0) or log.header["probes"]
+    probes = max((len(update.sizes) for update in trajectory.updates[0]), default=0)
+    if not probes or log.header.get("assignment", "shared") == "shared":
+        probes = log.header["probes"]  # of which a step may have fewer
     sizes = torch.tensor(  # what a short minibatch lacks is 0: no direction
         [[_padded(update.sizes, probes) for update in group] for group in trajectory.updates],
         dtype=torch.float32,
@@ -129,7 +130,7 @@ def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str
 
 def needs_lr(rule: Rule) -> bool:
     """Whether a step has a learning rate beside its sizes."""
-    return isinstance(rule, Elementwise)
+    return isinstance(rule.plan(0, [1.0], 1e-3, 0.0), Step)
 
 
 def _compact(rows: list[list[float]], taken: Tensor) -> Tensor:

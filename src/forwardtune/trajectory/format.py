@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import LogError
 from ..method.estimators import Estimator, get_estimator
 from ..method.record import StepRecord, coefficients_of, mean_loss
-from ..noise import NOISE_VERSION, SPECIFIED, Direction, LowRank, Noise, get_direction
+from ..noise import NOISE_VERSION, SPECIFIED, Direction, Emphasis, LowRank, Noise, get_direction
 from ..optimizer import MeZO
 from ..parameters import TunedParameters
 from ..processes import versions
@@ -64,9 +64,12 @@ def _check(previous: str, body: str) -> str:
 
 #: Fields of the header that describe a run, or its file, and decide nothing.
 DESCRIPTIVE = ("format", "base", "frozen", "versions", "workers", "run")
+#: What settings came to, by the weights or losses at the beginning: a run that goes on takes it from the log.
+FOUND = "emphasis"
 #: What a field means that the header leaves out.
 ABSENT: dict[str, Any] = {
     "normalize": "none", "rule_settings": {}, "assignment": "shared", "rank": 0, "refresh": 1, "clip_coefficient": None, "parts": 1,
+    "probes_rise": 0, "active_layers": None, "sparsity": 0.0, "modify": "none", "modify_by": "parameters",
 }  # fmt: skip
 
 
@@ -115,7 +118,9 @@ def identity(optimizer: MeZO) -> dict[str, Any]:
         "seed": optimizer.noise.seed,
         **direction_content(optimizer.noise.direction),
         **structure_content(optimizer.noise.structure),
+        **weighting_content(optimizer),
         **optimizer.estimator.settings(),
+        **({"probes_rise": optimizer.probes_rise} if optimizer.probes_rise else {}),
         # Coefficients are logged as clipped, but for those that are derived from the losses of examples.
         **({"clip_coefficient": optimizer.clip_coefficient} if _clips_derived(optimizer) else {}),
         "rule": optimizer.rule.name,
@@ -144,10 +149,21 @@ def structure_content(structure: LowRank | None) -> dict[str, int]:
     return {"rank": structure.rank} | ({"refresh": structure.refresh} if structure.refresh != 1 else {})
 
 
+def weighting_content(optimizer: MeZO) -> dict[str, Any]:
+    """What the header says of where directions fall: settings, and what they came to; nothing if they fall everywhere alike."""
+    emphasis = optimizer.noise.emphasis
+    return optimizer.weighting.settings() | ({"emphasis": emphasis.content()} if emphasis is not None else {})
+
+
+def emphasis_of(header: dict[str, Any]) -> Emphasis | None:
+    """Where the directions of a run fall."""
+    return Emphasis.of_content(header["emphasis"]) if "emphasis" in header else None
+
+
 def noise_of(header: dict[str, Any]) -> Noise:
     """The noise of a run."""
     structure = LowRank(header["rank"], header.get("refresh", 1)) if header.get("rank") else None
-    return Noise(header["seed"], get_direction(header["direction"]), structure)
+    return Noise(header["seed"], get_direction(header["direction"]), structure, emphasis_of(header))
 
 
 def estimator_of(header: dict[str, Any]) -> Estimator | None:

@@ -19,7 +19,17 @@ from ..method.record import StepRecord
 from ..method.rules import RULES, logged_rule
 from ..noise import DIRECTIONS
 from ..optimizer import MeZO
-from .format import ABSENT, DESCRIPTIVE, header_content, identity, require_frozen, seal, step_content
+from .format import (
+    ABSENT,
+    DESCRIPTIVE,
+    FOUND,
+    emphasis_of,
+    header_content,
+    identity,
+    require_frozen,
+    seal,
+    step_content,
+)
 from .lock import LogLock
 from .reader import Log, Rollback, read_log
 from .replay import apply_log
@@ -83,6 +93,7 @@ class StepLog:
         try:
             log = read_log(path)  # after the lock: nobody else writes to it now
             require_same_run(log, optimizer)
+            optimizer.emphasise(emphasis_of(log.header))
             optimizer.leave_out(number for record in log.records for number in record.left_out)
             if optimizer.next_step == 0:
                 apply_log(log, optimizer)
@@ -280,7 +291,7 @@ def cut_log(log: Log, steps: int) -> Log:
 def require_same_run(log: Log, optimizer: MeZO) -> None:
     """Raise LogError, naming the first difference, unless the optimizer is set up as the log's header says."""
     own = identity(optimizer)
-    for key in (key for key in dict.fromkeys([*own, *log.header]) if key not in DESCRIPTIVE):
+    for key in (key for key in dict.fromkeys([*own, *log.header]) if key not in (*DESCRIPTIVE, FOUND)):
         ours, theirs = (header.get(key, ABSENT.get(key)) for header in (own, log.header))
         if theirs == ours:
             continue
