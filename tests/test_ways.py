@@ -113,7 +113,7 @@ def test_moments_and_copies_count(config_alone: Path) -> None:
     }
 
     def bytes_with(**changes: Any) -> int:
-        options = describe("plan", {"model": "x", "task": "y", **changes})
+        options = describe("plan", {"model": "x", "task": "y", "method": "mezo", **changes})
         return estimate(tune(blank_model(str(config_alone)), None, "all"), inputs, options).bytes
 
     plain = bytes_with()
