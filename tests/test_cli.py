@@ -323,7 +323,7 @@ def test_tokenizer_without_padding_and_end_serves_as_well(setting: Setting, tmp_
     common = ["--task", task, "--batch-size", 4, "--device", "cpu"]
     found = [json.loads(cli("eval", "--model", model, *common).out)["test"] for model in (setting.model, bare)]
     assert found[0] == pytest.approx(found[1])
-    assert free or cli("plan", "--model", bare, *common, "--steps", 2).code == 0
+    assert free or cli("plan", "--alone", "--model", bare, *common, "--steps", 2).code == 0
     for method in ["mezo"] if free else ["mezo", "adam"]:
         done(*Setting(bare, task).train(tmp_path / method, steps=1, method=method, no_before=True))
 

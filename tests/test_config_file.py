@@ -48,7 +48,7 @@ def test_a_file_alone_describes_a_run_which_the_command_line_may_change(setting:
     assert read_log(tmp_path / "other" / "steps.jsonl").header["run"] == {**header, "batch_size": 4}
     with refused(run, f"the run in {run} has --batch-size 2, not 4") as told:
         told(cli("train", "--config", file, "--resume", "--batch-size", 4))
-    asked = cli("plan", "--config", file, "--batch-size", 4, "--json")
+    asked = cli("plan", "--config", file, "--batch-size", 4, "--json", "--alone")
     assert asked.code == 0, asked.err
     assert json.loads(asked.out)["settings"]["batch_size"] == 4
     assert "--lr 0.001" in asked.err

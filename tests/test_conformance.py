@@ -967,7 +967,7 @@ def test_steps_may_be_taken_in_inference_mode_and_out_of_it():
         (lambda: Adam(window=2.5), "window must be an integer"),
         (lambda: Adam(window=5, state="exact"), "leave window out"),
         (lambda: get_rule("momentum", beta=0.5), "no setting 'beta'.*momentum"),
-        (lambda: get_rule("sgd", momentum=0.5), "'sgd' has no setting 'momentum'.*none"),
+        (lambda: get_rule("sgd", momentum=0.5), "'sgd' has no setting 'momentum'.*decay_towards"),
         *(
             (lambda normalize=normalize: SPSA(1e-3, 2, normalize).coefficients([1.0, 2.0, 3.0]), "zip")  # lacks a side
             for normalize in ("none", "sigma", "rank")

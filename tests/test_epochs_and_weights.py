@@ -59,7 +59,7 @@ def test_adam_takes_epochs_too_and_plan_says_their_steps(setting: Setting, tmp_p
     assert read(tmp_path / "run")["steps"] == steps
     planned = setting.train(tmp_path / "plan", steps=None, epochs=2)
     del planned[planned.index("--output-dir") : planned.index("--output-dir") + 2]
-    said = done("plan", *planned[1:]).err
+    said = done("plan", "--alone", *planned[1:]).err
     assert f"{steps} steps take about" in said
     assert f"--steps {steps} --output-dir DIR" in said
     assert "--epochs" not in said

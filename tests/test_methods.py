@@ -566,9 +566,12 @@ def test_numbers_that_are_not_finite_are_written_as_json(settings, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"tune": "loraa"}, "no parameter has 'loraa' in its name; did you mean lora.*choose all, lora, prefix"),
-        ({"tune": "LoRA"}, "no parameter has 'LoRA' in its name.*choose all, lora, prefix"),
-        ({"tune": "("}, "is no regular expression.*choose all, lora, prefix"),
+        (
+            {"tune": "loraa"},
+            "no parameter has 'loraa' in its name; did you mean lora.*choose all, late-mlp, lora, prefix",
+        ),
+        ({"tune": "LoRA"}, "no parameter has 'LoRA' in its name.*choose all, late-mlp, lora, prefix"),
+        ({"tune": "("}, "is no regular expression.*choose all, late-mlp, lora, prefix"),
         ({"tune": "lora", "lora_alpha": "nan"}, "--lora-alpha must be positive"),
         ({"tune": "lora", "lora_targets": "q_prj"}, "no linear layer is called 'q_prj'; did you mean q_proj"),
         ({"tune": "prefix", "prefix_length": 300}, "prefix"),

@@ -34,7 +34,7 @@ def setting(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Sett
 
 
 def planned(setting: Setting, **changes: object) -> list[object]:
-    return ["plan", *setting.eval(**changes)[1:]]
+    return ["plan", *setting.eval(alone=True, **changes)[1:]]
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_a_time_too_short_is_refused_before_anything_is_evaluated(
 ) -> None:
     run = tmp_path / "run"
     asked = setting.train(run, steps=None, time_budget="0.01s", **changes)
-    for ran in (cli(*asked), cli("plan", *asked[1:5], *asked[7:])):
+    for ran in (cli(*asked), cli("plan", "--alone", *asked[1:5], *asked[7:])):
         assert ran.code == 2
         assert re.search(words, ran.err), ran.err
         assert "before" not in ran.err.replace("before or", "")

@@ -303,7 +303,7 @@ def test_the_commands_quantise_as_they_load(setting: Setting, kind: str, tmp_pat
     assert evaluated["test"]["loss"] == read(tmp_path / "run")["test"]["loss"]
     base = json.loads(done(*setting.eval(quantize=kind)).out)
     assert base["test"]["loss"] == read(tmp_path / "run")["before"]["loss"]
-    plan = ["plan", "--model", setting.model, "--task", setting.task, "--device", "cpu", "--batch-size", 4]
+    plan = ["plan", "--alone", "--model", setting.model, "--task", setting.task, "--device", "cpu", "--batch-size", 4]
     assert "--quantize" in done(*plan, "--quantize", kind, "--tune", "lora").err
 
 

@@ -1,4 +1,4 @@
-"""L0: times as people write them."""
+"""L0: times and amounts of memory as people write them."""
 
 from __future__ import annotations
 
@@ -23,6 +23,21 @@ def seconds_of(text: str) -> float:
     if total <= 0:
         raise InputError(f"{text!r} is no length of time: write it as 90s, 30m, 2h or 1h30m")
     return total
+
+
+def bytes_of(text: str) -> int:
+    """Bytes in ``"80GB"`` (powers of 1,000), ``"24 GiB"`` (of 1,024), ``"512MiB"``.
+
+    Raises:
+        InputError: it is none of these, or nothing.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kMGT])(i?)B?", text.strip())
+    amount = 0
+    if found:
+        amount = int(float(found[1]) * (1024 if found[3] else 1000) ** ("kMGT".index(found[2]) + 1))
+    if amount <= 0:
+        raise InputError(f"{text!r} is no amount of memory: write it as 80GB, 24GiB or 512MiB")
+    return amount
 
 
 def duration(seconds: float) -> str:

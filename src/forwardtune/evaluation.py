@@ -177,6 +177,8 @@ def find_layout(model: Any, tokenizer: Any, examples: Sequence[Encoded]) -> Layo
     the plain layout, whose mask is the model's own. Attention of variable length takes no masks, and needs none: with it all stand in one row.
     """
     plain = plain_layout(model, tokenizer)
+    if model.device.type == "meta":  # nothing can be tried without weights: as most models
+        return replace(plain, shared=True, packed=True)
     if not all(example.options for example in examples):
         return plain  # nothing to score
     by_length = sorted(examples, key=lambda example: example.length)

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from ..averages import FORMS, NONE, average_or_none
+from ..durations import bytes_of
 from ..names import OFFLOADS, QUANTISATIONS
 from .options import add_config, add_options, typed
 from .parser import Parser
@@ -83,11 +84,22 @@ def _add_plan(commands: Any) -> None:
     parser = _command(
         commands,
         "plan",
-        "say what train would cost: memory, time, and the steps that fit a time",
+        "say what train would cost: memory, time, and the steps that fit a time; and what other ways to tune would",
         "forwardtune plan --model smollm2-135m --task reviews --dtype bfloat16",
         usage="%(prog)s [options]",
     )
-    add_options(parser, "plan", first=("model", "task", "dtype", "time_budget", "tune"))
+    first = add_options(parser, "plan", first=("model", "task", "dtype", "time_budget", "tune"))
+    first.add_argument(
+        "--no-weights",
+        action="store_true",
+        help="estimate from the model's config.json alone; nothing is loaded or run",
+    )
+    first.add_argument(
+        "--memory",
+        type=typed(bytes_of),
+        help="of the machine that it is for, as 80GB or 24GiB [what is free on this one]",
+    )
+    parser.add_argument("--alone", action="store_true", help="measure the run that is asked for, no other ways")
     add_config(parser)
     parser.set_defaults(run="plan.run")
 

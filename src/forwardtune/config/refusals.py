@@ -226,6 +226,12 @@ _COMBINATIONS = (
         {"device": "cuda:1"},
     ),
     Refusal(
+        "<device> meta holds no weights: leave it out (forwardtune plan --no-weights estimates without them)",
+        lambda run, given: run.device == "meta",
+        {"device": "meta"},
+        ("train", "plan", "eval", "probe"),
+    ),
+    Refusal(
         "plan measures steps of forward passes, not of <method> {method}: leave <method> out",
         lambda run, given: run.method == "adam",
         {"method": "adam"},

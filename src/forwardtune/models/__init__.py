@@ -5,7 +5,7 @@ This package is the one part of the library that knows ``peft``.
 
 from .attention import takes_lengths
 from .kinds import Kind, model_kind
-from .loading import EMBEDDED_MODEL, context_length, load_model, require_device, save_model
+from .loading import EMBEDDED_MODEL, blank_model, context_length, load_model, require_device, save_model
 from .merging import merge_adapter
 from .prefix import forward
 from .principal import a_of, start_from_inputs
@@ -14,7 +14,7 @@ from .reached import freeze_unreached, unreached
 from .tuning import expert_stacks, lora_modules, tune
 
 __all__ = [
-    "EMBEDDED_MODEL", "KEPT_QUANTISED", "Kind", "a_of", "checkpoint_format", "context_length", "expert_stacks", "forward",
-    "freeze_unreached", "is_quantised", "load_model", "lora_modules", "merge_adapter", "model_kind", "require_device", "save_model",
+    "EMBEDDED_MODEL", "KEPT_QUANTISED", "Kind", "a_of", "blank_model", "checkpoint_format", "context_length", "expert_stacks",
+    "forward", "freeze_unreached", "is_quantised", "load_model", "lora_modules", "merge_adapter", "model_kind", "require_device", "save_model",
     "start_from_inputs", "takes_lengths", "tune", "unreached", "weights_of",
 ]  # fmt: skip

@@ -61,7 +61,8 @@ def load_model(
     Args:
         name: a hub id, a local folder, a ``.gguf`` file, or ``smollm2-135m``, the embedded model.
         dtype: of the base model: ``auto`` (as stored; float32 for GGUF), ``float32``, ``bfloat16`` or ``float16``.
-        device: a torch device, such as ``cpu`` or ``cuda``, or ``auto``, which spreads the layers over all GPUs.
+        device: a torch device, such as ``cpu`` or ``cuda``, ``auto``, which spreads the layers over all GPUs, or ``meta``, for which no
+            weights are read (:func:`blank_model`).
         attn_implementation: as in ``from_pretrained``: ``eager``, ``sdpa``, ``flash_attention_2`` ...; by default FlashAttention where it is
             installed and the model computes the same with it (on a GPU, in half precision), else torch's own fused attention (sdpa) where
             the model has it, else eager.
@@ -84,12 +85,37 @@ def load_model(
             "attn_implementation",
         )
     folder = Path(name).expanduser()
-    if (folder / _ADAPTER).is_file():
+    if (folder / _ADAPTER).is_file() and device != "meta":
         model, tokenizer = _load_adapted(folder, dtype, device, attn_implementation, quantize, storage, announce)
         if storage is not None:
             storage.place(model)  # the adapter
         return model, tokenizer
     return _load_base(name, dtype, device, attn_implementation, quantize, storage, announce)
+
+
+def blank_model(name: str, *, dtype: str = "auto", attn_implementation: str | None = None) -> Any:
+    """The base model that a configuration describes, on torch's meta device: shapes and dtypes without weights, in evaluation mode.
+
+    ``config.json`` is all that is read, of a GGUF file its head. Arguments as those of :func:`load_model`.
+
+    Raises:
+        InputError: as :func:`load_model`; or the folder holds an adapter.
+    """
+    from transformers import AutoConfig
+
+    if (Path(name).expanduser() / _ADAPTER).is_file():
+        raise InputError(f"{name} holds an adapter, whose weights say what it is: give the base model")
+    where, gguf = _locate(name)
+    try:
+        with _parsed_once():
+            config = AutoConfig.from_pretrained(where, **{} if gguf is None else {"gguf_file": gguf})
+        computes = DTYPES.get(dtype) or (None if gguf else config.get_text_config().dtype) or torch.float32
+        options = {"attn_implementation": attn_implementation} if attn_implementation else {}
+        with torch.device("meta"):
+            model = loader_of(config).from_config(config, dtype=computes, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise InputError(f"model {name!r} could not be loaded: {_reason(error)}") from None
+    return model.eval()
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
@@ -151,8 +177,13 @@ def _load_base(
     announce: Callable[[str], object],
 ) -> tuple[Any, Any]:
     where, gguf = _locate(name)
-    device = device if storage is None else "cpu"
-    if gguf is None:
+    if storage is not None:
+        device = "cpu"
+    if device == "meta":
+        with _parsed_once():
+            model = blank_model(name, dtype=dtype, attn_implementation=attention)
+            tokenizer = _tokenizer(name, where, gguf)
+    elif gguf is None:
         model, tokenizer = _read(name, where, dtype, device, attention, quantize, storage, announce)
     else:
         dtype = "float32" if dtype == "auto" else dtype
@@ -183,10 +214,21 @@ def _load_base(
         # Collators take padding out of the labels: with the end of text in its place nothing would be taught to end.
         unknown = tokenizer.unk_token if tokenizer.unk_token != tokenizer.bos_token else None
         tokenizer.pad_token = tokenizer.eos_token if unknown is None else unknown
+    if device == "meta":
+        return model, tokenizer
     model = (model if device == "auto" or storage is not None else model.to(device)).eval()
     if attention is None:
         use_fastest(model)
     return model, tokenizer
+
+
+def _tokenizer(name: str, where: str, gguf: str | None) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(where, **{} if gguf is None else {"gguf_file": gguf})
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise InputError(f"the tokenizer of model {name!r} could not be loaded: {_reason(error)}") from None
 
 
 def _quantised_gguf(
@@ -329,7 +371,7 @@ def _unread(storage: Offloaded | None) -> Iterator[dict[str, Any]]:
 
 
 _CONVERTED = "offload-"
-_converting = threading.Lock()
+_converting = threading.RLock()
 _PURE = ("GGUFReader", "get_tensor_name_map")
 
 

@@ -1,0 +1,210 @@
+"""What a way to tune would take, from shapes alone: a forward pass on torch's meta device, whose tensors are counted."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..method.estimators import get_estimator
+from ..noise import Noise, Update
+from ..objectives import logits_at
+
+# Bytes of a weight, and of the scales of its group, as quantised layers are stored (:mod:`forwardtune.models.quantised`).
+_STORED = {"int8": (1.0, 0.0), "nf4": (0.5, 1 / 64 + 4 / (64 * 256)), "int4": (0.5, 4 / 32)}
+# A weight's moments, by rule, are float32.
+_MOMENTS = {"momentum": 4, "adam": 8}
+# A matrix product alone is faster than a model with what stands between its products.
+_SHARE_OF_PRODUCTS = 0.6
+_TIMED_WEIGHTS = 1 << 22
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a step of a way to tune would take.
+
+    Attributes:
+        bytes: at its peak, beyond what the process holds before the model is loaded.
+        products: floating-point operations of the matrix products of its evaluations.
+        perturbed: weights that its evaluations perturb, counted each time.
+        updated: weights that its update moves.
+    """
+
+    bytes: int
+    products: float
+    perturbed: int
+    updated: int
+
+
+def estimate(model: Any, inputs: dict[str, Tensor], options: Any) -> Estimate:
+    """A step of a run.
+
+    Args:
+        model: on the meta device, with what is to be tuned requiring grad.
+        inputs: the longest minibatch as :func:`~forwardtune.objectives.logits_at` takes it, on the meta device.
+        options: the run's settings; ``quantize`` counts the model's layers as they would be stored.
+    """
+    both = options.assignment == "example" or options.perturbation == "both_signs"
+    activations, products = _forward(model, _twice(inputs) if both else inputs)
+    tuned = {id(p): p for p in model.parameters() if p.requires_grad}.values()
+    count = sum(p.numel() for p in tuned)
+    weights = _stored(model, options.quantize)
+    layers = [m for m in model.modules() if not (isinstance(m, nn.Embedding) or m is model.get_output_embeddings())]
+    # What is computed for the layer that runs: its perturbed copy, its dense form where it is quantised.
+    lent = max((sum(_size(p) for p in m._parameters.values() if p is not None) for m in layers), default=0)
+    if options.quantize is None:
+        lent = max(
+            (sum(_size(p) for p in m._parameters.values() if p is not None and p.requires_grad) for m in layers),
+            default=0,
+        )
+    scratch = sum(map(_size, tuned)) if options.perturbation == "copy" else lent
+    if both:
+        scratch = _directions(tuned, options) + (lent if options.quantize else 0)
+    if getattr(options, "offload", None):  # one module at a time visits the device
+        weights = max(sum(_size(p) for p in m.parameters(recurse=False)) for m in model.modules())
+    moments = 0 if options.rule_state == "window" else _MOMENTS.get(options.rule, 0) * count
+    queries = len(get_estimator(options.estimator, 1.0, options.probes, options.normalize).queries())
+    return Estimate(
+        weights + activations + scratch + moments,
+        products * queries / (2 if both else 1),
+        0 if both else count * queries,
+        count * options.probes,
+    )
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _directions(tuned: Iterable[Tensor], options: Any) -> int:
+    """Bytes of the factors of every example's directions: drawn in float32, rounded to the weights' dtype, laid out for products."""
+    rank = 1 if options.rank is None else options.rank
+    sides = sum((t.shape[0] + t.shape[1:].numel()) * rank * (4 + 2 * t.element_size()) for t in tuned if t.ndim > 1)
+    return int(sides * options.batch_size)
+
+
+def _stored(model: Any, quantize: str | None) -> int:
+    """Bytes of the weights, with the linear layers but the head quantised if that is wanted; adapters are not."""
+    total = sum(map(_size, {id(t): t for t in (*model.parameters(), *model.buffers())}.values()))
+    if quantize is None:
+        return total
+    head = model.get_output_embeddings()
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head and not m.weight.requires_grad]
+    each, group = _STORED[quantize]
+    rows = 2 if quantize == "int8" else 0  # a scale each
+    dense = sum(_size(layer.weight) for layer in layers)
+    stored = sum(layer.weight.numel() * (each + group) + layer.out_features * rows for layer in layers)
+    return int(total - dense + stored)
+
+
+def _twice(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Both signs of a probe in one pass, as rows below one another."""
+    return {name: torch.cat([tensor, tensor]) for name, tensor in inputs.items()}
+
+
+@torch.no_grad()
+def _forward(model: Any, inputs: dict[str, Tensor]) -> tuple[int, float]:
+    """The most bytes of activations at once, and the operations of the products."""
+    counter = FlopCounterMode(display=False)
+    with counter, _Live((*model.parameters(), *model.buffers())) as live, _Fused():
+        logits = logits_at(model, inputs)
+        logits.sub(1.0).exp_()  # inside a loss
+    return live.peak, counter.get_total_flops()
+
+
+class _Fused(TorchFunctionMode):
+    """Attention without a matrix of its weights, as the kernels of real devices compute it; and of a mask without values all is true."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            query, _, value = (*args, *(kwargs or {}).values())[:3]
+            return query.new_empty(*query.shape[:-1], value.shape[-1])
+        if func is Tensor.__bool__ and args[0].is_meta:
+            return True
+        return func(*args, **(kwargs or {}))
+
+
+class _Live(TorchDispatchMode):
+    """Counts the bytes of the tensors that are there at once, those of the given ones left out."""
+
+    def __init__(self, known: Any) -> None:
+        super().__init__()
+        self.peak = self._now = 0
+        self._there = {tensor.untyped_storage()._cdata for tensor in known}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._note(tensor.untyped_storage())
+        return out
+
+    def _note(self, storage: Any) -> None:
+        place, size = storage._cdata, storage.nbytes()
+        if place not in self._there:
+            self._there.add(place)
+            self._now += size
+            self.peak = max(self.peak, self._now)
+            weakref.finalize(storage, self._gone, place, size)
+
+    def _gone(self, place: int, size: int) -> None:
+        self._there.discard(place)
+        self._now -= size
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Of this machine, in a dtype.
+
+    Attributes:
+        product: seconds of a floating-point operation of a matrix product.
+        perturb, update: seconds of a weight's.
+    """
+
+    product: float
+    perturb: float
+    update: float
+
+    def seconds(self, one: Estimate) -> float:
+        """Of a step."""
+        return one.products * self.product + one.perturbed * self.perturb + one.updated * self.update
+
+
+@torch.no_grad()
+def speed(device: torch.device, dtype: torch.dtype, tokens: int, width: int) -> Speed:
+    """Time a matrix product of so many tokens, and a sweep over some weights."""
+    x, w = (
+        torch.ones(tokens, width, dtype=dtype, device=device),
+        torch.ones(4 * width, width, dtype=dtype, device=device),
+    )
+    weights, noise = torch.ones(_TIMED_WEIGHTS, dtype=dtype, device=device), Noise(0)
+    out = torch.empty_like(weights)
+    product = _fastest(device, lambda: F.linear(x, w)) / (2 * tokens * w.numel())
+    perturb = _fastest(device, lambda: noise.perturb(out, weights, step=0, probe=0, scale=1e-3, tensor=0))
+    update = _fastest(device, lambda: noise.update(weights, [Update(0, (1e-9,))], tensor=0))
+    return Speed(product / _SHARE_OF_PRODUCTS, perturb / _TIMED_WEIGHTS, update / _TIMED_WEIGHTS)
+
+
+def _fastest(device: torch.device, work: Any) -> float:
+    times = []
+    for _ in range(4):
+        began = _clock(device)
+        work()
+        times.append(_clock(device) - began)
+    return min(times)
+
+
+def _clock(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
