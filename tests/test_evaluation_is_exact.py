@@ -530,7 +530,8 @@ def test_warnings_stand_at_the_users_own_line(tmp_path):
     with warnings.catch_warnings(record=True) as direct:
         warnings.simplefilter("always")
         MeZO(net).step(net)
-    rows = [{"input_ids": row, "labels": row} for row in token_batch(4, 11).tolist()]
+    # With another column than text's the tower may be entered, and is not frozen before the run.
+    rows = [{"input_ids": row, "labels": row, "number": 0} for row in token_batch(4, 11).tolist()]
     config = quiet_config(tmp_path, learning_rate=1e-5, eps=1e-3, max_steps=1)
     trainer = MeZOTrainer(model=vision_language(), args=config, train_dataset=rows)
     with warnings.catch_warnings(record=True) as through_trainer:

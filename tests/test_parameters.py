@@ -104,7 +104,7 @@ def test_the_digest_is_that_of_the_specification(chunk, dtype, monkeypatch):
             "int8, which cannot be perturbed",
         ),
         ([{"params": [nn.Parameter(torch.zeros(2, dtype=torch.complex64))]}], None, "complex64"),
-        ([{"params": [nn.Parameter(torch.empty(2, device="meta"))]}], None, "no storage \\(meta device\\)"),
+        ([{"params": [nn.Parameter(torch.empty(2, device="meta"))]}], None, "no values of its own \\(meta device\\)"),
         ([{"params": [nn.Parameter(torch.zeros(2, 5))]}], nn.Linear(2, 2), "group 0 \\(shape \\(2, 5\\)\\) is not in"),
     ],
     ids=["no group", "empty group", "int8", "complex", "meta", "not in the module"],

@@ -62,9 +62,9 @@ def train_mezo(session: Session, folder: Path, log: Log | None, settings: dict[s
         last = step_log.rollbacks[-1] if step_log.rollbacks else None
         went_back = last is not None and (last.at, last.to) == (step_log.steps, step)
         behind = step is not None and step < step_log.steps
-        if behind:
-            say(f"going back to step {step}, which was best on the dev split")
         if (behind and not went_back) or session.model is None:
+            if behind:
+                say(f"going back to step {step}, which was best on the dev split")
             _rebuild(session, folder, step_log, steps=step if behind else step_log.steps)
     return trained
 

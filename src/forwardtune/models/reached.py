@@ -33,7 +33,7 @@ def unreached(model: Any) -> dict[str, list[nn.Parameter]]:
     routed to, unless they are of another class than those which were read (cross-attention layers, for instance).
     """
     tuned = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not tuned or model.device.type == "meta":  # only weights show what is read
+    if not tuned or tuned[0].device.type == "meta":  # only weights show what is read
         return {}
     parameters = TunedParameters.from_groups([{"params": tuned}], model)
     read = _read(model, parameters, _SHORT)
