@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from forwardtune import MeZO
 from forwardtune.models import tune
 from forwardtune.models.quantised import keep_as_stored, let_go_of_file, quantisation
+from forwardtune.storage import OnDisk
 
 DTYPE = torch.bfloat16
 
@@ -29,6 +31,7 @@ class Method:
         tune: all weights, LoRA of rank 8 in float32 on query and value projections, or late-mlp.
         optimizer: ``mezo``; ``adam`` with states in the weights' dtype; ``adam8bit``, that of bitsandbytes.
         nf4: whether frozen linear layers are stored in 4 bits.
+        offload: whether all weights, tuned ones too, live in a private file (``--offload disk``).
         mapped: whether frozen weights stay in their file, from which the kernel reads them when they are wanted.
         recompute: whether a layer keeps its input alone, and is computed again when the backward pass comes to it.
         settings: of :class:`~forwardtune.MeZO`.
@@ -40,6 +43,7 @@ class Method:
     tune: str = "lora"
     optimizer: str = "adam"
     nf4: bool = False
+    offload: bool = False
     mapped: bool = False
     recompute: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
@@ -62,6 +66,9 @@ METHODS = {
     "forward": Method(
         "forwardtune's default: late feed-forward matrices, a direction for every example", 6e-4, "late-mlp", "mezo",
         settings={"assignment": "example"},
+    ),
+    "mezo_offload": Method(
+        "MeZO, all weights, offloaded to a file", 3e-5, "all", "mezo", offload=True, mapped=True, learns_as="mezo"
     ),
     "mezo_lora": Method("MeZO, LoRA", 1e-3, "lora", "mezo", settings={"eps": 1e-2}),
     "mezo_lora_mapped": Method(
@@ -89,7 +96,8 @@ def stepper(method: Method, model: Any, lr: float, seed: int = 0) -> Callable[[C
     """A step on a closure of losses, one for each example."""
     tuned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if method.optimizer == "mezo":
-        mezo = MeZO(model.eval(), lr=lr, seed=seed, **{"eps": 1e-3, **method.settings})
+        storage = OnDisk(tempfile.gettempdir()) if method.offload else None
+        mezo = MeZO(model.eval(), lr=lr, seed=seed, storage=storage, **{"eps": 1e-3, **method.settings})
         return lambda losses: mezo.step(losses if mezo.estimator.per_example else lambda: losses().mean())
     optimizer: Any
     if method.optimizer == "adam8bit":

@@ -171,7 +171,8 @@ _COMBINATIONS = (
         {"assignment": "example", "perturbation": "copy"},
     ),
     Refusal(
-        "<tune> prefix has no side path, by which <assignment> example and <perturbation> side_path evaluate: leave them out, or <tune> lora",
+        "<tune> prefix has no side path, by which <assignment> example and <perturbation> side_path evaluate: leave them out, or give <tune> lora "
+        "or <method> mezo",
         lambda run, given: (
             run.tune == "prefix" and (run.assignment == "example" or run.perturbation in ("side_path", "both_signs"))
         ),
