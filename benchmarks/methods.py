@@ -69,6 +69,7 @@ METHODS = {
     "example_4": Method(1e-4, EXAMPLE | {"rank": 4}),
     "example_late": Method(6e-4, EXAMPLE, LATE_MLP),
     "example_late_falls": Method(6e-4, EXAMPLE, LATE_MLP, falls=True),
+    "example_late_4_falls": Method(6e-4, EXAMPLE | {"rank": 4}, LATE_MLP, falls=True),
     "fzoo_examples": Method(3e-3, EXAMPLE | {"normalize": "spread"}),
     "fzoo_late": Method(1e-2, EXAMPLE | {"normalize": "spread"}, LATE_MLP),
     "layers_8": Method(3e-5, {"active_layers": 8}),
