@@ -204,7 +204,7 @@ def main() -> None:
     options.add_argument("--methods", nargs="+", choices=METHODS, default=["dense", "example_1"])
     options.add_argument("--rates", type=int, default=7, help="rates of a scan, around the method's middle")
     options.add_argument("--scan", type=int, default=100, help="steps of a run of the scan")
-    options.add_argument("--steps", type=int, default=300)
+    options.add_argument("--steps", type=int, default=300, help="0: nothing is run, for --time alone")
     options.add_argument("--lr", type=float, help="this rate, in the place of a scan's best")
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options.add_argument("--dtype", default="bfloat16")
@@ -230,32 +230,35 @@ def main() -> None:
                 flush=True,
             )
 
-    half = given.rates // 2
-    scales = range(-half, given.rates - half) if given.lr is None else ()
-    need(
-        [
-            (name, float(f"{METHODS[name].middle * 10 ** (k / 2):.1e}"), 0, given.scan)
-            for k in scales
-            for name in given.methods
-        ]
-    )
-    need(
-        [
-            (name, given.lr or best_rate(rows, name, given.scan), seed, given.steps)
-            for seed in given.seeds
-            for name in given.methods
-        ]
-    )
+    if given.steps:
+        half = given.rates // 2
+        scales = range(-half, given.rates - half) if given.lr is None else ()
+        need(
+            [
+                (name, float(f"{METHODS[name].middle * 10 ** (k / 2):.1e}"), 0, given.scan)
+                for k in scales
+                for name in given.methods
+            ]
+        )
+        need(
+            [
+                (name, given.lr or best_rate(rows, name, given.scan), seed, given.steps)
+                for seed in given.seeds
+                for name in given.methods
+            ]
+        )
     if given.time:
         bench = Bench(*arguments)
-        pairs = {name: bench.optimizer(METHODS[name], 1e-9, 0) for name in given.methods if METHODS[name].tune == "all"}
+        pairs = {
+            name: bench.optimizer(METHODS[name], 1e-9, 0) for name in given.methods if METHODS[name].tune != "lora"
+        }
         works = {
             name: (lambda model=model, optimizer=optimizer: optimizer.step(bench.closure(model, optimizer, 0, 0)))
             for name, (model, optimizer) in pairs.items()
         }
         result["seconds"] = interleave(works, given.time, given.device)
         write(given.output, {"rows": rows, "seconds": result["seconds"]})
-    for name in given.methods:
+    for name in given.methods if given.steps else ():
         ended = [row for row in rows if row["method"] == name and row["steps"] == given.steps]
         ended = [row for row in ended if row["lr"] == (given.lr or best_rate(rows, name, given.scan))]
         for step in ended[0]["dev"]:
