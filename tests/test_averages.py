@@ -23,28 +23,10 @@ from forwardtune.trajectory.log import add_note
 from forwardtune.trajectory.replay import tuned_by_header
 from forwardtune.trajectory.updates import standing, trajectory_of
 from support import snapshot
+from support.partly_read import PartlyRead
 
 STEPS = 12
 IDLE = "ignore:.*took no part in the first step"
-
-
-class Net(nn.Module):
-    """A table of which steps read some rows, and a layer that every third step does not reach."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.table = nn.Embedding(7, 4)
-        self.sometimes = nn.Linear(4, 4)
-        self.out = nn.Linear(4, 3)
-        with torch.no_grad():
-            for parameter in self.parameters():
-                parameter.copy_(torch.arange(1, parameter.numel() + 1).view(parameter.shape) / 32)
-        self.to(dtype)
-
-    def forward(self, step: int) -> Tensor:
-        x = self.table(torch.tensor([step % 6, (step * step) % 5]))
-        x = x if step % 3 == 1 else self.sometimes(x)
-        return self.out(x).float().square().mean(1)
 
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -62,7 +44,7 @@ AVERAGES = ["last:1", "last:4", "last:50%", "steps:0-5", "steps:7-", "ema:0.8"]
 
 def run(path: Path, method: dict[str, Any], dtype: torch.dtype, *, back: bool = False) -> nn.Module:
     """A run that decays one of its groups, skips a step, and can go back."""
-    net = Net(dtype)
+    net = PartlyRead(dtype)
     decayed = [{"params": [net.table.weight, net.sometimes.weight, net.out.weight], "weight_decay": 20.0}]
     plain = [{"params": [net.sometimes.bias, net.out.bias], "weight_decay": 0.0}]
     optimizer = MeZO([*decayed, *plain], module=net, **{"lr": 2e-3, "eps": 2.0**-6, "seed": 5, **method})
@@ -77,7 +59,7 @@ def run(path: Path, method: dict[str, Any], dtype: torch.dtype, *, back: bool = 
 
             optimizer.step(loss)
             if back and step == 8:
-                again = Net(dtype)
+                again = PartlyRead(dtype)
                 replay(log.path, again, steps=4)
                 with torch.no_grad():
                     for own, other in zip(net.parameters(), again.parameters(), strict=True):
@@ -87,7 +69,7 @@ def run(path: Path, method: dict[str, Any], dtype: torch.dtype, *, back: bool = 
 
 
 def replayed(path: Path, dtype: torch.dtype, **how: Any) -> dict[str, Tensor]:
-    net = Net(dtype)
+    net = PartlyRead(dtype)
     replay(path, net, **how)
     return snapshot(net)
 
@@ -269,7 +251,7 @@ def test_what_is_no_average(text: str) -> None:
 @pytest.mark.parametrize(("text", "needed"), [("last:13", 13), ("steps:3-13", 13), ("steps:13-", 12)])
 def test_more_steps_than_there_are(tmp_path: Path, text: str, needed: int) -> None:
     run(tmp_path / "steps.jsonl", {}, torch.float32)
-    net = Net(torch.float32)
+    net = PartlyRead(torch.float32)
     before = snapshot(net)
     with pytest.raises(InputError, match=f"needs {needed} steps, and the run kept 12 of 12: average others"):
         replay(tmp_path / "steps.jsonl", net, average=text)
@@ -279,7 +261,7 @@ def test_more_steps_than_there_are(tmp_path: Path, text: str, needed: int) -> No
 @pytest.mark.parametrize("rule", ["adam", "sign"])
 def test_rules_that_add_no_directions_are_refused_with_the_remedy(tmp_path: Path, rule: str) -> None:
     run(tmp_path / "steps.jsonl", {"rule": rule}, torch.float32)
-    net = Net(torch.float32)
+    net = PartlyRead(torch.float32)
     before = snapshot(net)
     with pytest.raises(InputError, match=f"the rule '{rule}' does not add up directions.* rule sgd or momentum"):
         replay(tmp_path / "steps.jsonl", net, average="last:2")
@@ -298,7 +280,7 @@ def test_a_step_that_decays_all_weights_away_is_refused() -> None:
 
 def noted(path: Path, text: str, dtype: torch.dtype = torch.float32) -> str:
     """Note an average in a log, as a run that left it does."""
-    net = Net(dtype)
+    net = PartlyRead(dtype)
     replay(path, net, average=text)
     digest = tuned_by_header(read_log(path), net).digest()
     add_note(path, {"average": {"of": text, "digest": digest}})
@@ -349,7 +331,7 @@ def test_a_run_that_went_on_has_other_averages(tmp_path: Path) -> None:
     path = tmp_path / "steps.jsonl"
     run(path, {}, torch.float32)
     noted(path, "last:3")
-    net = Net(torch.float32)
+    net = PartlyRead(torch.float32)
     groups = read_log(path).header["groups"]
     decayed = [{"params": [net.table.weight, net.sometimes.weight, net.out.weight], **groups[0]}]
     optimizer = MeZO(
@@ -362,7 +344,7 @@ def test_a_run_that_went_on_has_other_averages(tmp_path: Path) -> None:
     with StepLog.resume(path, optimizer):
         optimizer.step(lambda: net(3).mean())
     assert trajectory_of(read_log(path)).averages == {}
-    replay(path, Net(torch.float32), average="last:3")
+    replay(path, PartlyRead(torch.float32), average="last:3")
 
 
 def test_candidates_of_a_run() -> None:

@@ -317,7 +317,10 @@ def test_the_commands_know_a_quantised_checkpoint(
     done("replay", tmp_path / "run" / "steps.jsonl", "--model", here.model, "--output-dir", tmp_path / "again")
     assert adapter(tmp_path / "again") == adapter(tmp_path / "run")
     assert "norm|bias" in message_of(*here.train(tmp_path / "all"))
-    assert "loading" not in cli(*here.train(tmp_path / "all")).err  # before anything costly runs
+    for method, mode in (("mezo", "all"), (None, "late-mlp")):  # by default matrices that are integers as well
+        refused = cli(*here.train(tmp_path / "usual", method=method))
+        assert f"--tune {mode} would have to move them" in refused.err
+        assert "loading" not in refused.err  # before anything costly runs
     assert "quantised already" in message_of(*here.train(tmp_path / "twice", quantize="int8", tune="lora"))
     assert not (tmp_path / "all").exists()
     # Norms are weights of the model itself, which is written as it is stored.

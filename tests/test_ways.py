@@ -222,3 +222,10 @@ def test_estimates_come_true(changes: dict[str, Any]) -> None:
         for how in ("no_weights", "alone")
     )
     assert said["ways"][0]["peak_memory_bytes"] == pytest.approx(real["peak_memory_bytes"], rel=0.1)
+
+
+def test_settings_of_directions_of_examples_are_planned(setting: Setting) -> None:
+    """What belongs to them alone is no setting of the minibatch's directions."""
+    options = {"model": setting.model, "task": setting.task, "assignment": "example", "normalize": "spread"}
+    rows, _ = planned(**options, no_weights=True, memory="8GB")
+    assert all(row["peak_memory_bytes"] > 0 for row in rows.values())

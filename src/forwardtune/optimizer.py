@@ -15,7 +15,7 @@ from .errors import InputError, NonFiniteLossError, nearest, warn
 from .method.estimators import Estimator, Losses, Query, get_estimator
 from .method.record import StepRecord, estimated, mean_loss, updates_of
 from .method.rule import History, Rule, move_all
-from .method.rules import SGD, get_rule
+from .method.rules import get_rule
 from .method.unread import Unread, Used
 from .method.weighting import Weighting, each_alone, gradient_norms
 from .names import MOVES
@@ -26,8 +26,6 @@ from .points.idle import IdleWatch
 from .processes import processor, versions
 from .storage import Offloaded
 from .workers import Alone, Parts, Seen
-
-_SIDE_PATHS = ("side_path", "both_signs")
 
 
 class InterruptedUpdateError(RuntimeError):
@@ -165,19 +163,7 @@ class MeZO(torch.optim.Optimizer):
         self.noise = Noise(seed, get_direction(direction), LowRank(rank, refresh) if rank else None)
         self._rule = get_rule(rule)
         self.weighting = Weighting(active_layers, sparsity, modify, modify_by)
-        if sparsity and not isinstance(self._rule, SGD):
-            raise InputError(
-                f"sparsity leaves weights alone by their size, which the rule {self._rule.name!r} does not know of: use rule='sgd'"
-            )
-        if sparsity and self._rule.decay_towards == "base":
-            raise InputError(
-                "sparsity leaves weights alone by their size, and decay_towards='base' moves all of them: leave one of them out"
-            )
-        if sparsity and (self.estimator.per_example or perturbation in _SIDE_PATHS):
-            raise InputError(
-                "sparsity is of weights one by one, and a side path multiplies with whole directions: use assignment='shared' and "
-                "perturbation='auto', 'scratch' or 'copy', or leave sparsity out"
-            )
+        self.weighting.require(self._rule, self.estimator.per_example, perturbation)
         self.history = History()
         self.clip_coefficient = clip_coefficient
         self.max_skipped = max_skipped

@@ -26,6 +26,7 @@ from ..noise import Count, Noise, Update
 from ..optimizer import MeZO
 from ..parameters import TunedTensor
 from ..search.budget import MEASUREMENTS, SHARE, Plan
+from ..storage import device_of
 from . import methods
 from .session import Session
 
@@ -60,7 +61,7 @@ class Cost:
 def measure(session: Session) -> Cost:
     """Time steps and an evaluation, and measure memory. The weights stay as they are, to the bit."""
     options, model = session.options, session.model
-    device = model.device
+    device = device_of(model)
     now = memory.now(device)
     inference = session.inference_peak()
     with tempfile.TemporaryDirectory() as folder:  # Trainer wants one

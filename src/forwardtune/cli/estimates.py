@@ -73,7 +73,9 @@ def estimate(model: Any, inputs: dict[str, Tensor], options: Any) -> Estimate:
     if getattr(options, "offload", None):  # one module at a time visits the device
         weights = max(sum(_size(p) for p in m.parameters(recurse=False)) for m in model.modules())
     moments = 0 if options.rule_state == "window" else _MOMENTS.get(options.rule, 0) * count
-    queries = len(get_estimator(options.estimator, 1.0, options.probes, options.normalize).queries())
+    queries = len(
+        get_estimator(options.estimator, 1.0, options.probes, options.normalize, options.assignment).queries()
+    )
     return Estimate(
         weights + activations + scratch + moments,
         products * queries / (2 if both else 1),

@@ -21,7 +21,6 @@ from ..config import arguments
 from ..errors import InputError
 from ..evaluation import training_objective
 from ..method.record import StepRecord
-from ..models import load_model
 from ..objectives import Sampling, TaskObjective
 from ..run_folder import INITIAL, TERMS, read_lines
 from ..search.rates import plain
@@ -35,7 +34,7 @@ from ..trajectory.updates import standing
 from . import say
 from .callbacks import Copied, ObjectiveLog, Run, Trained, advise, dev_metric, plainly, worth_on_dev
 from .results import resume_command
-from .session import Session, keep_offloaded
+from .session import Session, keep_offloaded, load_described
 from .tuned import prepare_model, tensors_of, tuned_weights
 
 if TYPE_CHECKING:
@@ -101,14 +100,7 @@ def _rebuild(session: Session, folder: Path, log: Log, **which: Any) -> None:
     """Load the base model again, in the place of the present one, and replay the run over it."""
     options, session.model = session.options, None
     gc.collect()
-    model, _ = load_model(
-        options.model,
-        dtype=options.dtype,
-        device=options.device,
-        attn_implementation=options.attn_implementation,
-        quantize=options.quantize,
-        storage=storage_named(options.offload, folder, options.device),
-    )
+    model, _ = load_described(options, storage_named(options.offload, folder, options.device))
     session.model = prepare_model(
         model, session.tokenizer, options=options, first=folder / INITIAL, tensors=tensors_of(log)
     )

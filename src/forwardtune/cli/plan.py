@@ -16,6 +16,7 @@ from ..config import STEPS
 from ..durations import duration
 from ..errors import InputError
 from ..models import checkpoint_format
+from ..storage import device_of
 from . import say, tuned, ways
 from .costs import Cost, measure, seconds_of_run, steps_of_budget, steps_of_epochs, steps_within
 from .options import Asked, ask
@@ -86,7 +87,7 @@ def _facts(session: Session, cost: Cost, began: float) -> dict[str, Any]:
         "memory_bytes": cost.bytes_now,
         "inference_peak_memory_bytes": cost.bytes_inference,
         "peak_memory_bytes": cost.bytes_step,
-        "free_memory_bytes": memory.free(session.model.device),
+        "free_memory_bytes": memory.free(device_of(session.model)),
     }
     if options.time_budget:
         wanted = steps_of_budget(options.time_budget - (time.monotonic() - began), cost, session)

@@ -267,15 +267,7 @@ def open_model(options: Any, folder: str | Path | None = None) -> tuple[Any, Any
     take_settings_of_run(options)
     storage = storage_named(getattr(options, "offload", None), folder or tempfile.gettempdir(), options.device)
     say(f"loading {options.model}")
-    model, tokenizer = load_model(
-        options.model,
-        dtype=options.dtype,
-        device=options.device,
-        attn_implementation=options.attn_implementation,
-        quantize=options.quantize,
-        storage=storage,
-        announce=say,
-    )
+    model, tokenizer = load_described(options, storage)
     dtype = str(model.dtype).removeprefix("torch.")
     quantised = f", quantised ({options.quantize or checkpoint_format(options.model) or 'below an adapter'})"
     say(
@@ -285,6 +277,19 @@ def open_model(options: Any, folder: str | Path | None = None) -> tuple[Any, Any
     if model.dtype == torch.float16 and options.device == "cpu":
         say("  float16 is slow on a processor: --dtype float32 or bfloat16 may be several times as fast")
     return model, tokenizer
+
+
+def load_described(options: Any, storage: Offloaded | None) -> tuple[Any, Any]:
+    """The model and its tokenizer, as the options of a command say."""
+    return load_model(
+        options.model,
+        dtype=options.dtype,
+        device=options.device,
+        attn_implementation=options.attn_implementation,
+        quantize=options.quantize,
+        storage=storage,
+        announce=say,
+    )
 
 
 _KEPT = {
@@ -379,9 +384,10 @@ def take_settings_of_run(options: Any) -> None:
 def _refuse_integers(options: Any) -> None:
     """Raise InputError, before the model is loaded, if weights are to be tuned that are stored as integers."""
     stored = checkpoint_format(options.model)
-    if getattr(options, "tune", None) == "all" and stored and stored.split()[0] in KEPT_QUANTISED:
+    tune = getattr(options, "tune", None)
+    if tune in ("all", "late-mlp") and stored and stored.split()[0] in KEPT_QUANTISED:
         raise InputError(
-            f"{options.model} is quantised ({stored}): integers stand in the place of most weights, and --tune all would have to move them. "
+            f"{options.model} is quantised ({stored}): integers stand in the place of most weights, and --tune {tune} would have to move them. "
             "Give --tune lora, prefix, or a pattern of names, such as 'norm|bias'"
         )
 

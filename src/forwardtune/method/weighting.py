@@ -28,11 +28,14 @@ from ..names import MODIFIED_BY, MODIFY
 from ..noise import Emphasis
 from ..parameters import TunedParameters
 from .estimators import Losses, Query
+from .rule import Rule
+from .rules import SGD
 
 #: The first step in whose place the gradients of layers are measured: far from any step's.
 _STEP = 2**30 + 2**29
 #: Directions for each layer: one, as in the paper, may lie across the gradient, and d is divided by.
 _DIRECTIONS = 4
+_SIDE_PATHS = ("side_path", "both_signs")
 _LAYER = re.compile(r"^(.*?(?:^|\.))(\d+)(?=\.|$)")
 
 
@@ -71,6 +74,24 @@ class Weighting:
         if self.modify_by != "parameters" and self.modify == "none":
             raise InputError(
                 f"modify_by={self.modify_by!r} says by what directions are modified: set modify, or leave it out"
+            )
+
+    def require(self, rule: Rule, per_example: bool, perturbation: str) -> None:
+        """Raise InputError unless a run with this rule, and evaluated in this way, can leave weights alone by their size."""
+        if not self.sparsity:
+            return
+        if not isinstance(rule, SGD):
+            raise InputError(
+                f"sparsity leaves weights alone by their size, which the rule {rule.name!r} does not know of: use rule='sgd'"
+            )
+        if rule.decay_towards == "base":
+            raise InputError(
+                "sparsity leaves weights alone by their size, and decay_towards='base' moves all of them: leave one of them out"
+            )
+        if per_example or perturbation in _SIDE_PATHS:
+            raise InputError(
+                "sparsity is of weights one by one, and a side path multiplies with whole directions: use assignment='shared' and "
+                "perturbation='auto', 'scratch' or 'copy', or leave sparsity out"
             )
 
     def settings(self) -> dict[str, Any]:
