@@ -228,17 +228,6 @@ def test_on_the_command_line(tiny_folder: Path, tmp_path: Path, tune: str) -> No
     name = "adapter_model.safetensors" if tune == "lora" else "model.safetensors"
     assert (folder / name).read_bytes() == (again / name).read_bytes()
     done(
-        "plan",
-        "--model",
-        tiny_folder,
-        "--task",
-        task,
-        "--device",
-        "cpu",
-        "--weight-decay",
-        30,
-        "--decay-towards",
-        "base",
-        "--tune",
-        tune,
-    )
+        "plan", "--model", tiny_folder, "--task", task, "--device", "cpu", "--alone",
+        "--weight-decay", 30, "--decay-towards", "base", "--tune", tune,
+    )  # fmt: skip

@@ -6,7 +6,6 @@ psutil is imported where a CPU is asked about: a GPU machine needs none.
 from __future__ import annotations
 
 import ctypes
-import gc
 import sys
 from pathlib import Path
 
@@ -56,7 +55,6 @@ def now(device: str | torch.device = "cpu") -> int:
 
 def trim() -> None:
     """Return memory that was freed to the system, where the C library (glibc) keeps it: after a model was converted, hundreds of megabytes."""
-    gc.collect()
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
         if trim is not None:
