@@ -64,7 +64,7 @@ STAGES = (
     _script(
         "kernels",
         "bits against the definition without pytest, speed against it, host time of a launch",
-        "kernels.py --device cuda",
+        "noise_kernels.py --device cuda",
         70,
     ),
     _script(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from forwardtune import MeZO
 from forwardtune.points import ReadElsewhereError
 from forwardtune.search.budget import SCALE_EVALUATIONS
-from forwardtune.search.epsilon import choose_eps, measure
+from forwardtune.search.epsilon import choose_eps, measure, set_eps
 from support import assert_same_bits, closure_for, snapshot, tiny_model, token_batch, trusted
 
 ROOT = 10**0.5
@@ -190,6 +190,19 @@ def test_the_scale_that_is_chosen_in_bfloat16_gives_the_slope():
     assert math.dist(chosen.coefficients, truth) < size
     assert first.kept < 0.1
     assert chosen.kept > 0.9
+
+
+@pytest.mark.parametrize(("noise", "hidden"), [(7e-3, False), (math.inf, True)])
+def test_rounding_is_spoken_of_where_nothing_is_left_beside_it(noise, hidden):
+    """Beside a signal it costs steps, and asks nothing of the user; where it is all, another dtype or batch helps."""
+    generator = torch.Generator().manual_seed(0)
+    noisy = lambda w: w.double().sum() + noise * torch.randn((), generator=generator)  # noqa: E731
+    _, optimizer, closure = weights((lambda w: torch.tensor(0.25)) if hidden else noisy)
+    said: list[str] = []
+    measured = set_eps(optimizer, lambda batches: lambda: float(closure()), "bfloat16", said.append, most=1)["tried"][0]
+    assert measured["signal"] <= 3 * math.sqrt(2) * measured["noise"]  # not clear
+    assert ["hides" in line for line in said] == ([True, False] if hidden else [False])
+    assert said[-1].startswith("eps 1.0e-03: the loss moves by")
 
 
 def cosine(w):

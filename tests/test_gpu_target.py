@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import textwrap
 import time
 from collections import Counter
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -245,7 +247,7 @@ def test_the_check_without_pytest_tells_right_from_wrong_bits():
     """A last element that is off by one unit in the last place, in each of the sweeps."""
     from forwardtune.noise import cpu as compiled
 
-    kernels, cpu = load("kernels"), torch.device("cpu")
+    kernels, cpu = load("noise_kernels"), torch.device("cpu")
 
     class Wrong:
         def __getattr__(self, name: str) -> Any:
@@ -261,3 +263,13 @@ def test_the_check_without_pytest_tells_right_from_wrong_bits():
     found = [line.split(",")[0] for line in kernels.differences(Wrong(), *compared)]
     count = len(kernels.SIZES)
     assert Counter(found) == {"perturb": count, "update": count, "store": count, "perturb_rows": 4}
+
+
+def test_no_script_has_the_name_of_a_package():
+    """A script's folder comes first where Python looks: transformers would take kernels.py for the package that it asks for."""
+    from transformers.utils import import_utils
+
+    asked = set(re.findall(r'_is_package_available\(\s*"(\w+)"', Path(import_utils.__file__).read_text()))
+    assert "kernels" in asked
+    taken = asked | {name.split(".")[0] for name in packages_distributions()} | sys.stdlib_module_names
+    assert not {script.stem for script in (ROOT / "benchmarks").glob("*.py")} & taken

@@ -19,8 +19,8 @@ import support
 from forwardtune import MeZO, MeZOConfig, MeZOTrainer, StepLog, replay
 from forwardtune.errors import InputError
 from forwardtune.models import context_length, forward, load_model, model_kind, save_model, tune
-from forwardtune.models.loading import _require_no_offloading
 from forwardtune.models.prefix import _draw_tokens
+from forwardtune.models.reading import _require_no_offloading
 from support.examples import CLOSE, sharp_model
 from support.trainers import QUIET
 

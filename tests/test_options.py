@@ -17,7 +17,7 @@ import torch
 import support
 from forwardtune import config
 from forwardtune.cli import methods
-from forwardtune.cli.callbacks import DevWatcher
+from forwardtune.cli.dev import DevWatcher
 from forwardtune.cli.session import Session, open_session
 from forwardtune.hf.config import MeZOConfig
 from forwardtune.hf.trainer import MeZOTrainer
@@ -89,7 +89,7 @@ CASES: dict[str, dict[str, tuple[Any, See, Any]]] = {
         "on_bad_row": ("skip", lambda b: b.session.skipped, {"train": 1, "dev": 1}),
         "batch_size": (3, lambda b: b.trainer.args.train_batch_size, 3),
         "seed": (5, lambda b: (b.trainer.args.seed, b.mezo.noise.seed), (5, 5)),
-        "objective": ("accuracy + 0.5 * loss", lambda b: [(t.weight, t.name) for t in b.trainer._objective.terms],
+        "objective": ("accuracy + 0.5 * loss", lambda b: [(t.weight, t.name) for t in b.trainer.step_losses.objective.terms],
                       [(1.0, "accuracy"), (0.5, "loss")]),
         "class_weights": ("0=3,1=1", lambda b: [round(w / b.session.task.class_weights[1], 6) for w in b.session.task.class_weights],
                           [3.0, 1.0]),
@@ -132,10 +132,10 @@ CASES: dict[str, dict[str, tuple[Any, See, Any]]] = {
     },
     "rewarded": {
         "task": ("free.yaml", lambda b: b.session.task.name, "free"),
-        "objective": ("option_rewards.py:short", lambda b: b.trainer._objective.generates, True),
-        "temperature": (0.7, lambda b: b.trainer._objective._sampling.temperature, 0.7),
-        "log_completions": (2, lambda b: b.trainer._objective._sample_steps, 2),
-        "seed": (5, lambda b: b.trainer._objective._sampling.seed, 5),
+        "objective": ("option_rewards.py:short", lambda b: b.trainer.step_losses.objective.generates, True),
+        "temperature": (0.7, lambda b: b.trainer.step_losses.objective._sampling.temperature, 0.7),
+        "log_completions": (2, lambda b: b.trainer.step_losses.objective._sample_steps, 2),
+        "seed": (5, lambda b: b.trainer.step_losses.objective._sampling.seed, 5),
         "tune": ("prefix", lambda b: b.lora.peft_type.value, "PREFIX_TUNING"),
         "prefix_length": (3, lambda b: b.lora.num_virtual_tokens, 3),
         "rule": ("adam", lambda b: b.mezo.rule.name, "adam"),

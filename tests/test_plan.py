@@ -7,6 +7,7 @@ import json
 import math
 import re
 import statistics
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ import transformers
 
 import support
 from forwardtune import MeZO
-from forwardtune.cli.costs import Cost, Rehearsed, fill_window, seconds_of_run, steps_within
+from forwardtune.cli.costs import Cost, Rehearsed, fill_window, seconds_behind, seconds_of_run, steps_within
 from forwardtune.durations import duration, seconds_of
 from forwardtune.errors import InputError
+from forwardtune.forgetting import token_losses
 from forwardtune.method.rules import Adam, Momentum
+from forwardtune.models import load_model
 from forwardtune.noise import Noise
 from forwardtune.trajectory import read_log
 from support.command import Setting, cli, done, message_of, read, write_task
@@ -78,26 +81,90 @@ def test_more_time_is_more_steps(setting: Setting) -> None:
     assert facts["seconds"] <= 3600 == facts["time_budget_seconds"]
 
 
-def test_steps_within_is_the_largest_number_that_fits() -> None:
-    class Session:
-        options = argparse.Namespace(
-            lr="auto", eps=1e-3, no_before=False, eval_steps=None, dev_examples=None, batch_size=16,
-            estimator="spsa", probes=1, normalize="none", assignment="shared", time_budget=1000.0,
-        )  # fmt: skip
-        splits = {"test": [0] * 50, "dev": [0] * 20}
+COST = Cost(step=0.5, update=0.1, evaluation=0.01, bytes_now=0, bytes_inference=0, bytes_step=0)
 
-    session: Any = Session()
-    cost = Cost(step=0.5, update=0.1, evaluation=0.01, bytes_now=0, bytes_inference=0, bytes_step=0)
+
+def asked_for(**changes: object) -> Any:
+    """A session as far as its time goes."""
+    options = argparse.Namespace(
+        lr="auto", eps=1e-3, no_before=False, eval_steps=None, dev_examples=None, batch_size=16, average="none",
+        estimator="spsa", probes=1, probes_rise=0, normalize="none", assignment="shared", time_budget=1000.0,
+    )  # fmt: skip
+    vars(options).update(changes)
+    return argparse.Namespace(options=options, splits={"test": [0] * 50, "dev": [0] * 20})
+
+
+def test_steps_within_is_the_largest_number_that_fits() -> None:
+    session = asked_for()
     for budget in (10.0, 100.0, 1000.0):
-        steps = steps_within(budget, cost, session)
-        assert seconds_of_run(steps, cost, session) <= budget
-        assert seconds_of_run(steps + 20, cost, session) > budget
-    assert steps_within(1.0, cost, session) == 0
+        steps = steps_within(budget, COST, session)
+        assert seconds_of_run(steps, COST, session) <= budget
+        assert seconds_of_run(steps + 20, COST, session) > budget
+    assert steps_within(1.0, COST, session) == 0
     # Ways back replay a step once at most, and the search tries the first eight with up to five rates here.
-    beside = seconds_of_run(200, cost, session) - seconds_of_run(200, replace(cost, update=0.0), session)
+    beside = seconds_of_run(200, COST, session) - seconds_of_run(200, replace(COST, update=0.0), session)
     assert beside == pytest.approx((200 + 5 * 8) * 0.1)
     session.options.lr = 1e-6
-    assert seconds_of_run(200, cost, session) == seconds_of_run(200, replace(cost, update=0.0), session)
+    assert seconds_of_run(200, COST, session) == seconds_of_run(200, replace(COST, update=0.0), session)
+
+
+@pytest.mark.parametrize(
+    ("average", "replays", "measured"),
+    [
+        ("last:10", 1, 1),
+        ("ema:0.9", 1, 1),
+        ("auto", 4, 3),
+    ],  # of a quarter, of half, of all, and of the best of them once more
+)
+def test_averages_are_replays_that_are_measured(average: str, replays: int, measured: int) -> None:
+    plain, averaged = (seconds_of_run(100, COST, asked_for(lr=1e-6, average=one)) for one in ("none", average))
+    assert averaged - plain == pytest.approx(replays * 100 * 0.1 + measured * 20 * 0.01)
+
+
+@pytest.mark.parametrize(("probes", "rise", "steps"), [(4, 10, 30), (8, 100, 30), (3, 1, 5), (1, 7, 9)])
+def test_rising_probes_cost_what_there_are_in_a_step(probes: int, rise: int, steps: int) -> None:
+    net = torch.nn.Linear(2, 1)
+    optimizer, taken = MeZO(net, lr=1e-9, probes=probes, probes_rise=rise), 0
+    for _ in range(steps):
+        optimizer.step(lambda: net(torch.ones(2)).sum())
+        taken += len(optimizer.last.coefficients)
+    session = asked_for(lr=1e-6, probes=probes, probes_rise=rise)
+    cost = replace(COST, evaluation=0.0)
+    assert seconds_of_run(steps, cost, session) == pytest.approx(0.5 * taken / probes)
+
+
+def test_what_is_spent_once_and_twice() -> None:
+    """Layers are measured before the first step; the general text is read before and after all of them."""
+    session, beside = asked_for(), replace(COST, general=3.0, layers=5.0)
+    assert seconds_of_run(9, beside, session) - seconds_of_run(9, COST, session) == pytest.approx(2 * 3 + 5)
+    assert seconds_behind(9, beside, session) - seconds_behind(9, COST, session) == pytest.approx(3)
+
+
+def test_plan_measures_general_text_and_layers(setting: Setting, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("so long a text that it is read in part " * 2000)
+    changes = {"batch_size": 4, "lr": 1e-3, "steps": 5, "json": True, "method": "mezo"}
+    ran = done(
+        *planned(setting, **changes, general_text=tmp_path / "text.txt", modify="variance", modify_by="gradients")
+    )
+    facts = json.loads(ran.out)
+    general, layers = facts["seconds_of_general_text"], facts["seconds_of_layers"]
+    assert "s to read the general text" in ran.err
+    assert "s to measure the layers' gradients" in ran.err
+    began = time.perf_counter()
+    token_losses(*load_model(str(setting.model)), (tmp_path / "text.txt").read_text())
+    assert general == pytest.approx(time.perf_counter() - began, rel=0.8)
+    assert layers > facts["seconds_per_step"]  # 24 passes and more, where a step has two
+    assert facts["seconds"] > 5 * facts["seconds_per_step"] + 2 * general + layers
+    plain = json.loads(done(*planned(setting, **changes)).out)
+    assert plain["seconds_of_general_text"] == plain["seconds_of_layers"] == 0
+    assert "nowhere.txt" in message_of(*planned(setting, general_text="nowhere.txt"))
+
+
+def test_plan_is_of_one_process(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of several would measure beside the others, and start every other way."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert "start it without torchrun" in message_of(*planned(setting))
 
 
 @pytest.mark.parametrize(
@@ -175,6 +242,7 @@ COSTS: list[tuple[dict[str, object], int]] = [
     ({"method": "mezo"}, 1),
     ({}, 4),  # of low rank, one for each example
     ({"probes": 3, "estimator": "one_sided"}, 3),
+    ({"probes": 3, "probes_rise": 100}, 3),
     ({"rule": "momentum", "momentum": 0.5, "rule_state": "window"}, 7),  # the least n with 0.5**n < 1%
     ({"rule": "momentum", "momentum": 0.5, "rule_state": "exact"}, 1),
     ({"rule": "adam", "rule_state": "window", "probes": 2}, 180),

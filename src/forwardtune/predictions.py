@@ -145,7 +145,7 @@ def _share(part: Any, whole: Any) -> Any:
     return np.divide(part, whole, out=np.zeros(len(part)), where=whole > 0)
 
 
-def calibration_error(confidence: Sequence[float], right: Sequence[bool], bins: int = _BINS) -> float:
+def calibration_error(confidence: Sequence[float], right: Sequence[bool]) -> float:
     """How far confidence and accuracy are apart: ``sum_b n_b / n * |accuracy_b - confidence_b|`` over bins of equal width.
 
     Few examples make it larger than it is. Source: Guo et al. (2017), equation 3.
@@ -153,6 +153,6 @@ def calibration_error(confidence: Sequence[float], right: Sequence[bool], bins: 
     values, hits = np.array(confidence, dtype=float), np.array(right, dtype=float)
     if not len(values) or not np.isfinite(values).all():
         return math.nan
-    which = np.clip(np.ceil(values * bins).astype(int) - 1, 0, bins - 1)
-    gaps = [abs(hits[which == b].sum() - values[which == b].sum()) for b in range(bins)]
+    which = np.clip(np.ceil(values * _BINS).astype(int) - 1, 0, _BINS - 1)
+    gaps = [abs(hits[which == b].sum() - values[which == b].sum()) for b in range(_BINS)]
     return float(sum(gaps) / len(values))

@@ -1,4 +1,4 @@
-"""A run of either method, and what goes on beside its steps: the progress bar, Ctrl-C, the clock, the development set."""
+"""A run of either method, and what goes on beside its steps: the progress bar, Ctrl-C, the clock, the objective's log."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -14,22 +14,28 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback
 
 from .. import memory
-from ..config import AUTO
 from ..objectives import TaskObjective
 from ..optimizer import MeZO
 from ..points.idle import summary
 from ..run_folder import COMPLETIONS, DEV, TERMS, read_lines
 from ..storage import device_of
+from ..tasks.batching import collate
+from ..tasks.encoding import Encoded
 from ..workers import Alone
 from . import say
+from .dev import DevWatcher
+from .progress import bar
 from .results import add_lines, write_lines
-from .session import Session, bar
+from .session import Session
 
 # The loss of a minibatch jumps about: the bar shows the mean of so many.
 _WINDOW = 20
+# A run is reported so many times to what draws it.
+_LOGGED = 500
 # After so many steps one sees whether an objective moves anything: from this share on that moved nothing, advice is given.
 _EARLY, _MANY_FLAT = 25, 0.2
 
@@ -159,110 +165,6 @@ class ObjectiveLog(TrainerCallback):
         add_lines(self._folder / COMPLETIONS, written)
 
 
-class DevWatcher(TrainerCallback):
-    """Measures the development split every so many steps, when it is due, and at the end, and remembers which step was best.
-
-    Steps are compared by the loss where that is tuned, as it is less noisy, else by the task's metric, for which the loss decides
-    between equals. A run that finds its learning rate is measured before its first step too.
-
-    Args:
-        session: its split and options.
-        file: where the measurements are kept, so that a resumed run knows them.
-        monitor: knows whether steps are held back, so that the weights are still untuned, and whether the time is over.
-        report: called with every step and what was measured after it, as something that should fall.
-        improved: called with the model when a step is better than all before it.
-        is_due: whether to measure after a step in any case.
-
-    Attributes:
-        lines: ``{"step": ..., "dev": ...}`` of every measurement.
-        gave_up: patience ended the run.
-        log: told what was measured, where the run is reported.
-    """
-
-    def __init__(
-        self,
-        session: Session,
-        file: Path,
-        monitor: Monitor,
-        report: Callable[[int, float], object] = lambda step, value: None,
-        improved: Callable[[Any], object] = lambda model: None,
-        is_due: Callable[[int], bool] = lambda step: False,
-    ) -> None:
-        options = session.options
-        self._every, self._patience, self._untuned = options.eval_steps, options.patience, options.lr == AUTO
-        self._metric = dev_metric(session)
-        self._session, self._file, self._monitor = session, file, monitor
-        self._report, self._improved, self._is_due = report, improved, is_due
-        self.gave_up = False
-        self.log: Callable[[dict[str, float]], object] = lambda values: None
-        self.lines = read_lines(file)
-
-    @property
-    def best(self) -> dict[str, Any] | None:
-        """The best measurement; the earliest of several; None before the first."""
-        return max(self.lines, key=self._worth, default=None)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        # A resumed run may do its last steps again.
-        self.lines = [line for line in self.lines if line["step"] <= state.global_step]
-        if state.global_step:  # a kill may have come between a step and its measurement
-            self.on_step_end(args, state, control, model)
-        elif self._untuned:
-            self.measure(0, model)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        step = state.global_step
-        last = step == state.max_steps or self._monitor.is_over
-        is_planned = self._every is not None and (step % self._every == 0 or self._is_due(step))
-        if not last and (not is_planned or self._monitor.held()):
-            return
-        best = self.measure(step, model)
-        in_vain = sum(line["step"] > best["step"] for line in self.lines)
-        if self._patience is not None and not last and in_vain >= self._patience:
-            say(f"{in_vain} measurements without improvement: stopping after step {step}")
-            self.gave_up = control.should_training_stop = True
-
-    def measure(self, step: int, model: Any) -> dict[str, Any]:
-        """Measure after a step, unless that was done. Returns the best measurement."""
-        before = self.best
-        if not any(line["step"] == step for line in self.lines):
-            training = model.training
-            dev = self._session.evaluate("dev", "dev")
-            model.train(training)
-            say(f"step {step}: dev {plainly(dev)}")
-            # Reported before it is written: a resumed run measures again what was not reported.
-            self._report(step, dev[self._metric] if self._metric == "loss" else -dev[self._metric])
-            self.log({f"dev_{name}": value for name, value in dev.items() if name != "examples"})
-            self.lines.append({"step": step, "dev": dev})
-            write_lines(self._file, self.lines)
-            if self.best is not before:
-                self._improved(model)
-        best = self.best
-        assert best is not None
-        return best
-
-    def _worth(self, line: dict[str, Any]) -> tuple[float, float]:
-        return worth_on_dev(line["dev"], self._metric)
-
-
-def dev_metric(session: Session) -> str:
-    """By what measurements of the development split are compared: the loss where that is tuned, else the task's metric."""
-    by_loss = session.options.objective == "loss" and session.task.loss != "none"
-    return "loss" if by_loss else session.metric
-
-
-def worth_on_dev(dev: Mapping[str, Any], metric: str) -> tuple[float, float]:
-    """What was measured, so that a larger one is better."""
-    loss = dev.get("loss")
-    fallen = -loss if loss is not None and math.isfinite(loss) else -math.inf
-    return (fallen, 0.0) if metric == "loss" else (dev[metric], fallen)
-
-
-def plainly(dev: Mapping[str, Any]) -> str:
-    """What was measured, in a line."""
-    return ", ".join(f"{name} {value:.4f}" for name, value in dev.items() if name != "examples")
-
-
 @dataclass
 class Trained:
     """What came of tuning: facts for ``metrics.json``, and the course of the run, a line for each step."""
@@ -338,3 +240,25 @@ class Run:
             lines[line["step"] - 1]["objective"] = line["objective"]
         measured = self.dev.lines if self.dev else []
         return lines + [{"step": m["step"], "seconds": seconds[m["step"]], "dev": m["dev"]} for m in measured]
+
+
+def reporting(report_to: str | None, steps: int) -> dict[str, Any]:
+    """Trainer's arguments for what a run is reported to."""
+    if not report_to:
+        return {"report_to": [], "logging_strategy": "no"}
+    return {"report_to": report_to.split(","), "logging_strategy": "steps", "logging_steps": max(1, steps // _LOGGED)}
+
+
+def ingredients(session: Session, objective: Callable[[Any, Any], Tensor]) -> dict[str, Any]:
+    """What both trainers get."""
+
+    def minibatch(examples: list[Encoded]) -> dict[str, Any]:
+        return {**collate(examples, session.layout), "examples": examples}
+
+    return {
+        "model": session.model,
+        "train_dataset": session.splits["train"],
+        "data_collator": minibatch,
+        "processing_class": session.tokenizer,
+        "objective": objective,
+    }

@@ -17,6 +17,7 @@ from ..models import EMBEDDED_MODEL, model_kind
 from ..run_folder import LOG, METRICS, PREDICTIONS, forgetting
 from ..tasks import Task
 from ..trajectory import Log
+from .results import peak_memory
 from .session import Session
 
 CARD = "README.md"
@@ -122,8 +123,7 @@ def _tuning(metrics: dict[str, Any], log: Log | None) -> str:
     facts |= {"weights are the average": metrics["average"]} if "average" in metrics else {}
     facts |= {"ways back": metrics["rollbacks"]} if metrics.get("rollbacks") else {}
     facts["seconds"] = f"{metrics['seconds']:.0f}, {metrics['seconds_per_step']:.2f} a step"
-    mib = {key: metrics[f"{key}peak_memory_bytes"] / 2**20 for key in ("", "inference_")}
-    facts["peak memory"] = f"{mib['']:,.0f} MiB; inference on the same batch size {mib['inference_']:,.0f} MiB"
+    facts["peak memory"] = peak_memory(metrics)
     return "## How it was tuned\n\n" + "\n".join(
         f"- {name.replace('_', ' ')}: {value}" for name, value in facts.items()
     )

@@ -17,9 +17,11 @@ from typing import Any
 import torch
 
 from .. import memory
+from ..averages import NONE, candidates
 from ..config import AUTO, Train
 from ..durations import duration
 from ..errors import InputError
+from ..forgetting import TOKENS, read_general, token_losses
 from ..method.estimators import get_estimator
 from ..method.rule import History, Rule
 from ..noise import Count, Noise, Update
@@ -34,6 +36,8 @@ from .session import Session
 _TIMED = 3
 # Examples that time an evaluation.
 _EXAMPLES = 32
+# Characters that time the reading of a general text: a few windows.
+_CHARACTERS = 4096
 _LEAST_MEASURED = 64
 
 
@@ -48,6 +52,8 @@ class Cost:
         bytes_now: memory with the model loaded.
         bytes_inference: peak memory of a forward pass over the longest minibatch.
         bytes_step: peak memory of a step on it.
+        general: seconds to read the general text once.
+        layers: seconds to measure the gradients of layers, by which directions are modified.
     """
 
     step: float
@@ -56,6 +62,8 @@ class Cost:
     bytes_now: int
     bytes_inference: int
     bytes_step: int
+    general: float = 0.0
+    layers: float = 0.0
 
 
 def measure(session: Session) -> Cost:
@@ -69,12 +77,15 @@ def measure(session: Session) -> Cost:
     optimizer = trainer.create_optimizer()
     assert isinstance(optimizer, MeZO)
     optimizer.rule = rehearsed = Rehearsed(optimizer.rule)
+    optimizer.probes_rise = 0  # steps as they are behind the rise
     trainer.current_gradient_accumulation_steps = 1
 
+    began = clock(device)
     if optimizer.lacks_layers:
         from ..hf.automatic import held_out
 
         optimizer.measure_layers(held_out(trainer, 1))
+    layers = clock(device) - began if options.modify_by == "gradients" else 0.0
 
     def estimate(examples: Any) -> None:
         trainer.training_step(model, trainer.data_collator(examples))
@@ -83,22 +94,34 @@ def measure(session: Session) -> Cost:
     estimate(session.longest)
     peak = memory.peak(device)
     optimizer.step()
-    peak += sum(m.numel() * m.element_size() for moments in optimizer.history.moments.values() for m in moments)
+    peak += sum(m.nbytes for moments in optimizer.history.moments.values() for m in moments)
     fill_window(optimizer)
     draw, train = random.Random(options.seed), session.splits["train"]
     steps, updates = [], []
     for _ in range(_TIMED):
         examples = draw.sample(train, min(options.batch_size, len(train)))
         rehearsed.seconds = rehearsed.seconds_beside = 0.0
-        began = _clock(device)
+        began = clock(device)
         estimate(examples)
         optimizer.step()
-        steps.append(_clock(device) - began - rehearsed.seconds_beside)
+        steps.append(clock(device) - began - rehearsed.seconds_beside)
         updates.append(rehearsed.seconds)
     examples = session.splits["test"][:_EXAMPLES]
     began = time.perf_counter()
     session.measure(examples)
-    return Cost(median(steps), median(updates), (time.perf_counter() - began) / len(examples), now, inference, peak)
+    evaluation = (time.perf_counter() - began) / len(examples)
+    return Cost(median(steps), median(updates), evaluation, now, inference, peak, _general(session), layers)
+
+
+def _general(session: Session) -> float:
+    """Seconds to read the general text of a run, by its beginning."""
+    if session.options.general_text is None:
+        return 0.0
+    text = read_general(session.options.general_text)
+    tokens = len(session.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    began = time.perf_counter()
+    read = len(token_losses(session.model, session.tokenizer, text[:_CHARACTERS]))
+    return (time.perf_counter() - began) * min(tokens, TOKENS) / read
 
 
 class Rehearsed(Rule):
@@ -129,21 +152,21 @@ class Rehearsed(Rule):
         self, noise: Noise, tensor: TunedTensor, updates: Sequence[Update], history: History, *, keep: bool
     ) -> Count:
         weight = tensor.parameter.detach()
-        times = [_clock(weight.device)]
+        times = [clock(weight.device)]
         kept = weight.clone() if weight.device.type == "cpu" else weight.cpu()
-        times.append(_clock(weight.device))
+        times.append(clock(weight.device))
         if self._rule.decay_towards == "base":  # the weights stay those of the beginning
             history = replace(history, base=lambda lo, hi: kept.view(-1)[lo:hi])
         unchanged = self._rule.move(noise, tensor, updates, history, keep=keep)
-        times.append(_clock(weight.device))
+        times.append(clock(weight.device))
         weight.copy_(kept)
-        times.append(_clock(weight.device))
+        times.append(clock(weight.device))
         self.seconds += times[2] - times[1]
         self.seconds_beside += times[1] - times[0] + times[3] - times[2]
         return unchanged
 
 
-def _clock(device: torch.device) -> float:
+def clock(device: torch.device) -> float:
     """Seconds, when all that was launched is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -162,10 +185,30 @@ def seconds_of_run(steps: int, cost: Cost, session: Session) -> float:
 
     A run that finds its learning rate also tries the first steps with several, and may replay every step once on its ways back.
     """
-    options = session.options
+    options, whole = session.options, steps_at_full_probes(steps, session.options)
     search = SHARE if AUTO in (options.lr, options.eps) else 0.0
-    again = steps + _plan(steps, options).updates if options.lr == AUTO else 0
-    return steps * cost.step * (1 + search) + again * cost.update + _beside(steps, cost, session)
+    again = whole + _plan(steps, options).updates if options.lr == AUTO else 0
+    every = evaluation_steps(options, steps)
+    measurements = 0 if every is None else (options.lr == AUTO) + -(-steps // every) - 1  # and one behind the last step
+    examples = measurements * _dev(steps, session) + (0 if options.no_before else len(session.splits["test"]))
+    beside = examples * cost.evaluation + cost.general + cost.layers
+    forward = (whole + steps * search) * cost.step
+    return forward + again * cost.update + beside + seconds_behind(steps, cost, session)
+
+
+def seconds_behind(steps: int, cost: Cost, session: Session) -> float:
+    """Seconds of what follows the last of so many steps: measuring, and averages, each a replay, the best of several once more."""
+    options = session.options
+    averages = len(candidates(steps)) if options.average == AUTO else int(options.average != NONE)
+    replays = averages + (options.average == AUTO)
+    examples = len(session.splits["test"]) + (1 + averages) * _dev(steps, session)
+    return examples * cost.evaluation + cost.general + replays * steps_at_full_probes(steps, options) * cost.update
+
+
+def steps_at_full_probes(steps: int, options: Train) -> float:
+    """How many steps at all probes cost what the first so many of a run do, in which their number rises."""
+    rise, probes = options.probes_rise, options.probes
+    return steps - sum(1 - max(1, probes * step // rise) / probes for step in range(min(steps, rise)))
 
 
 def steps_within(seconds: float, cost: Cost, session: Session) -> int:
@@ -205,15 +248,8 @@ def _plan(steps: int, options: Train) -> Plan:
     return Plan.of(steps, len(estimator.queries()), find_eps=options.eps == AUTO)
 
 
-def _beside(steps: int, cost: Cost, session: Session) -> float:
-    """Seconds of the evaluations: the test split before and after, the development split every so many steps."""
-    options = session.options
-    tests = 1 if options.no_before else 2
-    every = evaluation_steps(options, steps)
-    measurements = 1 if every is None else (options.lr == AUTO) + -(-steps // every)
-    dev = measured_examples(options, steps, len(session.splits.get("dev", ())))
-    examples = tests * len(session.splits["test"]) + measurements * dev
-    return examples * cost.evaluation
+def _dev(steps: int, session: Session) -> int:
+    return measured_examples(session.options, steps, len(session.splits.get("dev", ())))
 
 
 def evaluation_steps(options: Train, steps: int) -> int | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..method.estimators import get_estimator
 from ..noise import Noise, Update
 from ..objectives import logits_at
+from .costs import clock
 
 # Bytes of a weight, and of the scales of its group, as quantised layers are stored (:mod:`forwardtune.models.quantised`).
 _STORED = {"int8": (1.0, 0.0), "nf4": (0.5, 1 / 64 + 4 / (64 * 256)), "int4": (0.5, 4 / 32)}
@@ -36,12 +36,14 @@ class Estimate:
     Attributes:
         bytes: at its peak, beyond what the process holds before the model is loaded.
         products: floating-point operations of the matrix products of its evaluations.
+        passes: how many evaluations these are.
         perturbed: weights that its evaluations perturb, counted each time.
         updated: weights that its update moves.
     """
 
     bytes: int
     products: float
+    passes: int
     perturbed: int
     updated: int
 
@@ -61,17 +63,13 @@ def estimate(model: Any, inputs: dict[str, Tensor], options: Any) -> Estimate:
     weights = _stored(model, options.quantize)
     layers = [m for m in model.modules() if not (isinstance(m, nn.Embedding) or m is model.get_output_embeddings())]
     # What is computed for the layer that runs: its perturbed copy, its dense form where it is quantised.
-    lent = max((sum(_size(p) for p in m._parameters.values() if p is not None) for m in layers), default=0)
-    if options.quantize is None:
-        lent = max(
-            (sum(_size(p) for p in m._parameters.values() if p is not None and p.requires_grad) for m in layers),
-            default=0,
-        )
-    scratch = sum(map(_size, tuned)) if options.perturbation == "copy" else lent
+    here = ([p for p in m.parameters(recurse=False) if options.quantize or p.requires_grad] for m in layers)
+    lent = max((sum(p.nbytes for p in own) for own in here), default=0)
+    scratch = sum(t.nbytes for t in tuned) if options.perturbation == "copy" else lent
     if both:
         scratch = _directions(tuned, options) + (lent if options.quantize else 0)
     if getattr(options, "offload", None):  # one module at a time visits the device
-        weights = max(sum(_size(p) for p in m.parameters(recurse=False)) for m in model.modules())
+        weights = max(sum(p.nbytes for p in m.parameters(recurse=False)) for m in model.modules())
     moments = 0 if options.rule_state == "window" else _MOMENTS.get(options.rule, 0) * count
     queries = len(
         get_estimator(options.estimator, 1.0, options.probes, options.normalize, options.assignment).queries()
@@ -79,13 +77,10 @@ def estimate(model: Any, inputs: dict[str, Tensor], options: Any) -> Estimate:
     return Estimate(
         weights + activations + scratch + moments,
         products * queries / (2 if both else 1),
+        queries,
         0 if both else count * queries,
         count * options.probes,
     )
-
-
-def _size(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 def _directions(tuned: Iterable[Tensor], options: Any) -> int:
@@ -97,14 +92,14 @@ def _directions(tuned: Iterable[Tensor], options: Any) -> int:
 
 def _stored(model: Any, quantize: str | None) -> int:
     """Bytes of the weights, with the linear layers but the head quantised if that is wanted; adapters are not."""
-    total = sum(map(_size, {id(t): t for t in (*model.parameters(), *model.buffers())}.values()))
+    total = sum(t.nbytes for t in {id(t): t for t in (*model.parameters(), *model.buffers())}.values())
     if quantize is None:
         return total
     head = model.get_output_embeddings()
     layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head and not m.weight.requires_grad]
     each, group = _STORED[quantize]
     rows = 2 if quantize == "int8" else 0  # a scale each
-    dense = sum(_size(layer.weight) for layer in layers)
+    dense = sum(layer.weight.nbytes for layer in layers)
     stored = sum(layer.weight.numel() * (each + group) + layer.out_features * rows for layer in layers)
     return int(total - dense + stored)
 
@@ -200,13 +195,7 @@ def speed(device: torch.device, dtype: torch.dtype, tokens: int, width: int) -> 
 def _fastest(device: torch.device, work: Any) -> float:
     times = []
     for _ in range(4):
-        began = _clock(device)
+        began = clock(device)
         work()
-        times.append(_clock(device) - began)
+        times.append(clock(device) - began)
     return min(times)
-
-
-def _clock(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

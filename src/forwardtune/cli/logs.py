@@ -20,21 +20,13 @@ from ..trajectory.format import ABSENT
 from ..trajectory.updates import standing, trajectory_of
 from . import say, tuned
 from .methods import unchanged_share, weights_of
+from .progress import bar, reach
 from .results import new_folder
-from .session import bar, reach
 
 # What a header leaves out where it is as usual.
 _METHOD = (
-    "probes_rise",
-    "normalize",
-    "assignment",
-    "rank",
-    "refresh",
-    "active_layers",
-    "sparsity",
-    "modify",
-    "modify_by",
-)
+    "probes_rise", "normalize", "assignment", "rank", "refresh", "active_layers", "sparsity", "modify", "modify_by",
+)  # fmt: skip
 
 
 def run_replay(options: argparse.Namespace) -> None:

@@ -1,53 +1,42 @@
-"""The two ways to tune: MeZO, and backpropagation with Adam. Same model, data, objective and measurements."""
+"""The two ways to tune, with the same model, data, objective and measurements: MeZO, here, and backpropagation with Adam (:mod:`.adam`)."""
 
 from __future__ import annotations
 
 import gc
 import math
-import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import TrainerCallback
-
 from ..averages import AUTO, NONE, candidates
 from ..config import arguments
 from ..errors import InputError
-from ..evaluation import training_objective
+from ..files import plain
 from ..method.record import StepRecord
 from ..objectives import Sampling, TaskObjective
 from ..run_folder import INITIAL, TERMS, read_lines
-from ..search.rates import plain
 from ..storage import storage_named
-from ..tasks.batching import collate
-from ..tasks.encoding import Encoded
 from ..trajectory import Log, read_log, replay
 from ..trajectory.log import add_note
 from ..trajectory.replay import tuned_by_header
 from ..trajectory.updates import standing
 from . import say
-from .callbacks import Copied, ObjectiveLog, Run, Trained, advise, dev_metric, plainly, worth_on_dev
+from .adam import train_adam
+from .callbacks import Copied, ObjectiveLog, Run, Trained, advise, ingredients, reporting
+from .dev import dev_metric, plainly, worth_on_dev
+from .model import keep_offloaded, load_described
 from .results import resume_command
-from .session import Session, keep_offloaded, load_described
+from .session import Session
 from .tuned import prepare_model, tensors_of, tuned_weights
 
 if TYPE_CHECKING:
     from ..hf.trainer import MeZOTrainer
 
-_BEST = "best.pt"
-# A run is reported so many times to what draws it.
-_LOGGED = 500
 # From this share of weights on that an update left at the same stored value, mean over the steps, advice is given.
 _MANY_ROUNDED, _NEARLY_ALL_ROUNDED = 0.5, 0.999
-
-
-# --- MeZO -------------------------------------------------------------------------------------------------------------
 
 
 def train_mezo(session: Session, folder: Path, log: Log | None, settings: dict[str, Any]) -> Trained | None:
@@ -177,7 +166,7 @@ def make_trainer(
         and objective.generates
         and options.offload is None
     ):  # which reads every weight at each token
-        size = sum(p.numel() * p.element_size() for p in tuned_weights(session.model).values())
+        size = sum(p.nbytes for p in tuned_weights(session.model).values())
         say(
             f"text is generated at every evaluation: weights are perturbed in a copy, {size / 2**20:,.0f} MiB more memory"
         )
@@ -199,7 +188,7 @@ def make_trainer(
     except ValueError as error:
         raise InputError(str(error)) from None
     held_out = session.splits.get("dev")
-    trainer = MeZOTrainer(args=config, run=run, eval_dataset=held_out, **_ingredients(session, objective))
+    trainer = MeZOTrainer(args=config, run=run, eval_dataset=held_out, **ingredients(session, objective))
     trainer.cores = session.cores
     return trainer
 
@@ -209,13 +198,6 @@ def require_trackers(report_to: str | None) -> None:
     missing = [name for name in (report_to or "").split(",") if name and find_spec(name) is None]
     if missing:
         raise InputError(f"--report-to {report_to} needs {' and '.join(missing)}: pip install {' '.join(missing)}")
-
-
-def reporting(report_to: str | None, steps: int) -> dict[str, Any]:
-    """Trainer's arguments for what a run is reported to."""
-    if not report_to:
-        return {"report_to": [], "logging_strategy": "no"}
-    return {"report_to": report_to.split(","), "logging_strategy": "steps", "logging_steps": max(1, steps // _LOGGED)}
 
 
 def weights_of(log: Log) -> int:
@@ -241,98 +223,8 @@ def _advise_on_rounding(log: Log) -> None:
         )
 
 
-# --- Adam -------------------------------------------------------------------------------------------------------------
-
-
-def train_adam(session: Session, folder: Path, log: Log | None, settings: dict[str, Any]) -> Trained | None:
-    """Run backpropagation with Adam, and leave the model at its best step; None when Ctrl-C stopped it."""
-    from ..paper.baselines import AdamTrainer, adam_arguments
-
-    options, best = session.options, folder / _BEST
-    arguments = adam_arguments(
-        str(folder),
-        max_steps=options.steps,
-        learning_rate=options.lr,
-        per_device_train_batch_size=options.batch_size,
-        lr_scheduler_type=options.lr_scheduler,
-        weight_decay=options.weight_decay,
-        seed=options.seed,
-        use_cpu=options.device == "cpu",
-        dataloader_pin_memory=options.device == "cuda",
-        **reporting(options.report_to, options.steps),
-    )
-    trainer = AdamTrainer(args=arguments, **_ingredients(session, training_objective(session.task)))
-    steps = _AdamSteps(trainer)
-    trainer.add_callback(steps)
-    say(f"tuning for {options.steps} steps by backpropagation")
-    run = Run(
-        session,
-        trainer,
-        folder,
-        last=lambda: steps.taken[-1],
-        improved=lambda model: torch.save(tuned_weights(model), best),
-    )
-    try:
-        run.train()
-        if run.was_interrupted:
-            say(f"stopped after step {trainer.state.global_step} of {options.steps}; nothing was saved")
-            return None
-        facts = run.facts(steps.taken)
-        if facts.get("best_step", len(steps.taken)) < len(steps.taken):
-            session.model.load_state_dict(torch.load(best, weights_only=True), strict=False)
-    finally:
-        best.unlink(missing_ok=True)
-    session.model.eval()
-    return Trained(facts, run.history(steps.taken))
-
-
-@dataclass
-class _AdamStep:
-    """What a step gave, in the words of a :class:`~forwardtune.StepRecord`."""
-
-    loss: float
-    seconds: float
-    flat: bool = False
-
-    @property
-    def skipped(self) -> bool:
-        return not math.isfinite(self.loss)
-
-
-class _AdamSteps(TrainerCallback):
-    """Keeps what every step gave: there is no step log."""
-
-    def __init__(self, trainer: Any) -> None:
-        self._trainer, self._began = trainer, 0.0
-        self.taken: list[_AdamStep] = []
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._began = time.perf_counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.taken.append(_AdamStep(self._trainer.last_loss, time.perf_counter() - self._began))
-
-
 METHODS: dict[str, Callable[[Session, Path, Log | None, dict[str, Any]], Trained | None]] = {
     "forward": train_mezo,
     "mezo": train_mezo,
     "adam": train_adam,
 }
-
-
-# --- both -------------------------------------------------------------------------------------------------------------
-
-
-def _ingredients(session: Session, objective: Callable[[Any, Any], torch.Tensor]) -> dict[str, Any]:
-    """What both trainers get."""
-
-    def minibatch(examples: list[Encoded]) -> dict[str, Any]:
-        return {**collate(examples, session.layout), "examples": examples}
-
-    return {
-        "model": session.model,
-        "train_dataset": session.splits["train"],
-        "data_collator": minibatch,
-        "processing_class": session.tokenizer,
-        "objective": objective,
-    }

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .. import memory
 from ..errors import InputError
 from ..evaluation import prepare
+from ..forgetting import TOKENS
 from ..models import blank_model, context_length, require_device
 from ..noise import load_kernels
 from ..optimizer import MeZO
@@ -28,6 +29,8 @@ from .ways import NO_TASK, Row, described
 
 # A step from a file whose pages are in memory, over a resident one.
 _OFFLOADED = 1.3
+# Forward passes that measure the gradient of a layer, where directions are modified by it.
+_PASSES_A_LAYER = 8
 _INPUTS = ("input_ids", "attention_mask", "position_ids", "positions")
 
 
@@ -59,7 +62,8 @@ class Outlook:
             run = described(asked, row.settings)
             model = deepcopy(blank)
             tokenizer = None if self.session is None else self.session.tokenizer
-            dtype, width = model.dtype, model.config.get_text_config().hidden_size
+            config = model.config.get_text_config()
+            dtype, width, count = model.dtype, config.hidden_size, config.num_hidden_layers
             try:
                 with redirect_stderr(io.StringIO()):
                     model = tuned.prepare_model(model, tokenizer, options=run, first=None)
@@ -76,8 +80,11 @@ class Outlook:
             for number, one in found.items():
                 offloaded = _OFFLOADED if rows[number].settings.get("offload") else 1.0
                 step = offloaded * pace.seconds(one)
-                evaluation = one.products * pace.product / own.batch_size / 2
-                rows[number].cost = Cost(step, one.updated * pace.update, evaluation, 0, 0, 0)
+                forward = one.products * pace.product / one.passes
+                general = forward * TOKENS / self.tokens if own.general_text else 0.0
+                layers = _PASSES_A_LAYER * count * forward if own.modify_by == "gradients" else 0.0
+                evaluation = forward / own.batch_size
+                rows[number].cost = Cost(step, one.updated * pace.update, evaluation, 0, 0, 0, general, layers)
 
     def take(self, row: Row, cost: Cost) -> None:
         """Note what was measured of a row."""
@@ -91,9 +98,8 @@ class Outlook:
         for row in rows:
             if row.cost is not None and not row.measured:
                 own = row.cost
-                row.cost = replace(
-                    own, step=factor * own.step, update=factor * own.update, evaluation=factor * own.evaluation
-                )
+                seconds = ("step", "update", "evaluation", "general", "layers")
+                row.cost = replace(own, **{name: factor * getattr(own, name) for name in seconds})
             if row.cost is not None and self.session is not None:
                 row.steps = steps_within(self.session.options.time_budget or 3600.0, row.cost, self.session)
 

@@ -15,7 +15,9 @@ from .. import memory
 from ..config import STEPS
 from ..durations import duration
 from ..errors import InputError
+from ..forgetting import read_general
 from ..models import checkpoint_format
+from ..processes import Launch
 from ..storage import device_of
 from . import say, tuned, ways
 from .costs import Cost, measure, seconds_of_run, steps_of_budget, steps_of_epochs, steps_within
@@ -29,6 +31,10 @@ _SPANS = (600.0, 3600.0, 8 * 3600.0)
 
 def run(parsed: argparse.Namespace) -> int:
     """Measure three steps and an evaluation, and say what follows; then the other ways, in a table."""
+    if Launch.read().count > 1:
+        raise InputError(
+            "plan measures the steps of one process, and the other ways one by one: start it without torchrun"
+        )
     asked = ask(parsed, "plan")
     facts = _from_shapes(asked, parsed.memory) if parsed.no_weights else _measured(asked, parsed)
     if parsed.json:
@@ -52,6 +58,8 @@ def _measured(asked: Asked, parsed: argparse.Namespace) -> dict[str, Any]:
     """What this machine does."""
     began = time.monotonic()
     options = asked.describe()
+    if options.general_text is not None:
+        read_general(options.general_text)  # what cannot be read is refused before a model is loaded
     beside = not (parsed.alone or checkpoint_format(options.model))  # shapes do not say how a checkpoint is quantised
     rows = ways.rows_of(asked) if beside else []
     outlook = Outlook(asked, rows, parsed.memory, timed=True) if beside else None
@@ -84,6 +92,8 @@ def _facts(session: Session, cost: Cost, began: float) -> dict[str, Any]:
         "seconds_per_step": cost.step,
         "seconds_per_update": cost.update,
         "seconds_per_evaluated_example": cost.evaluation,
+        "seconds_of_general_text": cost.general,
+        "seconds_of_layers": cost.layers,
         "memory_bytes": cost.bytes_now,
         "inference_peak_memory_bytes": cost.bytes_inference,
         "peak_memory_bytes": cost.bytes_step,
@@ -104,7 +114,11 @@ def _tell(facts: dict[str, Any], cost: Cost, session: Session, given: dict[str, 
         f"examples (inference {cost.bytes_inference / mib:,.0f} MiB)"
         + (f"; {free / mib:,.0f} MiB are free" if free else "")
     )
-    say(f"time: {cost.step:.2f} s a step, {cost.evaluation:.3f} s to evaluate an example")
+    say(
+        f"time: {cost.step:.2f} s a step, {cost.evaluation:.3f} s to evaluate an example"
+        + (f", {cost.general:.0f} s to read the general text" if cost.general else "")
+        + (f", {cost.layers:.0f} s to measure the layers' gradients" if cost.layers else "")
+    )
     for span in _SPANS:
         say(f"  in {duration(span):>8}: {steps_within(span, cost, session):,} steps")
     say(f"{facts['steps']:,} steps take about {duration(facts['seconds'])}, evaluations included:")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import hashlib
 import io
 import json
 from collections import Counter
@@ -18,16 +17,18 @@ from ..config import settings
 from ..errors import InputError
 from ..evaluation import evaluate, find_layout
 from ..models import context_length, model_kind
-from ..predictions import answered, question
+from ..predictions import question
 from ..run_folder import RunFolder, is_run, read_lines
 from ..tasks import Task, get_task
 from ..tasks.encoding import Encoded, Encoder
 from ..tasks.rows import Row, read_rows
 from ..tasks.template import RowError
 from . import say
+from .model import open_model
 from .options import ask
+from .predicted import answers_of
+from .progress import bar
 from .results import add_lines, plain, write_lines
-from .session import bar, open_model
 
 _SUFFIXES = (".csv", ".tsv", ".jsonl")
 _PREDICTION, _CONFIDENCE, _SCORES = "prediction", "confidence", "prediction_scores"
@@ -50,7 +51,11 @@ def run(parsed: argparse.Namespace) -> None:
     for wording in task.wordings:  # what cannot be used is refused before a model is loaded
         usable = _usable(wording, rows, source, options.on_bad_row)
     begun = output.with_name(f"{output.name}.begun")
-    identity = {**settings(options), "input": _digest([source]), "weights": _digest(_weights(Path(options.model)))}
+    identity = {
+        **settings(options),
+        "input": files.digest_of(source),
+        "weights": files.digest_of(*_weights(Path(options.model))),
+    }
     lines = _begun(begun, identity)
     model, tokenizer = open_model(options)
     task = task.worded_for(model_kind(model))
@@ -132,11 +137,8 @@ def _answers(
         evaluate(
             model, tokenizer, unlabelled, chunk, batch_size=batch_size, layout=layout, scores=scores, completions=texts
         )
-        said = []
-        for i, example in enumerate(chunk):
-            line = answered(task, example, scores=scores[i] if scores else (), completion=texts[i] if texts else None)
-            said.append({name: value for name, value in line.items() if name not in ("right", "score")})
-        yield said
+        said = answers_of(task, chunk, [0.0] * len(chunk), scores, texts)
+        yield [{name: value for name, value in line.items() if name not in ("right", "score")} for line in said]
 
 
 def _columns(line: dict[str, Any] | None) -> dict[str, Any]:
@@ -189,13 +191,3 @@ def _weights(folder: Path) -> list[Path]:
     """The files of a local model that hold weights."""
     folder = folder.expanduser()
     return [folder] if folder.is_file() else sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
-
-
-def _digest(paths: Sequence[Path]) -> str:
-    """SHA-256 of the contents of files, one after the other."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with open(path, "rb") as file:
-            while piece := file.read(1 << 20):
-                digest.update(piece)
-    return digest.hexdigest()

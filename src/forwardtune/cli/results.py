@@ -88,3 +88,9 @@ def table(columns: dict[str, dict[str, float]]) -> None:
         if name != "examples":  # what plain() wrote as null is NaN again
             values = [math.nan if column[name] is None else column[name] for column in columns.values()]
             say(f"{name:24}" + "".join(f"{value:12.4f}" for value in values))
+
+
+def peak_memory(metrics: dict[str, Any]) -> str:
+    """How much memory a run took at most, beside what inference takes."""
+    tuning, inference = (metrics[f"{what}peak_memory_bytes"] / 2**20 for what in ("", "inference_"))
+    return f"{tuning:,.0f} MiB; inference on the same batch size {inference:,.0f} MiB"

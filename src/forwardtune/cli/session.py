@@ -3,41 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import random
-import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from .. import memory
 from ..config import settings
 from ..cores import SharedCores
 from ..errors import InputError
 from ..evaluation import evaluate, find_layout, prepare
-from ..files import read_json
 from ..forgetting import token_losses
-from ..models import (
-    KEPT_QUANTISED,
-    checkpoint_format,
-    context_length,
-    is_quantised,
-    load_model,
-    model_kind,
-    weights_of,
-)
+from ..models import context_length, model_kind
 from ..noise import load_kernels
 from ..objectives import Reward, logits_at
 from ..objectives.mixture import parse
 from ..processes import versions
 from ..reference import with_reference
-from ..run_folder import METRICS, RunFolder, is_run
-from ..storage import Offloaded, device_of, home_of, storage_named
+from ..storage import device_of
 from ..tasks import Split, Task, doubts, get_task, load_splits
 from ..tasks.batching import Layout
 from ..tasks.encoding import Encoded, Encoder
@@ -45,7 +31,8 @@ from ..tasks.weights import class_weights
 from ..trajectory import Log
 from ..workers import Alone
 from . import say
-from .results import resume_command
+from .model import keep_offloaded, open_model
+from .progress import bar, reach
 
 
 @dataclass
@@ -91,26 +78,12 @@ class Session:
     def general_losses(self, what: str, text: str) -> list[float]:
         """The loss of each token of a text that is not the task's, with a progress bar."""
         with bar(1, what, "window") as progress:
-
-            def reached(done: int, total: int) -> None:
-                progress.total = total
-                progress.update(done - progress.n)
-
-            return token_losses(self.model, self.tokenizer, text, workers=self.workers, progress=reached)
+            return token_losses(self.model, self.tokenizer, text, workers=self.workers, progress=reach(progress))
 
     def measure(self, examples: Sequence[Encoded], **how: Any) -> dict[str, float]:
         """The task's metric and loss on examples; ``how`` goes to :func:`~forwardtune.evaluation.evaluate`."""
-        return evaluate(
-            self.model,
-            self.tokenizer,
-            self.task,
-            examples,
-            batch_size=self.options.batch_size,
-            layout=self.layout,
-            rewards=self.rewards,
-            workers=self.workers,
-            **how,
-        )
+        how = {"batch_size": self.options.batch_size, "layout": self.layout, "rewards": self.rewards, **how}
+        return evaluate(self.model, self.tokenizer, self.task, examples, workers=self.workers, **how)
 
     def limit(self, split: str, count: int) -> None:
         """Keep so many examples of a split, spread over it."""
@@ -190,7 +163,6 @@ def open_session(
     if shots and shots > len(splits["train"]):
         raise InputError(f"--shots {shots} asks for more than the {len(splits['train'])} training examples: lower it")
 
-    _refuse_integers(options)
     model, tokenizer = open_model(options, folder)
     kind = model_kind(model)
     task = task.worded_for(kind)
@@ -252,71 +224,6 @@ def open_session(
     )
 
 
-def open_model(options: Any, folder: str | Path | None = None) -> tuple[Any, Any]:
-    """Load the model and its tokenizer; where the options leave device and dtype open, they are settled in them.
-
-    Args:
-        folder: where weights may be kept on disk; by default where temporary files are.
-    """
-    require_finished(Path(options.model).expanduser())
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    if options.device is None:
-        options.device = "cuda" if torch.cuda.is_available() else "cpu"
-    take_settings_of_run(options)
-    storage = storage_named(getattr(options, "offload", None), folder or tempfile.gettempdir(), options.device)
-    say(f"loading {options.model}")
-    model, tokenizer = load_described(options, storage)
-    dtype = str(model.dtype).removeprefix("torch.")
-    quantised = f", quantised ({options.quantize or checkpoint_format(options.model) or 'below an adapter'})"
-    say(
-        f"  {weights_of(model) / 1e6:.1f}M weights, {dtype}{quantised if is_quantised(model) else ''}, on {options.device}"
-        + ("" if storage is None else f", kept {_KEPT[storage.name].format(folder=getattr(storage, 'folder', ''))}")
-    )
-    if model.dtype == torch.float16 and options.device == "cpu":
-        say("  float16 is slow on a processor: --dtype float32 or bfloat16 may be several times as fast")
-    return model, tokenizer
-
-
-def load_described(options: Any, storage: Offloaded | None) -> tuple[Any, Any]:
-    """The model and its tokenizer, as the options of a command say."""
-    return load_model(
-        options.model,
-        dtype=options.dtype,
-        device=options.device,
-        attn_implementation=options.attn_implementation,
-        quantize=options.quantize,
-        storage=storage,
-        announce=say,
-    )
-
-
-_KEPT = {
-    "cpu": "in the memory of the host",
-    "disk": "in a file without a name in {folder}, which is gone when this command has ended",
-}
-
-
-def keep_offloaded(model: Any) -> None:
-    """An adapter that was put on an offloaded model lives where the model does."""
-    homes = {home for parameter in model.parameters() if isinstance(home := home_of(parameter), Offloaded)}
-    for home in homes:
-        home.place(model)
-
-
-def require_finished(folder: Path) -> None:
-    """Raise InputError for the folder of a run that saved no model yet; the message names what there is in its place."""
-    if not is_run(folder) or (run := RunFolder(folder)).has_model:
-        return
-    resume = resume_command(folder, str(run.settings.get("objective")))
-    there = f"its last checkpoint is {run.checkpoint}: give that" if run.checkpoint else "it left no checkpoint"
-    steps = run.log.steps if run.log is not None else 0
-    rebuild = f", rebuild its weights with forwardtune replay {folder} --steps {steps}" if steps else ""
-    raise InputError(f"the run in {folder} is not finished, and {there}{rebuild}, or go on with it: {resume}")
-
-
 def _digest(encoded: dict[str, list[Encoded]]) -> str:
     """Of the tokens of all splits."""
     tokens = [[(e.prompt, e.options) for e in split] for split in encoded.values()]
@@ -369,56 +276,3 @@ def _weighed(task: Task, options: Any, encoded: dict[str, list[Encoded]]) -> Tas
         + ", ".join(f"{name} {weight:.3g}" for name, weight in zip(task.answers or (), weights, strict=True))
     )
     return replace(task, class_weights=weights)
-
-
-def take_settings_of_run(options: Any) -> None:
-    """An adapter does not say in which dtype its base model was when it was tuned, or how it was quantised; our runs do."""
-    folder = Path(options.model)
-    if (folder / "adapter_config.json").is_file():
-        recorded = read_json(folder / METRICS).get("settings", {})
-        if options.dtype == "auto":
-            options.dtype = str(recorded.get("dtype", "auto"))
-        if options.quantize is None:
-            options.quantize = recorded.get("quantize")
-
-
-def _refuse_integers(options: Any) -> None:
-    """Raise InputError, before the model is loaded, if weights are to be tuned that are stored as integers."""
-    stored = checkpoint_format(options.model)
-    tune = getattr(options, "tune", None)
-    if tune in ("all", "late-mlp") and stored and stored.split()[0] in KEPT_QUANTISED:
-        raise InputError(
-            f"{options.model} is quantised ({stored}): integers stand in the place of most weights, and --tune {tune} would have to move them. "
-            "Give --tune lora, prefix, or a pattern of names, such as 'norm|bias'"
-        )
-
-
-def bar(total: int, description: str, unit: str, initial: int = 0) -> Any:
-    """A progress bar on stderr: speed and time left; rarely redrawn when nobody watches."""
-    watched = sys.stderr.isatty()
-    return tqdm(
-        total=total,
-        desc=description,
-        unit=unit,
-        initial=initial,
-        mininterval=0.2 if watched else 10.0,
-        dynamic_ncols=True,
-        file=sys.stderr if watched else _Lines(),
-    )
-
-
-class _Lines(io.TextIOBase):
-    """Where nobody watches, a bar is drawn as lines: nothing that moves a cursor goes into a file."""
-
-    def write(self, text: str) -> int:
-        if shown := text.replace("\r", "").replace("\x1b[A", "").strip():
-            print(shown, file=sys.stderr)
-        return len(text)
-
-    def flush(self) -> None:
-        sys.stderr.flush()
-
-
-def reach(progress: Any) -> Callable[[int, int], object]:
-    """A function that moves the bar to ``done``."""
-    return lambda done, total: progress.update(done - progress.n)

@@ -21,8 +21,8 @@ from ..models import context_length, load_model, model_kind
 from ..run_folder import RunFolder, is_run
 from ..tasks.tokens import Tokens, padding_id
 from . import say
+from .model import open_model
 from .options import ask
-from .session import open_model
 
 # Columns where there is no terminal to ask.
 _WIDTH = 100

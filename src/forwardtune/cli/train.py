@@ -14,14 +14,12 @@ from typing import Any
 
 from ..averages import AUTO
 from ..config import STEPS, Train, settings
-from ..config import options as options_of
 from ..durations import duration
 from ..errors import InputError, NonFiniteLossError
 from ..evaluation import sign_test
 from ..files import read_json, write_text
 from ..forgetting import compared, read_general
-from ..models import EMBEDDED_MODEL, save_model
-from ..processes import Launch
+from ..models import save_model
 from ..run_folder import (
     COMPLETIONS,
     DEV,
@@ -37,27 +35,25 @@ from ..run_folder import (
     forgetting,
     read_lines,
 )
-from ..tasks import get_task, task_names
-from ..tasks.chat import CHAT
-from ..tasks.splits import DEFAULT_RULE
 from ..trajectory import Log, read_log
-from ..trajectory.shared import any_has_log, share_log
+from ..trajectory.shared import share_log
 from ..workers import Alone, workers_of_launch
 from . import methods, say, tuned
 from .card import write_card
-from .costs import evaluation_steps, measure, measured_examples, steps_of_budget, steps_of_epochs
+from .costs import evaluation_steps, measure, measured_examples, seconds_behind, steps_of_budget, steps_of_epochs
 from .options import ask, flag
 from .predicted import Examined, examine, read_before, show_classes, write_predictions
-from .results import move_aside, new_folder, plain, resume_command, table, write_json, write_lines
+from .results import move_aside, new_folder, peak_memory, plain, table, write_json, write_lines
+from .resumed import RULE, absolute, is_done, resumed, starts_again
 from .session import Session, open_session
 
 _ADAM_EPOCHS = 5
 # Where the step log keeps how many development examples are measured.
 _MEASURED = "dev_measured"
-# The rule that drew the splits; logs that do not say were drawn by the default one.
-_RULE = "split_rule"
 # Parts of the model that text does not enter.
 _FROZEN = "frozen"
+# What a run's folder may hold before its first step.
+_FROM_THE_BEGINNING = (METRICS, OUTCOMES, PREDICTIONS, COMPLETIONS, INITIAL, TASK, GENERAL)
 # Test examples of which the completions are kept.
 _SAMPLES = 32
 
@@ -79,13 +75,11 @@ def run(parsed: argparse.Namespace) -> int:
     whole_folder, log = Path(asked.output_dir), None
     folder = workers.own(whole_folder)
     _require_writable(folder, workers)
-    given = _absolute(asked.settings)  # the log may be read in another folder
-    resume = parsed.resume or _starts_again(folder, workers)
+    given = absolute(asked.settings)  # the log may be read in another folder
+    resume = parsed.resume or starts_again(folder, workers)
     if resume:
-        share_log(
-            folder / LOG, workers, (METRICS, OUTCOMES, PREDICTIONS, DEV, TERMS, COMPLETIONS, INITIAL, TASK, GENERAL)
-        )
-        log, given = _resumed(given, folder)
+        share_log(folder / LOG, workers, (*_FROM_THE_BEGINNING, DEV, TERMS))
+        log, given = resumed(given, folder)
     options = asked.describe(given, resumed=resume)
     general = None if options.general_text is None else read_general(options.general_text)
     if workers.count > 1 and options.method == "adam":
@@ -93,18 +87,14 @@ def run(parsed: argparse.Namespace) -> int:
     if log is None:
         # A run that was killed before its first step leaves its first evaluation behind, and nothing else.
         begun = not read_json(folder / METRICS).keys() - {"before", "by_class"}
-        leftovers = (
-            (METRICS, OUTCOMES, PREDICTIONS, COMPLETIONS, INITIAL, TASK, GENERAL, "steps.jsonl.lock", "ranks")
-            if begun
-            else ()
-        )
+        leftovers = (*_FROM_THE_BEGINNING, "steps.jsonl.lock", "ranks") if begun else ()
         if parsed.overwrite:
             _require_outside(options, folder)
         else:
             new_folder(folder, leftovers=leftovers, resumable=True)
         workers.wait()  # whoever makes a folder in it comes later
     metrics = read_json(folder / METRICS) if log else {}
-    if log and "test" in metrics and log.end and _is_done(options, log, metrics):
+    if log and "test" in metrics and log.end and is_done(options, log, metrics):
         say(f"the run in {folder} is complete after {log.steps} steps: nothing to do (more --steps would extend it)")
         return _report(metrics, folder, options.method, parsed.json)
 
@@ -147,7 +137,7 @@ def run(parsed: argparse.Namespace) -> int:
     if general is not None:
         token_losses = _general_before(session, folder, general, log)
     # What the step log records beside the options.
-    described: dict[str, Any] = {_RULE: session.task.splits, **({_FROZEN: frozen} if frozen else {})}
+    described: dict[str, Any] = {RULE: session.task.splits, **({_FROZEN: frozen} if frozen else {})}
     if "dev" in session.splits:
         whole = len(session.splits["dev"])
         measured = log.header["run"].get(_MEASURED, whole) if log else measured_examples(options, options.steps, whole)
@@ -204,11 +194,6 @@ def _require_writable(folder: Path, workers: Alone) -> None:
         )
 
 
-def _starts_again(folder: Path, workers: Alone) -> bool:
-    """Whether a launcher has started this run again, which then goes on."""
-    return Launch.read().restarts > 0 and any_has_log(folder / LOG, workers)
-
-
 def _measure(session: Session, folder: Path, what: str, step: int) -> Examined:
     """Measure the test split after so many steps. Keeps what was written for the first of them, if that is logged."""
     examined = examine(session, what)
@@ -247,8 +232,7 @@ def _steps(session: Session, began: float) -> int:
     cost = measure(session)
     left = options.time_budget - (time.monotonic() - began)
     steps = steps_of_budget(left, cost, session)
-    last = len(session.splits["test"]) + measured_examples(options, steps, len(session.splits.get("dev", ())))
-    session.deadline = began + options.time_budget - last * cost.evaluation
+    session.deadline = began + options.time_budget - seconds_behind(steps, cost, session)
     say(f"{cost.step:.2f} s a step: {steps} steps fit the {duration(left)} that are left")
     return steps
 
@@ -264,73 +248,6 @@ def _require_outside(options: Train, folder: Path) -> None:
         raise InputError(f"{folder} is where the command runs: choose another --output-dir")
 
 
-def _is_done(options: Train, log: Log, metrics: dict[str, Any]) -> bool:
-    """Whether a run has all its steps, or ended early as it was told to, and no more are asked for."""
-    steps = options.steps
-    if steps is None:  # other epochs are asked for
-        return False
-    return bool(log.steps >= steps or ("stopped" in metrics and steps <= log.header["run"]["steps"]))
-
-
-def _resumed(asked: dict[str, Any], folder: Path) -> tuple[Log, dict[str, Any]]:
-    """The log of the run in the folder, and the run's settings: the log's, with what was asked for that may change."""
-    if asked.get("method") == "adam":
-        raise InputError("--method adam keeps no step log to resume from: run it again in a new folder")
-    if not (folder / "steps.jsonl").is_file():
-        raise InputError(f"{folder} holds no run to resume (no steps.jsonl): start one without --resume")
-    log = read_log(folder / "steps.jsonl")
-    header = log.header["run"]
-    if "task" not in header:
-        raise InputError(
-            f"the run in {folder} was not started by forwardtune train: go on with it in Python, by "
-            "MeZOTrainer.train(resume_from_checkpoint=True), StepLog.resume or AutoLR.resume"
-        )
-    objective = str(header.get("objective"))
-    if "objective" not in asked and ":" in objective:  # a log may come from anyone
-        raise InputError(
-            f"the run in {folder} is rewarded by {objective}, which is code, and is not imported because a log names it. "
-            f"If you know it, name it again: {resume_command(folder, objective)}"
-        )
-    run = {}
-    for name, one in options_of(Train).items():
-        recorded, wanted = header.get(name), asked.get(name)
-        if one.is_place and not one.free:
-            recorded = _absolute({name: recorded})[name]
-            if recorded is not None and Path(recorded).is_absolute() and not Path(recorded).exists():
-                if wanted is None:
-                    raise InputError(
-                        f"the run in {folder} has --{name} {recorded}, which is not there: say where it is now"
-                    )
-                if Path(wanted).name == Path(recorded).name:
-                    recorded = wanted  # it was moved; a model is known by the digest of its weights
-        if wanted is not None and wanted != recorded and not one.free:
-            raise InputError(
-                f"the run in {folder} has {flag(name)} {recorded}, not {wanted}: leave the option out to "
-                "resume it, or start another run in another folder"
-            )
-        run[name] = recorded if wanted is None else wanted
-    for length, other in (("epochs", "steps"), ("steps", "epochs")):
-        if asked.get(length) is not None and asked.get(other) is None:
-            run[other] = None
-    recorded, rule = header.get(_RULE, DEFAULT_RULE), get_task(run["task"], run["data"]).splits
-    if recorded != rule:
-        raise InputError(
-            f"the run in {folder} has splits drawn by the rule {recorded}, and task {run['task']} now says {rule}: resume "
-            f"it with a task file that says 'splits: {recorded}', or start another run in another folder"
-        )
-    return log, run
-
-
-def _absolute(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings, in which what is a file or a folder here has a path that holds anywhere."""
-    absolute = dict(settings)
-    for name, value in settings.items():
-        if options_of(Train)[name].is_place and value not in (None, EMBEDDED_MODEL, CHAT, *task_names()):
-            path = Path(value).expanduser()
-            absolute[name] = os.path.abspath(path) if path.exists() else value
-    return absolute
-
-
 def _report(metrics: dict[str, Any], folder: Path, method: str, as_json: bool) -> int:
     """Say what came of it."""
     say()
@@ -343,9 +260,8 @@ def _report(metrics: dict[str, Any], folder: Path, method: str, as_json: bool) -
         say(
             f"{test['better']} examples came out better, {test['worse']} worse: p = {test['p_value']:.1e} by the sign test"
         )
-    mib = {key: metrics[f"{key}peak_memory_bytes"] / 2**20 for key in ("", "inference_")}
     pages = ", pages of the file with the weights included" if metrics["settings"].get("offload") == "disk" else ""
-    say(f"peak memory {mib['']:,.0f} MiB; inference on the same batch size {mib['inference_']:,.0f} MiB{pages}")
+    say(f"peak memory {peak_memory(metrics)}{pages}")
     say(f"{metrics['seconds']:.0f} s in {metrics['steps']} steps, {metrics['seconds_per_step']:.2f} s a step")
     if "average" in metrics:
         say(f"the weights are the average {metrics['average']} of those of the run")

@@ -143,10 +143,11 @@ def _measure(row: Row, outlook: Outlook) -> None:
         facts = json.loads(done.stdout)
         if not row.settings.get("offload"):
             row.peak = facts["peak_memory_bytes"]
-        step, update, example = (
-            float(facts[f"seconds_per_{what}"]) for what in ("step", "update", "evaluated_example")
+        step, update, example, general, layers = (
+            float(facts[f"seconds_{what}"])
+            for what in ("per_step", "per_update", "per_evaluated_example", "of_general_text", "of_layers")
         )
-        outlook.take(row, Cost(step, update, example, 0, 0, 0))
+        outlook.take(row, Cost(step, update, example, 0, 0, 0, general, layers))
     else:  # the kernel ends what takes too much without a word
         row.why = (done.stderr.strip().splitlines() or ["it was killed, as happens where memory runs out"])[-1]
         row.why = row.why.removeprefix("forwardtune: error: ")

@@ -8,13 +8,17 @@ are rows of one table (:mod:`.refusals`).
 Nothing here needs torch or transformers: what can be refused is refused before they are imported.
 """
 
+from .description import arguments as arguments
+from .description import describe as describe
+from .description import recorded as recorded
+from .description import settings as settings
+from .description import with_defaults as with_defaults
 from .option import AUTO as AUTO
 from .option import NumberOrAuto as NumberOrAuto
 from .option import Option as Option
 from .option import number_or_auto as number_or_auto
 from .option import options as options
 from .refusals import Refusal as Refusal
-from .refusals import describe as describe
 from .refusals import refusal_of as refusal_of
 from .refusals import refusals as refusals
 from .runs import COMMANDS as COMMANDS
@@ -22,9 +26,5 @@ from .runs import SCHEMA as SCHEMA
 from .runs import STEPS as STEPS
 from .runs import MeZOSettings as MeZOSettings
 from .runs import Train as Train
-from .runs import arguments as arguments
 from .runs import as_declared as as_declared
 from .runs import group_of as group_of
-from .runs import recorded as recorded
-from .runs import settings as settings
-from .runs import with_defaults as with_defaults

@@ -10,9 +10,8 @@ from typing import Any
 
 from ..averages import NONE, average_or_auto
 from ..durations import seconds_of
-from ..errors import InputError
 from .option import AUTO, Bounds, Option, number_or_auto, options
-from .runs import COMMANDS, POLYNOMIAL_END, with_defaults
+from .runs import COMMANDS, POLYNOMIAL_END
 
 _TRAINS = ("train", "plan")
 _LOADS = ("train", "plan", "eval", "probe")
@@ -39,6 +38,15 @@ class Refusal:
         return re.sub(r"<(\w+)>", lambda found: spell(found[1]), self.template).format(**vars(run))
 
 
+def _has_side_path(run: Any) -> bool:
+    return run.assignment == "example" or run.perturbation in ("side_path", "both_signs")
+
+
+def _are_given(names: frozenset[str], run: Any, given: frozenset[str]) -> bool:
+    return names <= given
+
+
+_LENGTHS = {"steps": 3, "epochs": 2.0, "time_budget": 60.0}
 _COMBINATIONS = (
     Refusal(
         "<quantize> {quantize} leaves integers in the place of most weights, and <tune> {tune} would have to move them: give <tune> "
@@ -135,20 +143,13 @@ _COMBINATIONS = (
         lambda run, given: run.method == "adam" and run.lr == AUTO,
         {"method": "adam", "lr": AUTO},
     ),
-    Refusal(
-        "<steps> and <time_budget> both say how long to tune: leave one of them out",
-        lambda run, given: {"steps", "time_budget"} <= given,
-        {"steps": 3, "time_budget": 60.0},
-    ),
-    Refusal(
-        "<steps> and <epochs> both say how long to tune: leave one of them out",
-        lambda run, given: {"steps", "epochs"} <= given,
-        {"steps": 3, "epochs": 2.0},
-    ),
-    Refusal(
-        "<epochs> and <time_budget> both say how long to tune: leave one of them out",
-        lambda run, given: {"epochs", "time_budget"} <= given,
-        {"epochs": 2.0, "time_budget": 60.0},
+    *(
+        Refusal(
+            f"<{one}> and <{other}> both say how long to tune: leave one of them out",
+            partial(_are_given, frozenset((one, other))),
+            {one: _LENGTHS[one], other: _LENGTHS[other]},
+        )
+        for one, other in (("steps", "time_budget"), ("steps", "epochs"), ("epochs", "time_budget"))
     ),
     Refusal(
         "<patience> counts measurements of the dev split: give <eval_steps> too",
@@ -173,9 +174,7 @@ _COMBINATIONS = (
     Refusal(
         "<tune> prefix has no side path, by which <assignment> example and <perturbation> side_path evaluate: leave them out, or give <tune> lora "
         "or <method> mezo",
-        lambda run, given: (
-            run.tune == "prefix" and (run.assignment == "example" or run.perturbation in ("side_path", "both_signs"))
-        ),
+        lambda run, given: run.tune == "prefix" and _has_side_path(run),
         {"tune": "prefix", "assignment": "example"},
     ),
     Refusal(
@@ -209,9 +208,7 @@ _COMBINATIONS = (
     Refusal(
         "<sparsity> is of weights one by one, and the side path, by which <assignment> example and <perturbation> side_path evaluate, "
         "multiplies with whole directions: leave them out",
-        lambda run, given: (
-            run.sparsity > 0 and (run.assignment == "example" or run.perturbation in ("side_path", "both_signs"))
-        ),
+        lambda run, given: run.sparsity > 0 and _has_side_path(run),
         {"sparsity": 0.5, "assignment": "example"},
     ),
     Refusal(
@@ -295,23 +292,3 @@ def _example(one: Option) -> Any:
 def refusal_of(command: str, run: Any, given: frozenset[str]) -> Refusal | None:
     """The first row of the table that these settings fall under."""
     return next((row for row in refusals(command) if row.is_wrong(run, given)), None)
-
-
-def describe(
-    command: str, given: Mapping[str, Any], *, resumed: bool = False, spell: Callable[[str], str] = str
-) -> Any:
-    """The description of a command's run.
-
-    Args:
-        given: settings by name; None counts as not given.
-        resumed: they come from the log of a run that goes on, in which nothing tells what was given from what was default.
-        spell: a setting's name -> what the user knows it by.
-
-    Raises:
-        InputError: they have no meaning together, or a number is out of bounds.
-    """
-    run = with_defaults(command, given)
-    names = frozenset() if resumed else frozenset(name for name, value in given.items() if value is not None)
-    if (refusal := refusal_of(command, run, names)) is not None:
-        raise InputError(refusal.message(run, spell))
-    return run

@@ -6,11 +6,12 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from .description import with_defaults
 from .option import options
-from .runs import Train, with_defaults
+from .runs import Train
 
 
-def repeat_command(recorded: Mapping[str, Any], output_dir: str = "DIR") -> str:
+def repeat_command(recorded: Mapping[str, Any]) -> str:
     """The command line of a run with the recorded settings, its method among them; what is that method's default is left out.
 
     The steps that a time budget came to are named in its place.
@@ -27,4 +28,4 @@ def repeat_command(recorded: Mapping[str, Any], output_dir: str = "DIR") -> str:
             continue
         text = f"{value}s" if name == "time_budget" else f"{value:g}" if isinstance(value, float) else str(value)
         words += [f"--{one.key}"] if value is True else [f"--{one.key}", text]
-    return shlex.join([*words, "--output-dir", output_dir])
+    return shlex.join([*words, "--output-dir", "DIR"])

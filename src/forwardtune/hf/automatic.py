@@ -190,8 +190,8 @@ def held_out(trainer: Any, batches: int) -> Callable[[], float]:
     @torch.no_grad()
     def measure() -> float:
         trainer.model.eval()
-        trainer.tell_objective("begin_step", 0, 0)
-        trainer.tell_objective("end_step")  # nothing of this belongs to a step's statistics
+        trainer.step_losses.tell("begin_step", 0, 0)
+        trainer.step_losses.tell("end_step")  # nothing of this belongs to a step's statistics
 
         def loss(batch: Any) -> float:
             with trainer.compute_loss_context_manager():

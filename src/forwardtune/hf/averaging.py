@@ -7,8 +7,8 @@ from typing import Any
 
 from ..averages import AUTO, NONE, candidates
 from ..errors import InputError
+from ..files import plain
 from ..optimizer import MeZO
-from ..search.rates import plain
 from ..trajectory import Log, read_log
 from ..trajectory.log import add_note
 from ..trajectory.point import keep_base, keep_point, restore

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
@@ -28,22 +29,20 @@ from ..search.budget import first_settings
 from ..storage import is_offloaded, storage_named
 from ..trajectory import read_log
 from ..trajectory.shared import any_has_log, share_log
-from ..workers import Alone, Parts, workers_of_launch
+from ..workers import Alone, workers_of_launch
 from .automatic import Automatic
 from .averaging import Averaging
 from .config import MeZOConfig
 from .data_sets import prepared_data
-from .example_losses import ExampleLosses
 from .given import is_text, quantised_base, warn_of_missing_ends
 from .log_keeper import LogKeeper, steps_in_pass
 from .model_card import describe
 from .resuming import Resumption
 from .run_logs import RunLogs
-from .sharing import SIZES, USUAL_PARTS, DividedPredictions, InParts, digest_of, parts_of
+from .sharing import USUAL_PARTS, DividedPredictions, InParts, parts_of
+from .step_losses import Objective, StepLosses
 
 _ARGUMENTS = signature(MeZO).parameters
-
-Objective = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
 
 
 class MeZOTrainer(Trainer):
@@ -87,11 +86,6 @@ class MeZOTrainer(Trainer):
         formatting_func: Callable[[Any], str] | None = None,
         **kwargs: Any,
     ) -> None:
-        self._example_losses = ExampleLosses()
-        self._objective = objective  # Trainer's hyperparameter search puts a number of its own into `objective`
-        self._part = 0
-        self._in_step = False  # while a step is estimated; a trial of threads is no part of it
-        self._told: tuple[int, int] | None = None  # the step and part that the objective was told of last
         self._trial: Any = None
         #: Which log a run writes.
         self.run_logs = RunLogs()
@@ -105,7 +99,9 @@ class MeZOTrainer(Trainer):
         self._use_cache = getattr(getattr(given, "config", None), "use_cache", None)
         self._data = prepared_data(asked, objective, formatting_func)
         if self._data is not None:
-            objective = self._objective = self._data.objective
+            objective = self._data.objective
+        #: What a step is estimated from.
+        self.step_losses = StepLosses(self, objective)
         arguments = asked["args"]
         self.storage = storage_named(arguments.offload, arguments.output_dir, arguments.device)
         if isinstance(given, nn.Module):
@@ -264,38 +260,21 @@ class MeZOTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The mean of the objective over the batch, or without an objective the model's own loss."""
-        if self._objective is None:
+        objective = self.step_losses.objective
+        if objective is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        losses = torch.as_tensor(self._objective(model, inputs), dtype=torch.float32)
+        losses = torch.as_tensor(objective(model, inputs), dtype=torch.float32)
         return (losses.mean(), {"losses": losses.reshape(-1)}) if return_outputs else losses.mean()
-
-    def example_losses(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-        """The losses of the batch's examples, shape (batch,): the objective's, or :class:`~.example_losses.ExampleLosses`."""
-        if self._objective is None:
-            return self._example_losses(model, inputs, model(**inputs))
-        losses = torch.as_tensor(self._objective(model, inputs), dtype=torch.float32)
-        if losses.ndim != 1:
-            raise InputError(
-                f"assignment='example' needs a loss for every example, and the objective returned shape {tuple(losses.shape)}: return the "
-                "losses, shape (batch,), or use assignment='shared'"
-            )
-        return losses
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Query the microbatch at the step's probes. Trainer's ``optimizer.step()`` then moves the weights."""
         model.eval()  # dropout would differ between the two sides of a probe
-        self._part = self._part + 1 if self.mezo.gathering else 0
-        if self.state.global_step == 0 and self._part == 0:
+        if self.state.global_step == 0 and not self.mezo.gathering:
             warn_of_missing_ends(parts_of(inputs)[0], getattr(self.data_collator, "tokenizer", self.processing_class))
-        parts = self._in_parts(model, self._prepare_inputs(inputs), num_items_in_batch)
-        try:
-            self._in_step, self._told = True, None
-            loss = self.mezo.estimate(parts)
-        finally:
-            self.tell_objective("end_step")
-            self._in_step = False
+        parts = self.step_losses.parts(model, self._prepare_inputs(inputs), num_items_in_batch)
+        loss = self.step_losses.estimate(parts)
         if self.cores is not None and self.accelerator.sync_gradients:  # the step's last microbatch
             with torch.no_grad():
                 self._keeper.changed_threads = self.cores.look(parts.closures[0])
@@ -308,38 +287,6 @@ class MeZOTrainer(Trainer):
         if self._data is not None and eval_dataset is not None and not isinstance(eval_dataset, str):
             eval_dataset = self._data.prepare_eval(eval_dataset)
         return super().evaluate(eval_dataset, *args, **kwargs)
-
-    def _in_parts(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None) -> Parts:
-        """The microbatch as the optimizer takes it."""
-        parts, per_example, step = parts_of(inputs), self.mezo.estimator.per_example, self.mezo.next_step
-        sizes = list(inputs[SIZES]) if len(parts) > 1 else None
-        scaled = self._scaled_for_accumulation(num_items_in_batch)
-        share = 1 if scaled else self.current_gradient_accumulation_steps
-
-        def closure_of(number: int, part: Any) -> Callable[[], Tensor]:
-            # A loss that is a mean over its examples counts as they do; one over all of the batch's items is a share already.
-            weight = 1.0 if scaled or sizes is None else sizes[number] / sum(sizes)
-
-            def closure() -> Tensor:
-                # All evaluations of a part draw the same random numbers.
-                here = (step, self._part * self.mezo.parts + number)
-                if self._in_step and here != self._told:
-                    self.tell_objective("begin_step", *here)
-                    self._told = here
-                with self.compute_loss_context_manager():
-                    if per_example:
-                        loss = self.example_losses(model, part)
-                    else:
-                        loss = self.compute_loss(model, dict(part), num_items_in_batch=num_items_in_batch) / share
-                        loss = loss if weight == 1.0 else loss * weight
-                if self.mezo.checking:  # evaluations of the first step's self-check are no part of the step
-                    self.tell_objective("take_statistics")
-                return loss
-
-            return closure
-
-        digest = digest_of(inputs) if self.workers.count > 1 else b""
-        return Parts([closure_of(number, part) for number, part in enumerate(parts)], sizes, digest)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         """As Trainer's, over all parts."""
@@ -371,20 +318,8 @@ class MeZOTrainer(Trainer):
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's; within :meth:`evaluation_loop` of several workers, what one of them predicted."""
         if self._divided is not None:
-            return tuple(_on(self.args.device, one) for one in self._divided.ready.pop(0))
+            return send_to_device(self._divided.ready.pop(0), self.args.device)
         return super().prediction_step(model, inputs, *args, **kwargs)
-
-    def tell_objective(self, method: str, *arguments: Any) -> Any:
-        """Call a method of the objective, if it has it."""
-        return getattr(self._objective, method, lambda *arguments: None)(*arguments)
-
-    def _scaled_for_accumulation(self, num_items_in_batch: Tensor | int | None) -> bool:
-        """Whether the loss is already a share of the whole accumulated batch, by Trainer's own rule."""
-        if self._objective is not None:
-            return False
-        by_model = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-        stated = getattr(self, "loss_is_scaled_for_ga", None)
-        return bool(by_model or self.compute_loss_func is not None if stated is None else stated)
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, *args: Any, **kwargs: Any
@@ -480,8 +415,8 @@ class MeZOTrainer(Trainer):
         if logs.pop("grad_norm", None) is not None and self.mezo.last is not None and not self.mezo.last.skipped:
             coefficients = self.mezo.last.present
             logs["projected_gradient"] = sum(map(abs, coefficients)) / len(coefficients)
-        self.tell_objective("gather", self.workers)
-        for name, values in (self.tell_objective("take_statistics") or {}).items():
+        self.step_losses.tell("gather", self.workers)
+        for name, values in (self.step_losses.tell("take_statistics") or {}).items():
             logs |= {f"objective/{name}/{key}": value for key, value in values.items()}
         if "train_runtime" in logs:  # the closing report comes before the best weights are loaded: the log ends here
             self._keeper.finish()
@@ -514,12 +449,3 @@ class MeZOTrainer(Trainer):
     def step_log(self) -> Path:
         """Where the steps are logged."""
         return self.run_logs.path(self.run_folder)
-
-
-def _on(device: torch.device, value: Any) -> Any:
-    """Nested tensors on a device."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, Mapping):
-        return {name: _on(device, one) for name, one in value.items()}
-    return type(value)(_on(device, one) for one in value) if isinstance(value, list | tuple) else value

@@ -5,8 +5,9 @@ This package is the one part of the library that knows ``peft``.
 
 from .attention import takes_lengths
 from .kinds import Kind, model_kind
-from .loading import EMBEDDED_MODEL, blank_model, context_length, load_model, require_device, save_model
+from .loading import blank_model, context_length, load_model, require_device, save_model
 from .merging import merge_adapter
+from .places import EMBEDDED_MODEL
 from .prefix import forward
 from .principal import a_of, start_from_inputs
 from .quantised import KEPT_QUANTISED, checkpoint_format, is_quantised, weights_of

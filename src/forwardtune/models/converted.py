@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from ..files import read_json, write_json
+from ..files import digest_of, read_json, write_json
 
 _VERSION = 1
 _CONVERTERS = ("torch", "transformers", "tokenizers", "safetensors", "gguf")
@@ -79,16 +79,8 @@ def cache_folder() -> Path | None:
 
 def _key(file: Path, dtype: str) -> str:
     versions = {name: metadata.version(name) for name in _CONVERTERS}
-    facts = {"version": _VERSION, "file": _digest(file), "dtype": dtype, "by": versions}
+    facts = {"version": _VERSION, "file": digest_of(file), "dtype": dtype, "by": versions}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _digest(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as content:
-        while block := content.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _is_whole(entry: Path) -> bool:
@@ -103,12 +95,12 @@ def _is_whole(entry: Path) -> bool:
 
 
 def _digests(entry: Path) -> dict[str, str]:
-    return {file.name: _digest(file) for file in sorted(entry.iterdir()) if file.name != _MANIFEST}
+    return {file.name: digest_of(file) for file in sorted(entry.iterdir()) if file.name != _MANIFEST}
 
 
 def _keep(model: Any, tokenizer: Any, entry: Path) -> None:
     """Write an entry, unless it would not give the same model again, or does not fit."""
-    size = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
+    size = sum(tensor.nbytes for tensor in model.parameters())
     root = entry.parent
     root.mkdir(parents=True, exist_ok=True)
     _make_room(root, size)

@@ -9,8 +9,9 @@ import torch
 
 from ..errors import InputError
 from ..files import read_json
-from .loading import DTYPES, load_model
+from .loading import load_model
 from .quantised import is_quantised, make_dense
+from .reading import DTYPES
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ class _Stack:
 
     def take(self, like: Tensor) -> Tensor:
         """An uninitialised contiguous tensor of the shape and dtype of ``like``."""
-        count = like.numel() * like.element_size()
+        count = like.nbytes
         size = -(-count // self._alignment) * self._alignment
         index, offset, used = self._top
         if used == 0 and self._chunks and size > self._chunks[0].numel():

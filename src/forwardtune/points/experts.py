@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..parameters import TunedTensor
-from .lazy import METADATA, refuse_writing
+from .lazy import StandIn
 
 
 def of_experts(module: nn.Module, owned: Mapping[str, TunedTensor]) -> frozenset[str]:
@@ -25,88 +25,57 @@ def of_experts(module: nn.Module, owned: Mapping[str, TunedTensor]) -> frozenset
     )
 
 
-class ExpertWeight(Tensor):
+class ExpertWeight(StandIn):
     """Stands for a tensor whose first dimension counts experts.
 
     ``weight[numbers]`` and grouped products (``grouped_mm``), also of its transpose, compute the slices that they need; any other use
     computes all of them. The slices lie where they would lie in the whole.
     """
 
-    _state: _Slices
+    _state: ExpertSlices
     _transposed: tuple[int, int] | None
-    _original: Tensor
-    _is_param = True  # for isinstance(weight, nn.Parameter)
 
     @classmethod
-    def of(
-        cls,
-        original: Tensor,
-        out: Tensor,
-        perturb: Callable[[int, int], None],
-        note_use: Callable[[], None],
-        note_rows: Callable[[Tensor], None],
-    ) -> ExpertWeight:
-        """A stand-in for ``original``.
-
-        Args:
-            out: where the perturbed slices go, of the same shape.
-            perturb: computes the slices from one number to another.
-            note_use: called when all of them are used; ``note_rows`` with the numbers of those that are.
-        """
-        return cls._made(original, _Slices(out, perturb, note_use, note_rows), None)
-
-    @classmethod
-    def _made(cls, original: Tensor, state: _Slices, transposed: tuple[int, int] | None) -> ExpertWeight:
-        weight = Tensor._make_subclass(cls, original.detach(), original.requires_grad)
-        weight._original, weight._state, weight._transposed = original, state, transposed
+    def of(cls, original: Tensor, state: ExpertSlices, transposed: tuple[int, int] | None = None) -> ExpertWeight:
+        """A stand-in for ``original``, whose slices these are; with two dimensions exchanged, for what comes of that."""
+        weight = cls._of(original)
+        weight._state, weight._transposed = state, transposed
         return weight
 
-    def point_to(self, data: Tensor) -> None:
-        """Let code that knows nothing of this class find ``data`` here."""
-        with torch._C.DisableTorchFunctionSubclass():
-            self.data = data
+    def _computed(self) -> Tensor:
+        self._state.every()
+        return self._dense()
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in METADATA:
-            return func(args[0]._original, *args[1:], **kwargs)
+    def _in_part(cls, func: Any, args: Any, kwargs: Any) -> Any:
         weight = args[0] if args and isinstance(args[0], cls) else None
-        with torch._C.DisableTorchFunctionSubclass():
-            if weight is not None and weight.ndim == 3 and func in TRANSPOSES and weight._transposed is None:
-                dims = exchanged(func, args, kwargs)
-                if dims is not None:
-                    return cls._made(weight._original.transpose(*dims), weight._state, dims)
-            if weight is not None and func is Tensor.__getitem__ and weight._transposed is None:
-                numbers = picked(args[1], weight._state.out)
-                if numbers is not None:
-                    return weight._state.some(numbers)[args[1]]
-            if (
-                is_grouped(func)
-                and len(args) > 1
-                and isinstance(args[1], cls)
-                and isinstance(kwargs.get("offs"), Tensor)
-            ):
-                sizes = torch.diff(kwargs["offs"], prepend=kwargs["offs"].new_zeros(1))
-                args[1]._state.some(sizes.nonzero().view(-1))
-                return func(args[0], args[1]._dense(), *args[2:], **kwargs)
-        refuse_writing(func, args, cls)
-
-        def dense(value: Any) -> Any:
-            if isinstance(value, cls):
-                value._state.every()
-                return value._dense()
-            return type(value)(map(dense, value)) if isinstance(value, (list, tuple)) else value
-
-        return func(*map(dense, args), **{key: dense(value) for key, value in kwargs.items()})
+        if weight is not None and weight.ndim == 3 and func in TRANSPOSES and weight._transposed is None:
+            dims = exchanged(func, args, kwargs)
+            if dims is not None:
+                return cls.of(weight._original.transpose(*dims), weight._state, dims)
+        if weight is not None and func is Tensor.__getitem__ and weight._transposed is None:
+            numbers = picked(args[1], weight._state.out)
+            if numbers is not None:
+                return weight._state.some(numbers)[args[1]]
+        if is_grouped(func) and len(args) > 1 and isinstance(args[1], cls) and isinstance(kwargs.get("offs"), Tensor):
+            sizes = torch.diff(kwargs["offs"], prepend=kwargs["offs"].new_zeros(1))
+            args[1]._state.some(sizes.nonzero().view(-1))
+            return func(args[0], args[1]._dense(), *args[2:], **kwargs)
+        return NotImplemented
 
     def _dense(self) -> Tensor:
         out = self._state.out
         return out if self._transposed is None else out.transpose(*self._transposed)
 
 
-class _Slices:
-    """The slices of a tensor, computed once each."""
+class ExpertSlices:
+    """The slices of a tensor, computed once each.
+
+    Args:
+        out: where the perturbed slices go, of the same shape.
+        perturb: computes the slices from one number to another.
+        note_use: called when all of them are used; ``note_rows`` with the numbers of those that are.
+    """
 
     def __init__(
         self,

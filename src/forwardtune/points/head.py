@@ -23,10 +23,6 @@ def is_table(module: nn.Module) -> bool:
     return isinstance(module, nn.Embedding) or (isinstance(module, nn.Linear) and module.out_features >= VOCABULARY)
 
 
-def nbytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
 def as_parameter(value: Tensor, tensor: TunedTensor) -> Tensor:
     """The value as a parameter that requires grad as the tuned one does: torch chooses some kernels by that."""
     return nn.Parameter(value, requires_grad=tensor.parameter.requires_grad)
@@ -53,7 +49,7 @@ class Slices:
         For every shape that a matrix product has, oneDNN keeps a kernel of about a megabyte.
         """
         height, (least, most) = table.shape[0], _SLICES
-        slices = max(1, self._most_bytes and -(-nbytes(table) // self._most_bytes))
+        slices = max(1, self._most_bytes and -(-table.nbytes // self._most_bytes))
         slices = min(max(slices, least), most)
         even = (n for n in range(slices, min(2 * slices, most) + 1) if height % n == 0)
         return -(-height // next(even, slices))

@@ -14,23 +14,60 @@ def _nothing(*_: Any) -> None:
     return None
 
 
-class LazyWeight(Tensor):
-    """Stands in a module for a weight that does not exist yet.
+class StandIn(Tensor):
+    """Stands in a module for a weight. Questions about shape, dtype and device are answered from the original.
 
-    Questions about shape, dtype and device are answered from the original. A look-up may compute its rows alone, a projection may go
-    through them in slices; any other use computes the whole tensor first.
+    A kind says what it computes of the result of a function from parts of the weight (``_in_part``, else NotImplemented), and how it computes
+    the whole (``_computed``), with which any other function goes on.
     """
+
+    _in_part: Any
+    _computed: Any
+    _original: Tensor
+    _is_param = True  # for isinstance(weight, nn.Parameter)
+
+    @classmethod
+    def _of(cls, original: Tensor) -> Any:
+        weight = Tensor._make_subclass(cls, original.detach(), original.requires_grad)
+        weight._original = original
+        return weight
+
+    def point_to(self, data: Tensor) -> None:
+        """Let code that knows nothing of this class find ``data`` here."""
+        with torch._C.DisableTorchFunctionSubclass():
+            self.data = data
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in METADATA:
+            return func(args[0]._original, *args[1:], **kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            found = cls._in_part(func, args, kwargs)
+        if found is not NotImplemented:
+            return found
+        refuse_writing(func, args, cls)
+
+        def dense(value: Any) -> Any:
+            if isinstance(value, cls):
+                return value._computed()
+            return type(value)(map(dense, value)) if isinstance(value, (list, tuple)) else value
+
+        return func(*map(dense, args), **{key: dense(value) for key, value in kwargs.items()})
+
+
+class LazyWeight(StandIn):
+    """A weight that does not exist yet. A look-up may compute its rows alone, a projection may go through them in slices."""
 
     _rows: Callable[[Tensor], Tensor | None]
     _project: Callable[[Tensor, Tensor | None], Tensor | None]
     _whole: Callable[[], Tensor]
     _note_use: Callable[[], None]
     _note_rows: Callable[[Tensor], None]
-    _original: Tensor
-    _is_param = True  # for isinstance(weight, nn.Parameter)
 
-    @staticmethod
+    @classmethod
     def wrap(
+        cls,
         original: Tensor,
         whole: Callable[[], Tensor],
         note_use: Callable[[], None],
@@ -47,46 +84,30 @@ class LazyWeight(Tensor):
             project: ``project(x, bias)`` computes ``x tensor^T + bias``; None: the whole is wanted instead.
             note_rows: called with the numbers of rows that are looked up; None: that is a use of the tensor like any other.
         """
-        weight = Tensor._make_subclass(LazyWeight, original.detach(), original.requires_grad)
-        weight._original, weight._whole, weight._note_use = original, whole, note_use
-        weight._rows, weight._project = rows, project
+        weight = cls._of(original)
+        weight._whole, weight._note_use, weight._rows, weight._project = whole, note_use, rows, project
         weight._note_rows = (lambda numbers: note_use()) if note_rows is None else note_rows
         return weight
 
-    def point_to(self, data: Tensor) -> None:
-        """Let code that knows nothing of this class find ``data`` here."""
-        with torch._C.DisableTorchFunctionSubclass():
-            self.data = data
+    def _computed(self) -> Tensor:
+        self._note_use()
+        return self._whole()
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in METADATA:
-            return func(args[0]._original, *args[1:], **kwargs)
-
-        with torch._C.DisableTorchFunctionSubclass():
-            if func is F.embedding and kwargs.get("max_norm") is None and isinstance(args[1], cls):
-                numbers, table = args
-                table._note_rows(numbers)
-                rows = table._rows(numbers)
-                return F.embedding(numbers, table._whole()) if rows is None else rows
-            if func is F.linear and not kwargs and isinstance(args[1], cls):
-                x, table, bias = (*args, None)[:3]
-                if not isinstance(x, cls) and not isinstance(bias, cls):
-                    projected = table._project(x, bias)
-                    if projected is not None:
-                        table._note_use()
-                        return projected
-
-        refuse_writing(func, args, cls)
-
-        def dense(value: Any) -> Any:
-            if isinstance(value, cls):
-                value._note_use()
-                return value._whole()
-            return type(value)(map(dense, value)) if isinstance(value, (list, tuple)) else value
-
-        return func(*map(dense, args), **{key: dense(value) for key, value in kwargs.items()})
+    def _in_part(cls, func: Any, args: Any, kwargs: Any) -> Any:
+        if func is F.embedding and kwargs.get("max_norm") is None and isinstance(args[1], cls):
+            numbers, table = args
+            table._note_rows(numbers)
+            rows = table._rows(numbers)
+            return F.embedding(numbers, table._whole()) if rows is None else rows
+        if func is F.linear and not kwargs and isinstance(args[1], cls):
+            x, table, bias = (*args, None)[:3]
+            if not isinstance(x, cls) and not isinstance(bias, cls):
+                projected = table._project(x, bias)
+                if projected is not None:
+                    table._note_use()
+                    return projected
+        return NotImplemented
 
 
 def refuse_writing(func: Any, args: Any, kind: type[Tensor]) -> None:
@@ -110,27 +131,14 @@ _IN_PLACE = {
     f"__i{name}__" for name in ("add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
 }
 
-METADATA = {
-    getattr(Tensor, name).__get__
-    for name in (
-        *("shape", "dtype", "device", "layout", "ndim", "requires_grad", "grad", "grad_fn", "is_leaf"),
-        *(
-            "is_cuda",
-            "is_cpu",
-            "is_meta",
-            "is_sparse",
-            "is_quantized",
-            "is_nested",
-            "is_mps",
-            "is_xpu",
-            "itemsize",
-            "nbytes",
-        ),
-    )
-} | {
-    getattr(Tensor, name)
-    for name in (
-        *("size", "dim", "ndimension", "numel", "nelement", "stride", "element_size", "get_device", "__len__"),
-        *("is_floating_point", "is_complex", "is_signed", "is_contiguous", "storage_offset"),
-    )
+_ATTRIBUTES = (
+    "shape dtype device layout ndim requires_grad grad grad_fn is_leaf itemsize nbytes "
+    "is_cuda is_cpu is_meta is_sparse is_quantized is_nested is_mps is_xpu"
+)
+_METHODS = (
+    "size dim ndimension numel nelement stride element_size get_device __len__ "
+    "is_floating_point is_complex is_signed is_contiguous storage_offset"
+)
+METADATA = {getattr(Tensor, name).__get__ for name in _ATTRIBUTES.split()} | {
+    getattr(Tensor, name) for name in _METHODS.split()
 }

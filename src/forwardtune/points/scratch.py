@@ -16,8 +16,8 @@ from ..method.unread import Used
 from ..noise import Noise
 from ..parameters import TunedParameters, TunedTensor
 from .arena import Arena
-from .experts import ExpertWeight, of_experts
-from .head import Slices, as_parameter, is_table, nbytes, project_in_slices
+from .experts import ExpertSlices, ExpertWeight, of_experts
+from .head import Slices, as_parameter, is_table, project_in_slices
 from .lazy import LazyWeight
 from .leaks import Leaks, among, storage_of
 from .perturbation import Closure, Perturbation, ReadElsewhereError, as_loss, without_compilation
@@ -54,7 +54,7 @@ class Scratch(Perturbation):
         # A slice of a vocabulary head takes no more scratch memory than the largest other module does.
         self.slices = Slices(
             max(
-                (sum(nbytes(t.parameter) for _, t in owned) for module, owned in self._owners if not is_table(module)),
+                (sum(t.parameter.nbytes for _, t in owned) for module, owned in self._owners if not is_table(module)),
                 default=0,
             )
         )
@@ -165,7 +165,7 @@ class Scratch(Perturbation):
     @property
     def nbytes(self) -> int:
         """Memory that is kept for perturbed weights."""
-        return self._arena.nbytes + sum(map(nbytes, (self._whole | self._strays).values()))
+        return self._arena.nbytes + sum(t.nbytes for t in (self._whole | self._strays).values())
 
     def copy_whole(self, tensors: Iterable[int]) -> None:
         """From the next block on these tensors, by id, can be read on any way: a perturbed copy is in their place."""
@@ -367,13 +367,10 @@ class Scratch(Perturbation):
                 here = tensor.home.visit(source[lo:hi], piece)
                 self.noise.perturb(piece, here, tensor=tensor.id, start=start, shape=source.shape, **self._point)
 
-        weight = ExpertWeight.of(
-            as_parameter(outline, tensor),
-            out,
-            perturb,
-            lambda: self._note_use(tensor),
-            lambda numbers: self._note_rows(tensor, numbers),
+        slices = ExpertSlices(
+            out, perturb, lambda: self._note_use(tensor), lambda numbers: self._note_rows(tensor, numbers)
         )
+        weight = ExpertWeight.of(as_parameter(outline, tensor), slices)
         if not plain:  # nor does code find them that knows nothing of this class
             weight.point_to(outline.new_full((), math.nan).expand(source.shape))
             self._lent_at[out.data_ptr()] = tensor.id

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..files import plain
 from ..method.estimators import Query
 from ..optimizer import MeZO
 from ..points import Closure, Perturbation
@@ -67,10 +68,14 @@ class Scale:
         """Whether the weights move as they should, and the signal stands out of the noise of two evaluations."""
         return self.is_finite and self.survives and self.signal > _ENOUGH * math.sqrt(2) * self.noise
 
+    @property
+    def is_hidden(self) -> bool:
+        """Whether losses differ by no more than rounding alone makes them, so that a run would learn nothing."""
+        return self.is_finite and not (self.survives and self.signal > math.sqrt(2) * self.noise)
+
     def content(self) -> dict[str, Any]:
         """What a step log says of it, as JSON."""
-        signal, noise = (x if math.isfinite(x) else str(x) for x in (self.signal, self.noise))
-        return {"eps": self.eps, "signal": signal, "noise": noise, "kept": self.kept}
+        return {"eps": self.eps, "signal": plain(self.signal), "noise": plain(self.noise), "kept": self.kept}
 
 
 def measure(optimizer: MeZO, closure: Closure, eps: float, directions: int = SCALE_DIRECTIONS) -> Scale:
@@ -155,7 +160,7 @@ def set_eps(
         chosen = measured[-1]
         if not chosen.is_finite:
             announce(f"the loss is not finite around the untuned weights, down to eps {chosen.eps:.1e}")
-        elif not chosen.is_clear:
+        elif chosen.is_hidden:
             highest = max(scale.eps for scale in measured)
             announce(
                 f"rounding in {dtypes} hides what a perturbation does to the loss, up to eps {highest:.1e}: {_ADVICE}"

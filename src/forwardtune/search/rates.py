@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ..files import plain
 from .budget import Plan
 from .guard import SLIGHT, GoBack, Guard
 from .line_search import LineSearch, line_search
@@ -248,8 +249,3 @@ def rate_found(found: LineSearch) -> float:
         return found.best
     harmless = [size for size, loss in found.tried.items() if size and loss - untuned <= slight]
     return max(harmless, default=min(size for size in found.tried if size))
-
-
-def plain(x: float) -> float | str:
-    """As JSON can hold it."""
-    return x if math.isfinite(x) else str(x)

@@ -45,7 +45,7 @@ class OnDisk(Offloaded):
     def _rooms(self, parameters: Sequence[nn.Parameter]) -> Iterator[Tensor]:
         if not parameters:
             return
-        sizes = [p.numel() * p.element_size() for p in parameters]
+        sizes = [p.nbytes for p in parameters]
         places = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
         memory = self._file(sum(places))
         offset = 0

@@ -33,7 +33,7 @@ class InHostMemory(Offloaded):
             )
 
     def _rooms(self, parameters: Sequence[nn.Parameter]) -> Iterator[Tensor]:
-        needed = sum(p.numel() * p.element_size() for p in parameters if p.device.type != "cpu")
+        needed = sum(p.nbytes for p in parameters if p.device.type != "cpu")
         if needed > (there := free()):
             raise InputError(
                 f"weights in the memory of the host take {needed / 2**30:.1f} GiB, and {there / 2**30:.1f} are free: use offload='disk'",

@@ -32,14 +32,10 @@ class ChatTokens:
         tokenizer: with a chat template, where rows are conversations.
         assistant_only: whether the assistant's turns alone are learnt of ``messages``, or all of them.
         completion_only: whether the completion alone is learnt.
-        text_column: the column of plain texts.
     """
 
-    def __init__(
-        self, tokenizer: Any, *, assistant_only: bool = True, completion_only: bool = True, text_column: str = "text"
-    ) -> None:
+    def __init__(self, tokenizer: Any, *, assistant_only: bool = True, completion_only: bool = True) -> None:
         self._tokenizer, self._assistant_only, self._completion_only = tokenizer, assistant_only, completion_only
-        self._text_column = text_column
         self._marked = isinstance(tokenizer.chat_template, str) and bool(_MARKED.search(tokenizer.chat_template))
         self._end = (
             re.compile(rf"\s*(?:{found})\n?")
@@ -54,7 +50,7 @@ class ChatTokens:
             RowError: the template cannot write the conversation, or not so that the assistant's turns can be told apart.
         """
         if form == "text":
-            tokens = self._text(self._closed(row[self._text_column]))
+            tokens = self._text(self._closed(row["text"]))
             return tokens, [True] * len(tokens)
         how = _extras(row)
         if form == "messages":

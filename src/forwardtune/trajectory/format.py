@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LogError
+from ..files import plain
 from ..method.estimators import Estimator, get_estimator
 from ..method.record import StepRecord, coefficients_of, mean_loss
 from ..noise import NOISE_VERSION, SPECIFIED, Direction, Emphasis, LowRank, Noise, get_direction
@@ -188,9 +189,9 @@ def step_content(record: StepRecord, unread: Unread = MappingProxyType({})) -> d
             numbers["skipped"] = True
     else:
         numbers = {
-            "coefficients": [_plain(c) for c in record.coefficients],
-            "losses": [_plain(loss) for loss in record.losses],
-            "loss": _plain(record.loss),
+            "coefficients": [plain(c) for c in record.coefficients],
+            "losses": [plain(loss) for loss in record.losses],
+            "loss": plain(record.loss),
         }
     return {
         "step": record.step,
@@ -290,8 +291,3 @@ def numbers(text: str, count: int) -> tuple[int, ...]:
     if ranges(found) != text or sorted(set(found)) != found or (found and found[-1] >= count):
         raise ValueError(f"{text!r} are no ids of {count} tensors")
     return tuple(found)
-
-
-def _plain(x: float) -> float | str:
-    """JSON has no infinity and no NaN: they are written as strings that ``float`` reads."""
-    return x if math.isfinite(x) else str(x)

@@ -181,7 +181,7 @@ def require_room(
 ) -> None:
     """Raise InputError unless the disk has room for a point."""
     rule, folder = optimizer.rule, Path(path).parent
-    needed = sum(t.parameter.numel() * t.parameter.element_size() for t in optimizer.tuned)
+    needed = sum(t.parameter.nbytes for t in optimizer.tuned)
     if isinstance(rule, Elementwise) and rule.state == "exact":
         needed += 4 * rule.averages * optimizer.tuned.numel
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
 """The kernels of a device against the plain definition: the same bits, how much faster, and what a launch costs the host.
 
-    python benchmarks/kernels.py [--device cuda] [--weights 16777216]
+    python benchmarks/noise_kernels.py [--device cuda] [--weights 16777216]
 
 It needs torch alone, with Triton on a GPU and Numba on a CPU. Every sweep is compared with the definition on the CPU: awkward sizes,
 shards, both directions, values of every magnitude. Then a few steps of each rule are taken on the device, logged, and replayed there
