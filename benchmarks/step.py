@@ -6,7 +6,8 @@
     python benchmarks/step.py --device cuda --shapes 1.3b --lengths 64 --profile --output profile-cuda   # what takes the time
 
 ``example`` is a step in which every example has a direction of its own, on the side path; its two forwards are timed by themselves as well.
-``both`` is the same with both sides of a probe in one forward pass of twice the rows.
+``both`` is the same with both sides of a probe in one forward pass of twice the rows, ``lazy`` that with V drawn anew every ten steps, to which all
+of them wait (``fold="refresh"``): the mean of ten steps, one of which sweeps the weights.
 Models have random weights. One logit row a sequence is computed, as for a task with one-token answers. ``reference`` transcribes
 the published loop: three passes of ``torch.normal`` over the stored weights and one for the update, with a logit row for every token.
 On a GPU the peaks of allocated memory of a forward pass and of a step are compared as well, with the largest tuned layer beside
@@ -30,6 +31,9 @@ from timing import interleave, peak_of
 from forwardtune import MeZO
 from forwardtune.method.estimators import Query
 from forwardtune.points.both_signs import BothSigns
+
+#: Steps between two sweeps of the weights, where they wait.
+SPAN = 10
 
 
 def perturbed(optimizer: MeZO, loss: Callable[[], torch.Tensor]) -> None:
@@ -57,6 +61,8 @@ def measure(model: Any, length: int, options: argparse.Namespace) -> dict[str, A
     own.step(losses)
     both = MeZO(model, lr=1e-9, eps=EPS, assignment="example", perturbation="both_signs")
     both.step(losses)
+    lazy = MeZO(model, lr=1e-9, eps=EPS, assignment="example", perturbation="both_signs", refresh=SPAN, fold="refresh")
+    lazy.step(losses)
     works: dict[str, Callable[[], object]] = {
         "forward": loss,
         "perturbed_forward": lambda: perturbed(optimizer, loss),
@@ -65,10 +71,12 @@ def measure(model: Any, length: int, options: argparse.Namespace) -> dict[str, A
         "example_step": lambda: own.step(losses),
         "both_forward": lambda: both.evaluator.losses(both.next_step, both.estimator.queries(), losses),
         "both_step": lambda: both.step(losses),
+        "lazy_span": lambda: [lazy.step(losses) for _ in range(SPAN)],
     }
     if not options.no_reference:
         works["reference"] = lambda: reference_step(model, full_loss, 1e-9, 0)
     seconds = interleave(works, options.rounds, device)
+    seconds["lazy_step"] = seconds.pop("lazy_span") / SPAN
     floor = 2 * seconds["forward"]
     row: dict[str, Any] = {
         "seconds": seconds,
@@ -78,6 +86,7 @@ def measure(model: Any, length: int, options: argparse.Namespace) -> dict[str, A
         "example_step_over_floor": seconds["example_step"] / floor,
         "both_forward_over_floor": seconds["both_forward"] / floor,
         "both_step_over_floor": seconds["both_step"] / floor,
+        "lazy_step_over_floor": seconds["lazy_step"] / floor,
         "both_signs": isinstance(both.perturbation, BothSigns) and both.perturbation.together,
     }
     if "reference" in seconds:
@@ -155,6 +164,7 @@ def main() -> None:
         "example: step",
         "both: 1 forward",
         "both: step",
+        "lazy: step",
         "reference / 2 forwards",
         "reference / step",
         "step, s",
@@ -173,6 +183,7 @@ def main() -> None:
                     row["example_step_over_floor"],
                     row["both_forward_over_floor"],
                     row["both_step_over_floor"],
+                    row["lazy_step_over_floor"],
                     row.get("reference_over_floor", none),
                     row.get("reference_over_step", none),
                     row["seconds"]["step"],

@@ -41,6 +41,7 @@ STRUCTURES: dict[str, dict[str, Any]] = {
         "probes": 2,
     },
     "adam_nearest": {"rule": "adam", "probes": 2},
+    "example_folds": {"assignment": "example", "refresh": 5, "fold": "refresh", "probes": 2},
 }
 METHODS = ["-".join(names) for names in itertools.product(RULES, DIRECTIONS, ESTIMATORS)] + [*STRUCTURES]
 STEPS = 12
@@ -73,6 +74,8 @@ def method(name: str) -> tuple[nn.Module, MeZO]:
         {"params": [*net.seldom.parameters()]},
     ]
     settings = STRUCTURES.get(name)
+    if settings is not None and "fold" in settings:
+        groups[0]["weight_decay"] = 0.0
     if settings is None:
         rule, direction, estimator = name.split("-")
         rule = Adam(root="library") if rule == "adam" else rule  # as logs have it that do not say
@@ -96,6 +99,8 @@ def write(name: str, path: Path) -> None:
         with StepLog(path, optimizer):
             for step in range(STEPS):
                 optimizer.step(lambda step=step: loss(step))
+                if step == 6:
+                    optimizer.fold()
         return
     rows = [{"input_ids": row, "labels": row} for row in token_batch(16, 11).tolist()]
     settings = (
@@ -137,6 +142,8 @@ def test_a_run_of_today_moves_by_the_same_rule(name):
     assert optimizer.tuned.digest() == log.header["base"]
     for record in log.records:
         optimizer.take(record)
+        if record.step + 1 in log.folds:
+            optimizer.fold()
     assert optimizer.tuned.digest() == log.end["digest"]
 
 

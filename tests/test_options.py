@@ -153,6 +153,8 @@ CASES: dict[str, dict[str, tuple[Any, See, Any]]] = {
     "timed": {  # it stops before its first step
         "tune": (r"layers\.1\.", lambda b: sum(p.requires_grad for p in b.session.model.parameters()), 9),
         "assignment": ("example", lambda b: b.mezo.estimator.assignment, "example"),
+        "refresh": (2, lambda b: b.mezo.noise.structure.refresh, 2),
+        "fold": ("refresh", lambda b: b.mezo.pending is not None, True),
         "per_class": (3, lambda b: [b.lengths(split) for split in ("train", "dev")], [6, 6]),
         "time_budget": ("60s", lambda b: (b.session.deadline is not None, b.session.options.steps > 10), (True, True)),
     },

@@ -417,8 +417,8 @@ def test_an_export_of_another_version_is_refused(part, path):
     small_run(path)
     log = read_log(path)
     exported = path.with_suffix(".safetensors")
-    export_trajectory(dataclasses.replace(log, header={**log.header, part: 5}), exported)
-    with pytest.raises(LogError, match=f"version 5 of the.*{part}"):
+    export_trajectory(dataclasses.replace(log, header={**log.header, part: 6}), exported)
+    with pytest.raises(LogError, match=f"version 6 of the.*{part}"):
         replay(exported, small_model(), steps=2)
 
 
@@ -530,7 +530,7 @@ def with_momentum(**settings: Any) -> Callable[[list[dict[str, Any]]], object]:
     [
         (of(noise=2), "version 2 of the noise"),
         (of(format=1), "version 1 of the log format"),
-        (of(format=5), "version 5 of the log format"),
+        (of(format=6), "version 6 of the log format"),
         (of(direction="sphere"), "the direction 'sphere'"),
         (of(rule="adam"), "the rule 'adam'"),
         (of(rule="muon"), "the rule 'muon'"),

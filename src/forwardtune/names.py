@@ -20,6 +20,7 @@ DIRECTIONS = ("gaussian", "rademacher")
 PERTURBATIONS = ("auto", "scratch", "copy", "side_path", "both_signs")
 #: Of :class:`forwardtune.MeZO`: what a step moves.
 MOVES = ("read", "all")
+FOLDS = ("step", "refresh")
 #: Of ``forwardtune train``.
 METHODS = ("forward", "mezo", "adam")
 #: Of transformers, those that need no further settings.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 
 from .errors import InputError, NonFiniteLossError, nearest, warn
 from .method.estimators import Estimator, Losses, Query, get_estimator
+from .method.pending import pending_of
 from .method.record import StepRecord, estimated, mean_loss, updates_of
 from .method.rule import History, Rule, move_all
 from .method.rules import get_rule
@@ -21,7 +23,8 @@ from .method.weighting import Weighting, each_alone, gradient_norms
 from .names import MOVES
 from .noise import Direction, Emphasis, LowRank, Noise, get_direction
 from .parameters import TunedParameters, require_settings
-from .points import Closure, Evaluator, Perturbation
+from .points import Closure, Evaluator, Perturbation, SidePath
+from .points.both_signs import BothSigns
 from .points.idle import IdleWatch
 from .processes import processor, versions
 from .storage import Offloaded
@@ -81,6 +84,9 @@ class MeZO(torch.optim.Optimizer):
         rank: r of low-rank directions ``Z = U V^T / sqrt(r)`` of matrices; 0: full ones. By default 1 with
             ``assignment="example"``, else 0.
         refresh: V stays the same for so many steps (LOZO's nu).
+        fold: ``"step"``, every step sweeps the weights, or ``"refresh"``, steps wait until V is drawn anew, and are added to what layers give
+            meanwhile (:mod:`forwardtune.method.pending`). Whoever reads the weights on another way than by calling the model, or
+            ``state_dict()``, calls :meth:`fold` before.
         active_layers, sparsity, modify, modify_by: where directions fall, and how long they are there
             (:class:`~forwardtune.method.weighting.Weighting`). With ``modify_by="gradients"`` call :meth:`measure_layers` first.
         workers: who evaluates which query: :class:`~forwardtune.workers.ranks.Ranks` shares them between the processes of ``torchrun``.
@@ -119,6 +125,7 @@ class MeZO(torch.optim.Optimizer):
         assignment: str = "shared",
         rank: int | None = None,
         refresh: int = 1,
+        fold: str = "step",
         active_layers: int | None = None,
         sparsity: float = 0.0,
         modify: str = "none",
@@ -184,6 +191,7 @@ class MeZO(torch.optim.Optimizer):
         self._pending: list[Losses] | None = None
         self._used = Used()
         self._seconds = 0.0
+        self._fold = fold
         #: True while the weights belong to no step; then none can be taken.
         self.interrupted = False
         self._perturbation = perturbation
@@ -196,10 +204,16 @@ class MeZO(torch.optim.Optimizer):
         self.rule = self._rule.resolved(self.tuned)
         self.noise = replace(self.noise, emphasis=self.weighting.emphasis(self.tuned))
         self.rule.require(self.estimator, self.noise)
+        by_output = self.estimator.per_example or self._perturbation in (SidePath.name, BothSigns.name)
+        decays = any(group["weight_decay"] for group in self.param_groups)
+        may_wait = by_output and not decays and self.workers.count == 1
+        #: What waits to be added to the weights; None where every step does that.
+        self.pending = pending_of(self._fold, self.rule, self.noise, self.tuned, self.fold, may_wait=may_wait)
         self.evaluator = self._evaluator(self.noise)
 
     def _evaluator(self, noise: Noise) -> Evaluator:
-        return Evaluator(self.tuned, noise, self._perturbation, per_example=self.estimator.per_example)
+        each = self.estimator.per_example
+        return Evaluator(self.tuned, noise, self._perturbation, per_example=each, pending=self.pending)
 
     @torch.no_grad()
     def measure_layers(self, closure: Closure) -> None:
@@ -291,6 +305,7 @@ class MeZO(torch.optim.Optimizer):
         before = len(self._pending[0]) if self._pending else 0
         estimator = self.estimator_at(self.next_step)
         queries = [query.after(before) for query in estimator.queries()]
+        known = self.evaluator.left_out
         try:
             parts = Parts.of(closure)
             parts.require(self.parts, self.estimator.per_example)
@@ -304,6 +319,8 @@ class MeZO(torch.optim.Optimizer):
         assert losses is not None
         self._pending = estimator.merge(self._pending, losses)
         self.evaluator.leave_out(seen.left_out)
+        if seen.left_out != known:  # nothing adds there any more what waits
+            self.fold()
         self._used = Used.of(self._used).merged(seen.used)
         self._used -= self.evaluator.left_out  # an earlier microbatch may have had a path
         self._seconds += time.perf_counter() - began
@@ -317,7 +334,8 @@ class MeZO(torch.optim.Optimizer):
         return replace(self.estimator, probes=max(1, self.estimator.probes * step // self.probes_rise))
 
     def _evaluate(self, queries: Sequence[Query], closure: Closure) -> tuple[list[Losses], Seen]:
-        losses, used = self.evaluator.losses(self.next_step, queries, closure)
+        with self.aside():
+            losses, used = self.evaluator.losses(self.next_step, queries, closure)
         return losses, Seen(Used.of(used), self.evaluator.left_out)
 
     def meet(self) -> None:
@@ -421,10 +439,12 @@ class MeZO(torch.optim.Optimizer):
             updates = [] if record.skipped else updates_of(self.rule, record)
         except OverflowError:  # a learning rate or a loss so large that the step does not fit float32
             record, updates = replace(record, coefficients=(), loss=mean_loss(record.losses, skipped=True)), []
-        if updates:
-            self.interrupted = True
+        self.interrupted = True
+        if self.pending is not None:
+            unchanged = self.pending.take(record.step, updates)
+        elif updates:
             unchanged = move_all(self.rule, self.noise, self.tuned, [[update] for update in updates], self.history)
-            self.interrupted = False
+        self.interrupted = False
         left_out = tuple(sorted(self.evaluator.left_out - self._logged_left_out))
         self._logged_left_out = self.evaluator.left_out
         seconds = record.seconds + time.perf_counter() - began
@@ -440,6 +460,19 @@ class MeZO(torch.optim.Optimizer):
                 "the weights are as the last good step left them. Lower the learning rate, or eps; in float16 also try "
                 "bfloat16 or float32"
             )
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Add the steps that wait to the weights (``fold="refresh"``), before they are read; a call of the model, and ``state_dict()``, do that."""
+        if self.pending is not None and self.pending.is_behind:
+            self.require_whole_weights()
+            self.interrupted = True
+            self.pending.fold()
+            self.interrupted = False
+
+    def aside(self) -> AbstractContextManager[None]:
+        """Inside, a call of the model leaves steps that wait where they are: it adds them itself, or its values do not matter."""
+        return nullcontext() if self.pending is None else self.pending.aside()
 
     @property
     def gathering(self) -> bool:
@@ -475,7 +508,15 @@ class MeZO(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For ``copy.deepcopy`` and pickle: recorders, which write to files, and scratch memory stay behind."""
-        return {**self.__dict__, "recorders": [], "evaluator": self.evaluator.forgotten(), "_idle": IdleWatch()}
+        self.fold()
+        pending = None if self.pending is None else replace(self.pending, recorders=[])
+        own = {
+            "recorders": [],
+            "evaluator": self.evaluator.forgotten(pending),
+            "pending": pending,
+            "_idle": IdleWatch(),
+        }
+        return {**self.__dict__, **own}
 
     def leave_out(self, tensors: Iterable[int]) -> None:
         """These tensors, by id, have no side path: it is known from the run that goes on."""
@@ -492,13 +533,18 @@ class MeZO(torch.optim.Optimizer):
             raise ValueError(f"the rule {self.rule.name!r} remembers earlier steps: pass the history of the replay")
         self.history = history or History()
         self.next_step = len(records)
+        if self.pending is not None:
+            self.pending.go_on(self.next_step, self.pending.at)
         self._unread = Unread.of_records(records)
         self._skipped = next((i for i, record in enumerate(reversed(records)) if not record.skipped), len(records))
 
     def state_dict(self) -> dict[str, Any]:
         """As for any optimizer, with the step number and what the rule remembers: the whole state of MeZO."""
+        self.fold()
         own: dict[str, Any] = {"next_step": self.next_step, "seed": self.noise.seed, "skipped": self._skipped}
         own |= {"unread": self._unread.state()}
+        if self.pending is not None:
+            own |= {"folded_at": list(self.pending.at)}
         if self.noise.emphasis is not None:
             own |= {"emphasis": self.noise.emphasis.content()}
         return {**super().state_dict(), "mezo": own | self.history.state(self.rule)}
@@ -528,5 +574,7 @@ class MeZO(torch.optim.Optimizer):
         self.emphasise(None if emphasis is None else Emphasis.of_content(emphasis))
         self._forget_estimate()
         self.next_step = own["next_step"]
+        if self.pending is not None:
+            self.pending.go_on(self.next_step, own.get("folded_at", ()))
         self._unread = Unread.of_state(own.get("unread"), own["next_step"])
         self._skipped = own["skipped"]

@@ -25,7 +25,7 @@ from .results import new_folder
 
 # What a header leaves out where it is as usual.
 _METHOD = (
-    "probes_rise", "normalize", "assignment", "rank", "refresh", "active_layers", "sparsity", "modify", "modify_by",
+    "probes_rise", "normalize", "assignment", "rank", "refresh", "fold", "active_layers", "sparsity", "modify", "modify_by",
 )  # fmt: skip
 
 

@@ -43,7 +43,7 @@ def with_defaults(command: str, given: Mapping[str, Any]) -> Any:
 #: Who gives one of these says how the method shall be, and gets the rest of it as the paper has it.
 _OF_THE_METHOD = frozenset(
     (
-        "probes", "probes_rise", "estimator", "normalize", "rule", "direction", "assignment", "rank", "refresh", "perturbation",
+        "probes", "probes_rise", "estimator", "normalize", "rule", "direction", "assignment", "rank", "refresh", "fold", "perturbation",
         "active_layers", "sparsity", "modify", "modify_by",
     )
 )  # fmt: skip

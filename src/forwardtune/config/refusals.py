@@ -183,6 +183,21 @@ _COMBINATIONS = (
         {"refresh": 50},
     ),
     Refusal(
+        "<fold> refresh lets steps wait until a factor of their directions is drawn anew, while the side path adds them to what layers give: give "
+        "<refresh> 2 or more, and <assignment> example or <perturbation> side_path, with <rule> sgd, and leave <weight_decay>, <active_layers>, "
+        "<sparsity>, <modify> and <offload> out",
+        lambda run, given: (
+            run.fold == "refresh"
+            and not (
+                run.refresh > 1
+                and (run.assignment == "example" or run.perturbation in ("side_path", "both_signs"))
+                and (run.rule, run.modify, run.active_layers) == ("sgd", "none", None)
+                and not (run.weight_decay or run.sparsity or run.offload not in (None, "none"))
+            )
+        ),
+        {"fold": "refresh", "assignment": "example"},
+    ),
+    Refusal(
         "<probes_rise> begins with one direction of the minibatch and plain coefficients: leave <assignment> and <normalize> out",
         lambda run, given: run.probes_rise > 0 and (run.assignment, run.normalize) != ("shared", "none"),
         {"probes_rise": 10, "assignment": "example"},

@@ -192,6 +192,11 @@ class MeZOSettings:
         None, "of low-rank directions of matrices; 0: full ones", shown="0; 1 for each example", bounds=NOT_NEGATIVE
     )
     refresh: int = _of_mezo(1, "steps for which one factor of low-rank directions stays", bounds=POSITIVE)
+    fold: str = _of_mezo(
+        "step",
+        "when steps of low-rank directions sweep the weights: every one, or all since a refresh at the next",
+        choices=names.FOLDS,
+    )
     active_layers: int | None = _of_mezo(
         None, "layers that a step perturbs and moves, drawn by the seed", shown="all", bounds=POSITIVE
     )

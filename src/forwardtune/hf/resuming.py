@@ -21,6 +21,7 @@ from ..trajectory.lock import LogLock
 from ..trajectory.log import cut_log, require_same_run
 from ..trajectory.reader import Log
 from ..trajectory.replay import apply_log
+from ..trajectory.updates import folded_steps
 from .log_keeper import LOG_OF_CHECKPOINT, steps_in_pass
 from .sharing import writing
 
@@ -106,6 +107,7 @@ class Resumption:
             steps = _steps_of(Path(wanted), log)
         elif is_awaited and steps and steps not in saved:
             steps -= 1  # the kill may have come before it: do that step again
+        steps = folded_steps(log, steps)
         if args.lr_scheduler_type in _PLATEAU:
             self._require_plateau(log, steps, saved)
         return steps

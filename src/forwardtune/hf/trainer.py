@@ -276,7 +276,7 @@ class MeZOTrainer(Trainer):
         parts = self.step_losses.parts(model, self._prepare_inputs(inputs), num_items_in_batch)
         loss = self.step_losses.estimate(parts)
         if self.cores is not None and self.accelerator.sync_gradients:  # the step's last microbatch
-            with torch.no_grad():
+            with torch.no_grad(), self.mezo.aside():
                 self._keeper.changed_threads = self.cores.look(parts.closures[0])
         if self.mezo.estimator.per_example:  # Trainer adds up what its microbatches give
             loss /= self.current_gradient_accumulation_steps

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..noise import Count, Noise, Update
+from ..noise import Count, Noise, Update, folds_of
 from ..parameters import TunedParameters, TunedTensor
 from .base import BaseFile, ReadBase, present
 from .estimators import Estimator
@@ -209,6 +209,7 @@ def move_all(
     *,
     keep: bool = True,
     from_base: bool = False,
+    folded_at: Sequence[int] | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> int:
     """Apply steps to all tuned tensors, a tensor at a time, and take them into the history.
@@ -217,6 +218,8 @@ def move_all(
         updates: for every parameter group the same steps, in order.
         keep: whether ``history.moments`` are wanted afterwards; without them they are never whole in memory.
         from_base: the tensors are as the run began.
+        folded_at: after how many steps, beside every refresh, steps of matrices of low rank were folded; at the end they are. None: each
+            step moved them.
         progress: called with the numbers of tensors done and in all.
 
     Returns:
@@ -230,6 +233,8 @@ def move_all(
         own = updates[tensor.group]
         if ragged:
             own = [of_tensor(update, tensor.id) for update in own]
+        if folded_at is not None and noise.structure is not None and noise.waits(tensor.parameter.shape):
+            own = folds_of(own, noise.structure, folded_at)
         before = history.of(tensor.id)
         if rule.decay_towards == "base":
             before = replace(before, base=present(tensor) if from_base else kept.of(tensor) if kept else None)

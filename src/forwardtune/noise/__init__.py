@@ -29,6 +29,7 @@ from .directions import (
     register_direction,
 )
 from .emphasis import Emphasis, give_back, pieces
+from .folds import Fold, folds_of
 from .philox import split_seed
 from .structure import LowRank, rows_and_columns
 
@@ -42,11 +43,13 @@ __all__ = [
     "Count",
     "Direction",
     "Emphasis",
+    "Fold",
     "LowRank",
     "Noise",
     "Update",
     "compile_kernels",
     "flattened",
+    "folds_of",
     "get_direction",
     "load_kernels",
     "register_direction",
@@ -77,6 +80,10 @@ class Noise:
     def is_low_rank(self, shape: Sequence[int]) -> bool:
         """Whether a tensor of this shape has directions of low rank."""
         return self.structure is not None and self.structure.applies(shape)
+
+    def waits(self, shape: Sequence[int]) -> bool:
+        """Whether steps of a tensor of this shape may wait for a :class:`Fold`: a matrix of low rank. Stacks of them, as of experts, may not."""
+        return len(shape) == 2 and self.is_low_rank(shape)
 
     def takes_part(self, tensor: int, step: int) -> bool:
         """Whether a tensor has a direction in a step."""
@@ -197,8 +204,22 @@ class Noise:
             terms = [(item.step, probe, size) for item in fused for probe, size in item.terms]
             steps, probes, sizes = zip(*terms, strict=True) if terms else ((), (), ())
             u, v = self._factors(shape, piece, tensor, steps, probes, sizes, flat.device)
+            for item in fused:
+                if isinstance(item, Fold):
+                    self._add_up(
+                        u, item, [k for k, step in enumerate(steps) if step == item.step], tensor, piece, shape
+                    )
             unchanged += backend.update_factored(flat, fused, u, v, self.seed, tensor, start)
         return unchanged
+
+    def _add_up(
+        self, u: Tensor, fold: Fold, places: Sequence[int], tensor: int, piece: slice, shape: Sequence[int]
+    ) -> None:
+        """Let the terms of a fold, at their places, have sums in the place of U."""
+        width = rows_and_columns(shape)[1]
+        first, end = piece.start // width, -(-piece.stop // width)
+        (sums,) = self.sums_of_u([(tensor, first, end - first)], fold.parts, len(fold.sizes), u.device)
+        u[list(places)] = sums[[probe for probe, _ in fold.terms]]
 
     # --- many tensors: on a GPU launching takes longer than the sweep over a small one ------------------------------
 
@@ -272,17 +293,67 @@ class Noise:
         dtype: torch.dtype = torch.float32,
     ) -> list[tuple[Tensor, Tensor]]:  # fmt: skip
         """:meth:`factors`, at scale 1, of several tensors on one device: their ids and shapes. Rounded to a dtype."""
+        u = self.u_of(places, step=step, probes=probes, device=device, dtype=dtype)
+        return list(zip(u, self.v_of(places, step=step, probes=probes, device=device, dtype=dtype), strict=True))
+
+    def u_of(
+        self, places: Sequence[tuple[int, Sequence[int]]], *, step: int, probes: Sequence[int], device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ) -> list[Tensor]:  # fmt: skip
+        """U of :meth:`factors_of`."""
+        low, many = self._structure, []
+        for tensor, shape in places:
+            scale = low.scale(self._probed(tensor, step, 1.0))
+            many.append(Strips(tensor, [step], probes, [0], [scale], rows_and_columns(shape)[0] * low.rank))
+        return self._many_factors(many, device, dtype)
+
+    def v_of(
+        self, places: Sequence[tuple[int, Sequence[int]]], *, step: int, probes: Sequence[int], device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ) -> list[Tensor]:  # fmt: skip
+        """V of :meth:`factors_of`."""
         low, many = self._structure, []
         for tensor, shape in places:
             height, width = rows_and_columns(shape)
-            u, v = height * low.rank, width * low.rank
-            many.append(Strips(tensor, [step], probes, [0], [low.scale(self._probed(tensor, step, 1.0))], u))
-            many.append(Strips(tensor, [low.step_of_v(step)], probes, [u], [1.0], v))
+            many.append(Strips(tensor, [low.step_of_v(step)], probes, [height * low.rank], [1.0], width * low.rank))
+        return self._many_factors(many, device, dtype)
+
+    def _many_factors(self, many: Sequence[Strips], device: torch.device, dtype: torch.dtype) -> list[Tensor]:
         found = backends.for_directions(device).many_strips(self.direction, self.seed, many, device, dtype)
         return [
-            (u.view(len(probes), -1, low.rank), v.view(len(probes), -1, low.rank))
-            for u, v in zip(found[::2], found[1::2], strict=True)
+            factor.view(len(each.probes), -1, self._structure.rank) for factor, each in zip(found, many, strict=True)
         ]
+
+    def sums_of_u(
+        self, places: Sequence[tuple[int, int, int]], updates: Sequence[Update], count: int, device: torch.device
+    ) -> list[Tensor]:  # fmt: skip
+        """What several steps add up to: ``sum_t sizes_t[k] U_tk / sqrt(r)`` for k up to a count, in float32, step by step.
+
+        Rows that a step leaves alone get nothing of it.
+
+        Args:
+            places: of matrices of low rank on one device: id, first row, number of rows.
+
+        Returns:
+            For each the sums, shape ``(count, rows, rank)``.
+        """
+        low, sums = self._structure, [torch.zeros(0, device=device)] * len(places)
+        for update in updates:
+            sizes = [*update.sizes, *[0.0] * (count - len(update.sizes))]
+            scales = [low.scale(size) for size in sizes]
+            many = [
+                Strips(tensor, [update.step], range(count), [first * low.rank], scales, rows * low.rank)
+                for tensor, first, rows in places
+            ]
+            found = backends.for_directions(device).many_strips(self.direction, self.seed, many, device)
+            for i, ((tensor, first, rows), drawn) in enumerate(zip(places, found, strict=True)):
+                u = drawn.view(count, rows, low.rank)
+                if tensor in update.unused:
+                    u.zero_()
+                elif tensor in update.unread:
+                    u[:, update.unread[tensor][first : first + rows].to(device)] = 0
+                sums[i] = u if not sums[i].numel() else sums[i].add_(u)
+        return sums
 
     def directions_of(
         self, places: Sequence[tuple[int, Sequence[int]]], *, step: int, probes: Sequence[int], device: torch.device,

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..errors import InputError, warn
 from ..method.estimators import Losses, Query
+from ..method.pending import Pending
 from ..noise import Noise
 from ..parameters import TunedParameters
 from ..storage import Offloaded
@@ -34,6 +35,7 @@ class Evaluator:
         perturbation: the name of one, or ``"auto"``: the side path where every example has a direction of its own, else scratch, or
             copy without a module or where a weight is read on a way that scratch cannot see.
         per_example: whether every example has a direction of its own.
+        pending: steps that are not in the weights yet.
 
     Attributes:
         perturbation: how the model is moved; None until that is known.
@@ -43,7 +45,15 @@ class Evaluator:
         ValueError: an unknown perturbation, or one that cannot do what is wanted.
     """
 
-    def __init__(self, tuned: TunedParameters, noise: Noise, perturbation: str, *, per_example: bool) -> None:
+    def __init__(
+        self,
+        tuned: TunedParameters,
+        noise: Noise,
+        perturbation: str,
+        *,
+        per_example: bool,
+        pending: Pending | None = None,
+    ) -> None:
         if perturbation not in {"auto", *PERTURBATIONS}:
             raise InputError(f"unknown perturbation {perturbation!r}: choose auto, {', '.join(PERTURBATIONS)}")
         if per_example and perturbation not in ("auto", SidePath.name, BothSigns.name):
@@ -55,7 +65,7 @@ class Evaluator:
             raise InputError(
                 "perturbation='both_signs' is of directions of examples: set assignment='example', or perturbation='side_path'"
             )
-        self._tuned, self._noise = tuned, noise
+        self._tuned, self._noise, self._pending = tuned, noise, pending
         is_offloaded = any(isinstance(tensor.home, Offloaded) for tensor in tuned)
         if is_offloaded and (perturbation == Copy.name or tuned.module is None):
             raise InputError(
@@ -73,7 +83,10 @@ class Evaluator:
         self._checked: set[bool] = set()  # whether points were of each example, of those that were compared
 
     def _made(self) -> Perturbation:
-        return PERTURBATIONS[self._name](self._tuned, self._noise)
+        made = PERTURBATIONS[self._name](self._tuned, self._noise)
+        if isinstance(made, SidePath):
+            made.point.waiting.pending = self._pending
+        return made
 
     def losses(self, step: int, queries: Sequence[Query], closure: Closure) -> tuple[list[Losses], set[int]]:
         """The closure's values at the queried points, and the ids of the tuned tensors that it read.
@@ -188,10 +201,10 @@ class Evaluator:
         if isinstance(self.perturbation, SidePath):
             self.perturbation.left_out.update(tensors)
 
-    def forgotten(self) -> Evaluator:
+    def forgotten(self, pending: Pending | None = None) -> Evaluator:
         """One like it at its beginning, without scratch memory; what has no side path is known."""
         fresh = Evaluator.__new__(Evaluator)
-        fresh.__dict__.update(self.__dict__, _checked=set())
+        fresh.__dict__.update(self.__dict__, _checked=set(), _pending=pending)
         fresh.perturbation = None if self._may_copy or self.perturbation is None else fresh._made()
         fresh.leave_out(self.left_out)
         return fresh

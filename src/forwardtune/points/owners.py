@@ -132,19 +132,21 @@ class Groups:
         """Number of different ones."""
         return self.count // self.copies
 
-    def one_hot(self, dtype: torch.dtype, repeat: int) -> Tensor | None:
-        """1, or -1 in a second copy, where a row has a direction, each so many times, shape (rows, directions * repeat)."""
+    def one_hot(self, dtype: torch.dtype, repeat: int, beside: int = 0) -> Tensor | None:
+        """1, or -1 in a second copy, where a row has a direction, each so many times, and columns of 1 beside them, shape (rows, directions *
+        repeat + beside)."""
         if self.owner is None:
             return None
-        key = (dtype, repeat)
+        key = (dtype, repeat, beside)
         if key not in self._one_hot:
             sign = 1 - 2 * (self.owner // self.directions)
             hot = F.one_hot(self.owner % self.directions, self.directions) * sign[:, None]
-            self._one_hot[key] = hot.repeat_interleave(repeat, dim=1).to(self.device, dtype)
+            hot = F.pad(hot.repeat_interleave(repeat, dim=1), (0, beside), value=1)
+            self._one_hot[key] = hot.to(self.device, dtype)
         return self._one_hot[key]
 
     @cached_property
-    def _one_hot(self) -> dict[tuple[torch.dtype, int], Tensor]:
+    def _one_hot(self) -> dict[tuple[torch.dtype, int, int], Tensor]:
         return {}
 
     @cached_property

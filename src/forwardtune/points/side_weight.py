@@ -124,9 +124,19 @@ def _moves(weight: Any) -> bool:
     return weight._path.point.scale != 0
 
 
-def plain(value: Any) -> Any:
+def _waits(weight: Any) -> bool:
+    """Whether this stands for a tensor that lags behind the steps of the run."""
+    return isinstance(weight, SideWeight) and weight._path.point.waiting.lags(weight._tensor)
+
+
+def stored(value: Any) -> Any:
     """The tensor behind a stand-in; anything else as it is."""
     return value._original if isinstance(value, SideWeight) else value
+
+
+def plain(value: Any) -> Any:
+    """:func:`stored`, with the steps that wait to be added to it."""
+    return value._path.point.waiting.whole(value._tensor, value._original) if _waits(value) else stored(value)
 
 
 def _spread(value: Any) -> Any:
@@ -192,8 +202,8 @@ def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
 def _linear(x: Tensor, weight: Any, bias: Any = None) -> Tensor | None:
     if isinstance(x, SideWeight):
         return None
-    y = F.linear(x, plain(weight), plain(bias))
-    if _moves(weight) and not _add_product(y, x, weight, transposed=False):
+    y = F.linear(x, stored(weight), stored(bias))
+    if (_moves(weight) | _waits(weight)) and not _add_product(y, x, weight, transposed=False):
         return None
     return y if _add_shift(y, bias) else None
 
@@ -201,8 +211,8 @@ def _linear(x: Tensor, weight: Any, bias: Any = None) -> Tensor | None:
 def _addmm(bias: Any, x: Tensor, weight: Any, **scales: Any) -> Tensor | None:
     if scales or isinstance(x, SideWeight):
         return None
-    y = torch.addmm(plain(bias), x, plain(weight))
-    if _moves(weight) and not _add_product(y, x, weight, transposed=True):
+    y = torch.addmm(stored(bias), x, stored(weight))
+    if (_moves(weight) | _waits(weight)) and not _add_product(y, x, weight, transposed=True):
         return None
     return y if _add_shift(y, bias) else None
 
@@ -213,28 +223,43 @@ _AT_ONCE = 32
 
 
 def _add_product(y: Tensor, x: Tensor, weight: SideWeight, *, transposed: bool) -> bool:
-    """Add ``x_b Z_b^T`` to the output of a projection with W (out, in), or ``x_b Z_b`` where W is (in, out)."""
+    """Add ``x_b Z_b^T`` to the output of a projection with W (out, in), or ``x_b Z_b`` where W is (in, out); and to all rows what waits."""
     path, tensor = weight._path, weight._tensor
     groups = path.groups(x.shape[:-1], tensor, x.device)
     if groups is None or weight.ndim != 2 or not y.is_contiguous():
         return False
     # Autocast gives y in a dtype of its own, and in-place products take one dtype alone.
     rows, out = x.reshape(-1, x.shape[-1]).to(y.dtype), y.view(-1, y.shape[-1])
+    if path.point.scale == 0:
+        _add_waiting(out, rows, weight, transposed)
+        return True
     if not path.point.is_low_rank(tensor):
         z = path.point.directions(tensor, groups.directions).to(y.dtype)
         _add_by_example(groups, out, rows, lambda x: torch.bmm(x, z if transposed else z.mT))
         return True
     u, v = path.point.factors(tensor, groups.directions, y.dtype)
-    inner, outer = (u, v) if transposed else (v, u)  # (directions, rank, n) and (directions, rank, m)
-    scale = path.point.scale
-    if groups.directions * inner.shape[1] <= _AT_ONCE:
-        narrow = F.linear(rows, inner.flatten(0, 1))
-        own = groups.one_hot(narrow.dtype, inner.shape[1])
+    scale, rank = path.point.scale, u.shape[1]
+    if groups.directions * rank <= _AT_ONCE:
+        u, v, waiting = path.point.with_waiting(tensor, groups.directions, y.dtype)
+        inner, outer = (u, v) if transposed else (v, u)  # (columns, n) and (columns, m)
+        narrow = F.linear(rows, inner)
+        own = groups.one_hot(narrow.dtype, rank, waiting)
         narrow = narrow if own is None else narrow.mul_(own)
-        out.addmm_(narrow, outer.flatten(0, 1), alpha=scale)  # the scale in the precision of the sum
+        out.addmm_(narrow, outer, alpha=scale)  # the scale in the precision of the sum
     else:
+        inner, outer = (u, v) if transposed else (v, u)  # (directions, rank, n) and (directions, rank, m)
         _add_by_example(groups, out, rows, lambda x: torch.bmm(torch.bmm(x, inner.mT), outer).mul_(scale))
+        _add_waiting(out, rows, weight, transposed)
     return True
+
+
+def _add_waiting(out: Tensor, rows: Tensor, weight: SideWeight, transposed: bool) -> None:
+    """Add what waits to be added to a weight, as it is with every row."""
+    found = weight._path.point.waiting.of(weight._tensor, out.dtype)
+    if found is not None:
+        p, v = found
+        inner, outer = (p, v) if transposed else (v, p)
+        out.addmm_(F.linear(rows, inner), outer)
 
 
 def _add_by_example(groups: Groups, out: Tensor, rows: Tensor, product: Callable[[Tensor], Tensor]) -> None:
@@ -262,10 +287,11 @@ def _embedding(
 ) -> Tensor | None:
     if max_norm is not None or not isinstance(weight, SideWeight) or isinstance(numbers, SideWeight):
         return None
-    y, path = F.embedding(numbers, plain(weight)), weight._path
+    y, path = F.embedding(numbers, stored(weight)), weight._path
     path.used.read_rows(weight._tensor.id, numbers, weight._original.shape[0])
+    waiting = path.point.waiting_rows(weight._tensor, numbers)
     if path.point.scale == 0:
-        return y
+        return y if waiting is None else (y + waiting).to(y.dtype)
     owner = path.owner(numbers.shape, numbers.device)
     height = path.height()
     if owner is None and height is not None and numbers.shape[:1] == (1,):  # positions, the same for all rows
@@ -273,7 +299,8 @@ def _embedding(
         owner = path.owner(numbers.shape, numbers.device)
     if owner is None:
         return None
-    return y + path.point.rows(weight._tensor, numbers, owner, path.count() or 1).to(y.dtype)
+    added = path.point.rows(weight._tensor, numbers, owner, path.count() or 1)
+    return y + (added if waiting is None else added + waiting).to(y.dtype)
 
 
 def _layer_norm(x: Tensor, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Tensor | None:

@@ -22,6 +22,7 @@ from ..trajectory import LogError, StepLog, read_log
 from ..trajectory.lock import LogLock
 from ..trajectory.log import cut_log, require_no_log
 from ..trajectory.point import keep_point, require_room
+from ..trajectory.updates import folded_steps
 from .driver import RETURN_POINT, SearchDriver, plan_run
 from .notes import has_searched, plan_of
 
@@ -115,8 +116,11 @@ class AutoLR:
             plan = plan_of(log)
             if "held" not in plan:
                 raise LogError(f"the run in {log.path} has a learning rate of its own: resume it with StepLog.resume")
-            if not has_searched(log, log.steps):
-                log = cut_log(log, 0)  # the first steps are all estimated at the base weights
+            steps_kept = folded_steps(log, log.steps)
+            if not has_searched(log, steps_kept):
+                steps_kept = 0  # the first steps are all estimated at the base weights
+            if steps_kept < log.steps or not steps_kept:
+                log = cut_log(log, steps_kept)
             optimizer.estimator = replace(optimizer.estimator, eps=log.header["eps"])
             if log.steps:
                 keep_point(self._point, optimizer, log)

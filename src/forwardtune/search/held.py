@@ -17,6 +17,7 @@ from ..trajectory import ReturnPoint
 
 def hold(optimizer: MeZO) -> None:
     """From now on steps are estimated but not taken: the weights stay, so all of them are of the same point."""
+    optimizer.fold()
     if optimizer.held:
         raise RuntimeError(f"{len(optimizer.held)} steps are held back already: take or drop them first")
     optimizer.held = []
@@ -44,7 +45,9 @@ def move_to_trial(optimizer: MeZO, lr: float) -> None:
     steps = [updates_of(optimizer.rule, record) for record in records]
     groups = [[step[group] for step in steps] for group in range(len(optimizer.param_groups))]
     optimizer.interrupted = True
-    move_all(optimizer.rule, optimizer.noise, optimizer.tuned, groups, copy.deepcopy(optimizer.history))
+    folded_at = None if optimizer.pending is None else optimizer.pending.at
+    history = copy.deepcopy(optimizer.history)
+    move_all(optimizer.rule, optimizer.noise, optimizer.tuned, groups, history, folded_at=folded_at)
 
 
 @contextmanager

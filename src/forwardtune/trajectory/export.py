@@ -74,6 +74,8 @@ def export_trajectory(log: Log, path: str | PathLike[str], average: str = NONE) 
     header = {key: value for key, value in log.header.items() if key != "versions"}
     if log.rollbacks:
         header["rollbacks"] = [[rollback.at, rollback.to] for rollback in log.rollbacks]
+    if log.folds:
+        header["folds"] = log.folds
     if average != NONE:
         header["average"] = {"of": average, "digest": averaged.digest}
     if unused := _runs(trajectory.updates[0]):
@@ -168,6 +170,7 @@ def read_trajectory(path: str | PathLike[str]) -> Trajectory:
         header = json.loads(zlib.decompress(base64.b85decode(metadata["header"])))
         digest = metadata["digest"]
         rollbacks = [Rollback(at, to) for at, to in header.pop("rollbacks", [])]
+        folds = header.pop("folds", []) if header.get("fold") == "refresh" else None
         average = header.pop("average", {"of": NONE, "digest": None})
         groups = len(header["groups"])
         unused = {
@@ -220,4 +223,4 @@ def read_trajectory(path: str | PathLike[str]) -> Trajectory:
         for rows, factors, rates in zip(sizes.tolist(), decay.tolist(), lr.tolist(), strict=True)
     ]
     averages = {} if average["digest"] is None else {average["of"]: average["digest"]}
-    return Trajectory(path, header, rule, updates, rollbacks, digest, check is not None, averages, average["of"])
+    return Trajectory(path, header, rule, updates, rollbacks, digest, check is not None, averages, average["of"], folds)

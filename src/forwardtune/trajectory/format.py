@@ -26,8 +26,10 @@ from ..processes import versions
 #: Which rows of a tensor, by id, no step has read so far: bool, shape (rows,).
 Unread: TypeAlias = "Mapping[int, Tensor]"
 FORMAT_VERSION = 4
+#: Of a run whose steps wait to be folded into the weights.
+FOLDING_VERSION = 5
 #: Formats that can be read: in version 2 every step moved every tensor, in version 3 all of its rows.
-READABLE = (2, 3, 4)
+READABLE = (2, 3, 4, 5)
 _SEAL_DIGITS = 16
 _SEAL_LENGTH = len(',"check":""}') + _SEAL_DIGITS
 
@@ -69,7 +71,7 @@ DESCRIPTIVE = ("format", "base", "frozen", "versions", "workers", "run")
 FOUND = "emphasis"
 #: What a field means that the header leaves out.
 ABSENT: dict[str, Any] = {
-    "normalize": "none", "rule_settings": {}, "assignment": "shared", "rank": 0, "refresh": 1, "clip_coefficient": None, "parts": 1,
+    "normalize": "none", "rule_settings": {}, "assignment": "shared", "rank": 0, "refresh": 1, "fold": "step", "clip_coefficient": None, "parts": 1,
     "probes_rise": 0, "active_layers": None, "sparsity": 0.0, "modify": "none", "modify_by": "parameters",
 }  # fmt: skip
 
@@ -114,11 +116,12 @@ def identity(optimizer: MeZO) -> dict[str, Any]:
     """The part of the header that decides the meaning of the step lines; a resumed run must have the same."""
     rule = optimizer.rule.settings()
     return {
-        "format": FORMAT_VERSION,
+        "format": FORMAT_VERSION if optimizer.pending is None else FOLDING_VERSION,
         "noise": NOISE_VERSION,
         "seed": optimizer.noise.seed,
         **direction_content(optimizer.noise.direction),
         **structure_content(optimizer.noise.structure),
+        **({} if optimizer.pending is None else {"fold": "refresh"}),
         **weighting_content(optimizer),
         **optimizer.estimator.settings(),
         **({"probes_rise": optimizer.probes_rise} if optimizer.probes_rise else {}),

@@ -33,6 +33,7 @@ from .format import (
 from .lock import LogLock
 from .reader import Log, Rollback, read_log
 from .replay import apply_log
+from .updates import folded_steps
 
 
 class StepLog:
@@ -76,13 +77,13 @@ class StepLog:
             self.close()
             self.path.unlink()
             raise
-        optimizer.recorders.append(self.record)
+        self._listen()
 
     @classmethod
     def resume(cls, path: str | PathLike[str], optimizer: MeZO, *, lock: LogLock | None = None) -> StepLog:
         """Go on with a log: bring the optimizer's weights, which must be the base weights, to its last step.
 
-        A torn last line is cut off. The optimizer must be set up as at the start (its learning rate may differ). If it has
+        A torn last line is cut off; steps that waited to be folded into the weights are cut out, too, and are to be taken again. The optimizer must be set up as at the start (its learning rate may differ). If it has
         taken the log's steps already, its weights are left as they are.
 
         Raises:
@@ -93,6 +94,10 @@ class StepLog:
         try:
             log = read_log(path)  # after the lock: nobody else writes to it now
             require_same_run(log, optimizer)
+            if (steps := folded_steps(log, log.steps)) < log.steps:
+                log = cut_log(log, steps)
+                self._file.close()  # the file is another one now
+                self._file = open(path, "r+b", buffering=0)
             optimizer.emphasise(emphasis_of(log.header))
             optimizer.leave_out(number for record in log.records for number in record.left_out)
             if optimizer.next_step == 0:
@@ -110,8 +115,15 @@ class StepLog:
         self._check, self.base = log.check, log.header["base"]
         self._unread = log.records[-1].unread if log.records else {}
         self.step_check = log.step_checks[-1] if log.steps else None
-        optimizer.recorders.append(self.record)
+        if optimizer.pending is not None:
+            optimizer.pending.go_on(log.steps, log.folds)
+        self._listen()
         return self
+
+    def _listen(self) -> None:
+        self._optimizer.recorders.append(self.record)
+        if self._optimizer.pending is not None:
+            self._optimizer.pending.recorders.append(self.folded)
 
     def _open(self, path: Path, optimizer: MeZO, lock: LogLock | None, *, new: bool) -> None:
         self.path = path
@@ -161,6 +173,11 @@ class StepLog:
         self._write(*seal(self._check, {"rollback": to}))
         self.step_check = self._check
 
+    def folded(self, steps: int) -> None:
+        """Write that what waited is folded into the weights after so many steps."""
+        self._write(*seal(self._check, {"fold": steps}))
+        self.step_check = self._check
+
     def _write(self, line: str, check: str) -> None:
         if self._failed:
             raise LogWriteError(f"{self.path} lacks a step that could not be written: resume the run from it")
@@ -179,12 +196,15 @@ class StepLog:
     def finish(self) -> None:
         """Write the end line, with the digest of the tuned weights: a log without one is unfinished."""
         self._optimizer.require_whole_weights()
+        self._optimizer.fold()
         self._write(*seal(self._check, {"end": self._optimizer.next_step, "digest": self._optimizer.tuned.digest()}))
 
     def close(self) -> None:
         """Stop recording. Does not write the end line."""
         if self.record in self._optimizer.recorders:
             self._optimizer.recorders.remove(self.record)
+        if self._optimizer.pending is not None and self.folded in self._optimizer.pending.recorders:
+            self._optimizer.pending.recorders.remove(self.folded)
         if self._file.closed:
             return
         try:

@@ -49,6 +49,7 @@ class ReturnPoint:
 
     def __init__(self, path: str | PathLike[str], optimizer: MeZO, base: str) -> None:
         self.path, self._optimizer, self._base = Path(path), optimizer, base
+        optimizer.fold()
         self._keep(optimizer.next_step - len(optimizer.held or ()))
         self._listen([])
 
@@ -107,7 +108,10 @@ class ReturnPoint:
         optimizer.interrupted = True
         self._read(history)
         updates = updates_by_group(optimizer.rule, again, len(optimizer.param_groups))
-        move_all(optimizer.rule, optimizer.noise, optimizer.tuned, updates, history)
+        folded_at = None if optimizer.pending is None else optimizer.pending.at
+        move_all(optimizer.rule, optimizer.noise, optimizer.tuned, updates, history, folded_at=folded_at)
+        if optimizer.pending is not None:
+            optimizer.pending.forget()
         optimizer.history, optimizer.interrupted = history, False
         self._since.clear()
         if again:

@@ -53,6 +53,7 @@ class Log:
         records: one for each step, in order from step 0.
         step_checks: for each step, the checksum of its line, or of the last rollback between it and the next step.
         rollbacks: in order.
+        folds: after how many steps each the weights were folded at another time than a refresh, in order.
         notes: in order.
         end: the last line, if the run closed its log: number of steps and digest of the tuned weights.
         length: bytes up to the end of the last whole line; anything behind it is a torn line.
@@ -65,6 +66,7 @@ class Log:
     records: list[StepRecord]
     step_checks: list[str]
     rollbacks: list[Rollback]
+    folds: list[int]
     notes: list[Note]
     end: dict[str, Any] | None
     length: int
@@ -108,6 +110,7 @@ def read_log(path: str | PathLike[str]) -> Log:
     records: list[StepRecord] = []
     step_checks: list[str] = []
     rollbacks: list[Rollback] = []
+    folds: list[int] = []
     notes: list[Note] = []
     end: dict[str, Any] | None = None
     for number, line in enumerate(lines[1:], start=2):
@@ -128,6 +131,14 @@ def read_log(path: str | PathLike[str]) -> Log:
             step_checks[-1] = check
             end = None
             continue
+        if "fold" in content:
+            if content["fold"] != len(records) or not records or header.get("fold") != "refresh":
+                raise _refused(
+                    path, number, f"it folds what waits after {content['fold']} steps, not after {len(records)}"
+                )
+            folds.append(len(records))
+            step_checks[-1] = check
+            continue
         if content.get("step") != len(records):
             raise _refused(path, number, f"it holds step {content.get('step')}, but step {len(records)} comes next")
         try:
@@ -136,7 +147,9 @@ def read_log(path: str | PathLike[str]) -> Log:
             raise _refused(path, number, "a field of the step is missing or of another kind") from None
         step_checks.append(check)
         end = None
-    return Log(path, header, records, step_checks, rollbacks, notes, end, len(data) - len(rest), check, torn=bool(rest))
+    return Log(
+        path, header, records, step_checks, rollbacks, folds, notes, end, len(data) - len(rest), check, torn=bool(rest)
+    )
 
 
 def _open(path: Path, number: int, previous: str, line: bytes) -> tuple[dict[str, Any], str]:

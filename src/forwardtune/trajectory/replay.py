@@ -104,6 +104,7 @@ def apply_updates(
         history,
         keep=keep,
         from_base=True,
+        folded_at=trajectory.folded_at(len(updates[0])),
         progress=progress,
     )
     return history

@@ -27,6 +27,7 @@ class Trajectory:
         rule: what moves the weights.
         updates: for every parameter group, one update a step, undone ones included.
         rollbacks: which steps were undone.
+        folds: after how many steps each, beside every refresh, what waited was folded into the weights; None: every step moved them.
         digest: of the tuned weights; None when the run did not close its log.
         checked: whether a checksum covers every step; of an export by an early version only the digest tells damage.
         averages: digests of averages of its weights, by their texts, as far as they are known.
@@ -42,6 +43,7 @@ class Trajectory:
     checked: bool = True
     averages: Mapping[str, str] = field(default_factory=dict)
     average: str = NONE
+    folds: Sequence[int] | None = None
 
     @property
     def steps(self) -> int:
@@ -64,7 +66,7 @@ class Trajectory:
             )
         rule = Averaged(self.rule, tuple(Average(text).shares(standing(self.rollbacks, steps))))
         summed(self.rule, self.first(steps)[0], rule.shares)  # refused before any weight is read
-        return replace(self, rule=rule, digest=self.averages.get(text), average=text)
+        return replace(self, rule=rule, digest=self.averages.get(text), average=text, folds=None)
 
     def first(self, steps: int) -> list[list[Update]]:
         """The updates that lead to the weights after so many steps: one that was undone by then is empty, as if skipped."""
@@ -73,6 +75,21 @@ class Trajectory:
             [update if stands[i] else Update(update.step, ()) for i, update in enumerate(group[:steps])]
             for group in self.updates
         ]
+
+    def folded_at(self, steps: int) -> list[int] | None:
+        """The folds within the first steps, with those of going back."""
+        if self.folds is None:
+            return None
+        back = (rollback.to for rollback in self.rollbacks if rollback.at <= steps)
+        return sorted({*(at for at in self.folds if at <= steps), *back})
+
+
+def folded_steps(log: Log, steps: int) -> int:
+    """After how many steps, so many at most, nothing waited to be folded into the weights: from there a run can go on."""
+    if log.header.get("fold") != "refresh":
+        return steps
+    at = [*log.folds, *(rollback.at for rollback in log.rollbacks)]
+    return max([steps - steps % int(log.header["refresh"]), *(known for known in at if known <= steps)])
 
 
 def standing(rollbacks: Sequence[Rollback], steps: int) -> list[bool]:
@@ -99,7 +116,8 @@ def trajectory_of(log: Log) -> Trajectory:
         for note in log.notes
         if "average" in note.content and note.at == log.steps
     }
-    return Trajectory(log.path, log.header, rule, updates, log.rollbacks, end, averages=averages)
+    folds = log.folds if log.header.get("fold") == "refresh" else None
+    return Trajectory(log.path, log.header, rule, updates, log.rollbacks, end, averages=averages, folds=folds)
 
 
 def updates_by_group(rule: Rule, records: Sequence[StepRecord], groups: int) -> list[list[Update]]:
