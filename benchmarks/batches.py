@@ -1,20 +1,26 @@
 """Wasted work removed: the loss of real batches as we compute it, against the unshared, padded evaluation with full logits.
 
-    python benchmarks/batches.py --data-dir FOLDER [--tasks sst2 cb record]
+    python benchmarks/batches.py --data-dir FOLDER [--tasks sst2 cb record] [--shots 16 32]
 
 The folder holds the tasks' data as for ``forwardtune train --data-dir``. The embedded 135M model in bfloat16, batches of 16
 training examples drawn at random (2 of ReCoRD). ``plain`` has a row for each example and option, padded to the longest, and computes a
 logit row for every token. ``ours`` processes each prompt once for all its options, packs short examples into one row, and
 computes logits for the answers' tokens alone. Both losses are compared before anything is timed. For SST-2 the whole step is
 timed as well: ``reference`` is the published loop over the plain evaluation.
+
+Then what all prompts begin with, processed once and processed with every prompt, in processor seconds: an evaluation of SST-2 examples
+behind so many demonstrations (``--shots``), and the loss of a minibatch behind an instruction. ``--tasks`` without any does this alone.
 """
 
 from __future__ import annotations
 
 import random
 import statistics
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -23,11 +29,19 @@ from published import EPS, reference_step
 from timing import interleave
 
 from forwardtune import MeZO
-from forwardtune.evaluation import find_layout, plain_layout, prepare, training_objective
+from forwardtune.evaluation import (
+    evaluate,
+    find_layout,
+    plain_layout,
+    prepare,
+    training_objective,
+    with_common_beginning,
+)
 from forwardtune.models import load_model
 from forwardtune.tasks import Task, get_task, load_splits
 from forwardtune.tasks.encoding import Encoded, Encoder
 
+INSTRUCTION = "Below is a sentence from a film review. Say whether its author liked the film: the answer is great or terrible.\n\n"
 # examples in a batch, batches, rounds: ReCoRD's plain evaluation has a row of hundreds of tokens for each of many entities
 TASKS = {"sst2": (16, 4, 3), "cb": (16, 4, 3), "record": (2, 2, 1)}
 
@@ -87,11 +101,59 @@ def measure(
     }
 
 
+def measure_common(model: Any, tokenizer: Any, data_dir: str, shots: Sequence[int]) -> dict[str, Any]:
+    """Processor seconds with what all prompts begin with in every prompt (``apart``), and ``once``."""
+    task, found = get_task("sst2"), {}
+    told = replace(task, prompt=INSTRUCTION + task.prompt)
+    split = load_splits(told, data_dir=data_dir, dev_examples=0, train_examples=48, test_examples=32)
+    train = Encoder(tokenizer, 2048)(told, split["train"].examples)
+    apart = find_layout(model, tokenizer, train)
+    once, objective = with_common_beginning(model, tokenizer, train, apart), training_objective(task)
+    rounds = []
+    for lo in range(0, len(train), 16):
+        inputs = {
+            name: prepare(model, tokenizer, train[lo : lo + 16], layout)
+            for name, layout in {"apart": apart, "once": once}.items()
+        }
+        works: dict[str, Callable[[], object]] = {
+            name: torch.no_grad()(lambda batch=batch: objective(model, batch).mean()) for name, batch in inputs.items()
+        }
+        rounds.append(interleave(works, 3, clock=time.process_time))
+    common = next(int(batch["common"]) for batch in inputs.values() if "common" in batch)
+    found["instruction"] = {
+        "common_tokens": common,
+        "seconds": {name: statistics.median(one[name] for one in rounds) for name in works},
+        "speedup": statistics.median(one["apart"] / one["once"] for one in rounds),
+        "tokens": {name: batch["input_ids"].numel() for name, batch in inputs.items()},
+    }
+    split = load_splits(task, data_dir=data_dir, dev_examples=0, train_examples=48, test_examples=32)
+    for count in shots:
+        encoder = Encoder(tokenizer, 2048, split["train"].examples[:count])
+        examples = encoder(task, split["test"].examples)
+        layout = find_layout(model, tokenizer, examples)
+
+        def measured(examples: Sequence[Encoded] = examples, layout: Any = layout) -> float:
+            return evaluate(model, tokenizer, task, examples, layout=layout)["loss"]
+
+        def measured_apart(measured: Callable[[], float] = measured) -> float:
+            with mock.patch("forwardtune.evaluation.common_beginning", return_value=[]):
+                return measured()
+
+        seconds = interleave({"apart": measured_apart, "once": measured}, 1, clock=time.process_time)
+        found[f"shots-{count}"] = {
+            "prompt_tokens": statistics.mean(len(e.prompt) for e in examples),
+            "seconds": seconds,
+            "speedup": seconds["apart"] / seconds["once"],
+        }
+    return found
+
+
 def main() -> None:
     """Print and save the ratios."""
     asked = parser(__doc__)
     asked.add_argument("--data-dir", required=True)
-    asked.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    asked.add_argument("--tasks", nargs="*", choices=TASKS, default=list(TASKS))
+    asked.add_argument("--shots", nargs="*", type=int, default=[16, 32])
     options = asked.parse_args()
     model, tokenizer = load_model("smollm2-135m", dtype="bfloat16")
     print(f"{'task':8}{'tokens plain':>14}{'ours':>8}{'needed':>8}{'plain / ours':>14}{'reference step / step':>24}")
@@ -108,6 +170,12 @@ def main() -> None:
             flush=True,
         )
         write(f"batches-{name}", {"batch": TASKS[name][0], **row})
+    common = measure_common(model, tokenizer, options.data_dir, options.shots)
+    for name, found in common.items():
+        print(
+            f"{name:14}apart {found['seconds']['apart']:8.2f} s{'once':>8} {found['seconds']['once']:8.2f} s{found['speedup']:8.2f}"
+        )
+    write("batches-common", {"batch": 16, **common})
 
 
 if __name__ == "__main__":

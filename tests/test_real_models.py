@@ -18,7 +18,8 @@ from forwardtune.evaluation import evaluate, find_layout, plain_layout, prepare
 from forwardtune.method.rules import sgd
 from forwardtune.models import EMBEDDED_MODEL, context_length, load_model, save_model
 from forwardtune.objectives import option_cross_entropy
-from forwardtune.tasks import get_task, load_split
+from forwardtune.tasks import get_task, load_split, load_splits
+from forwardtune.tasks.batching import common_beginning
 from forwardtune.tasks.encoding import Encoder
 from forwardtune.trajectory import StepLog, replay
 from support.examples import inputs_of
@@ -143,3 +144,14 @@ def test_embedded_model_is_evaluated_on_real_data(smollm: tuple[Any, Any], data_
     assert result["loss"] == pytest.approx(plain["loss"], abs=2**-3 if shots else 2**-4)
     assert 0 < result["loss"] < 4
     assert not shots or seen[0] < seen[1] / 2
+
+
+def test_rounding_is_not_taken_for_demonstrations_that_nobody_sees(smollm: tuple[Any, Any], data_dir: Path) -> None:
+    """With these ones bfloat16's logits, an eighth apart, turn over to their neighbours on the way through a cache."""
+    model, tokenizer = smollm
+    task = get_task("sst2")
+    splits = load_splits(task, data_dir=str(data_dir), dev_examples=0, train_examples=48, test_examples=32)
+    examples = Encoder(tokenizer, 512, splits["train"].examples[:4])(task, splits["test"].examples[:4])
+    with inputs_of(model) as shapes:
+        evaluate(model, tokenizer, task, examples)
+    assert (1, len(common_beginning(examples))) in shapes

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .models import model_kind, takes_lengths
+from .models import model_kind, stateful_layers, takes_lengths
 from .objectives import (
     Context,
     Reward,
@@ -25,15 +24,16 @@ from .objectives import (
 )
 from .storage import device_of
 from .tasks import Task, metrics
-from .tasks.batching import Layout, collate
+from .tasks.batching import Layout, collate, common_beginning
 from .tasks.encoding import Encoded
 from .tasks.tokens import padding_id
 from .workers import Alone
 
 Progress = Callable[[int, int], object]
 
-# A common beginning of all prompts is processed once if it has so many tokens: demonstrations, not a few words.
-_WORTH_SHARING = 32
+# So much of a common beginning is tried, to see that a model can go on from it. Who does not see it is off by more than this, by which
+# in bfloat16 rounding may be off: logits of 16 and more are an eighth apart.
+_TRIED, _ROUNDED = 32, 0.5
 
 
 @torch.no_grad()
@@ -78,8 +78,8 @@ def evaluate(
     """
     model.eval()
     layout = layout or find_layout(model, tokenizer, examples)
-    context = _common_context(model, tokenizer, examples, layout)
-    bare = None if calibrations is None else _common_context(model, tokenizer, calibrations, layout)
+    context = _common_context(model, examples, layout)
+    bare = None if calibrations is None else _common_context(model, calibrations, layout)
     known: dict[str, list[float]] = {}
     by_length = sorted(range(len(examples)), key=lambda i: examples[i].length)
     measurements: dict[str, list[float | None]] = {}
@@ -174,20 +174,22 @@ def find_layout(model: Any, tokenizer: Any, examples: Sequence[Encoded]) -> Layo
 
     Packed rows and shared prompts need a model that honours position ids and a block mask. Whether it does is found by
     trying it on a few examples that would be packed or have long options. Examples longer than a sliding window keep
-    the plain layout, whose mask is the model's own. Attention of variable length takes no masks, and needs none: with it all stand in one row.
+    the plain layout, whose mask is the model's own, and models with layers that keep a state, which takes no mask, share a prompt between answers of one token alone. Attention of variable length takes no masks, and needs none: with it all stand in one row.
     """
     plain = plain_layout(model, tokenizer)
     if model.device.type == "meta":  # nothing can be tried without weights: as most models
         return replace(plain, shared=True, packed=True)
-    if not all(example.options for example in examples):
-        return plain  # nothing to score
+    if not all(example.options for example in examples) and not common_beginning(examples):
+        return plain  # nothing to score, and nothing to share
+    examples = _scorable(examples)
     by_length = sorted(examples, key=lambda example: example.length)
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     window, lengths = getattr(config, "sliding_window", None), takes_lengths(model)
-    if (
-        not lengths and window is not None and by_length[-1].length > window
-    ):  # the block mask would take the window's place
-        return plain
+    if not lengths and window is not None and by_length[-1].length > window:
+        return plain  # the block mask would take the window's place
+    if stateful_layers(model):  # what leaks from text to text may be too little for half precision to show
+        apart = all(len(option) < 2 for example in examples for option in example.options)
+        return replace(plain, shared=True) if apart and plain.causal else plain
     # Two that fit into one row beside the longest, and one with long options: enough to see what the model honours.
     chosen = by_length[:2] + by_length[2:][-1:]
     chosen += [e for e in by_length[2:-1] if sum(len(option) > 1 for option in e.options) > 1][-1:]
@@ -201,22 +203,56 @@ def find_layout(model: Any, tokenizer: Any, examples: Sequence[Encoded]) -> Layo
     return plain
 
 
+@torch.no_grad()
+def with_common_beginning(
+    model: Any, tokenizer: Any, examples: Sequence[Encoded], layout: Layout, *, generates: bool = False
+) -> Layout:
+    """The layout in which what all examples begin with stands once in a row, if it pays and the model scores them so as it does one by one.
+
+    For minibatches at one point, which may be a perturbed one: where every example has a direction of its own, nothing is common to them.
+
+    Args:
+        generates: whether the model also writes behind the beginning, for which it must go on from the keys and values.
+    """
+    common = common_beginning(examples) if layout.shared and layout.packed and layout.causal else []
+    if not common:
+        return layout
+    begun = replace(layout, begun=True)
+    if model.device.type == "meta":  # as most models
+        return begun
+    trial = [replace(e, prompt=common[:_TRIED] + _shortened(e, 12).prompt) for e in _scorable(examples[:3])]
+    expected = option_scores(model, _inputs(model, trial, plain_layout(model, tokenizer), None))
+    same = _agrees(model, trial, begun, expected, rounded=_ROUNDED)
+    return begun if same and (not generates or _common_context(model, examples, layout) is not None) else layout
+
+
+def _scorable(examples: Sequence[Encoded]) -> list[Encoded]:
+    """The examples; those without options, of which a text is generated, with some token to score."""
+    return [example if example.options else replace(example, options=[example.prompt[-1:]]) for example in examples]
+
+
 def _agrees(
-    model: Any, trial: Sequence[Encoded], layout: Layout, expected: Tensor, context: Context | None = None
+    model: Any,
+    trial: Sequence[Encoded],
+    layout: Layout,
+    expected: Tensor,
+    context: Context | None = None,
+    rounded: float = 0.02,
 ) -> bool:
+    """Whether the model scores examples as expected; ``rounded`` is what bfloat16 may be off by."""
     try:
         scores = option_scores(model, _inputs(model, trial, layout, context))
     except (TypeError, ValueError, RuntimeError, IndexError):  # no such arguments, or a mask that it cannot take
         return False
     # Far above rounding, below the effect of seeing another text.
-    close = 1e-3 if layout.dtype == torch.float32 else 0.02
-    return torch.allclose(expected, scores, rtol=close, atol=close)
+    close = {torch.bfloat16: rounded, torch.float16: 0.02}.get(layout.dtype, 1e-3)
+    return torch.allclose(expected, scores, rtol=min(close, 0.02), atol=close)
 
 
 def _inputs(model: Any, batch: Sequence[Encoded], layout: Layout, context: Context | None) -> dict[str, Any]:
     if context is not None:
         skip = len(context.tokens)
-        batch = [replace(e, prompt=e.prompt[skip:]) for e in batch]
+        batch = [example.without(skip) for example in batch]
         layout = replace(layout, context=skip)
     inputs = {
         name: value.to(device_of(model)) if isinstance(value, Tensor) else value
@@ -230,29 +266,20 @@ def _inputs(model: Any, batch: Sequence[Encoded], layout: Layout, context: Conte
 # --- what all prompts begin with --------------------------------------------------------------------------------------
 
 
-def _common_context(model: Any, tokenizer: Any, examples: Sequence[Encoded], layout: Layout) -> Context | None:
+def _common_context(model: Any, examples: Sequence[Encoded], layout: Layout) -> Context | None:
     """The common beginning of all prompts, processed once; None if it is short or the model cannot go on from it."""
-    if not (layout.shared and layout.causal) or len(examples) < 2:
-        return None
-    prompts = [example.prompt[: len(example.prompt) - example.scored] for example in examples]
-    columns = zip(*prompts, strict=False)
-    shared = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
-    tokens = prompts[0][: min(shared, min(map(len, prompts)) - 1)]  # the last token predicts the answer
-    if len(tokens) < _WORTH_SHARING:
+    common = common_beginning(examples) if layout.shared and layout.causal else []
+    if not common:
         return None
     try:
         # Whether the model can go on from a cache under a block mask is tried on the beginning of it.
-        begin = Context(tokens[:_WORTH_SHARING], _cache_of(model, tokens[:_WORTH_SHARING]))
-        trial = [replace(e, prompt=begin.tokens + _shortened(e, 12).prompt) for e in examples[:2]]
+        begin = Context.of(model, common[:_TRIED])
+        trial = [replace(e, prompt=begin.tokens + _shortened(e, 12).prompt) for e in _scorable(examples[:3])]
         expected = option_scores(model, _inputs(model, trial, layout, None))
-        return Context(tokens, _cache_of(model, tokens)) if _agrees(model, trial, layout, expected, begin) else None
+        same = _agrees(model, trial, layout, expected, begin, rounded=_ROUNDED)
+        return Context.of(model, common) if same else None
     except (TypeError, ValueError, AttributeError):  # no cache, or one of another kind
         return None
-
-
-def _cache_of(model: Any, tokens: list[int]) -> Any:
-    """The keys and values that the model computes for the tokens."""
-    return model(input_ids=torch.tensor([tokens], device=device_of(model)), use_cache=True).past_key_values
 
 
 def _shortened(example: Encoded, length: int) -> Encoded:

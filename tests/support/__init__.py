@@ -1,6 +1,7 @@
 """What several test files share. What needs more than torch, or is seldom needed, is in a module of its own:
 
-``command`` (the command line), ``process`` (scripts), ``logs`` (step logs on the disk), ``trainers``, ``examples`` (encoded ones).
+``command`` (the command line), ``process`` (scripts), ``logs`` (step logs on the disk), ``trainers``, ``examples`` (encoded ones),
+``methods`` (the members of every axis of the method), ``side_path``.
 """
 
 from .bits import DTYPES, HALF, assert_same_bits, same_bits, snapshot

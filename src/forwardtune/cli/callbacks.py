@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback
 
 from .. import memory
+from ..evaluation import with_common_beginning
 from ..objectives import TaskObjective
 from ..optimizer import MeZO
 from ..points.idle import summary
@@ -251,9 +252,14 @@ def reporting(report_to: str | None, steps: int) -> dict[str, Any]:
 
 def ingredients(session: Session, objective: Callable[[Any, Any], Tensor]) -> dict[str, Any]:
     """What both trainers get."""
+    layout = session.layout
+    if getattr(session.options, "assignment", "shared") == "shared":
+        generates = isinstance(objective, TaskObjective) and objective.generates
+        train = session.splits["train"]
+        layout = with_common_beginning(session.model, session.tokenizer, train, layout, generates=generates)
 
     def minibatch(examples: list[Encoded]) -> dict[str, Any]:
-        return {**collate(examples, session.layout), "examples": examples}
+        return {**collate(examples, layout), "examples": examples}
 
     return {
         "model": session.model,

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..errors import InputError
-from ..evaluation import find_layout
+from ..evaluation import find_layout, with_common_beginning
 from ..objectives import TaskObjective
 from ..reference import with_reference
 from ..tasks.batching import Layout, collate
@@ -48,6 +48,8 @@ class PreferenceData:
         """Find out what the untuned model says of the texts, when the trainer has put it where it will be."""
         size = trainer.args.per_device_train_batch_size
         self._layout = find_layout(trainer.model, self._tokenizer, trainer.train_dataset)
+        if trainer.args.assignment == "shared":
+            self._layout = with_common_beginning(trainer.model, self._tokenizer, trainer.train_dataset, self._layout)
         for name in _DATASETS:
             if (examples := getattr(trainer, name)) is not None:
                 setattr(trainer, name, with_reference(trainer.model, self._tokenizer, examples, batch_size=size))

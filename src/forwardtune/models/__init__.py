@@ -8,7 +8,7 @@ from .kinds import Kind, model_kind
 from .loading import blank_model, context_length, load_model, require_device, save_model
 from .merging import merge_adapter
 from .places import EMBEDDED_MODEL
-from .prefix import forward
+from .prefix import forward, stateful_layers
 from .principal import a_of, start_from_inputs
 from .quantised import KEPT_QUANTISED, checkpoint_format, is_quantised, weights_of
 from .reached import freeze_unreached, unreached
@@ -17,5 +17,5 @@ from .tuning import expert_stacks, lora_modules, tune
 __all__ = [
     "EMBEDDED_MODEL", "KEPT_QUANTISED", "Kind", "a_of", "blank_model", "checkpoint_format", "context_length", "expert_stacks",
     "forward", "freeze_unreached", "is_quantised", "load_model", "lora_modules", "merge_adapter", "model_kind", "require_device", "save_model",
-    "start_from_inputs", "takes_lengths", "tune", "unreached", "weights_of",
+    "start_from_inputs", "stateful_layers", "takes_lengths", "tune", "unreached", "weights_of",
 ]  # fmt: skip

@@ -125,7 +125,7 @@ def _draw_tokens(model: Any, tokenizer: Any, count: int, seed: int) -> Tensor:
     return torch.tensor(words)[picked]
 
 
-def _without_keys(model: Any) -> int:
+def stateful_layers(model: Any) -> int:
     """How many layers of a hybrid model keep something else than keys and values of tokens alone."""
     from transformers import DynamicCache
 
@@ -150,7 +150,7 @@ def _keys_and_values(model: Any, tokens: Tensor) -> Tensor:
         reason = f" ({type(error).__name__}: {error})"
     kept: list[Any] = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
     shapes = {getattr(tensor, "shape", None) for tensor in kept}
-    if stateful := _without_keys(model):
+    if stateful := stateful_layers(model):
         raise InputError(
             f"{type(model).__name__} cannot be tuned by a prefix: {stateful} of its layers keep a state and not keys and values of "
             "tokens (linear attention, convolutions, state spaces), and a prefix is keys and values. Choose lora, all, or a pattern "

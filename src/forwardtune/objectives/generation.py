@@ -25,6 +25,13 @@ class Context:
     tokens: list[int]
     cache: Any
 
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: Any, tokens: list[int]) -> Context:
+        """The keys and values that the model computes now, in one forward pass over the tokens."""
+        ids = torch.tensor([tokens], device=device_of(model))
+        return cls(tokens, model(input_ids=ids, use_cache=True).past_key_values)
+
     def repeated(self, rows: int) -> Any:
         """A cache of one's own for so many rows; the model extends what it is given."""
         cache = copy.deepcopy(self.cache)

@@ -17,7 +17,7 @@ from ..storage import device_of
 from ..tasks import Task, metrics
 from ..tasks.encoding import Encoded
 from ..workers import Alone
-from .generation import GREEDY, Sampling, Written, write
+from .generation import GREEDY, Context, Sampling, Written, write
 from .likelihood import score_loss, task_scores
 from .rewards import Reward, load_reward
 
@@ -172,7 +172,9 @@ class _Measured:
     def _written(self) -> Written:
         examples: Sequence[Encoded] = self.batch["examples"]
         prompts = [example.prompt[: len(example.prompt) - example.scored] for example in examples]
-        return write(self.model, self.tokenizer, self.task, prompts, sampling=self.sampling)
+        common = prompts[0][: self.batch.get("common", 0)]
+        context = Context.of(self.model, common) if common else None  # at the present point
+        return write(self.model, self.tokenizer, self.task, prompts, context, self.sampling)
 
     def samples(self, values_of: dict[str, list[float]]) -> list[dict[str, Any]]:
         """A line for each example: its prompt, its completion, and the value of every term."""

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .encoding import Encoded
+
+# What all prompts begin with is processed once if it has so many tokens, and is such a share of all that there are.
+_WORTH_SHARING, _WORTH_SHARE = 16, 0.25
+# It stands in each of the rows that a minibatch is cut into, where so many times as many tokens may follow it.
+_BEHIND = 3
+# Who owns it, among the sequences of a row: all see it.
+_COMMON = -1
 
 
 @dataclass(frozen=True)
@@ -29,6 +37,7 @@ class Layout:
     causal: bool = True  # whether a token sees only what is before it
     first_position: int = 0  # position id of the first token (RoBERTa counts from 2)
     context: int = 0  # so many tokens were processed before, and their keys and values stand before every row
+    begun: bool = False  # what all examples of a batch begin with stands once in a row, before them, if that pays
 
 
 def collate(batch: Sequence[Encoded], layout: Layout) -> dict[str, Any]:
@@ -37,22 +46,28 @@ def collate(batch: Sequence[Encoded], layout: Layout) -> dict[str, Any]:
     The last token of an option is never an input, so options of one token need no input at all beyond the prompt.
     Longer ones stand side by side behind the prompt: each sees the prompt and itself alone (``attention_mask``), at the
     positions that it would have by itself (``position_ids``). Rows are as long as the longest example, and shorter ones
-    are put together in a row where they fit, each seeing itself alone.
+    are put together in a row where they fit, each seeing itself alone. Where all begin alike and the layout is ``begun``, a row is
+    that beginning and the rest of several examples, each of which sees the beginning and itself.
 
     Returns:
         ``input_ids`` (rows, length), padded on the right; ``positions`` (p,), places in the flattened input whose
         logits are needed; ``logit_rows`` (n,) and ``tokens`` (n,), one for each answer token: which of the p predicts
         it, and what it is; ``slots`` (n,), number of its option within the batch; ``options`` (batch, most options),
         those numbers by example, -1 where an example has fewer; ``labels`` (batch,); ``examples_at`` (rows, length), the
-        example that a place belongs to, -1 for padding; ``reference`` (batch, 2) if the examples have it. Where attention is not plainly causal, ``attention_mask``: (rows, 1, length, length),
+        example that a place belongs to, -1 for padding; in its place ``common``, int, where the rows begin with so many tokens that belong to
+        all examples; ``reference`` (batch, 2) if the examples have it. Where attention is not plainly causal, ``attention_mask``: (rows, 1, length, length),
         additive, in the layout's dtype, with ``position_ids`` (rows, length); or for masked models in the plain layout
         (rows, length), 1 for tokens and 0 for padding. In the flat layout ``position_ids`` (1, length) and :func:`lengths_of`.
     """
     counts = [len(example.options) for example in batch]
     starts = [sum(counts[:i]) for i in range(len(counts))]
-    sequences = _sequences(batch, starts, layout)
-    rows = [sequences] if layout.flat else _rows(sequences, layout.packed)
-    length = max(sum(sequence.length for sequence, *_ in row) for row in rows)
+    common = common_beginning(batch) if layout.begun else []
+    sequences = _sequences([example.without(len(common)) for example in batch], starts, layout)
+    if common:
+        rows = _rows_behind(common, sequences)
+    else:
+        rows = [sequences] if layout.flat else _rows(sequences, layout.packed)
+    length = len(common) + max(sum(sequence.length for sequence, *_ in row) for row in rows)
     blocks = layout.context > 0 or any(len(row) > 1 for row in rows)
     # Of every place: token, position, which sequence of the row it belongs to (0 is padding), which option (0: prompt), which
     # example of the batch (-1 is padding).
@@ -60,6 +75,11 @@ def collate(batch: Sequence[Encoded], layout: Layout) -> dict[str, Any]:
     answers: list[tuple[int, int, int]] = []  # place of what predicts a token, the token, its option's slot
     for row in rows:
         end = len(ids) + length
+        ids += common
+        positions += range(-len(common), 0)
+        owners += [_COMMON] * len(common)
+        branches += [0] * len(common)
+        examples += [-1] * len(common)
         for which, (sequence, slots, number) in enumerate(row, start=1):
             prompt, scored, begin = sequence.prompt, sequence.scored, len(ids)
             n, behind = len(prompt), begin + len(prompt)
@@ -99,7 +119,7 @@ def collate(batch: Sequence[Encoded], layout: Layout) -> dict[str, Any]:
             [[s + i if i < c else -1 for i in range(max(counts))] for s, c in zip(starts, counts, strict=True)]
         ),
         "labels": torch.tensor([example.label for example in batch]),
-        "examples_at": torch.tensor(examples).view(-1, length),
+        **({"common": len(common)} if common else {"examples_at": torch.tensor(examples).view(-1, length)}),
     }
     if all(example.reference is not None for example in batch):
         collated["reference"] = torch.tensor([example.reference for example in batch])
@@ -110,11 +130,22 @@ def collate(batch: Sequence[Encoded], layout: Layout) -> dict[str, Any]:
         places_in, owner, branch_of = (
             torch.tensor(column).view(-1, length) for column in (positions, owners, branches)
         )
-        collated["position_ids"] = places_in + layout.first_position + layout.context
+        collated["position_ids"] = places_in + layout.first_position + layout.context + len(common)
         collated["attention_mask"] = _block_mask(owner, branch_of, layout)
     elif not layout.causal:
         collated["attention_mask"] = (torch.tensor(owners).view(-1, length) > 0).long()
     return collated
+
+
+def common_beginning(examples: Sequence[Encoded]) -> list[int]:
+    """The tokens that all prompts begin with, as far as nothing there predicts an answer; none if it would not pay to process them once."""
+    if len(examples) < 2 or any(example.mask is not None for example in examples):
+        return []
+    prompts = [example.prompt[: len(example.prompt) - example.scored - 1] for example in examples]
+    columns = takewhile(lambda column: len(set(column)) == 1, zip(*prompts, strict=False))
+    common = [token for token, *_ in columns]
+    share = len(common) * len(examples) / sum(example.length for example in examples)
+    return common if len(common) >= _WORTH_SHARING and share >= _WORTH_SHARE else []
 
 
 def lengths_of(sizes: Sequence[int]) -> dict[str, Any]:
@@ -162,10 +193,23 @@ def _rows(sequences: list[_Sequence], packed: bool) -> list[list[_Sequence]]:
     return rows
 
 
+def _rows_behind(common: list[int], sequences: list[_Sequence]) -> list[list[_Sequence]]:
+    """A few rows of about the same length, each behind what is common to all: the longest sequences first, each to where there is least."""
+    lengths = [sequence.length for sequence, *_ in sequences]
+    room = max(_BEHIND * len(common), *lengths)
+    rows: list[list[_Sequence]] = [[] for _ in range(-(-sum(lengths) // room))]
+    filled = [0] * len(rows)
+    for i in sorted(range(len(sequences)), key=lambda i: -lengths[i]):
+        row = filled.index(min(filled))
+        rows[row].append(sequences[i])
+        filled[row] += lengths[i]
+    return rows
+
+
 def _block_mask(owners: Tensor, branches: Tensor, layout: Layout) -> Tensor:
-    """0 where a token sees another: in the context; in the same sequence, there in the prompt or in the same option."""
+    """0 where a token sees another: in what is common to all; in the same sequence, there in the prompt or in the same option."""
     rows, length = owners.shape
-    seen = owners[:, :, None] == owners[:, None, :]
+    seen = (owners[:, :, None] == owners[:, None, :]) | (owners[:, None, :] == _COMMON)
     seen &= (branches[:, None, :] == 0) | (branches[:, :, None] == branches[:, None, :])
     if layout.causal:
         seen &= torch.ones(length, length, dtype=torch.bool).tril()

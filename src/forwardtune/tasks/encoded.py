@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .task import Example
 
@@ -32,6 +32,10 @@ class Encoded:
     def length(self) -> int:
         """Tokens in the model's input when the options share their prompt."""
         return len(self.prompt) + (0 if self.mask is not None else sum(len(option) - 1 for option in self.options))
+
+    def without(self, count: int) -> Encoded:
+        """The example without so many tokens at its prompt's beginning."""
+        return replace(self, prompt=self.prompt[count:]) if count else self
 
 
 def named(example: Example, number: int) -> str:
