@@ -22,8 +22,8 @@ from forwardtune.points import Copy, SidePath, side_weight
 from forwardtune.search.auto_lr import AutoLR
 from forwardtune.trajectory import ReturnPoint, export_trajectory, read_log
 from support.logs import log_lines, reseal
+from support.side_path import COUNT, EPS, LENGTH, losses_of, trainer_of
 from support.trainers import Kill, KilledError
-from test_side_path import COUNT, EPS, LENGTH, losses_of, trainer_of
 
 STEPS = 11
 FOLDS: dict[str, Any] = {"assignment": "example", "refresh": 4, "fold": "refresh"}

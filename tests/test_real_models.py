@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,7 @@ def test_rounding_is_not_taken_for_demonstrations_that_nobody_sees(smollm: tuple
     task = get_task("sst2")
     splits = load_splits(task, data_dir=str(data_dir), dev_examples=0, train_examples=48, test_examples=32)
     examples = Encoder(tokenizer, 512, splits["train"].examples[:4])(task, splits["test"].examples[:4])
+    layout = replace(plain_layout(model, tokenizer), shared=True, packed=True)
     with inputs_of(model) as shapes:
-        evaluate(model, tokenizer, task, examples)
+        evaluate(model, tokenizer, task, examples, layout=layout)
     assert (1, len(common_beginning(examples))) in shapes

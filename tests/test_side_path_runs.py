@@ -20,8 +20,8 @@ from forwardtune.errors import InputError, LogError
 from forwardtune.method.record import as_float32
 from forwardtune.trajectory import export_trajectory, read_log
 from support.logs import reseal
-from support.side_path import COUNT, LENGTH, losses_of, side_path
-from support.trainers import Kill, KilledError, quiet_config
+from support.side_path import COUNT, LENGTH, losses_of, side_path, trainer_of
+from support.trainers import Kill, KilledError
 
 
 def test_microbatches_are_the_minibatch() -> None:
@@ -257,18 +257,6 @@ def test_the_log_says_what_the_directions_are(tmp_path: Any) -> None:
     assert said == {"assignment": "example", "rank": 3, "refresh": 4, "clip_coefficient": 2.0}
     assert "coefficients" not in step
     assert step["examples"] == COUNT
-
-
-def trainer_of(folder: Path, model: Any, *, labels: Any = None, given: Any = None, **settings: Any) -> Any:
-    from forwardtune import MeZOTrainer
-
-    ids = support.token_batch(12, 6).tolist()
-    labels = ids if labels is None else labels
-    data = [{"input_ids": row, "labels": label} for row, label in zip(ids, labels, strict=True)]
-    args = quiet_config(
-        folder, **{"max_steps": 2, "learning_rate": 1e-4, "eps": 1e-3, "assignment": "example", **settings}
-    )
-    return MeZOTrainer(model=model, args=args, train_dataset=data, **(given or {}))
 
 
 def test_labels_are_moved_where_the_model_moves_them(tmp_path: Path) -> None:

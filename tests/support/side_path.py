@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ from forwardtune import MeZO
 from forwardtune.method.estimators import Query
 from forwardtune.parameters import TunedParameters
 from forwardtune.points import Copy, SidePath
+
+from .models import token_batch
+from .trainers import quiet_config
 
 EPS, COUNT, LENGTH = 1e-2, 5, 11
 
@@ -35,3 +39,16 @@ def by_weights(optimizer: MeZO, side: SidePath, step: int, closure: Any, count: 
     tuned = TunedParameters([t for t in optimizer.tuned if t.id not in side.left_out], optimizer.module)
     weights = Copy(tuned, optimizer.noise)
     return [weights.losses(step, [Query(b, scale)], lambda b=b: closure()[b])[0][0] for b in range(count)]
+
+
+def trainer_of(folder: Path, model: Any, *, labels: Any = None, given: Any = None, **settings: Any) -> Any:
+    """A trainer of two steps over twelve rows of tokens."""
+    from forwardtune import MeZOTrainer
+
+    ids = token_batch(12, 6).tolist()
+    labels = ids if labels is None else labels
+    data = [{"input_ids": row, "labels": label} for row, label in zip(ids, labels, strict=True)]
+    args = quiet_config(
+        folder, **{"max_steps": 2, "learning_rate": 1e-4, "eps": 1e-3, "assignment": "example", **settings}
+    )
+    return MeZOTrainer(model=model, args=args, train_dataset=data, **(given or {}))
