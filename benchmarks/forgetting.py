@@ -42,7 +42,8 @@ def main() -> None:
             if not torch.equal(weight, other)
         }
         task = get_task(settings["task"])
-        splits = load_splits(task, data_dir=given.data_dir, dev_examples=1, test_examples=settings["test_examples"])
+        data_dir = None if task.files else given.data_dir  # a packaged task brings its data
+        splits = load_splits(task, data_dir=data_dir, dev_examples=1, test_examples=settings["test_examples"])
         examples = Encoder(tokenizer, settings["max_length"])(task, splits["test"].examples)
         layout, base = find_layout(model, tokenizer, examples), token_losses(model, tokenizer, text)
         for share in (0.0, *given.shares):
