@@ -3,6 +3,7 @@
     python benchmarks/offload.py                              # both parts; 27 GiB of disk for some minutes, in --folder
     python benchmarks/offload.py --parts small                # bits and time alone; each part has a file of results
     python benchmarks/offload.py --parts large --size 1.3b    # memory of a smaller shape
+    python benchmarks/offload.py --parts gpu --sizes 1.3b 13b # weights in the host's memory beside a GPU, against weights on it
 
 ``large``: a checkpoint of OPT's shape, random bfloat16 weights written layer by layer, is loaded with its weights left on disk, moves into
 a private file (and is removed), and takes full-tuning steps on 2 x 8 tokens. Anonymous resident memory is read all the while: what the
@@ -12,11 +13,16 @@ a layer, as one module of it is perturbed at a time.
 
 ``small``: SmolLM2-135M in bfloat16, 8 x 32 tokens, resident and from a file, in turn, in one process. The file is in the page cache, so a
 step waits for nothing, and seconds of the processor are compared: others on the machine do not count.
+
+``gpu``: OPT's shapes in bfloat16, 16 x 64 tokens, on the GPU and then with the weights pinned in the host's memory; medians of whole steps, and
+the peak of what is allocated on the GPU. The losses of all steps have to be the same. ``gigabytes_a_second`` is what has to cross the bus in a step
+(the weights, once for each side of the probe), over the time of the step.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import shutil
@@ -34,12 +40,13 @@ from typing import Any
 import torch
 from machine import parser, write
 from safetensors.torch import save_file
-from shapes import OPT, _opt, size_of
+from shapes import OPT, _opt, loss_of, make, minibatch, size_of
+from timing import peak_of
 from transformers import AutoModelForCausalLM, OPTForCausalLM
 
 from forwardtune import MeZO
 from forwardtune.models import load_model
-from forwardtune.storage import OnDisk
+from forwardtune.storage import InHostMemory, OnDisk
 
 GIB = 2**30
 STEPS = 2
@@ -164,6 +171,43 @@ def small(folder: Path, rounds: int) -> dict[str, Any]:
     }
 
 
+def on_gpu(size: str, rounds: int) -> dict[str, Any]:
+    """Seconds, memory and losses of full-tuning steps, with the weights on the device and in the host's memory."""
+    row: dict[str, Any] = {"size": size}
+    losses: dict[str, list[float]] = {}
+    for home, storage in {"resident": None, "host": InHostMemory("cuda")}.items():
+        model = make(size, torch.bfloat16, "cuda")
+        row["weights"] = size_of(model)
+        began = time.perf_counter()
+        optimizer = MeZO(model, lr=1e-7, storage=storage)
+        placed = time.perf_counter() - began
+        gc.collect()
+        torch.cuda.empty_cache()
+        loss = loss_of(model, minibatch(model, 64, "cuda"))
+        taken = losses[home] = [optimizer.step(loss)]
+        seconds = []
+        for _ in range(rounds):
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            taken.append(optimizer.step(loss))
+            torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - began)
+        peak = peak_of(lambda step=optimizer.step, loss=loss, taken=taken: taken.append(step(loss)), "cuda")
+        assert optimizer.perturbation is not None
+        row[home] = {
+            "placed": placed, "seconds": statistics.median(seconds), "peak": peak, "perturbation": optimizer.perturbation.name
+        }  # fmt: skip
+        print(size, home, row[home], flush=True)
+        del model, optimizer, loss
+        gc.collect()
+        torch.cuda.empty_cache()
+    row["same_losses"] = losses["resident"] == losses["host"]
+    row["losses"] = losses
+    row["ratio"] = row["host"]["seconds"] / row["resident"]["seconds"]
+    row["gigabytes_a_second"] = 2 * row["weights"] / row["host"]["seconds"] / 1e9
+    return row
+
+
 def in_process(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """The large part, in a process of its own."""
     arguments = ["--only", str(folder), "--size", options.size]
@@ -179,8 +223,9 @@ def in_process(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def main() -> None:
     """Print and save."""
     asked = parser(__doc__)
-    asked.add_argument("--parts", nargs="+", choices=("small", "large"), default=["small", "large"])
+    asked.add_argument("--parts", nargs="+", choices=("small", "large", "gpu"), default=["small", "large"])
     asked.add_argument("--size", choices=OPT, default="6.7b")
+    asked.add_argument("--sizes", nargs="+", choices=OPT, default=["1.3b", "13b"], help="of the part for a GPU")
     asked.add_argument("--rounds", type=int, default=9)
     asked.add_argument("--folder", help="on a disk with room for the model twice [here]", default=".")
     asked.add_argument("--output", default="offload")
@@ -189,6 +234,11 @@ def main() -> None:
     if options.only:
         print(json.dumps(large(options.size, Path(options.only))))
         return
+    if "gpu" in options.parts:
+        rows = []
+        for size in options.sizes:
+            rows.append(on_gpu(size, options.rounds))
+            write(f"{options.output}-gpu", {"rows": rows})
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="offload-") as folder:
         if "small" in options.parts:
             result = small(Path(folder), options.rounds)

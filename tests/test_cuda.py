@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -19,8 +20,10 @@ from forwardtune import MeZO, StepLog, noise, replay
 from forwardtune.method.rule import _total
 from forwardtune.method.rules import RULES
 from forwardtune.noise import DIRECTIONS, GAUSSIAN, Noise, Update, definition
+from forwardtune.storage import InHostMemory, OnDisk
 from forwardtune.trajectory import read_log
 from support import DTYPES, HALF, assert_same_bits, closure_for, same_bits, snapshot, tiny_model, token_batch
+from support.offload import tuned
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -245,3 +248,67 @@ def test_a_nan_weight_stays_nan():
         weight = torch.full((4096,), math.nan, dtype=dtype, device=CUDA)
         Noise(7).update(weight, [Update(step, (1e-3,)) for step in range(3)], tensor=0)
         assert weight.isnan().all()
+
+
+def run_of_rows(model: Any, path: Path, steps: int = 6, **settings: Any) -> list[float]:
+    """Steps on directions of examples, logged; their losses."""
+    optimizer = optimizer_of(model, assignment="example", **settings)
+    with StepLog(path, optimizer):
+        return [optimizer.step(losses_of_rows(model, token_batch(4, seed=step).to(CUDA))) for step in range(steps)]
+
+
+@every_dtype
+@pytest.mark.parametrize("settings", [{}, {"refresh": 3, "fold": "refresh"}], ids=["swept", "folded"])
+@pytest.mark.parametrize("perturbation", ["side_path", "both_signs"])
+def test_both_signs_and_waiting_steps_replay_with_the_same_bits_on_both_devices(
+    dtype, settings, perturbation, tmp_path
+):
+    model = tiny_model("llama", dtype).to(CUDA)
+    run_of_rows(model, tmp_path / "steps.jsonl", perturbation=perturbation, **settings)
+    for device in (CUDA, torch.device("cpu")):
+        base = tiny_model("llama", dtype).to(device)
+        assert replay(tmp_path / "steps.jsonl", base) == 6
+        assert_same_bits(base.to(CUDA), snapshot(model))
+
+
+@pytest.mark.parametrize("home", ["host", "disk"])
+@pytest.mark.parametrize("family", ["llama", "llama_untied", "opt", "qwen3_moe", "t5", "mamba"])
+def test_weights_that_visit_the_device_take_the_steps_of_weights_that_live_there(family, home, tmp_path):
+    resident = tuned(tiny_model(family, torch.bfloat16).to(CUDA), device="cuda")
+    storage = InHostMemory(CUDA) if home == "host" else OnDisk(tmp_path, CUDA)
+    assert tuned(tiny_model(family, torch.bfloat16), device="cuda", storage=storage) == resident
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rule": "adam"},
+        {"estimator": "one_sided", "probes": 2, "rank": 2},
+        {"assignment": "example"},
+        {"assignment": "example", "perturbation": "both_signs"},
+        {"assignment": "example", "perturbation": "both_signs", "refresh": 3, "fold": "refresh"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("home", ["host", "disk"])
+def test_so_they_do_with_every_method(settings, home, tmp_path):
+    resident = tuned(tiny_model("llama", torch.bfloat16).to(CUDA), device="cuda", **settings)
+    storage = InHostMemory(CUDA) if home == "host" else OnDisk(tmp_path, CUDA)
+    assert tuned(tiny_model("llama", torch.bfloat16), device="cuda", **settings, storage=storage) == resident
+
+
+@pytest.mark.parametrize(
+    "options", ["--offload cpu", "--offload disk", "--offload cpu --tune lora", "--method forward"]
+)
+def test_offloaded_and_default_runs_of_the_command_line_replay_on_the_cpu(options, tiny_folder, tmp_path):
+    test_a_run_of_the_command_line_replays_on_the_cpu(f"--lr 1e-3 {options}", tiny_folder, tmp_path)
+
+
+def test_a_plan_is_measured_on_the_device(tiny_folder, tmp_path):
+    from support.command import done, write_task
+
+    task = write_task(tmp_path / "task")
+    text = done(
+        "plan", "--model", tiny_folder, "--task", task, "--device", "cuda", "--dtype", "bfloat16", "--batch-size", 4
+    ).out
+    assert "measured" in text

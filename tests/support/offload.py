@@ -39,11 +39,11 @@ class Beside(InHostMemory):
 HOMES: dict[str, Callable[[Path], Offloaded]] = {"disk": OnDisk, "host": lambda folder: Beside()}
 
 
-def tuned(model: Any, steps: int = 3, **settings: Any) -> tuple[str, list[float]]:
+def tuned(model: Any, steps: int = 3, device: str = "cpu", **settings: Any) -> tuple[str, list[float]]:
     """The digest after a few steps, and their losses."""
     optimizer = MeZO(model, lr=1e-3, **settings)
     each = settings.get("assignment") == "example"
-    tokens = token_batch()
+    tokens = token_batch().to(device)
 
     def loss() -> torch.Tensor:
         extra = {"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {}
