@@ -8,7 +8,7 @@ the same on every device, dtype, shard layout and parameter order. :mod:`.defini
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -230,19 +230,24 @@ class Noise:
         backend = backends.backend(weight)
         return hasattr(backend, "fits") and bool(backend.fits(weight))
 
-    def perturb_many(
-        self, outs: Sequence[Tensor], sources: Sequence[Tensor], *, tensors: Sequence[int], step: int, probe: int,
-        scale: float,
-    ) -> None:  # fmt: skip
-        """:meth:`perturb` of several whole tensors, by their ids."""
-        for which in self._together(sources):
-            first, ids = sources[which[0]], [tensors[i] for i in which]
-            if len(which) == 1 or not all(self.launches_together(outs[i]) for i in which):
-                for i in which:
-                    self.perturb(outs[i], sources[i], tensor=tensors[i], step=step, probe=probe, scale=scale)
-            else:
-                flat = [[_flat(each[i]) for i in which] for each in (outs, sources)]
-                backends.backend(first).perturb_many(*flat, self.direction, self.seed, ids, step, probe, scale)
+    def perturber(
+        self, outs: Sequence[Tensor], sources: Sequence[Tensor], *, tensors: Sequence[int]
+    ) -> Callable[[int, int, float], None]:
+        """:meth:`perturb` of several whole tensors, by their ids, of one dtype on one device, which all launch together.
+
+        Returns:
+            What does it when it is called with a step, a probe and a scale. It keeps the memory of the tensors.
+        """
+        if len(outs) == 1:
+            (out,), (source,), (tensor,) = outs, sources, tensors
+            return lambda step, probe, scale: self.perturb(
+                out, source, tensor=tensor, step=step, probe=probe, scale=scale
+            )
+        flat = [[_flat(each) for each in many] for many in (outs, sources)]
+        perturb: Callable[[int, int, float], None] = backends.backend(sources[0]).perturber(
+            *flat, self.direction, self.seed, tensors
+        )
+        return perturb
 
     def update_many(self, weights: Sequence[Tensor], updates: Sequence[Update], *, tensors: Sequence[int]) -> Count:
         """:meth:`update` of several whole tensors, by their ids, and the count for all of them."""

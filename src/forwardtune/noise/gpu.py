@@ -25,7 +25,7 @@ from .directions import DIRECTIONS, Direction
 from .gpu_launch import DTYPES as DTYPES
 from .gpu_many import fits as fits
 from .gpu_many import many_strips as many_strips
-from .gpu_many import perturb_many as perturb_many
+from .gpu_many import perturber as perturber
 from .gpu_many import update_many as update_many
 
 
@@ -193,7 +193,7 @@ def trouble(device: torch.device, dtype: torch.dtype) -> str | None:
             pieces = [weight[:1008], weight[1008:1024], weight[1024:]]
             here = [piece.to(device, copy=True) for piece in pieces]
             outs, steps = [torch.empty_like(piece) for piece in here], [Update(1, (1e-4, -3e-2)), Update(2, (1e-6,))]
-            perturb_many(outs, here, direction, 1, [2, 0, 7], 3, 4, 1e-2)
+            perturber(outs, here, direction, 1, [2, 0, 7])(3, 4, 1e-2)
             found += [*outs, update_many(here, steps, direction, 1, [2, 0, 7]), *here]
             expected += _one_by_one(pieces, steps, direction)
             if not all(torch.equal(a.cpu(), b) for a, b in zip(found, expected, strict=True)):

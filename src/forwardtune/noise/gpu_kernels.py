@@ -256,18 +256,33 @@ def _find(tensors, many, doublings: tl.constexpr):  # type: ignore[no-untyped-de
 
 @triton.jit(do_not_specialize=["many", "shift", "k0", "k1", "step", "probe"])  # type: ignore[untyped-decorator]
 def perturb_many(  # type: ignore[no-untyped-def]
-    like, tensors, table, many, shift, k0, k1, step, probe, doublings: tl.constexpr, size: tl.constexpr
+    like,
+    tensors,
+    table,
+    many,
+    shift,
+    k0,
+    k1,
+    step,
+    probe,
+    doublings: tl.constexpr,
+    tiles: tl.constexpr,
+    size: tl.constexpr,
 ):
-    i, tile = _find(tensors, many, doublings)
+    i, first = _find(tensors, many, doublings)
     source = tl.multiple_of(tl.load(tensors + i).to(like.dtype), 16)
     out = tl.multiple_of(tl.load(tensors + many + i).to(like.dtype), 16)
-    position = tile * size + tl.arange(0, size)
-    inside = position < tl.multiple_of(tl.load(tensors + 2 * many + i), 16)
-    block = tile.to(tl.uint32) * (size // 8)
+    count = tl.multiple_of(tl.load(tensors + 2 * many + i), 16)
     tensor = tl.load(tensors + 3 * many + i).to(tl.int32)
-    z = tl.load(table + (_half_words(block, k0, k1, tensor, step, probe, size) >> shift))
-    x = _widen(tl.load(source + position, mask=inside, other=0, cache_modifier=".cg"))
-    tl.store(out + position, _narrow(x + z, like.dtype.element_ty), mask=inside)
+    for k in range(tiles):
+        tile = first * tiles + k
+        if tile * size < count:
+            position = tile * size + tl.arange(0, size)
+            inside = position < count
+            block = tile.to(tl.uint32) * (size // 8)
+            z = tl.load(table + (_half_words(block, k0, k1, tensor, step, probe, size) >> shift))
+            x = _widen(tl.load(source + position, mask=inside, other=0, cache_modifier=".cg"))
+            tl.store(out + position, _narrow(x + z, like.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["many", "steps", "shift", "k0", "k1"])  # type: ignore[untyped-decorator]

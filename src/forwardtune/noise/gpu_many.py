@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -15,8 +15,8 @@ from .columns import Columns, split
 from .definition import Strips, Update
 from .directions import Direction
 
-# Counts are added up in so many places, and a program moves so many tiles: to find its tensor takes as long as a tile.
-_SLOTS, _TILES = 256, 8
+# Counts are added up in so many places. A program perturbs so many tiles, or moves so many: to find its tensor takes as long as a tile.
+_SLOTS, _PERTURBED, _TILES = 256, 4, 8
 
 
 def many_strips(
@@ -47,19 +47,24 @@ def fits(tensor: Tensor) -> bool:
     return aligned and tensor.is_contiguous() and tensor.dtype in launch.DTYPES
 
 
-def perturb_many(
-    outs: Sequence[Tensor], sources: Sequence[Tensor], direction: Direction, seed: int, tensors: Sequence[int], step: int,
-    probe: int, scale: float,
-) -> None:  # fmt: skip
-    """:func:`.definition.perturb` of whole tensors of one dtype on one device, which :func:`fits` all."""
-    device, many = sources[0].device, len(sources)
-    table, programs = _table(sources, outs, tensors, launch.ROW_TILE)
-    with launch.on(device):
-        kernels.perturb_many[(programs,)](
-            launch.stored(sources[0]), table, launch.tables(direction, (repr(float(scale)),), device, launch.stream(device)), many,
-            direction.shift, *launch.key(seed), launch.signed(step), launch.signed(probe), doublings=many.bit_length(),
-            **launch.options(launch.ROW_TILE, launch.ROW_WARPS),
-        )  # fmt: skip
+def perturber(
+    outs: Sequence[Tensor], sources: Sequence[Tensor], direction: Direction, seed: int, tensors: Sequence[int]
+) -> Callable[[int, int, float], None]:
+    """What perturbs these whole tensors of one dtype on one device, which :func:`fits` all, when it is called with a step, a probe
+    and a scale (:func:`.definition.perturb`)."""
+    device, many, like = sources[0].device, len(sources), launch.stored(sources[0])
+    table, programs = _table(sources, outs, tensors, _PERTURBED * launch.ROW_TILE)
+    key, options = launch.key(seed), launch.options(launch.ROW_TILE, launch.ROW_WARPS)
+
+    def perturb(step: int, probe: int, scale: float) -> None:
+        with launch.on(device):
+            scaled = launch.tables(direction, (repr(float(scale)),), device, launch.stream(device))
+            kernels.perturb_many[(programs,)](
+                like, table, scaled, many, direction.shift, *key, launch.signed(step), launch.signed(probe),
+                doublings=many.bit_length(), tiles=_PERTURBED, **options,
+            )  # fmt: skip
+
+    return perturb
 
 
 def update_many(

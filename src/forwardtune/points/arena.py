@@ -11,8 +11,7 @@ class _Stack:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        # Tensors begin as torch's own do there: matrix libraries choose kernels, and so roundings, by the alignment.
-        self._alignment = 512 if device.type == "cuda" else 64
+        self._alignment = Arena.alignment(device)
         self._chunks: list[Tensor] = []  # one in the steady state
         self._top = (0, 0, 0)  # chunk, offset in it, bytes handed out in all
         self._peak = 0
@@ -29,7 +28,10 @@ class _Stack:
 
     def take(self, like: Tensor) -> Tensor:
         """An uninitialised contiguous tensor of the shape and dtype of ``like``."""
-        count = like.nbytes
+        return self.take_bytes(like.nbytes).view(like.dtype).view(like.shape)
+
+    def take_bytes(self, count: int) -> Tensor:
+        """So much uninitialised memory."""
         size = -(-count // self._alignment) * self._alignment
         index, offset, used = self._top
         if used == 0 and self._chunks and size > self._chunks[0].numel():
@@ -40,7 +42,7 @@ class _Stack:
             self._grow(size)
         self._top = (index, offset + size, used + size)
         self._peak = max(self._peak, used + size)
-        return self._chunks[index][offset : offset + count].view(like.dtype).view(like.shape)
+        return self._chunks[index][offset : offset + count]
 
     def release(self, mark: tuple[int, int, int], *, poison: bool) -> None:
         """Give back everything taken since the mark; with ``poison`` it becomes NaN in every dtype."""
@@ -83,9 +85,21 @@ class Arena:
 
     def take(self, like: Tensor) -> Tensor:
         """An uninitialised contiguous tensor of the shape, dtype and device of ``like``."""
-        if like.device not in self._stacks:
-            self._stacks[like.device] = _Stack(like.device)
-        return self._stacks[like.device].take(like)
+        return self._stack(like.device).take(like)
+
+    def take_bytes(self, count: int, device: torch.device) -> Tensor:
+        """So much uninitialised memory of a device: a tensor of uint8."""
+        return self._stack(device).take_bytes(count)
+
+    @staticmethod
+    def alignment(device: torch.device) -> int:
+        """Tensors begin as torch's own do there: matrix libraries choose kernels, and so roundings, by the alignment."""
+        return 512 if device.type == "cuda" else 64
+
+    def _stack(self, device: torch.device) -> _Stack:
+        if device not in self._stacks:
+            self._stacks[device] = _Stack(device)
+        return self._stacks[device]
 
     def release(self, mark: dict[torch.device, tuple[int, int, int]], *, poison: bool) -> None:
         """Give back everything taken since the mark."""

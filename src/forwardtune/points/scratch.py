@@ -15,12 +15,14 @@ from ..method.estimators import Losses, Query
 from ..method.unread import Used
 from ..noise import Noise
 from ..parameters import TunedParameters, TunedTensor
+from ..storage import RESIDENT
 from .arena import Arena
 from .experts import ExpertSlices, ExpertWeight, of_experts
 from .head import Slices, as_parameter, is_table, project_in_slices
 from .lazy import LazyWeight
 from .leaks import Leaks, among, storage_of
 from .perturbation import Closure, Perturbation, ReadElsewhereError, as_loss, without_compilation
+from .windows import Windows
 
 
 class Scratch(Perturbation):
@@ -71,9 +73,9 @@ class Scratch(Perturbation):
         # Tensors that are read outside their owners: those seen in this block, and those perturbed as a whole since an earlier one.
         self._strays: dict[int, Tensor] = {}
         self._whole: dict[int, Tensor] = {}
-        # Vectors whose sweeps share a launch are perturbed at the beginning of a point, each in a tensor of its own.
-        self._ahead: dict[int, Tensor] = {}
+        self._windows = Windows(noise, self._arena)
         self._read_past: set[int] = set()  # what is read on ways that are not seen
+        self._poisons: dict[int, Tensor] = {}  # what stands for a tensor, by id
         self._poison_of: dict[int, int] = {}  # address of the NaN that stands for a tensor -> its id
         self._lent_at: dict[int, int] = {}  # address in scratch memory -> id of the tensor that lay there last
         self._seen: list[tuple[nn.Module, bool]] | None = None
@@ -96,7 +98,7 @@ class Scratch(Perturbation):
                 for name, tensor in owned:
                     if tensor.id in self._outside:
                         module._parameters[name] = self._outside[tensor.id]  # type: ignore[assignment]
-                self._hooks.append(module.register_forward_pre_hook(self._lender(owned)))
+                self._hooks.append(module.register_forward_pre_hook(self._lender(module, owned)))
                 self._hooks.append(module.register_forward_hook(self._take_back, always_call=True))
             self._poison(True)
             self._eager = without_compilation()
@@ -116,16 +118,7 @@ class Scratch(Perturbation):
             if self._point is not None:
                 self.noise.perturb(shadow, here, tensor=number, **self._point)
             tensor.parameter.data = here if self._point is None else shadow
-        if self._point is not None:
-            self._perturb_ahead(self._point)
-
-    def _perturb_ahead(self, point: dict[str, Any]) -> None:
-        vectors = {i: w for i, w in self._originals.items() if w.ndim == 1 and i not in self._whole}
-        vectors = {i: w for i, w in vectors.items() if self.noise.launches_together(w)}
-        kept = {i: w for i, w in self._ahead.items() if i in vectors and _alike(w, vectors[i])}
-        with torch.inference_mode(False):  # they outlive the evaluation
-            self._ahead = {i: kept[i] if i in kept else torch.empty_like(w) for i, w in vectors.items()}
-        self.noise.perturb_many(list(self._ahead.values()), list(vectors.values()), tensors=list(vectors), **point)
+        self._windows.begin(self._originals)
 
     def __exit__(self, *exception: object) -> None:
         self._eager.__exit__(None, None, None)
@@ -136,6 +129,7 @@ class Scratch(Perturbation):
         # torch runs no hook after KeyboardInterrupt and its like: whatever is still lent comes back here.
         while self._lent:
             self._return_last()
+        self._windows.leave()
         for module, owned in self._owners:
             for name, tensor in owned:
                 module._parameters[name] = tensor.parameter
@@ -273,18 +267,29 @@ class Scratch(Perturbation):
 
     def _poison_places(self, numbers: Iterable[int]) -> None:
         for number in numbers:
-            outline = self._outlines[number]
-            poison = outline.new_full((), math.nan)
+            outline, poison = self._outlines[number], self._poisons.get(number)
+            if poison is None or not _alike(poison, outline):
+                poison = self._poisons[number] = outline.new_full((), math.nan).expand(outline.shape)
             self._poison_of[poison.untyped_storage().data_ptr()] = number
-            self._let_find(number, poison.expand(outline.shape))
+            self._let_find(number, poison)
 
     def _let_find(self, number: int, data: Tensor) -> None:
         """Whoever looks for the tensor past the hooks finds this."""
         self._by_id[number].parameter.data = data
         self._outside[number].point_to(data)
 
-    def _lender(self, owned: list[tuple[str, TunedTensor]]) -> Callable[[nn.Module, Any], None]:
+    def _lender(self, module: nn.Module, owned: list[tuple[str, TunedTensor]]) -> Callable[[nn.Module, Any], None]:
+        single = self._experts.get(id(module), ())
+
+        def may_share() -> list[TunedTensor]:
+            """Those of the module's weights that can be perturbed together with others': what is computed in part cannot."""
+            found = [t for k, t in owned if k not in single and not (k == "weight" and is_table(module))]
+            found = [t for t in found if t.home is RESIDENT and t.id not in self._whole]
+            return [t for t in found if self.noise.launches_together(self._originals[t.id])]
+
         def lend(module: nn.Module, args: Any) -> None:
+            if not self._lent and self._point is not None and self._seen is None:
+                self._windows.turn_to(module, may_share, self._originals, self._outlines, self._point)
             self._lent.append((module, {name: module._parameters[name] for name, _ in owned}, self._arena.mark()))
             for name, tensor in owned:
                 if tensor.id not in self._whole:
@@ -320,8 +325,8 @@ class Scratch(Perturbation):
         source = self._originals[tensor.id]
         if self._point is None or not self.noise.takes_part(tensor.id, self._point["step"]):
             return as_parameter(tensor.home.visit(source), tensor)
-        if tensor.id in self._ahead:
-            return as_parameter(self._ahead[tensor.id], tensor)
+        if (ready := self._windows.value(tensor)) is not None:
+            return ready
         out = self._arena.take(self._outlines[tensor.id])
         self._lent_at[out.data_ptr()] = tensor.id
         self.noise.perturb(out, tensor.home.visit(source, out), tensor=tensor.id, **self._point)
