@@ -18,6 +18,7 @@ import torch
 
 from ..errors import InputError
 from ..models import context_length, load_model, model_kind
+from ..objectives.generation import dense_head
 from ..run_folder import RunFolder, is_run
 from ..tasks.tokens import Tokens, padding_id
 from . import say
@@ -55,7 +56,7 @@ class Voice:
             torch.manual_seed(self.options.seed)
         if stream:
             how["streamer"] = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        with self.inside():
+        with self.inside(), dense_head(self.model):
             written = self.model.generate(
                 input_ids=inputs,
                 attention_mask=torch.ones_like(inputs),

@@ -100,7 +100,8 @@ def write(
         options["past_key_values"] = context.repeated(len(rows))
     if sampling.temperature:
         options |= {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
-    with _seeded(device_of(model), sampling.seed) if sampling.temperature else nullcontext():
+    draws = _seeded(device_of(model), sampling.seed) if sampling.temperature else nullcontext()
+    with draws, dense_head(model):
         out = model.generate(
             input_ids=torch.tensor(rows, device=device_of(model)),
             attention_mask=torch.tensor(seen, device=device_of(model)),
@@ -138,6 +139,26 @@ class _Stop(StoppingCriteria):
             if self._stop in text:
                 self.ended[row] = written
         return torch.tensor([row in self.ended for row in range(len(input_ids))], device=input_ids.device)
+
+
+@contextmanager
+def dense_head(model: Any) -> Iterator[None]:
+    """Inside, the vocabulary head gets rows without gaps between them.
+
+    The last positions of a batch, of which generation takes the logits, have gaps. torch multiplies such rows by a weight that
+    requires no grad as a batch of products, for which it may copy the whole weight once for every row of the batch.
+    """
+
+    def close(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(arg.contiguous() if isinstance(arg, Tensor) else arg for arg in args)
+
+    head = model.get_output_embeddings()
+    hook = None if head is None else head.register_forward_pre_hook(close)
+    try:
+        yield
+    finally:
+        if hook is not None:
+            hook.remove()
 
 
 @contextmanager
