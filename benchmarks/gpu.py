@@ -36,7 +36,7 @@ MINUTES = 8.0
 RESERVE = 4.0
 PROBE = """
 import importlib.util, json, sys
-packages = "torch triton transformers accelerate numba peft datasets pytest xdist".split()
+packages = "torch triton transformers accelerate numba peft datasets bitsandbytes pytest xdist".split()
 found = {"python": sys.version.split()[0], "device": None, "lacking": [p for p in packages if not importlib.util.find_spec(p)]}
 if "torch" not in found["lacking"]:
     import torch

@@ -114,6 +114,7 @@ def main() -> None:
     )
     asked.add_argument("--gigabytes", type=float, default=80, help="of the card that it is for, in 10^9 bytes")
     asked.add_argument("--device", default="cuda")
+    asked.add_argument("--output", default="largest")
     asked.add_argument("--layers", type=int, help="of the 70B, to try it")
     options = asked.parse_args()
     rows = []
@@ -122,7 +123,7 @@ def main() -> None:
         row["card"], row["fits"] = options.gigabytes, row["peak"] <= 0.95 * options.gigabytes * 1e9
         rows.append(row)
         print(row, flush=True)
-        write("largest", {"rows": rows})
+        write(options.output, {"rows": rows})
         gc.collect()
         if options.device != "cpu":
             torch.cuda.empty_cache()

@@ -62,6 +62,22 @@ STAGES = (
     _step("smollm2-135m", "32 64", 40, 4),
     _step("1.3b", "64 32 400", 70, 8),
     _script(
+        "offload",
+        "steps with the weights in the host's memory, against weights on the device, OPT-1.3B's and 13B's shapes",
+        "offload.py --parts gpu --rounds 3",
+        70,
+        40,
+    ),
+    _script("largest", "30B in bfloat16, all weights, 16 x 64", "largest.py --rows 30b --output largest-dense", 40, 70),
+    Stage(
+        "largest-nf4",
+        "70B in NF4 with an adapter, 16 x 64",
+        ("benchmarks/largest.py", "--rows", "70b-nf4-lora", "--output", "largest-nf4"),
+        50,
+        ("torch", "transformers", "peft", "bitsandbytes"),
+        45,
+    ),
+    _script(
         "kernels",
         "bits against the definition without pytest, speed against it, host time of a launch",
         "noise_kernels.py --device cuda",
