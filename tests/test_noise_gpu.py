@@ -301,8 +301,7 @@ def test_layout_does_not_matter(through_noise, layout):
     assert_equal_bits(strided, contiguous)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3_moe", "t5", "mamba"])
-def test_consecutive_modules_and_updates_share_launches(through_noise, family, monkeypatch):
+def test_consecutive_modules_and_updates_share_launches(through_noise, monkeypatch):
     launches: list[str] = []
     gpu = noise.backends.fast(through_noise, torch.bfloat16)
     real = {name: getattr(gpu, name) for name in ("perturb", "perturber", "update", "update_many")}
@@ -316,7 +315,7 @@ def test_consecutive_modules_and_updates_share_launches(through_noise, family, m
     monkeypatch.setattr(gpu, "perturber", perturber)
 
     def run(device: torch.device) -> tuple[Any, list[float]]:
-        model = support.tiny_model(family, torch.bfloat16).to(device)
+        model = support.tiny_model("gpt2", torch.bfloat16).to(device)
         optimizer = support.trusted(
             MeZO(model, lr=1e-2, eps=1e-2, perturbation="scratch", weight_decay=0.1, move="all")
         )
@@ -338,8 +337,7 @@ def test_consecutive_modules_and_updates_share_launches(through_noise, family, m
     assert launches.count("update_many") == 1
     assert "update" not in launches
     assert 2 <= launches.count("perturbed together") <= 8
-    if family in ("gpt2", "llama"):
-        assert launches.count("perturb") <= 2  # of the head, at each point
+    assert launches.count("perturb") <= 2  # of the head, at each point
 
 
 # --- when the host waits ---------------------------------------------------------------------------------------------
