@@ -3,7 +3,7 @@
     python benchmarks/offload.py                              # both parts; 27 GiB of disk for some minutes, in --folder
     python benchmarks/offload.py --parts small                # bits and time alone; each part has a file of results
     python benchmarks/offload.py --parts large --size 1.3b    # memory of a smaller shape
-    python benchmarks/offload.py --parts gpu --sizes 1.3b 13b # weights in the host's memory beside a GPU, against weights on it
+    python benchmarks/offload.py --parts gpu --sizes 1.3b 13b # on a GPU: weights in the host's memory beside a GPU, against weights on it
 
 ``large``: a checkpoint of OPT's shape, random bfloat16 weights written layer by layer, is loaded with its weights left on disk, moves into
 a private file (and is removed), and takes full-tuning steps on 2 x 8 tokens. Anonymous resident memory is read all the while: what the
@@ -14,9 +14,10 @@ a layer, as one module of it is perturbed at a time.
 ``small``: SmolLM2-135M in bfloat16, 8 x 32 tokens, resident and from a file, in turn, in one process. The file is in the page cache, so a
 step waits for nothing, and seconds of the processor are compared: others on the machine do not count.
 
-``gpu``: OPT's shapes in bfloat16, 16 x 64 tokens, on the GPU and then with the weights pinned in the host's memory; medians of whole steps, and
-the peak of what is allocated on the GPU. The losses of all steps have to be the same. ``gigabytes_a_second`` is what has to cross the bus in a step
-(the weights, once for each side of the probe), over the time of the step.
+``gpu``: OPT's shapes in bfloat16, 16 x 64 tokens (``--length``), on the GPU and then with the weights pinned in the host's memory. Seconds are
+medians: ``walks`` of the two forward passes of a step, ``update`` of moving the weights, ``step`` of both. ``peak`` is of what is allocated on
+the GPU. The losses of all steps have to be the same. ``gigabytes_a_second`` are the weights over those seconds, as often as they cross the bus towards
+the GPU: twice in the walks, once in the update, which also brings them back. Rounds end early when they have taken ``_SECONDS``.
 """
 
 from __future__ import annotations
@@ -41,15 +42,15 @@ import torch
 from machine import parser, write
 from safetensors.torch import save_file
 from shapes import OPT, _opt, loss_of, make, minibatch, size_of
-from timing import peak_of
 from transformers import AutoModelForCausalLM, OPTForCausalLM
 
-from forwardtune import MeZO
+from forwardtune import MeZO, memory
 from forwardtune.models import load_model
 from forwardtune.storage import InHostMemory, OnDisk
 
 GIB = 2**30
 STEPS = 2
+_SECONDS, _ROUNDS = 6.0, 3  # of rounds beside a GPU: they end after so long, but are so many at least
 # A sentence for each row of the small model's minibatch.
 TEXT = "The capital of a country is where its government sits, as a rule, and often its largest city, but not in all of them."
 
@@ -171,9 +172,9 @@ def small(folder: Path, rounds: int) -> dict[str, Any]:
     }
 
 
-def on_gpu(size: str, rounds: int) -> dict[str, Any]:
+def on_gpu(size: str, rounds: int, length: int) -> dict[str, Any]:
     """Seconds, memory and losses of full-tuning steps, with the weights on the device and in the host's memory."""
-    row: dict[str, Any] = {"size": size}
+    row: dict[str, Any] = {"size": size, "length": length}
     losses: dict[str, list[float]] = {}
     for home, storage in {"resident": None, "host": InHostMemory("cuda")}.items():
         model = make(size, torch.bfloat16, "cuda")
@@ -183,29 +184,44 @@ def on_gpu(size: str, rounds: int) -> dict[str, Any]:
         placed = time.perf_counter() - began
         gc.collect()
         torch.cuda.empty_cache()
-        loss = loss_of(model, minibatch(model, 64, "cuda"))
+        loss = loss_of(model, minibatch(model, length, "cuda"))
         taken = losses[home] = [optimizer.step(loss)]
-        seconds = []
-        for _ in range(rounds):
-            torch.cuda.synchronize()
-            began = time.perf_counter()
-            taken.append(optimizer.step(loss))
-            torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - began)
-        peak = peak_of(lambda step=optimizer.step, loss=loss, taken=taken: taken.append(step(loss)), "cuda")
+        memory.reset_peak("cuda")
+        seconds = seconds_of_steps(optimizer, loss, rounds, taken)
         assert optimizer.perturbation is not None
         row[home] = {
-            "placed": placed, "seconds": statistics.median(seconds), "peak": peak, "perturbation": optimizer.perturbation.name
+            "placed": placed, "seconds": seconds, "peak": memory.peak("cuda"), "perturbation": optimizer.perturbation.name
         }  # fmt: skip
         print(size, home, row[home], flush=True)
         del model, optimizer, loss
         gc.collect()
         torch.cuda.empty_cache()
-    row["same_losses"] = losses["resident"] == losses["host"]
+    both = min(map(len, losses.values()))
+    row["same_losses"] = losses["resident"][:both] == losses["host"][:both]
     row["losses"] = losses
-    row["ratio"] = row["host"]["seconds"] / row["resident"]["seconds"]
-    row["gigabytes_a_second"] = 2 * row["weights"] / row["host"]["seconds"] / 1e9
+    row["ratio"] = {
+        part: row["host"]["seconds"][part] / row["resident"]["seconds"][part] for part in ("step", "walks", "update")
+    }
+    row["gigabytes_a_second"] = {
+        part: times * row["weights"] / row["host"]["seconds"][part] / 1e9
+        for part, times in (("walks", 2), ("update", 1))
+    }
     return row
+
+
+def seconds_of_steps(optimizer: MeZO, loss: Any, rounds: int, taken: list[float]) -> dict[str, float]:
+    """Medians of the parts of a step on a GPU. Its losses are added to those that were taken."""
+    seconds: dict[str, list[float]] = {"step": [], "walks": [], "update": []}
+    while len(seconds["step"]) < rounds and (len(seconds["step"]) < _ROUNDS or sum(seconds["step"]) < _SECONDS):
+        torch.cuda.synchronize()
+        times = [time.perf_counter()]
+        for work in (lambda: optimizer.estimate(loss), lambda: taken.append(optimizer.apply())):
+            work()
+            torch.cuda.synchronize()
+            times.append(time.perf_counter())
+        for part, (since, until) in {"walks": (0, 1), "update": (1, 2), "step": (0, 2)}.items():
+            seconds[part].append(times[until] - times[since])
+    return {part: statistics.median(each) for part, each in seconds.items()}
 
 
 def in_process(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -226,6 +242,7 @@ def main() -> None:
     asked.add_argument("--parts", nargs="+", choices=("small", "large", "gpu"), default=["small", "large"])
     asked.add_argument("--size", choices=OPT, default="6.7b")
     asked.add_argument("--sizes", nargs="+", choices=OPT, default=["1.3b", "13b"], help="of the part for a GPU")
+    asked.add_argument("--length", type=int, default=64, help="tokens of a sequence, of the part for a GPU")
     asked.add_argument("--rounds", type=int, default=9)
     asked.add_argument("--folder", help="on a disk with room for the model twice [here]", default=".")
     asked.add_argument("--output", default="offload")
@@ -237,7 +254,7 @@ def main() -> None:
     if "gpu" in options.parts:
         rows = []
         for size in options.sizes:
-            rows.append(on_gpu(size, options.rounds))
+            rows.append(on_gpu(size, options.rounds, options.length))
             write(f"{options.output}-gpu", {"rows": rows})
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="offload-") as folder:
         if "small" in options.parts:

@@ -18,7 +18,7 @@ import torch
 
 from forwardtune import MeZO, StepLog, noise, replay
 from forwardtune.method.rule import _total
-from forwardtune.method.rules import RULES
+from forwardtune.method.rules import RULES, SGD, Adam, Momentum
 from forwardtune.noise import DIRECTIONS, GAUSSIAN, Noise, Update, definition
 from forwardtune.storage import InHostMemory, OnDisk
 from forwardtune.trajectory import read_log
@@ -282,19 +282,88 @@ def test_weights_that_visit_the_device_take_the_steps_of_weights_that_live_there
 @pytest.mark.parametrize(
     "settings",
     [
-        {"rule": "adam"},
+        {"rule": "sign"},
+        {"rule": Momentum(state="exact")},
+        {"rule": Momentum(window=2)},
+        {"rule": Adam(state="exact")},
+        {"rule": Adam(window=2)},
+        {"rule": "muon", "rank": 2, "refresh": 10},
         {"estimator": "one_sided", "probes": 2, "rank": 2},
+        {"sparsity": 0.5},
         {"assignment": "example"},
         {"assignment": "example", "perturbation": "both_signs"},
-        {"assignment": "example", "perturbation": "both_signs", "refresh": 3, "fold": "refresh"},
     ],
     ids=str,
 )
 @pytest.mark.parametrize("home", ["host", "disk"])
-def test_so_they_do_with_every_method(settings, home, tmp_path):
+def test_so_they_do_with_every_method(settings, home, tmp_path, monkeypatch):
+    # Pieces so small that even these weights come in several.
+    monkeypatch.setattr("forwardtune.storage.ferry._PIECE", 1536)
+    monkeypatch.setattr("forwardtune.storage.offloaded._SMALL", 0)
+    settings = {"weight_decay": 0.1, **settings}
     resident = tuned(tiny_model("llama", torch.bfloat16).to(CUDA), device="cuda", **settings)
     storage = InHostMemory(CUDA) if home == "host" else OnDisk(tmp_path, CUDA)
     assert tuned(tiny_model("llama", torch.bfloat16), device="cuda", **settings, storage=storage) == resident
+
+
+def large_layers(device: torch.device) -> torch.nn.Sequential:
+    """Matrices of 72 MiB, each two pieces and a part of one; and their biases."""
+    layers = [torch.nn.Linear(6144, 6144, dtype=torch.bfloat16, device="meta") for _ in range(3)]
+    model = torch.nn.Sequential(*layers).to_empty(device=device)
+    generator = torch.Generator(CUDA).manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.empty(parameter.shape, device=CUDA).uniform_(-0.02, 0.02, generator=generator))
+    return model
+
+
+@pytest.mark.parametrize("rule", ["sgd", Momentum(state="exact"), Momentum(window=3)], ids=str)
+def test_no_copy_overtakes_what_it_has_to_wait_for(rule):
+    """Steps of weights that take milliseconds to come and to go, while the host runs ahead."""
+    x = torch.linspace(-1, 1, 8 * 6144, device=CUDA).view(8, 6144).bfloat16()
+    found = []
+    for storage in (None, InHostMemory(CUDA)):
+        model = large_layers(CUDA if storage is None else torch.device("cpu"))
+        optimizer = MeZO(model, lr=1e-3, rule=rule, storage=storage)
+        losses = [optimizer.step(lambda model=model: model(x).float().square().mean()) for _ in range(4)]
+        found.append((losses, optimizer.tuned.digest()))
+    assert found[0] == found[1]
+
+
+def test_pinned_weights_take_no_more_memory_of_the_host_than_they_need():
+    """72 MiB each, which torch would make 128 of."""
+    model = large_layers(torch.device("cpu"))
+    before = torch.cuda.host_memory_stats().get("allocated_bytes.current", 0)
+    InHostMemory(CUDA).place(model)
+    taken = torch.cuda.host_memory_stats()["allocated_bytes.current"] - before
+    assert all(parameter.is_pinned() for parameter in model.parameters())
+    assert taken < 1.01 * sum(parameter.nbytes for parameter in model.parameters())
+
+
+def test_updates_of_offloaded_weights_run_ahead_of_the_copies_in_three_pieces_of_memory():
+    resident = MeZO(large_layers(CUDA), lr=1e-3)
+    offloaded = MeZO(large_layers(torch.device("cpu")), lr=1e-3, storage=InHostMemory(CUDA))
+    for step in range(6):
+        updates = [SGD().plan(step, [1.0 / (step + 1)], 1e-3, 0.1)]
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        # The first round makes room on the device, which waits.
+        with no_waiting() if step else torch.no_grad(), torch.no_grad():
+            counts = [
+                offloaded.rule.move(offloaded.noise, tensor, updates, offloaded.history, keep=True)
+                for tensor in offloaded.tuned
+            ]
+        taken = torch.cuda.max_memory_allocated() - before
+        assert taken < (3 * 2**25 + 2**22 if step == 0 else 2**22), "pieces wait for the memory of earlier ones"
+        with torch.no_grad():
+            there = [
+                resident.rule.move(resident.noise, tensor, updates, resident.history, keep=True)
+                for tensor in resident.tuned
+            ]
+        assert _total(counts) == _total(there)
+    offloaded.tuned[0].home.wait()
+    assert offloaded.tuned.digest() == resident.tuned.digest()
 
 
 @pytest.mark.parametrize(

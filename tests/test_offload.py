@@ -110,6 +110,21 @@ def test_an_interrupt_in_a_forward_pass_leaves_no_stale_weights() -> None:
     assert all(parameter.isnan().all() for parameter in model.parameters())
 
 
+def test_pinned_memory_is_not_rounded_up_and_other_settings_of_it_stay() -> None:
+    said = python(
+        """
+        import torch
+        from forwardtune.storage.host import pin_no_more_than_asked
+
+        pin_no_more_than_asked()
+        pin_no_more_than_asked()
+        print(torch._C._accelerator_getAllocatorSettings())
+        """,
+        PYTORCH_ALLOC_CONF="max_split_size_mb:100",
+    )
+    assert said.strip() == "max_split_size_mb:100,pinned_max_cached_size_mb:1"
+
+
 # --- the file --------------------------------------------------------------------------------------------------------
 
 

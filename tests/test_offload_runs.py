@@ -153,7 +153,7 @@ def test_an_interrupt_in_an_update_loses_nothing(tmp_path: Path, monkeypatch: py
     model, tokens = support.tiny_model(), support.token_batch()
     optimizer = MeZO(model, lr=1e-2, storage=OnDisk(tmp_path / "run"))
     loss = support.closure_for(model, tokens)
-    real, calls = Noise.update_many, []
+    real, calls = Noise.update, []
 
     def interrupted(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
@@ -165,11 +165,11 @@ def test_an_interrupt_in_an_update_loses_nothing(tmp_path: Path, monkeypatch: py
     for _ in range(3):
         optimizer.step(loss)
     after = optimizer.tuned.digest()
-    monkeypatch.setattr(Noise, "update_many", interrupted)
+    monkeypatch.setattr(Noise, "update", interrupted)
     with pytest.raises(KeyboardInterrupt):
         optimizer.step(loss)
     log.close()
-    monkeypatch.setattr(Noise, "update_many", real)
+    monkeypatch.setattr(Noise, "update", real)
     assert optimizer.tuned.digest() != after, "the interrupt came in mid-update"
     with pytest.raises(InterruptedUpdateError):
         optimizer.step(loss)

@@ -129,6 +129,10 @@ def test_moments_and_copies_count(config_alone: Path) -> None:
     assert bytes_with(rule="adam", rule_state="window") == plain
     assert bytes_with(perturbation="copy") - plain > 2 * WEIGHTS - 2 * 2048 * 5632 - 1
     assert bytes_with(dtype="float32") == plain  # of the model, which is given
+    offloaded = bytes_with(offload="disk")
+    assert bytes_with(offload="disk", rule="adam", rule_state="exact") - offloaded == 8 * WEIGHTS
+    for beside in ({"offload": "cpu"}, {"offload": "disk", "device": "cuda"}):
+        assert bytes_with(**beside, rule="adam", rule_state="exact") - offloaded == 3 * 2**25
 
 
 def test_with_a_tokenizer_the_longest_examples_count(setting: Setting, tmp_path: Path) -> None:

@@ -54,6 +54,10 @@ class TunedTensor:
         """Inside, what is written to the tensor is its value afterwards."""
         return self.home.change(self.parameter)
 
+    def pieces(self, beside: Sequence[Tensor] = (), unit: int = 8) -> Iterator[tuple[int, list[Tensor]]]:
+        """Its values on its device, to be changed, in pieces; see :meth:`.storage.Resident.pieces`."""
+        return self.home.pieces(self.parameter, beside, unit)
+
     @property
     def device(self) -> torch.device:
         """Where the model computes with it."""

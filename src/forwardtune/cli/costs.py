@@ -28,7 +28,7 @@ from ..noise import Count, Noise, Update
 from ..optimizer import MeZO
 from ..parameters import TunedTensor
 from ..search.budget import MEASUREMENTS, SHARE, Plan
-from ..storage import device_of
+from ..storage import at_home_afterwards, device_of
 from . import methods
 from .session import Session
 
@@ -152,15 +152,16 @@ class Rehearsed(Rule):
         self, noise: Noise, tensor: TunedTensor, updates: Sequence[Update], history: History, *, keep: bool
     ) -> Count:
         weight = tensor.parameter.detach()
-        times = [clock(weight.device)]
+        times = [clock(tensor.device)]
         kept = weight.clone() if weight.device.type == "cpu" else weight.cpu()
-        times.append(clock(weight.device))
+        times.append(clock(tensor.device))
         if self._rule.decay_towards == "base":  # the weights stay those of the beginning
             history = replace(history, base=lambda lo, hi: kept.view(-1)[lo:hi])
-        unchanged = self._rule.move(noise, tensor, updates, history, keep=keep)
-        times.append(clock(weight.device))
+        with at_home_afterwards([tensor.home]):
+            unchanged = self._rule.move(noise, tensor, updates, history, keep=keep)
+        times.append(clock(tensor.device))
         weight.copy_(kept)
-        times.append(clock(weight.device))
+        times.append(clock(tensor.device))
         self.seconds += times[2] - times[1]
         self.seconds_beside += times[1] - times[0] + times[3] - times[2]
         return unchanged

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..method.estimators import get_estimator
 from ..noise import Noise, Update
 from ..objectives import logits_at
+from ..storage import on_the_way
 from .costs import clock
 
 # Bytes of a weight, and of the scales of its group, as quantised layers are stored (:mod:`forwardtune.models.quantised`).
@@ -68,9 +69,12 @@ def estimate(model: Any, inputs: dict[str, Tensor], options: Any) -> Estimate:
     scratch = sum(t.nbytes for t in tuned) if options.perturbation == "copy" else lent
     if both:
         scratch = _directions(tuned, options) + (lent if options.quantize else 0)
-    if getattr(options, "offload", None):  # one module at a time visits the device
+    offload = getattr(options, "offload", None)
+    if offload:  # one module at a time visits the device
         weights = max(sum(p.nbytes for p in m.parameters(recurse=False)) for m in model.modules())
     moments = 0 if options.rule_state == "window" else _MOMENTS.get(options.rule, 0) * count
+    if offload == "cpu" or (offload and str(options.device).startswith("cuda")):  # moments live where weights do
+        weights, moments = weights + on_the_way(p.nbytes for p in model.parameters()), 0
     queries = len(
         get_estimator(options.estimator, 1.0, options.probes, options.normalize, options.assignment).queries()
     )

@@ -9,9 +9,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..errors import InputError
-from ..noise import Count, Noise, Update, flattened
+from ..noise import Count, Noise, Update
 from ..parameters import TunedTensor
-from .moments import arithmetic, piece_size
+from .moments import arithmetic, small_pieces
 from .rule import History, Rule, float32
 
 _STEPS_PER_SWEEP = 4096
@@ -49,14 +49,11 @@ class Averaged(Rule):
             self._sums[which] = summed(self.rule, updates, self.shares)
         terms, shape = self._sums[which], tensor.parameter.shape
         unchanged: Count = 0
-        with tensor.change() as weight, flattened(weight) as flat:
-            size = piece_size(flat)
-            for lo in range(0, flat.numel(), size):
-                piece = flat[lo : lo + size]
-                x: Tensor = piece.to(arithmetic(piece), copy=True)
-                for first in range(0, len(terms), _STEPS_PER_SWEEP):
-                    noise.update(x, terms[first : first + _STEPS_PER_SWEEP], tensor=tensor.id, start=lo, shape=shape)
-                unchanged += noise.store(piece, x, tensor=tensor.id, step=len(updates), start=lo)
+        for lo, (piece,) in small_pieces(tensor):
+            x: Tensor = piece.to(arithmetic(piece), copy=True)
+            for first in range(0, len(terms), _STEPS_PER_SWEEP):
+                noise.update(x, terms[first : first + _STEPS_PER_SWEEP], tensor=tensor.id, start=lo, shape=shape)
+            unchanged += noise.store(piece, x, tensor=tensor.id, step=len(updates), start=lo)
         return unchanged
 
 

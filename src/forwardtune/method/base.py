@@ -48,7 +48,7 @@ class BaseFile:
 
 def present(tensor: TunedTensor) -> ReadBase:
     """The values that a tensor has now, in a copy."""
-    kept = tensor.parameter.detach().reshape(-1).clone()
+    kept = tensor.read().detach().reshape(-1).clone()
     return lambda lo, hi: kept[lo:hi]
 
 

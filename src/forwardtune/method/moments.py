@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import InputError, nearest
 from ..names import STATES
-from ..noise import Count, Noise, Update, flattened
+from ..noise import Count, Noise, Update
 from ..parameters import TunedParameters, TunedTensor
 from .base import decay, require_target
 from .rule import History, Rule, Step, float32, shares
@@ -67,16 +67,13 @@ class Elementwise(Rule):
         self, noise: Noise, tensor: TunedTensor, updates: Sequence[Update], history: History, *, keep: bool
     ) -> Count:
         unchanged: Count = 0
-        with tensor.change() as weight, flattened(weight) as flat:
-            moments = history.moments.get(tensor.name)
-            if moments is None and keep and self.state == "exact":
-                with torch.inference_mode(False):  # they outlive the step, whatever mode it is taken in
-                    moments = history.moments[tensor.name] = _zeros(self.averages, flat)
-            size = piece_size(flat)
-            for lo in range(0, flat.numel(), size):
-                piece = flat[lo : lo + size]
-                parts = _zeros(self.averages, piece) if moments is None else [m[lo : lo + size] for m in moments]
-                unchanged += self._move_piece(noise, piece, parts, updates, history, tensor, lo)
+        moments = history.moments.get(tensor.name)
+        if moments is None and keep and self.state == "exact":
+            with torch.inference_mode(False):  # they outlive the step, whatever mode it is taken in
+                moments = history.moments[tensor.name] = _zeros(self.averages, tensor.read())
+        for lo, (piece, *parts) in small_pieces(tensor, moments or ()):
+            averages = parts or _zeros(self.averages, piece)
+            unchanged += self._move_piece(noise, piece, averages, updates, history, tensor, lo)
         return unchanged
 
     def _move_piece(
@@ -185,9 +182,12 @@ def _zeros(count: int, like: Tensor) -> tuple[Tensor, ...]:
     return tuple(torch.zeros(like.numel(), dtype=arithmetic(like), device=like.device) for _ in range(count))
 
 
-def piece_size(weight: Tensor) -> int:
-    """How many elements are handled at once."""
-    return _PIECE.get(weight.device.type, _PIECE_ELSEWHERE)
+def small_pieces(tensor: TunedTensor, beside: Sequence[Tensor] = ()) -> Iterator[tuple[int, list[Tensor]]]:
+    """The pieces of a tensor (:meth:`TunedTensor.pieces`), cut to as many elements as are handled at once."""
+    for lo, flats in tensor.pieces(beside):
+        size = _PIECE.get(flats[0].device.type, _PIECE_ELSEWHERE)
+        for at in range(0, flats[0].numel(), size):
+            yield lo + at, [flat[at : at + size] for flat in flats]
 
 
 def arithmetic(weight: Tensor) -> torch.dtype:

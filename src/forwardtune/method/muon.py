@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..noise import Count, Noise, Update, flattened
+from ..noise import Count, Noise, Update
 from ..parameters import TunedTensor
 from .estimators import Estimator
 from .moments import arithmetic, window_of
@@ -83,61 +83,59 @@ class Muon(Rule):
     ) -> Count:
         unchanged: Count = 0
         recent: deque[Update] = deque(history.recent, self.window)
-        with tensor.change() as weight, flattened(weight) as flat:
-            for update in updates:
-                if not update.sizes:
-                    unchanged += flat.numel()
-                    continue
-                assert isinstance(update, Step)
-                recent.append(update)
-                if noise.is_low_rank(tensor.parameter.shape):
-                    unchanged += self._move_matrix(noise, tensor, flat, update, [u for u in recent if u.sizes])
-                else:
-                    unchanged += self._move_whole(noise, tensor, flat, update, [u for u in recent if u.sizes])
+        for update in updates:
+            if not update.sizes:
+                unchanged += tensor.parameter.numel()
+                continue
+            assert isinstance(update, Step)
+            recent.append(update)
+            move = self._move_matrix if noise.is_low_rank(tensor.parameter.shape) else self._move_whole
+            unchanged += move(noise, tensor, update, [u for u in recent if u.sizes])
         return unchanged
 
-    def _move_matrix(
-        self, noise: Noise, tensor: TunedTensor, flat: Tensor, update: Step, recent: Sequence[Update]
-    ) -> Count:
+    def _move_matrix(self, noise: Noise, tensor: TunedTensor, update: Step, recent: Sequence[Update]) -> Count:
         structure, shape, mu = noise.structure, tensor.parameter.shape, float32(self.momentum)
         assert structure is not None
         drawn_at = structure.step_of_v(update.step)
         momentum = v = None
         for step in (u for u in recent if structure.step_of_v(u.step) == drawn_at):
             u, v = noise.factors(
-                shape, tensor=tensor.id, step=step.step, probes=[0], scale=step.sizes[0], device=flat.device
+                shape, tensor=tensor.id, step=step.step, probes=[0], scale=step.sizes[0], device=tensor.device
             )
             momentum = u[0] if momentum is None else momentum.mul_(mu).add_(u[0])
         assert momentum is not None
         assert v is not None
         o = orthogonal(momentum).mul_(float32(update.lr * math.sqrt(momentum.shape[0] / structure.rank)))
-        kind, width = arithmetic(flat), shape[-1]
+        kind, width = arithmetic(tensor.parameter), shape[-1]
         o, v = o.to(kind), v[0].to(kind)
         unchanged: Count = 0
-        rows = max(1, _PIECE // width)
-        for first in range(0, len(o), rows):
-            piece = flat[first * width : (first + rows) * width]
-            x = piece.to(kind).view(-1, width)
-            if update.decay != 1.0:
-                x = x * update.decay
-            for left, right in zip(o[first : first + rows].T, v.T, strict=True):
-                x = x - left[:, None] * right
-            unchanged += noise.store(piece, x.view(-1), tensor=tensor.id, step=update.step, start=first * width)
+        size = max(1, _PIECE // width) * width
+        for at, (flat,) in tensor.pieces(unit=width):
+            for lo in range(at, at + flat.numel(), size):
+                piece = flat[lo - at : lo - at + size]
+                x = piece.to(kind).view(-1, width)
+                if update.decay != 1.0:
+                    x = x * update.decay
+                for left, right in zip(o[lo // width :][: len(x)].T, v.T, strict=True):
+                    x = x - left[:, None] * right
+                unchanged += noise.store(piece, x.view(-1), tensor=tensor.id, step=update.step, start=lo)
         return unchanged
 
-    def _move_whole(
-        self, noise: Noise, tensor: TunedTensor, flat: Tensor, update: Step, recent: Sequence[Update]
-    ) -> Count:
-        kind, shape = arithmetic(flat), tensor.parameter.shape
-        momentum = torch.zeros(flat.numel(), dtype=kind, device=flat.device)
+    def _move_whole(self, noise: Noise, tensor: TunedTensor, update: Step, recent: Sequence[Update]) -> Count:
+        kind, shape, numel = arithmetic(tensor.parameter), tensor.parameter.shape, tensor.parameter.numel()
+        momentum = torch.zeros(numel, dtype=kind, device=tensor.device)
         steps = [Update(u.step, u.sizes, float32(self.momentum)) for u in recent]
         noise.update(momentum, steps, tensor=tensor.id, shape=shape)
         squares = _gram(momentum.float()[:, None])[0, 0]
-        length = float32(update.lr * math.sqrt(flat.numel() / squares)) if squares > 0 else 0.0
-        x = flat.to(kind)
-        if update.decay != 1.0:
-            x = x * update.decay
-        return noise.store(flat, x - momentum.mul_(length), tensor=tensor.id, step=update.step)
+        momentum.mul_(float32(update.lr * math.sqrt(numel / squares)) if squares > 0 else 0.0)
+        unchanged: Count = 0
+        for lo, (piece,) in tensor.pieces():
+            x = piece.to(kind)
+            if update.decay != 1.0:
+                x = x * update.decay
+            x = x - momentum[lo : lo + piece.numel()]
+            unchanged += noise.store(piece, x, tensor=tensor.id, step=update.step, start=lo)
+        return unchanged
 
 
 def orthogonal(s: Tensor) -> Tensor:

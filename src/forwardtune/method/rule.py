@@ -15,6 +15,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..noise import Count, Noise, Update, folds_of
 from ..parameters import TunedParameters, TunedTensor
+from ..storage import at_home_afterwards
 from .base import BaseFile, ReadBase, present
 from .estimators import Estimator
 from .masked import Masked
@@ -229,24 +230,25 @@ def move_all(
     ragged = any(update.unused for update in updates[0])
     counts: list[Count] = []
     together: dict[Any, list[TunedTensor]] = {}
-    for done, tensor in enumerate(tuned):
-        own = updates[tensor.group]
-        if ragged:
-            own = [of_tensor(update, tensor.id) for update in own]
-        if folded_at is not None and noise.structure is not None and noise.waits(tensor.parameter.shape):
-            own = folds_of(own, noise.structure, folded_at)
-        before = history.of(tensor.id)
-        if rule.decay_towards == "base":
-            before = replace(before, base=present(tensor) if from_base else kept.of(tensor) if kept else None)
-        unread = {u.step: u.unread[tensor.id] for u in (*before.recent, *own) if tensor.id in u.unread}
-        if not unread and rule.moves_together and noise.launches_together(tensor.parameter):
-            together.setdefault((tensor.parameter.device, tuple(own)), []).append(tensor)
-        else:
-            own_noise = Masked.of(noise, tensor.parameter.shape, unread) if unread else noise
-            counts.append(rule.move(own_noise, tensor, own, before, keep=keep))
-        if progress is not None:
-            progress(done + 1, len(tuned))
-    counts += [rule.move_together(noise, tensors, own) for (_, own), tensors in together.items()]
+    with at_home_afterwards(tensor.home for tensor in tuned):
+        for done, tensor in enumerate(tuned):
+            own = updates[tensor.group]
+            if ragged:
+                own = [of_tensor(update, tensor.id) for update in own]
+            if folded_at is not None and noise.structure is not None and noise.waits(tensor.parameter.shape):
+                own = folds_of(own, noise.structure, folded_at)
+            before = history.of(tensor.id)
+            if rule.decay_towards == "base":
+                before = replace(before, base=present(tensor) if from_base else kept.of(tensor) if kept else None)
+            unread = {u.step: u.unread[tensor.id] for u in (*before.recent, *own) if tensor.id in u.unread}
+            if not unread and rule.moves_together and noise.launches_together(tensor.parameter):
+                together.setdefault((tensor.parameter.device, tuple(own)), []).append(tensor)
+            else:
+                own_noise = Masked.of(noise, tensor.parameter.shape, unread) if unread else noise
+                counts.append(rule.move(own_noise, tensor, own, before, keep=keep))
+            if progress is not None:
+                progress(done + 1, len(tuned))
+        counts += [rule.move_together(noise, tensors, own) for (_, own), tensors in together.items()]
     if rule.remembers:
         # All groups have the same coefficients, and so the same estimate.
         history.take([update for update in updates[0] if update.sizes], getattr(rule, "window", None))

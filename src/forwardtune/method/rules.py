@@ -39,10 +39,10 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, nearest
-from ..noise import Count, Noise, Update, flattened
+from ..noise import Count, Noise, Update
 from ..parameters import TunedTensor
 from .base import decay, require_target
-from .moments import Elementwise, WithMoments, arithmetic, piece_size
+from .moments import Elementwise, WithMoments, arithmetic, small_pieces
 from .muon import Muon
 from .rule import History, Rule, Step, float32, shares
 
@@ -75,22 +75,23 @@ class SGD(Rule):
     def move(
         self, noise: Noise, tensor: TunedTensor, updates: Sequence[Update], history: History, *, keep: bool
     ) -> Count:
-        if self.decay_towards == "zero" or all(update.decay == 1.0 for update in updates):
-            return self.move_together(noise, [tensor], updates)
         unchanged: Count = 0
-        with tensor.change() as weight, flattened(weight) as flat:
-            size = piece_size(flat)
-            for lo in range(0, flat.numel(), size):
-                piece, base = flat[lo : lo + size], None
-                x = torch.empty(piece.numel(), dtype=arithmetic(piece), device=piece.device)
-                for update in updates:
-                    if update.is_empty:
-                        unchanged += piece.numel()
-                        continue
-                    base = decay(x.copy_(piece), update, history.base, lo, base)
-                    added = Update(update.step, update.sizes)
-                    noise.update(x, [added], tensor=tensor.id, start=lo, shape=tensor.parameter.shape)
-                    unchanged += noise.store(piece, x, tensor=tensor.id, step=update.step, start=lo)
+        shape = tensor.parameter.shape
+        if self.decay_towards == "zero" or all(update.decay == 1.0 for update in updates):
+            for lo, (piece,) in tensor.pieces():
+                for first in range(0, len(updates), _STEPS_PER_SWEEP):
+                    fused = updates[first : first + _STEPS_PER_SWEEP]
+                    unchanged += noise.update(piece, fused, tensor=tensor.id, start=lo, shape=shape)
+            return unchanged
+        for lo, (piece,) in small_pieces(tensor):
+            x, base = torch.empty(piece.numel(), dtype=arithmetic(piece), device=piece.device), None
+            for update in updates:
+                if update.is_empty:
+                    unchanged += piece.numel()
+                    continue
+                base = decay(x.copy_(piece), update, history.base, lo, base)
+                noise.update(x, [Update(update.step, update.sizes)], tensor=tensor.id, start=lo, shape=shape)
+                unchanged += noise.store(piece, x, tensor=tensor.id, step=update.step, start=lo)
         return unchanged
 
     def reach(self, updates: Sequence[Update], factors: Sequence[float]) -> list[float]:

@@ -14,7 +14,8 @@ from __future__ import annotations
 from os import PathLike
 
 from .disk import OnDisk
-from .home import RESIDENT, Resident, device_of, home_of, is_offloaded
+from .ferry import on_the_way
+from .home import RESIDENT, Resident, at_home_afterwards, device_of, home_of, is_offloaded
 from .host import InHostMemory
 from .offloaded import Offloaded
 
@@ -24,9 +25,11 @@ __all__ = [
     "Offloaded",
     "OnDisk",
     "Resident",
+    "at_home_afterwards",
     "device_of",
     "home_of",
     "is_offloaded",
+    "on_the_way",
     "storage_named",
 ]
 

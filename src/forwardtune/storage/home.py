@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+
+from ..noise import flattened
 
 _HOME = "_forwardtune_home"
 
@@ -22,6 +24,26 @@ class Resident:
     def change(self, parameter: nn.Parameter) -> Iterator[Tensor]:
         """Inside, what is written to the tensor is the parameter's value afterwards."""
         yield self.read(parameter)
+
+    def pieces(
+        self, parameter: nn.Parameter, beside: Sequence[Tensor] = (), unit: int = 8
+    ) -> Iterator[tuple[int, list[Tensor]]]:
+        """The values where the model computes, to be changed: in row-major order, flat and contiguous, in one piece or several.
+
+        What is written to a piece until the next one is asked for is the parameter's value afterwards, inside of :func:`at_home_afterwards`.
+
+        Args:
+            beside: flat tensors of as many elements, on the values' device, that come in the same pieces and may be changed, too.
+            unit: pieces are cut at multiples of so many elements.
+
+        Yields:
+            The number of a piece's first element; and the piece, with those of ``beside``.
+        """
+        with self.change(parameter) as weight, flattened(weight) as flat:
+            yield 0, [flat, *beside]
+
+    def wait(self) -> None:
+        """Return when the values that pieces were given are where they live."""
 
     def computes_on(self, parameter: nn.Parameter) -> torch.device:
         """Where the model computes with the parameter."""
@@ -47,6 +69,16 @@ def home_of(parameter: Tensor | None) -> Resident:
     """Where the values of a parameter live."""
     home: Resident = getattr(parameter, _HOME, RESIDENT)
     return home
+
+
+@contextmanager
+def at_home_afterwards(homes: Iterable[Resident]) -> Iterator[None]:
+    """Afterwards, however it ended, values that were changed inside are where they live."""
+    try:
+        yield
+    finally:
+        for home in set(homes):
+            home.wait()
 
 
 def settle(parameter: nn.Parameter, home: Resident) -> None:

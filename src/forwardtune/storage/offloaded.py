@@ -5,22 +5,27 @@ from __future__ import annotations
 import sys
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..noise import flattened
+from .ferry import Ferry
 from .home import RESIDENT, Resident, home_of, settle
 from .visits import Visits
+
+# Copies of fewer bytes are over before they would have overlapped with anything.
+_SMALL = 1 << 20
 
 
 class Offloaded(Resident):
     """Values that live elsewhere than in the memory of the device.
 
-    Where the device is not the host, the weights of a module come when it is called, and go when it returns. Updates run on the host: its
-    kernels give the bits that the device's give. Input is given on the device, as to a model that lies there.
+    Where the device is not the host, the weights of a module come when it is called, and go when it returns. For an update they come a piece at a
+    time, are moved by the device's kernels, and go back. Input is given on the device, as to a model that lies there.
 
     Args:
         device: where the model computes.
@@ -33,21 +38,42 @@ class Offloaded(Resident):
         self.device = torch.device(device)
         self._visits = Visits(self) if self.device.type != "cpu" else None
 
+    @cached_property
+    def _ferry(self) -> Ferry | None:
+        return None if self._visits is None else Ferry(self.device)
+
     # --- one tensor ------------------------------------------------------------------------------------------------
 
     def change(self, parameter: nn.Parameter) -> Any:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # a copy of the old values may be under way
+        self.wait()  # a copy of the old values may be under way
         return super().change(parameter)
+
+    def pieces(
+        self, parameter: nn.Parameter, beside: Sequence[Tensor] = (), unit: int = 8
+    ) -> Iterator[tuple[int, list[Tensor]]]:
+        if self._ferry is None:
+            yield from super().pieces(parameter, beside, unit)
+            return
+        with flattened(self.read(parameter)) as flat:
+            yield from self._ferry.trips([flat, *beside], unit)
+            if not self.read(parameter).is_contiguous():  # what is flat is a copy, and is given back now
+                self.wait()
+
+    def wait(self) -> None:
+        if self._ferry is not None:
+            self._ferry.wait()
 
     def computes_on(self, parameter: nn.Parameter) -> torch.device:
         return self.device
 
     def visit(self, values: Tensor, out: Tensor | None = None) -> Tensor:
-        if self._visits is None:
+        if self._ferry is None:
             return values
         out = torch.empty_like(values, device=self.device) if out is None else out
-        return out.copy_(values, non_blocking=True)
+        if values.nbytes < _SMALL or not (values.is_contiguous() and out.is_contiguous()):
+            return out.copy_(values, non_blocking=True)
+        self._ferry.bring(values, out)
+        return out
 
     def outline(self, values: Tensor) -> Tensor:
         if self._visits is None:
