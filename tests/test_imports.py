@@ -27,7 +27,7 @@ SOURCE = Path(forwardtune.__file__).parent
 # A module imports from layers before its own, or from its own package. `forwardtune/__init__.py` may import them all.
 LAYERS = (
     {"errors", "names"},
-    {"files", "memory", "cores", "durations", "averages", "processes"},
+    {"files", "memory", "cores", "devices", "durations", "averages", "processes"},
     {"noise"},
     {"storage"},
     {"parameters"},
@@ -69,7 +69,8 @@ NEEDS = {
     "processes": set(),
     "trajectory": {"torch", "safetensors"},
 } | {
-    part: {"torch"} for part in ("storage", "parameters", "method", "points", "optimizer", "search", "cores", "workers")
+    part: {"torch"}
+    for part in ("storage", "parameters", "method", "points", "optimizer", "search", "cores", "devices", "workers")
 }
 NEEDS |= {f"search/{file}.py": set() for file in ("budget", "guard", "line_search", "rates")}
 

@@ -21,8 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import support
 from forwardtune import MeZO, noise
-from forwardtune.noise import DIRECTIONS, GAUSSIAN, RADEMACHER, Direction, Noise, Update, definition
-from forwardtune.noise.definition import Strips
+from forwardtune.noise import DIRECTIONS, GAUSSIAN, RADEMACHER, Direction, Fold, LowRank, Noise, Update, definition
+from forwardtune.noise.definition import Strips, Terms
 from support.process import python
 from test_noise import (
     EVERYTHING,
@@ -76,7 +76,7 @@ def load_interpreted() -> ModuleType:
         module.kernels = load("gpu_kernels")
     many = load("gpu_many")
     many.kernels = module.kernels
-    for name in ("many_strips", "perturber", "update_many"):
+    for name in ("many_strips", "perturber", "update_factored_many", "update_many"):
         setattr(module, name, getattr(many, name))
     return module
 
@@ -130,17 +130,26 @@ def test_half_words_are_the_known_answers_of_random123(kernels, counter, key, ou
 
 @every_direction
 def test_strips_of_several_tensors_come_from_one_launch(kernels, direction):
+    both = Terms([0, 2**31], [4, 2**32 - 2], [1e-3, -2.0])
     many = [
-        Strips(3, [5], range(3), [0], [0.5], 1031),
-        Strips(2**32 - 1, [7], [2**32 - 2], [2**35 - 2**13], [1.0], 9),
-        Strips(0, [0, 2**31], [4, 1], [13, 2047], [1e-3, -2.0], 2500),
-        Strips(1, [0], range(4), [3], [1.0], 1),
+        Strips((3,), 0, 1031, Terms([5], range(3), [0.5])),
+        Strips((2**32 - 1, 4), 2**35 - 2**13, 9, both),
+        Strips((0, 9, 5), 13, 2500, both),
+        Strips((1,), 3, 1, Terms([0], range(4), [1.0])),
+        Strips((), 3, 1, both),
+        Strips((8,), 3, 0, both),
+        Strips((8,), 3, 7, Terms([], [], [])),
+        Strips((8,), 3, 7, Terms([7], [2], [-0.0])),
     ]
     for dtype in (torch.float32, torch.bfloat16):
         found = kernels.module.many_strips(direction, SEED, many, kernels.device, dtype)
         for part, each in zip(found, many, strict=True):
-            expected = definition.strips(direction, SEED, *each, torch.device("cpu"))
-            assert_equal_bits(part.cpu(), expected.to(dtype))
+            terms = each.terms
+            assert part.shape == (len(each.tensors), len(terms.probes), each.length)
+            for strips, tensor in zip(part, each.tensors, strict=True):
+                where = (tensor, terms.steps, terms.probes, [each.start], terms.scales, each.length)
+                expected = definition.strips(direction, SEED, *where, torch.device("cpu"))
+                assert_equal_bits(strips.cpu(), expected.to(dtype))
     assert kernels.module.many_strips(direction, SEED, [], kernels.device) == []
 
 
@@ -228,6 +237,30 @@ def test_tensors_that_share_a_launch_have_the_bits_that_each_has_alone(kernels, 
         definition.update(w, updates, direction, SEED, tensor) for w, tensor in zip(sources, ids, strict=True)
     )
     assert int(kernels.module.update_many(here, updates, direction, SEED, ids)) == unchanged
+    for a, b in zip(here, sources, strict=True):
+        assert_equal_bits(a.cpu(), b)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:overflow:RuntimeWarning")  # from NumPy
+@pytest.mark.parametrize("shapes", [[(26, 40)], [(4, 4), (48, 1), (3, 2736), (1, 16), (64, 64)]], ids=len)
+@pytest.mark.parametrize("rank", [1, 3])
+@every_dtype
+def test_matrices_that_share_a_launch_have_the_bits_that_each_has_alone(kernels, dtype, rank, shapes):
+    updates = run_of_updates()[:4]
+    terms = sum(len(item.terms) for item in updates)
+    assert len({len(item.terms) for item in updates}) > 1
+    ids = [7, 2**32 - 1, 0, 3, 2**31][: len(shapes)]
+    sources = [hostile(dtype, m * n) for m, n in shapes]
+    factors = [torch.randn(terms, m + n, rank) / 30 for m, n in shapes]
+    us, vs = zip(*(f.split([m, n], dim=1) for f, (m, n) in zip(factors, shapes, strict=True)), strict=True)
+    us, vs = ([f.contiguous() for f in each] for each in (us, vs))
+    here = [source.to(kernels.device, copy=True) for source in sources]
+    unchanged = sum(
+        definition.update_factored(w, updates, u, v, SEED, tensor)
+        for w, u, v, tensor in zip(sources, us, vs, ids, strict=True)
+    )
+    there = [[f.to(kernels.device) for f in each] for each in (us, vs)]
+    assert int(kernels.module.update_factored_many(here, updates, *there, SEED, ids)) == unchanged
     for a, b in zip(here, sources, strict=True):
         assert_equal_bits(a.cpu(), b)
 
@@ -340,6 +373,63 @@ def test_consecutive_modules_and_updates_share_launches(through_noise, monkeypat
     assert launches.count("perturb") <= 2  # of the head, at each point
 
 
+def test_matrices_of_low_rank_share_draws_and_launches(through_noise, monkeypatch):
+    """Some are drawn and moved together, whatever their shapes; one whose elements are no multiple of 16, and one of another dtype, alone. Steps
+    may be folds, leave tensors alone, and have some sizes of 0."""
+    structure, launches = LowRank(2, refresh=4), []
+    shapes = [(16, 40), (40, 16), (6, 8, 16), (16, 40), (9, 7), (8, 16), (16,)]
+    dtypes = [torch.bfloat16] * 5 + [torch.float32, torch.bfloat16]
+    ids = [3, 2**32 - 1, 0, 5, 7, 8, 9]
+    steps = [Update(step, (1e-2, 0.0, -3e-2 / (step + 1)), decay=1.0) for step in range(4, 8)]
+    plain = [*steps, Update(8, (0.5,), decay=0.75), Update(9, ())]
+    low = [i for i, shape in enumerate(shapes) if len(shape) == 2]
+    for updates, which in ((plain, range(7)), ([Fold.of(steps), Fold.of([Update(9, (1e-2, 1e-3))])], low)):
+        here, expected = ([hostile(dtypes[i], math.prod(shapes[i])).view(shapes[i]) for i in which] for _ in range(2))
+        tensors = [ids[i] for i in which]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(noise.backends, "fast", lambda device, dtype: noise.cpu)
+            counts = [
+                Noise(SEED, GAUSSIAN, structure).update(w, updates, tensor=t)
+                for w, t in zip(expected, tensors, strict=True)
+            ]
+        module = noise.backends.fast(through_noise, torch.bfloat16)
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("many_strips", "update_factored", "update_factored_many"):
+                right = getattr(module, name)
+                patch.setattr(
+                    module, name, lambda *a, name=name, right=right, **k: [launches.append(name), right(*a, **k)][1]
+                )
+            there = [w.to(through_noise) for w in here]
+            count = Noise(SEED, GAUSSIAN, structure).update_many(there, updates, tensors=tensors)
+        assert int(count) == sum(map(int, counts))
+        for a, b in zip(there, expected, strict=True):
+            assert_equal_bits(a.cpu(), b)
+        assert launches.count("update_factored_many") == 1
+        assert launches.count("update_factored") == 2
+        assert launches.count("many_strips") >= 3
+        launches.clear()
+
+
+def test_tensors_that_share_a_launch_are_so_many_that_their_factors_stay_small(monkeypatch):
+    from forwardtune.noise import factored
+
+    monkeypatch.setattr(factored, "_OF_ONE", 100)
+    monkeypatch.setattr(factored, "_OF_ALL", 250)
+    updates = [Update(step, (1.0,) * (step % 3)) for step in range(12)]
+    sizes = [10, 30, 10, 200, 30, 20, 10, 10]
+    done: dict[int, list[int]] = {i: [] for i in range(len(sizes))}
+    found = list(factored.sweeps(updates, sizes))
+    for which, fused in found:
+        terms = sum(len(item.terms) for item in fused)
+        assert len(fused) == 1 or max(sizes[i] for i in which) * terms <= 100
+        assert len(which) == 1 or sum(sizes[i] for i in which) * terms <= 250
+        for i in which:
+            done[i] += [item.step for item in fused]
+    assert all(steps == list(range(12)) for steps in done.values())
+    assert max(len(which) for which, _ in found) > 2
+    assert list(factored.sweeps([], sizes)) == []
+
+
 # --- when the host waits ---------------------------------------------------------------------------------------------
 
 
@@ -432,7 +522,9 @@ def last_element_off(out: Tensor, result: Any) -> Any:
     ("sweep", "spoil"),
     [
         *((sweep, last_element_off) for sweep in ("perturb", "perturb_rows", "perturb_factored", "update_factored")),
-        *((sweep, lambda out, result: result + 1) for sweep in ("update", "update_many")),  # a wrong count
+        *(
+            (sweep, lambda out, result: result + 1) for sweep in ("update", "update_factored_many", "update_many")
+        ),  # a wrong count
         ("perturber", lambda outs, perturb: lambda *point: last_element_off(outs[1], perturb(*point))),
     ],
 )
@@ -534,10 +626,20 @@ def compiled(name: str, dtype: torch.dtype, capability: int) -> dict[str, str]:
             {"like": stored, "tensors": "*i64", "table": table},
             gpu_launch.options(1024, 2) | {"doublings": 9, "tiles": 4},
         ),
+        "many_strips": (
+            gpu.kernels.many_strips,
+            {"out": table, "values": table, "tensors": "*i64", "terms": "*i64"},
+            gpu_launch.options(1024, 2) | {"doublings": 9},
+        ),
         "update_many": (
             gpu.kernels.update_many,
             {"like": stored, "tensors": "*i64", "unchanged": "*i64", "plan": "*i32", "tables": table},
             gpu_launch.options(1024, 4) | {"doublings": 9, "entries": 4096, "slots": 256, "tiles": 8},
+        ),
+        "update_factored_many": (
+            gpu.kernels.update_many,
+            {"like": stored, "tensors": "*i64", "unchanged": "*i64", "plan": "*i32", "tables": table},
+            gpu_launch.options(1024, 4) | {"doublings": 9, "entries": 0, "slots": 256, "tiles": 8},
         ),
     }[name]
     place = {argument: (i,) for i, argument in enumerate(kernel.arg_names)}
@@ -557,7 +659,10 @@ def compiled(name: str, dtype: torch.dtype, capability: int) -> dict[str, str]:
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(
     "name",
-    ["perturb", "perturb_rows", "perturb_factored", "perturb_many", "update", "update_factored", "update_many"],
+    [
+        *("perturb", "perturb_rows", "perturb_factored", "perturb_many"),
+        *("update", "update_factored", "update_many", "update_factored_many"),
+    ],
 )
 @every_dtype
 def test_compiled_kernels_move_16_bytes_at_once_and_fuse_no_arithmetic(name, dtype, capability):
@@ -571,7 +676,15 @@ def test_compiled_kernels_move_16_bytes_at_once_and_fuse_no_arithmetic(name, dty
     assert set(rounding) == {"rn."}  # written so, the assembler may not fuse them either
 
 
-@pytest.mark.parametrize("name", ["update", "update_factored", "update_many"])
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_draws_of_many_tensors_compile_and_round_each_product(capability):
+    code = compiled("many_strips", torch.float32, capability)["ptx"]
+    assert not re.search(r"\bfma\.|\bmad\.(rn|f)|\.ftz|\.approx", code)
+    assert re.search(r"\bmul\.rn\.f64", code)
+    assert "cvt.rn.f32.f64" in code
+
+
+@pytest.mark.parametrize("name", ["update", "update_factored", "update_many", "update_factored_many"])
 @every_dtype
 def test_the_terms_of_every_step_of_a_compiled_sweep_begin_where_the_plan_says(name, dtype):
     """A bound that the loop over steps carried was compiled as the one of the first step, for all of them."""

@@ -278,6 +278,29 @@ def test_rows_that_were_read_get_the_bits_of_an_ordinary_update(shape, emphasis,
     assert count == int((ones == weight).sum())
 
 
+@pytest.mark.parametrize("piece", [1, 20, 60, 10**6])
+def test_pieces_of_rows_and_runs_of_pieces_change_no_bit(piece, monkeypatch):
+    """Rows that were read, rows that were not and both, in pieces of a row, of two, of six, and of all."""
+    noise, shape = Noise(7), (23, 10)
+    unread = torch.tensor([False] * 7 + [True] * 9 + [False, True] * 3 + [True])
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    expected, found = weight.clone(), weight.clone()
+    noise.update(expected, [Update(3, (0.5,))], tensor=2)
+    expected[unread] = weight[unread]
+    monkeypatch.setattr("forwardtune.method.masked._PIECE", piece)
+    handled: list[int] = []
+    right = Noise.update
+    monkeypatch.setattr(
+        Noise, "update", lambda self, w, *a, **k: [handled.append(w.numel()), right(self, w, *a, **k)][1]
+    )
+    count = Masked.of(noise, shape, {3: unread}).update(found, [Update(3, (0.5,))], tensor=2)
+    assert support.same_bits(found, expected)
+    assert int(count) == int((found == weight).sum())
+    if piece < 100:  # what follows each other is one piece, and what was not read at all is none
+        assert max(handled) >= 70 - piece
+        assert sum(handled) <= 10 * int((~unread).sum()) + 6 * piece
+
+
 def test_what_was_read_is_merged():
     a, b = Used(), Used()
     a.read(0)

@@ -22,6 +22,7 @@ from .objectives import (
     task_scores,
     write,
 )
+from .points.owners import to_device
 from .storage import device_of
 from .tasks import Task, metrics
 from .tasks.batching import Layout, collate, common_beginning
@@ -255,7 +256,7 @@ def _inputs(model: Any, batch: Sequence[Encoded], layout: Layout, context: Conte
         batch = [example.without(skip) for example in batch]
         layout = replace(layout, context=skip)
     inputs = {
-        name: value.to(device_of(model)) if isinstance(value, Tensor) else value
+        name: to_device(value, device_of(model)) if isinstance(value, Tensor) else value
         for name, value in collate(batch, layout).items()
     }
     if context is not None:

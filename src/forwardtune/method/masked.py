@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
+from ..devices import sent
 from ..noise import Count, Noise, Update, flattened
 
-# Elements handled at once: a copy of so many is kept while they are updated. A row is not cut.
-_PIECE = 1 << 18
+# Elements handled at once: a copy of so many is kept while they are updated. A row is not cut. A GPU wants large pieces, of which each takes
+# some launches.
+_PIECE, _PIECE_ON_GPU = 1 << 18, 1 << 24
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Masked(Noise):
             steps = list(some)
             with flattened(weight) as flat:
                 for piece, lo, own in self._pieces(flat, start, mask.value):
-                    if own is not None and bool(own.all()):
+                    if own is ALL:
                         unchanged += piece.numel() * len(steps)
                         continue
                     kept = None if own is None else piece.clone()
@@ -56,7 +58,7 @@ class Masked(Noise):
     def store(self, weight: Tensor, x: Tensor, *, tensor: int, step: int, start: int = 0) -> Count:
         unchanged: Count = 0
         for piece, lo, own in self._pieces(weight, start, self.unread.get(step)):
-            if own is not None and bool(own.all()):
+            if own is ALL:
                 unchanged += piece.numel()
                 continue
             kept = None if own is None else piece.clone()
@@ -67,19 +69,40 @@ class Masked(Noise):
 
     def _pieces(self, flat: Tensor, start: int, unread: Tensor | None) -> Iterable[tuple[Tensor, int, Tensor | None]]:
         """Pieces of flat storage that begins at an element of the tensor: each with its first element, and which elements to leave
-        alone; None: none."""
+        alone; None: none; ALL."""
         if unread is None:
             yield flat, start, None
             return
         width, end = math.prod(self.full[1:]), start + flat.numel()
-        rows = max(1, _PIECE // width)
-        for first in range(start // width, -(-end // width), rows):
-            lo, hi = max(start, first * width), min(end, (first + rows) * width)
-            own = unread[first : -(-hi // width)]
+        most = max(1, (_PIECE_ON_GPU if flat.device.type == "cuda" else _PIECE) // width)
+        for first, last, alone in _runs(unread, start // width, -(-end // width), most):
+            lo, hi = max(start, first * width), min(end, last * width)
             elements = None
-            if bool(own.any()):
-                elements = own.repeat_interleave(width)[lo - first * width : hi - first * width]
-            yield flat[lo - start : hi - start], lo, elements
+            if alone is None:
+                rows = sent(unread[first:last], flat.device)
+                elements = rows[:, None].expand(-1, width).reshape(-1)[lo - first * width : hi - first * width]
+            yield flat[lo - start : hi - start], lo, ALL if alone else elements
+
+
+def _runs(unread: Tensor, first: int, end: int, most: int) -> Iterator[tuple[int, int, bool | None]]:
+    """Rows that follow each other: where they begin and end, and whether none of them was read, or all; None, of at most so many rows:
+    some."""
+    run: tuple[int, int, bool | None] | None = None
+    for lo in range(first, end, most):
+        own = unread[lo : min(lo + most, end)]
+        alone = bool(own[0]) if bool((own == own[0]).all()) else None
+        if run is not None and alone is not None and run[2] is alone:
+            run = run[0], lo + len(own), alone
+            continue
+        if run is not None:
+            yield run
+        run = lo, lo + len(own), alone
+    if run is not None:
+        yield run
+
+
+#: Every element of a piece.
+ALL = torch.ones((), dtype=torch.bool, device="cpu")
 
 
 class _Same:
@@ -97,6 +120,5 @@ class _Same:
 def _leave(piece: Tensor, kept: Tensor, alone: Tensor, steps: int, unchanged: Count) -> Count:
     """Give elements their values back. Returns how many stored values did not change, all of them taken together where there are several
     steps, given how many did not before."""
-    alone = alone.to(piece.device)
     piece.copy_(torch.where(alone, kept, piece))
     return (piece == kept).sum() if steps == 1 else unchanged

@@ -229,26 +229,32 @@ def move_all(
     kept = None if rule.decay_towards != "base" or tuned.base is None or from_base else BaseFile(tuned.base, tuned)
     ragged = any(update.unused for update in updates[0])
     counts: list[Count] = []
-    together: dict[Any, list[TunedTensor]] = {}
+    together: dict[Any, tuple[Sequence[Update], list[TunedTensor]]] = {}
+    kinds: dict[Any, Sequence[Update]] = {}  # most tensors of a group have the same updates
     with at_home_afterwards(tensor.home for tensor in tuned):
         for done, tensor in enumerate(tuned):
-            own = updates[tensor.group]
-            if ragged:
-                own = [of_tensor(update, tensor.id) for update in own]
-            if folded_at is not None and noise.structure is not None and noise.waits(tensor.parameter.shape):
-                own = folds_of(own, noise.structure, folded_at)
+            kind = (tensor.group, noise.waits(tensor.parameter.shape), tensor.id if ragged else None)
+            if kind not in kinds:
+                own = updates[tensor.group]
+                if ragged:
+                    own = [of_tensor(update, tensor.id) for update in own]
+                if folded_at is not None and noise.structure is not None and kind[1]:
+                    own = folds_of(own, noise.structure, folded_at)
+                kinds[kind] = own
+            own = kinds[kind]
             before = history.of(tensor.id)
             if rule.decay_towards == "base":
                 before = replace(before, base=present(tensor) if from_base else kept.of(tensor) if kept else None)
             unread = {u.step: u.unread[tensor.id] for u in (*before.recent, *own) if tensor.id in u.unread}
-            if not unread and rule.moves_together and noise.launches_together(tensor.parameter):
-                together.setdefault((tensor.parameter.device, tuple(own)), []).append(tensor)
+            if not unread and rule.moves_together and noise.moves_together(tensor.parameter):
+                shared = tuple(own) if ragged else kind
+                together.setdefault((tensor.parameter.device, shared), (own, []))[1].append(tensor)
             else:
                 own_noise = Masked.of(noise, tensor.parameter.shape, unread) if unread else noise
                 counts.append(rule.move(own_noise, tensor, own, before, keep=keep))
             if progress is not None:
                 progress(done + 1, len(tuned))
-        counts += [rule.move_together(noise, tensors, own) for (_, own), tensors in together.items()]
+        counts += [rule.move_together(noise, tensors, own) for own, tensors in together.values()]
     if rule.remembers:
         # All groups have the same coefficients, and so the same estimate.
         history.take([update for update in updates[0] if update.sizes], getattr(rule, "window", None))

@@ -41,6 +41,7 @@ from torch import Tensor
 from ..errors import InputError, nearest
 from ..noise import Count, Noise, Update
 from ..parameters import TunedTensor
+from ..storage import RESIDENT
 from .base import decay, require_target
 from .moments import Elementwise, WithMoments, arithmetic, small_pieces
 from .muon import Muon
@@ -99,7 +100,7 @@ class SGD(Rule):
 
     def move_together(self, noise: Noise, tensors: Sequence[TunedTensor], updates: Sequence[Update]) -> Count:
         with ExitStack() as stack:
-            weights = [stack.enter_context(tensor.change()) for tensor in tensors]
+            weights = [t.read() if t.home is RESIDENT else stack.enter_context(t.change()) for t in tensors]
             ids = [tensor.id for tensor in tensors]
             return sum(
                 noise.update_many(weights, updates[lo : lo + _STEPS_PER_SWEEP], tensors=ids)

@@ -50,8 +50,8 @@ class Used(set[int]):
         for number in self.rows.keys() | other.rows.keys():
             parts = [one.rows.get(number) for one in (self, other) if number in one]
             if all(part is not None for part in parts):
-                masks = [part.cpu() for part in parts if part is not None]
-                rows[number] = masks[0] | masks[-1]
+                masks = [part for part in parts if part is not None]
+                rows[number] = masks[0] | masks[-1].to(masks[0].device)
         return Used(set(self) | set(other), rows)
 
 

@@ -11,13 +11,15 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from ..devices import sent
 from . import backends, definition
 from .backends import compile_kernels, load_kernels
-from .definition import ROUNDING_PROBE, Count, Places, Strips, Update
+from .definition import ROUNDING_PROBE, Count, Places, Strips, Terms, Update
 from .directions import (
     DIRECTIONS,
     GAUSSIAN,
@@ -29,9 +31,10 @@ from .directions import (
     register_direction,
 )
 from .emphasis import Emphasis, give_back, pieces
+from .factored import sweeps
 from .folds import Fold, folds_of
 from .philox import split_seed
-from .structure import LowRank, rows_and_columns
+from .structure import LowRank, Rows, rows_and_columns
 
 __all__ = [
     "DIRECTIONS",
@@ -55,8 +58,8 @@ __all__ = [
     "register_direction",
 ]
 
-# Factors of so many numbers are made for steps that are applied together: a megabyte, in the second-level cache.
-_FACTORS = 1 << 18
+#: A tensor, its first element and the number of elements that are drawn, at all of these terms.
+_Wanted: TypeAlias = tuple[int, int, int, Terms]
 
 
 @dataclass(frozen=True)
@@ -136,8 +139,8 @@ class Noise:
     ) -> None:
         backend = backends.backend(source)
         if self.is_low_rank(shape):
-            piece = slice(start, start + source.numel())
-            u, v = self._factors(shape, piece, tensor, [step], [probe], [scale], source.device)
+            rows = Rows.of(tensor, shape, start, source.numel())
+            ((u, v),) = self._factors([rows], [step], [probe], [scale], source.device)
             backend.perturb_factored(out, source, u[0], v[0], start)
         else:
             backend.perturb(out, source, self.direction, self.seed, tensor, step, probe, scale, start)
@@ -198,37 +201,53 @@ class Noise:
         if not self.is_low_rank(shape):
             found: Count = backend.update(flat, updates, self.direction, self.seed, tensor, start)
             return found
+        return self._update_factored([flat], updates, [Rows.of(tensor, shape, start, flat.numel())])
+
+    def _update_factored(self, flats: Sequence[Tensor], updates: Sequence[Update], places: Sequence[Rows]) -> Count:
+        backend, device, rank = backends.backend(flats[0]), flats[0].device, self._structure.rank
         unchanged: Count = 0
-        piece = slice(start, start + flat.numel())
-        for fused in self._sweeps(updates, shape, piece):
+        for which, fused in sweeps(updates, [rank * (place.number + place.width) for place in places]):
+            some, here = [flats[i] for i in which], [places[i] for i in which]
             terms = [(item.step, probe, size) for item in fused for probe, size in item.terms]
             steps, probes, sizes = zip(*terms, strict=True) if terms else ((), (), ())
-            u, v = self._factors(shape, piece, tensor, steps, probes, sizes, flat.device)
+            us, vs = zip(*self._factors(here, steps, probes, sizes, device), strict=True)
+            lo = 0
             for item in fused:
                 if isinstance(item, Fold):
-                    self._add_up(
-                        u, item, [k for k, step in enumerate(steps) if step == item.step], tensor, piece, shape
-                    )
-            unchanged += backend.update_factored(flat, fused, u, v, self.seed, tensor, start)
+                    self._add_up(us, item, lo, here)
+                lo += len(item.terms)
+            if len(which) == 1:
+                start, tensor = here[0].start, here[0].tensor
+                unchanged += backend.update_factored(some[0], fused, us[0], vs[0], self.seed, tensor, start)
+            else:
+                ids = [place.tensor for place in here]
+                unchanged += backend.update_factored_many(some, fused, us, vs, self.seed, ids)
         return unchanged
 
-    def _add_up(
-        self, u: Tensor, fold: Fold, places: Sequence[int], tensor: int, piece: slice, shape: Sequence[int]
-    ) -> None:
-        """Let the terms of a fold, at their places, have sums in the place of U."""
-        width = rows_and_columns(shape)[1]
-        first, end = piece.start // width, -(-piece.stop // width)
-        (sums,) = self.sums_of_u([(tensor, first, end - first)], fold.parts, len(fold.sizes), u.device)
-        u[list(places)] = sums[[probe for probe, _ in fold.terms]]
+    def _add_up(self, us: Sequence[Tensor], fold: Fold, lo: int, places: Sequence[Rows]) -> None:
+        """Let the terms of a fold, from this one on, have sums in the place of U."""
+        rows = [(place.tensor, place.first, place.number) for place in places]
+        for u, sums in zip(us, self.sums_of_u(rows, fold.parts, len(fold.sizes), us[0].device), strict=True):
+            if len(fold.terms) == len(sums):
+                u[lo : lo + len(sums)] = sums
+            else:
+                for k, (probe, _) in enumerate(fold.terms):
+                    u[lo + k] = sums[probe]
 
     # --- many tensors: on a GPU launching takes longer than the sweep over a small one ------------------------------
 
     def launches_together(self, weight: Tensor) -> bool:
         """Whether a sweep over several tensors like this one costs one launch."""
-        if self.emphasis is not None or self.is_low_rank(weight.shape):
-            return False
-        backend = backends.backend(weight)
-        return hasattr(backend, "fits") and bool(backend.fits(weight))
+        return not self.is_low_rank(weight.shape) and self.moves_together(weight)
+
+    def moves_together(self, weight: Tensor) -> bool:
+        """Whether an update of several tensors like this one costs a few launches, not some for each."""
+        fits = self._fits(weight)
+        return fits is not None and fits(weight)
+
+    def _fits(self, weight: Tensor) -> Callable[[Tensor], bool] | None:
+        """Says whether a tensor of this device and dtype can be one of many; None: none can."""
+        return None if self.emphasis is not None else getattr(backends.backend(weight), "fits", None)
 
     def perturber(
         self, outs: Sequence[Tensor], sources: Sequence[Tensor], *, tensors: Sequence[int]
@@ -256,17 +275,26 @@ class Noise:
             first, ids = weights[which[0]], [tensors[i] for i in which]
             if len(which) == 1:
                 unchanged += self.update(first, updates, tensor=ids[0])
+                continue
+            flat = [_flat(weights[i]) for i in which]
+            if self.is_low_rank(first.shape):
+                places = [Rows.of(tensors[i], weights[i].shape, 0, weights[i].numel()) for i in which]
+                unchanged += self._update_factored(flat, updates, places)
             else:
-                flat = [_flat(weights[i]) for i in which]
                 unchanged += backends.backend(first).update_many(flat, updates, self.direction, self.seed, ids)
         return unchanged
 
     def _together(self, weights: Sequence[Tensor]) -> list[list[int]]:
-        """Places of those that share a launch."""
-        shared: dict[tuple[torch.device, torch.dtype] | int, list[int]] = {}
+        """Places of those that share launches."""
+        fits: dict[tuple[torch.device, torch.dtype], Callable[[Tensor], bool] | None] = {}
+        shared: dict[tuple[torch.device, torch.dtype, bool] | int, list[int]] = {}
         for i, weight in enumerate(weights):
-            together = weight.numel() > 0 and self.launches_together(weight)
-            shared.setdefault((weight.device, weight.dtype) if together else i, []).append(i)
+            kind, low = (weight.device, weight.dtype), self.is_low_rank(weight.shape)
+            if kind not in fits:
+                fits[kind] = self._fits(weight)
+            fit = fits[kind]
+            together = fit is not None and weight.numel() > 0 and fit(weight)
+            shared.setdefault((*kind, low) if together else i, []).append(i)
         return list(shared.values())
 
     def store(self, weight: Tensor, x: Tensor, *, tensor: int, step: int, start: int = 0) -> Count:
@@ -291,43 +319,42 @@ class Noise:
     ) -> tuple[Tensor, Tensor]:
         """U and V with ``scale * Z_k = U_k V_k^T`` for a tensor of low rank, shapes ``(K, m, rank)`` and ``(K, n, rank)``."""
         many, scale = len(probes), self._probed(tensor, step, scale)
-        return self._factors(shape, slice(0, math.prod(shape)), tensor, [step] * many, probes, [scale] * many, device)
+        rows = Rows.of(tensor, shape, 0, math.prod(shape))
+        return self._factors([rows], [step] * many, probes, [scale] * many, device)[0]
 
     def factors_of(
         self, places: Sequence[tuple[int, Sequence[int]]], *, step: int, probes: Sequence[int], device: torch.device,
         dtype: torch.dtype = torch.float32,
     ) -> list[tuple[Tensor, Tensor]]:  # fmt: skip
-        """:meth:`factors`, at scale 1, of several tensors on one device: their ids and shapes. Rounded to a dtype."""
-        u = self.u_of(places, step=step, probes=probes, device=device, dtype=dtype)
-        return list(zip(u, self.v_of(places, step=step, probes=probes, device=device, dtype=dtype), strict=True))
+        """:meth:`factors`, at scale 1, of several tensors on one device: their ids and shapes. Transposed, shapes ``(K * rank, m)`` and
+        ``(K * rank, n)``, and rounded to a dtype."""
+        wanted = [*self._wanted_u(places, step, probes), *self._wanted_v(places, step, probes)]
+        found = self._drawn(wanted, device, dtype, self._turned)
+        return list(zip(found[: len(places)], found[len(places) :], strict=True))
 
     def u_of(
         self, places: Sequence[tuple[int, Sequence[int]]], *, step: int, probes: Sequence[int], device: torch.device,
         dtype: torch.dtype = torch.float32,
     ) -> list[Tensor]:  # fmt: skip
         """U of :meth:`factors_of`."""
-        low, many = self._structure, []
-        for tensor, shape in places:
-            scale = low.scale(self._probed(tensor, step, 1.0))
-            many.append(Strips(tensor, [step], probes, [0], [scale], rows_and_columns(shape)[0] * low.rank))
-        return self._many_factors(many, device, dtype)
+        return self._drawn(self._wanted_u(places, step, probes), device, dtype, self._turned)
 
     def v_of(
         self, places: Sequence[tuple[int, Sequence[int]]], *, step: int, probes: Sequence[int], device: torch.device,
         dtype: torch.dtype = torch.float32,
     ) -> list[Tensor]:  # fmt: skip
         """V of :meth:`factors_of`."""
-        low, many = self._structure, []
-        for tensor, shape in places:
-            height, width = rows_and_columns(shape)
-            many.append(Strips(tensor, [low.step_of_v(step)], probes, [height * low.rank], [1.0], width * low.rank))
-        return self._many_factors(many, device, dtype)
+        return self._drawn(self._wanted_v(places, step, probes), device, dtype, self._turned)
 
-    def _many_factors(self, many: Sequence[Strips], device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-        found = backends.for_directions(device).many_strips(self.direction, self.seed, many, device, dtype)
-        return [
-            factor.view(len(each.probes), -1, self._structure.rank) for factor, each in zip(found, many, strict=True)
-        ]
+    def directions_of(
+        self, places: Sequence[tuple[int, int]], *, step: int, probes: Sequence[int], device: torch.device,
+        dtype: torch.dtype = torch.float32, mirrored: bool = False,
+    ) -> list[Tensor]:  # fmt: skip
+        """:meth:`directions`, at scale 1, of several vectors on one device: their ids and lengths. Each of shape ``(K, n)``, rounded to a dtype;
+        mirrored: with the same behind them, turned round, ``(2 K, n)``."""
+        scaled = self._terms_at(step, probes)
+        wanted = [(tensor, 0, length, scaled(tensor)) for tensor, length in places]
+        return self._drawn(wanted, device, dtype, (lambda z: torch.cat([z, -z], dim=1)) if mirrored else None)
 
     def sums_of_u(
         self, places: Sequence[tuple[int, int, int]], updates: Sequence[Update], count: int, device: torch.device
@@ -346,31 +373,20 @@ class Noise:
         for update in updates:
             sizes = [*update.sizes, *[0.0] * (count - len(update.sizes))]
             scales = [low.scale(size) for size in sizes]
-            many = [
-                Strips(tensor, [update.step], range(count), [first * low.rank], scales, rows * low.rank)
-                for tensor, first, rows in places
-            ]
-            found = backends.for_directions(device).many_strips(self.direction, self.seed, many, device)
-            for i, ((tensor, first, rows), drawn) in enumerate(zip(places, found, strict=True)):
-                u = drawn.view(count, rows, low.rank)
+            terms = Terms([update.step], range(count), scales)
+            wanted = [(tensor, first * low.rank, rows * low.rank, terms) for tensor, first, rows in places]
+            drawn = self._drawn(wanted, device, torch.float32, self._as_rows)
+            for (tensor, first, rows), u in zip(places, drawn, strict=True):
                 if tensor in update.unused:
                     u.zero_()
                 elif tensor in update.unread:
-                    u[:, update.unread[tensor][first : first + rows].to(device)] = 0
-                sums[i] = u if not sums[i].numel() else sums[i].add_(u)
+                    alone = sent(update.unread[tensor][first : first + rows], device)
+                    u.masked_fill_(alone[:, None], 0.0)
+            if update is updates[0]:
+                sums = drawn
+            else:
+                torch._foreach_add_(sums, drawn)
         return sums
-
-    def directions_of(
-        self, places: Sequence[tuple[int, Sequence[int]]], *, step: int, probes: Sequence[int], device: torch.device,
-        dtype: torch.dtype = torch.float32,
-    ) -> list[Tensor]:  # fmt: skip
-        """:meth:`directions`, at scale 1, of several tensors on one device: their ids and shapes. Rounded to a dtype."""
-        many = [
-            Strips(tensor, [step], probes, [0], [self._probed(tensor, step, 1.0)], math.prod(shape))
-            for tensor, shape in places
-        ]
-        found = backends.for_directions(device).many_strips(self.direction, self.seed, many, device, dtype)
-        return [z.view(len(probes), *shape) for z, (_, shape) in zip(found, places, strict=True)]
 
     def factor_rows(
         self, shape: Sequence[int], rows: Tensor, probes: Tensor, *, tensor: int, step: int, scale: float
@@ -412,18 +428,65 @@ class Noise:
         return passed.shape if shape is None else shape
 
     def _factors(
-        self, shape: Sequence[int], piece: slice, tensor: int, steps: Sequence[int], probes: Sequence[int],
-        scales: Sequence[float], device: torch.device,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """The rows of each U that these elements lie in, and V whole."""
-        low, (height, width) = self._structure, rows_and_columns(shape)
-        first, end, rank = piece.start // width, -(-piece.stop // width), low.rank
-        places = [
-            Strips(tensor, steps, probes, [first * rank], [low.scale(scale) for scale in scales], (end - first) * rank),
-            Strips(tensor, [low.step_of_v(step) for step in steps], probes, [height * rank], [1.0], width * rank),
-        ]
-        u, v = backends.for_directions(device).many_strips(self.direction, self.seed, places, device)
-        return u.view(len(probes), end - first, rank), v.view(len(probes), width, rank)
+        self, places: Sequence[Rows], steps: Sequence[int], probes: Sequence[int], scales: Sequence[float],
+        device: torch.device,
+    ) -> list[tuple[Tensor, Tensor]]:  # fmt: skip
+        """The rows of each U that these elements lie in, and each V whole: shapes ``(K, rows, rank)`` and ``(K, n, rank)``."""
+        low = self._structure
+        of_u = Terms(steps, probes, [low.scale(scale) for scale in scales])
+        of_v = Terms([low.step_of_v(step) for step in steps], probes, [1.0])
+        wanted = [(p.tensor, p.first * low.rank, p.number * low.rank, of_u) for p in places]
+        wanted += [(p.tensor, p.height * low.rank, p.width * low.rank, of_v) for p in places]
+        found = self._drawn(wanted, device, torch.float32, self._as_rows)
+        return list(zip(found[: len(places)], found[len(places) :], strict=True))
+
+    def _terms_at(self, step: int, probes: Sequence[int], rooted: bool = False) -> Callable[[int], Terms]:
+        """Terms of scale 1 for a tensor, by its number; of most tensors the same ones. ``rooted``: over the root of the rank, as of U."""
+        made: dict[float, Terms] = {}
+
+        def scaled(tensor: int) -> Terms:
+            scale = self._probed(tensor, step, 1.0)
+            if scale not in made:
+                made[scale] = Terms([step], probes, [self._structure.scale(scale) if rooted else scale])
+            return made[scale]
+
+        return scaled
+
+    def _wanted_u(self, places: Sequence[tuple[int, Sequence[int]]], step: int, probes: Sequence[int]) -> list[_Wanted]:
+        low, scaled = self._structure, self._terms_at(step, probes, rooted=True)
+        return [(tensor, 0, rows_and_columns(shape)[0] * low.rank, scaled(tensor)) for tensor, shape in places]
+
+    def _wanted_v(self, places: Sequence[tuple[int, Sequence[int]]], step: int, probes: Sequence[int]) -> list[_Wanted]:
+        low, terms = self._structure, Terms([self._structure.step_of_v(step)], probes, [1.0])
+        sides = [(tensor, *rows_and_columns(shape)) for tensor, shape in places]
+        return [(tensor, height * low.rank, width * low.rank, terms) for tensor, height, width in sides]
+
+    def _drawn(
+        self,
+        wanted: Sequence[_Wanted],
+        device: torch.device,
+        dtype: torch.dtype,
+        form: Callable[[Tensor], Tensor] | None = None,
+    ) -> list[Tensor]:
+        """Strips of several tensors, drawn in one call, each of shape ``(K, length)``; ``form`` changes the last two dimensions of many at once."""
+        alike: dict[tuple[int, int, int], list[int]] = {}
+        for i, (_, start, length, terms) in enumerate(wanted):
+            alike.setdefault((start, length, id(terms)), []).append(i)
+        many = [Strips(tuple(wanted[i][0] for i in which), *wanted[which[0]][1:]) for which in alike.values()]
+        drawn = backends.for_directions(device).many_strips(self.direction, self.seed, many, device, dtype)
+        parts = [(part if form is None else form(part)).unbind() for part in drawn]
+        placed = {
+            i: one
+            for which, part in zip(alike.values(), parts, strict=True)
+            for i, one in zip(which, part, strict=True)
+        }
+        return [placed[i] for i in range(len(wanted))]
+
+    def _as_rows(self, drawn: Tensor) -> Tensor:
+        return drawn.unflatten(2, (-1, self._structure.rank))
+
+    def _turned(self, drawn: Tensor) -> Tensor:
+        return self._as_rows(drawn).mT.flatten(1, 2)
 
     def _u_rows(self, rows: Tensor, probes: Tensor, tensor: int, step: int, scale: float) -> Tensor:
         low = self._structure
@@ -436,22 +499,6 @@ class Noise:
         drawn_at = [low.step_of_v(step) for step in steps]
         v = self._strips(tensor, drawn_at, probes, [height * low.rank], [1.0], width * low.rank, device)
         return v.view(len(probes), width, low.rank)
-
-    def _sweeps(self, updates: Sequence[Update], shape: Sequence[int], piece: slice) -> Iterator[list[Update]]:
-        """Consecutive steps whose factors together stay small; a step is never cut."""
-        width = rows_and_columns(shape)[1]
-        size = self._structure.rank * (width + (piece.stop - piece.start) // width)  # of the factors of a term
-        sweep: list[Update] = []
-        held = 0
-        for item in updates:
-            more = size * len(item.terms)
-            if sweep and held + more > _FACTORS:
-                yield sweep
-                sweep, held = [], 0
-            sweep.append(item)
-            held += more
-        if sweep:
-            yield sweep
 
     def _strips(
         self, tensor: int, steps: Sequence[int], probes: Places, starts: Places, scales: Sequence[float], count: int,

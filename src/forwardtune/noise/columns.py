@@ -1,14 +1,14 @@
-"""The strips of several tensors as columns of numbers, for kernels that draw all of them in one call."""
+"""Strips as columns of numbers, for kernels that draw all of them in one call."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
-from .definition import Strips
+from .definition import Places, Strips
 
 
 class Columns(NamedTuple):
@@ -19,33 +19,52 @@ class Columns(NamedTuple):
     probes: np.ndarray
     starts: np.ndarray
     scales: np.ndarray
-    counts: np.ndarray
     places: np.ndarray
 
     @classmethod
-    def of(cls, many: Sequence[Strips]) -> Columns:
-        """Words are uint32, places int64, scales float64."""
-        numbers = [len(each.probes) for each in many]
-        counts = np.repeat(np.array([each.length for each in many], np.int64), numbers)
-        places = np.zeros(len(counts) + 1, np.int64)
-        counts.cumsum(out=places[1:])
-        tensors = np.repeat(np.array([each.tensor for each in many], np.uint32), numbers)
+    def of(
+        cls,
+        tensors: Sequence[int],
+        steps: Sequence[int],
+        probes: Places,
+        starts: Places,
+        scales: Sequence[float],
+        length: int,
+    ) -> Columns:
+        """Strips of one length: those of the first tensor first. Words are uint32, places int64, scales float64."""
+        number = len(probes)
 
-        def column(name: str, dtype: Any) -> np.ndarray:
-            values = [getattr(each, name) for each in many]
-            if all(len(value) == 1 for value in values):
-                return np.repeat(np.array([value[0] for value in values], dtype), numbers)
-            filled, lo = np.empty(len(counts), dtype), 0
-            for value, number in zip(values, numbers, strict=True):
-                filled[lo : lo + number] = value
-                lo += number
-            return filled
+        def column(values: Any, dtype: Any) -> np.ndarray:
+            return np.tile(np.broadcast_to(np.asarray(values, dtype), number), len(tensors))
 
-        words = column("steps", np.uint32), column("probes", np.uint32)
-        return cls(tensors, *words, column("starts", np.int64), column("scales", np.float64), counts, places)
+        places = np.arange(len(tensors) * number + 1, dtype=np.int64) * length
+        return cls(
+            np.repeat(np.array(tensors, np.uint32), number),
+            *(column(steps, np.uint32), column(probes, np.uint32)),
+            *(column(starts, np.int64), column(scales, np.float64), places),
+        )
+
+    @classmethod
+    def of_many(cls, many: Sequence[Strips]) -> Columns:
+        """All of them, one after the other."""
+        each = [cls.of(s.tensors, s.terms.steps, s.terms.probes, [s.start], s.terms.scales, s.length) for s in many]
+        if not each:
+            return cls.of((), (0,), (), (0,), (0.0,), 0)
+        ends = np.cumsum([0, *(columns.places[-1] for columns in each)])
+        places = [columns.places[:-1] + end for columns, end in zip(each, ends, strict=False)]
+        tensors, steps, probes, starts, scales, _ = (np.concatenate(part) for part in zip(*each, strict=True))
+        return cls(tensors, steps, probes, starts, scales, np.concatenate([*places, ends[-1:]]))
 
 
 def split(out: Tensor, many: Sequence[Strips]) -> list[Tensor]:
-    """The parts of a flat result, each of shape ``(number of probes, length)``."""
-    parts = out.split([each.length * len(each.probes) for each in many])
-    return [part.view(len(each.probes), each.length) for part, each in zip(parts, many, strict=True)]
+    """The parts of a flat result, each of shape ``(number of tensors, number of probes, length)``."""
+
+    def parts() -> Iterator[Tensor]:
+        lo = 0
+        for each in many:
+            shape = len(each.tensors), len(each.terms.probes), each.length
+            count = shape[0] * shape[1] * shape[2]
+            yield out[lo : lo + count].view(shape)
+            lo += count
+
+    return list(parts())

@@ -43,21 +43,24 @@ def strips(
     scales: Sequence[float], count: int, device: torch.device,
 ) -> Tensor:  # fmt: skip
     """See :func:`.definition.strips`."""
-    (out,) = many_strips(direction, seed, [Strips(tensor, steps, probes, starts, scales, count)], device)
-    return out
+    columns = Columns.of([tensor], steps, probes, starts, scales, count)
+    return _drawn_strips(direction, seed, columns, device).view(len(probes), count)
 
 
 def many_strips(
     direction: Direction, seed: int, many: Sequence[Strips], device: torch.device, dtype: torch.dtype = torch.float32
 ) -> list[Tensor]:
     """See :func:`.definition.many_strips`: one call of the kernel for all."""
-    columns = Columns.of(many)
+    return split(_drawn_strips(direction, seed, Columns.of_many(many), device).to(dtype), many)
+
+
+def _drawn_strips(direction: Direction, seed: int, columns: Columns, device: torch.device) -> Tensor:
     out = torch.empty(int(columns.places[-1]), dtype=torch.float32, device=device)
     drawn = (direction.values.numpy(), np.uint16(direction.shift), *_words(*split_seed(seed)), *columns[:5])
     kernel, number = partial(kernels.strips, out.numpy(), columns.places, *drawn), len(columns.tensors)
     if number:
         _spread(kernel, number, 1, _MIN_PER_THREAD_IN_FORWARD * number // max(1, out.numel()))
-    return split(out.to(dtype), many)
+    return out
 
 
 def perturb(

@@ -92,22 +92,35 @@ def strips(
     return out
 
 
-class Strips(NamedTuple):
-    """What :func:`strips` is asked for, but for direction and seed."""
+class Terms(NamedTuple):
+    """At which steps and probes strips are drawn, and what they are scaled with. Steps and scales may be one for all."""
 
-    tensor: int
     steps: Sequence[int]
-    probes: Places
-    starts: Places
+    probes: Sequence[int]
     scales: Sequence[float]
+
+
+class Strips(NamedTuple):
+    """What :func:`strips` is asked for, but for direction and seed, of several tensors that differ in their numbers alone."""
+
+    tensors: tuple[int, ...]
+    start: int
     length: int
+    terms: Terms
 
 
 def many_strips(
     direction: Direction, seed: int, many: Sequence[Strips], device: torch.device, dtype: torch.dtype = torch.float32
 ) -> list[Tensor]:
-    """:func:`strips` of several tensors, rounded to a dtype."""
-    return [strips(direction, seed, *each, device).to(dtype) for each in many]
+    """:func:`strips` of many tensors, rounded to a dtype; each of shape ``(number of tensors, number of probes, length)``."""
+
+    def drawn(each: Strips, tensor: int) -> Tensor:
+        terms = each.terms
+        return strips(
+            direction, seed, tensor, terms.steps, terms.probes, [each.start], terms.scales, each.length, device
+        )
+
+    return [torch.stack([drawn(each, tensor) for tensor in each.tensors]).to(dtype) for each in many]
 
 
 def perturb(

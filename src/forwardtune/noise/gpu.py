@@ -20,12 +20,13 @@ from torch import Tensor
 from . import definition
 from . import gpu_kernels as kernels
 from . import gpu_launch as launch
-from .definition import Count, Places, Strips, Update
+from .definition import Count, Places, Strips, Terms, Update
 from .directions import DIRECTIONS, Direction
 from .gpu_launch import DTYPES as DTYPES
 from .gpu_many import fits as fits
 from .gpu_many import many_strips as many_strips
 from .gpu_many import perturber as perturber
+from .gpu_many import update_factored_many as update_factored_many
 from .gpu_many import update_many as update_many
 
 
@@ -194,8 +195,11 @@ def trouble(device: torch.device, dtype: torch.dtype) -> str | None:
             here = [piece.to(device, copy=True) for piece in pieces]
             outs, steps = [torch.empty_like(piece) for piece in here], [Update(1, (1e-4, -3e-2)), Update(2, (1e-6,))]
             perturber(outs, here, direction, 1, [2, 0, 7])(3, 4, 1e-2)
-            found += [*outs, update_many(here, steps, direction, 1, [2, 0, 7]), *here]
+            found += [*outs, update_many(here, steps, direction, 1, [2, 0, 7]), *(piece.clone() for piece in here)]
             expected += _one_by_one(pieces, steps, direction)
+            us, vs = ([factor.to(device) for factor in each] for each in zip(*map(_factors, pieces), strict=True))
+            found += [update_factored_many(here, steps, us, vs, 1, [2, 0, 7]), *here]
+            expected += _factored_one_by_one(expected[-len(pieces) :], steps)
             if not all(torch.equal(a.cpu(), b) for a, b in zip(found, expected, strict=True)):
                 return "its kernels give other bits here; please report the GPU and the version of Triton"
     except torch.OutOfMemoryError:
@@ -215,6 +219,22 @@ def _one_by_one(pieces: Sequence[Tensor], steps: Sequence[Update], direction: Di
     return [*outs, torch.as_tensor(count), *moved]
 
 
+def _factors(piece: Tensor) -> tuple[Tensor, Tensor]:
+    """Three terms, of rank 2, for a matrix of eight columns."""
+    numbers = torch.arange(3 * 2 * (len(piece) // 8 + 8), device="cpu").remainder(17).sub(8) * 1e-3
+    u, v = numbers.split([6 * (len(piece) // 8), 48])
+    return u.view(3, -1, 2), v.view(3, 8, 2)
+
+
+def _factored_one_by_one(pieces: Sequence[Tensor], steps: Sequence[Update]) -> list[Tensor]:
+    """The same of updates whose terms are products."""
+    moved = [piece.clone() for piece in pieces]
+    count: Count = 0
+    for weight, tensor in zip(moved, (2, 0, 7), strict=True):
+        count += definition.update_factored(weight, steps, *_factors(weight), 1, tensor)
+    return [torch.as_tensor(count), *moved]
+
+
 def _samples(sweeps: Sequence[Any], weight: Tensor, direction: Direction) -> list[Tensor]:
     """What these sweeps make of the weights, and how many they left alone."""
     strips, many_strips, perturb, perturb_factored, update, update_factored, store = sweeps
@@ -231,7 +251,7 @@ def _samples(sweeps: Sequence[Any], weight: Tensor, direction: Direction) -> lis
     if weight.dtype != torch.float32:
         moved.append(moved[0].clone())
         counts.append(store(moved[2], moved[0].float() * 1.001, 1, 2, 3))
-    many = [Strips(2, [3], [0, 2, 1], [at], [1e-2], n) for at, n in ((5, 1100), (9, 17))]
+    many = [Strips((2, 8), at, n, Terms([3], [0, 2, 1], [1e-2])) for at, n in ((5, 1100), (9, 17))]
     return [
         *outs,
         u,

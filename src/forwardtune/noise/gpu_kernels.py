@@ -147,24 +147,6 @@ def strips(  # type: ignore[no-untyped-def]
     tl.store(out + t * count + column, z.to(tl.float32), mask=inside)
 
 
-@triton.jit(do_not_specialize=["programs", "many", "shift", "k0", "k1"])  # type: ignore[untyped-decorator]
-def many_strips(  # type: ignore[no-untyped-def]
-    out, values, program, words, places, scales, programs, many, shift, k0, k1, size: tl.constexpr
-):
-    """``program``: of which strip each is, and which tile of it; ``words``: tensor, step and probe of each; ``places``: its first element, its
-    length, and where it stands in ``out``."""
-    t = tl.load(program + tl.program_id(0))
-    tile = tl.load(program + programs + tl.program_id(0)).to(tl.int64)
-    start = tl.load(places + t)
-    column = tile * size + tl.arange(0, size) - (start & 7)
-    inside = (column >= 0) & (column < tl.load(places + many + t))
-    block = (start >> 3).to(tl.uint32) + tile.to(tl.uint32) * (size // 8)
-    tensor, step, probe = tl.load(words + t), tl.load(words + many + t), tl.load(words + 2 * many + t)
-    half_words = _half_words(block, k0, k1, tensor, step, probe, size)
-    z = tl.load(values + (half_words >> shift)).to(tl.float64) * tl.load(scales + t)
-    tl.store(out + tl.load(places + 2 * many + t) + column, z.to(tl.float32), mask=inside)
-
-
 @triton.jit(do_not_specialize=_WORDS[1:])  # type: ignore[untyped-decorator]
 def perturb_rows(  # type: ignore[no-untyped-def]
     out, source, rows, table, width, shift, k0, k1, tensor, step, probe, aligned: tl.constexpr, size: tl.constexpr
@@ -238,8 +220,9 @@ def update(  # type: ignore[no-untyped-def]
 
 
 # --- several tensors in one launch -----------------------------------------------------------------------------------
-# Each has a column in ``tensors``: address, address to write to, elements, number, and the first of its programs. All are whole, begin at a
-# multiple of 16 bytes, and have a multiple of 16 elements: so they are read 16 bytes at once.
+# Each has a column in ``tensors``. Those whose weights are moved: address, address to write to, elements, number, and the first of its
+# programs; then, if its terms are products, columns and rows of the matrix, and the addresses of u and v. All are whole, begin at a multiple
+# of 16 bytes, and have a multiple of 16 elements: so they are read 16 bytes at once.
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -252,6 +235,26 @@ def _find(tensors, many, doublings: tl.constexpr):  # type: ignore[no-untyped-de
         there = tl.minimum(middle, many - 1)
         low = tl.where((middle < many) & (tl.load(tensors + 4 * many + there) <= program), middle, low)
     return low, program - tl.load(tensors + 4 * many + low)
+
+
+@triton.jit(do_not_specialize=["many", "count", "shift", "k0", "k1"])  # type: ignore[untyped-decorator]
+def many_strips(  # type: ignore[no-untyped-def]
+    out, values, tensors, terms, many, count, shift, k0, k1, doublings: tl.constexpr, size: tl.constexpr
+):
+    """Of each tensor a strip for every one of its terms: ``tensors`` has its number, first element, length, place in ``out``, first program,
+    programs a strip, and first term; ``terms``, of which there are so many, step and probe in one word, then the bits of each scale."""
+    i, program = _find(tensors, many, doublings)
+    start, length = tl.load(tensors + many + i), tl.load(tensors + 2 * many + i)
+    tiles = tl.load(tensors + 5 * many + i)
+    k, tile = program // tiles, program % tiles
+    column = tile * size + tl.arange(0, size) - (start & 7)
+    inside = (column >= 0) & (column < length)
+    block = (start >> 3).to(tl.uint32) + tile.to(tl.uint32) * (size // 8)
+    tensor, term = tl.load(tensors + i).to(tl.int32), terms + tl.load(tensors + 6 * many + i) + k
+    word = tl.load(term)
+    half_words = _half_words(block, k0, k1, tensor, word.to(tl.int32), (word >> 32).to(tl.int32), size)
+    z = tl.load(values + (half_words >> shift)).to(tl.float64) * tl.load(term + count).to(tl.float64, bitcast=True)
+    tl.store(out + tl.load(tensors + 3 * many + i) + k * length + column, z.to(tl.float32), mask=inside)
 
 
 @triton.jit(do_not_specialize=["many", "shift", "k0", "k1", "step", "probe"])  # type: ignore[untyped-decorator]
@@ -287,14 +290,19 @@ def perturb_many(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["many", "steps", "shift", "k0", "k1"])  # type: ignore[untyped-decorator]
 def update_many(  # type: ignore[no-untyped-def]
-    like, tensors, unchanged, plan, tables, many, steps, shift, k0, k1,
+    like, tensors, unchanged, plan, tables, many, steps, shift, k0, k1, rank,
     doublings: tl.constexpr, entries: tl.constexpr, slots: tl.constexpr, tiles: tl.constexpr, size: tl.constexpr,
 ):  # fmt: skip
+    """Terms as in :func:`_moved`; of tables only the type counts if they are products."""
     dtype: tl.constexpr = like.dtype.element_ty
     i, first = _find(tensors, many, doublings)
     weight = tl.multiple_of(tl.load(tensors + i).to(like.dtype), 16)
     count = tl.multiple_of(tl.load(tensors + 2 * many + i), 16)
     tensor = tl.load(tensors + 3 * many + i).to(tl.int32)
+    width, rows, u, v = 1, 1, tables, tables
+    if entries == 0:
+        width, rows = tl.load(tensors + 5 * many + i).to(tl.int32), tl.load(tensors + 6 * many + i).to(tl.int32)
+        u, v = tl.load(tensors + 7 * many + i).to(tables.dtype), tl.load(tensors + 8 * many + i).to(tables.dtype)
     same = tl.full([size], 0, tl.int32)
     for k in range(tiles):
         tile = first * tiles + k
@@ -304,7 +312,7 @@ def update_many(  # type: ignore[no-untyped-def]
             block = tile.to(tl.uint32) * (size // 8)
             x = _widen(tl.load(weight + position, mask=inside, other=0, cache_modifier=".cg"))
             x, stayed = _moved(
-                x, inside, block, plan, steps, k0, k1, tensor, tables, shift, tables, tables, 0, 0, 1, 1, 1, entries,
+                x, inside, block, plan, steps, k0, k1, tensor, tables, shift, u, v, 0, tile, rows, width, rank, entries,
                 size, dtype,
             )  # fmt: skip
             same += stayed

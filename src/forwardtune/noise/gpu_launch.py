@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import devices
 from .definition import Update
 from .directions import Direction
 from .philox import split_seed
@@ -61,11 +62,7 @@ def kept(numbers: tuple[float, ...], text: str, dtype: torch.dtype, device: torc
 
 
 def sent(numbers: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return copied(torch.tensor(numbers, dtype=dtype, device="cpu"), device)  # whatever the default device is
-
-
-def copied(tensor: Tensor, device: torch.device) -> Tensor:
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    return devices.sent(torch.tensor(numbers, dtype=dtype, device="cpu"), device)  # whatever the default device is
 
 
 def sweeps(updates: Sequence[Update]) -> list[tuple[Update, ...]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..errors import InputError
 
@@ -50,3 +51,26 @@ class LowRank:
 def rows_and_columns(shape: Sequence[int]) -> tuple[int, int]:
     """m and n of a tensor: all dimensions but the last, and the last."""
     return math.prod(shape[:-1]), shape[-1] if shape else 1
+
+
+class Rows(NamedTuple):
+    """The rows of a matrix that a piece of a tensor lies in.
+
+    Attributes:
+        start: the piece's first element, in the tensor.
+        first, number: the first of the rows, and how many they are.
+        height, width: of the tensor.
+    """
+
+    tensor: int
+    start: int
+    first: int
+    number: int
+    height: int
+    width: int
+
+    @classmethod
+    def of(cls, tensor: int, shape: Sequence[int], start: int, numel: int) -> Rows:
+        height, width = rows_and_columns(shape)
+        first = start // width
+        return cls(tensor, start, first, -(-(start + numel) // width) - first, height, width)

@@ -126,7 +126,7 @@ def _head_sees_only(model: nn.Module, positions: Tensor) -> Iterator[bool]:
 
     def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden, *rest = args
-        places = in_all_copies(positions.to(hidden.device), hidden.shape[0] * hidden.shape[1])
+        places = in_all_copies(positions, hidden.shape[0] * hidden.shape[1], hidden.device)
         inside.enter_context(positions_of(places))
         return (hidden.flatten(0, 1)[places].unsqueeze(0), *rest)
 

@@ -11,15 +11,20 @@ and where only some of the positions go on, as into a vocabulary head, :func:`po
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ..devices import sent
 
 _declared: ContextVar[Owners | None] = ContextVar("examples", default=None)
 _positions: ContextVar[Tensor | None] = ContextVar("positions", default=None)
@@ -39,7 +44,6 @@ class Owners:
     tokens: Tensor
     count: int
     copies: int = 1
-    _selection: tuple[Tensor, Owners] | None = field(default=None, init=False, repr=False)
 
     @cached_property
     def rows(self) -> Tensor | None:
@@ -49,19 +53,31 @@ class Owners:
         return first.clamp(min=0) if bool(alone.all()) else None
 
     @cached_property
+    def in_order(self) -> bool:
+        """Whether there is a row for every example, in their order."""
+        return self.rows is not None and torch.equal(self.rows, torch.arange(self.count))
+
+    @cached_property
     def flat(self) -> Tensor:
         return self.tokens.reshape(-1).clamp(min=0)
 
     def of(self, lead: Sequence[int], device: torch.device) -> Tensor | None:
         """The example of every place of an activation with these leading dimensions, in a shape that broadcasts against them.
 
-        None if that cannot be told. Copied to a device once, as the copy waits for what the device has to do.
+        None if that cannot be told.
         """
         key = (tuple(lead), device)
         if key not in self._of:
             owner = self._found(key[0])
-            self._of[key] = None if owner is None else owner.to(device)
+            self._of[key] = None if owner is None else sent(owner, device)
         return self._of[key]
+
+    def spread(self, vectors: Tensor, lead: Sequence[int]) -> Tensor | None:
+        """For every place of such an activation the vector of its example, of those in vectors, shape (examples, n), likewise."""
+        if self.in_order and len(lead) > 0 and lead[0] == self.count:
+            return vectors.reshape(self.count, *(1,) * (len(lead) - 1), -1)
+        owner = self.of(lead, vectors.device)
+        return None if owner is None else vectors[owner]
 
     def _found(self, lead: tuple[int, ...]) -> Tensor | None:
         height, length = self.tokens.shape
@@ -80,11 +96,7 @@ class Owners:
 
     def at(self, positions: Tensor) -> Owners:
         """The owners of some positions of the flattened input, which stand in one row."""
-        if self._selection is None or self._selection[0] is not positions:
-            tokens = self.tokens.reshape(-1)[positions.cpu()][None]
-            object.__setattr__(self, "_selection", (positions, Owners(tokens, self.count, self.copies)))
-        assert self._selection is not None
-        return self._selection[1]
+        return owners_of(self.tokens.reshape(-1)[on_host(positions)][None], self.count, self.copies)
 
     @cached_property
     def twice(self) -> Owners:
@@ -142,7 +154,7 @@ class Groups:
             sign = 1 - 2 * (self.owner // self.directions)
             hot = F.one_hot(self.owner % self.directions, self.directions) * sign[:, None]
             hot = F.pad(hot.repeat_interleave(repeat, dim=1), (0, beside), value=1)
-            self._one_hot[key] = hot.to(self.device, dtype)
+            self._one_hot[key] = sent(hot, self.device, dtype)
         return self._one_hot[key]
 
     @cached_property
@@ -163,22 +175,24 @@ class Groups:
         order = self.owner.argsort(stable=True)
         places = order[((sizes.cumsum(0) - sizes)[:, None] + inside).clamp(max=len(order) - 1)]
         own = (inside < sizes[:, None]).reshape(-1).nonzero()[:, 0]
-        there = [x.to(self.device) for x in (places, own, places.reshape(-1)[own])]
+        there = [sent(x, self.device) for x in (places, own, places.reshape(-1)[own])]
         return there[0], there[1], there[2]
+
+    def blocks(self, x: Tensor) -> Tensor | None:
+        """The rows of a matrix (rows, n) by example, (examples, rows, n), if they follow each other."""
+        return x.view(self.count, -1, x.shape[-1]) if self._places is None else None
 
     def gathered(self, x: Tensor) -> Tensor:
         """The rows of a matrix (rows, n) by example: (examples, most rows, n); filled up with some row."""
         return x.view(self.count, -1, x.shape[-1]) if self._places is None else x[self._places[0]]
 
     def add_vectors(self, y: Tensor, vectors: Tensor, scale: float) -> None:
-        """Add scale times the vector of its direction, shape (directions, m), to every row of the matrix y, in place."""
+        """Add scale times the vector of its example, shape (examples, m), to every row of the matrix y, in place."""
         own = None if self._places is None else self.one_hot(y.dtype, 1)
         if own is None:
-            copies = y.view(self.copies, self.directions, -1, y.shape[-1])
-            for k in range(self.copies):
-                copies[k].add_(vectors[:, None], alpha=(1 - 2 * k) * scale)
+            y.view(self.count, -1, y.shape[-1]).add_(vectors[:, None], alpha=scale)
         else:
-            y.addmm_(own, vectors, alpha=scale)
+            y.addmm_(own, vectors[: self.directions], alpha=scale)
 
     def add_to(self, y: Tensor, parts: Tensor) -> None:
         """Add rows by example, shape (examples, most rows, m), to the matrix y (rows, m), in place."""
@@ -187,6 +201,45 @@ class Groups:
         else:
             _, own, rows = self._places
             y.index_add_(0, rows, parts.flatten(0, 1)[own].to(y.dtype))
+
+
+# Copies on the host, and how often the tensor had been written to.
+_there: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def on_host(numbers: Tensor) -> Tensor:
+    """A tensor of a device on the host. Only the first time that it is asked for is there something to wait for."""
+    if numbers.device.type == "cpu":
+        return numbers
+    version = -1 if numbers.is_inference() else numbers._version
+    known, copy = _there.get(numbers, (None, numbers))
+    if known != version or version < 0:
+        copy = numbers.cpu()
+        _there[numbers] = version, copy
+    return copy
+
+
+def to_device(numbers: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device, of which :func:`on_host` knows."""
+    there = sent(numbers, device)
+    if there is not numbers and not there.is_inference():
+        _there[there] = there._version, numbers
+    return there
+
+
+# Those of inputs seen lately: what is made of them, and copied to the device, is the same for the same owners.
+_kept: OrderedDict[tuple[Any, ...], Owners] = OrderedDict()
+_MOST = 16
+
+
+def owners_of(tokens: Tensor, count: int, copies: int = 1) -> Owners:
+    """:class:`Owners`: the same object for the same numbers, if they were seen lately."""
+    key = (tokens.shape, tokens.contiguous().numpy().tobytes(), count, copies)
+    owners = _kept.pop(key, None) or Owners(tokens.clone(), count, copies)
+    _kept[key] = owners
+    if len(_kept) > _MOST:
+        _kept.popitem(last=False)
+    return owners
 
 
 def declared() -> Owners | None:
@@ -207,9 +260,9 @@ def examples_at(numbers: Tensor, count: int | None = None) -> Iterator[None]:
         numbers: int64, shape (rows, length), or (rows,) where a row belongs to one example; -1 for padding.
         count: number of examples; by default one more than the largest number.
     """
-    tokens = numbers[:, None] if numbers.ndim == 1 else numbers
-    tokens = tokens.cpu()
-    token = _declared.set(Owners(tokens, int(tokens.max()) + 1 if count is None else count))
+    tokens = on_host(numbers)
+    tokens = tokens[:, None] if tokens.ndim == 1 else tokens
+    token = _declared.set(owners_of(tokens.long(), int(tokens.max()) + 1 if count is None else count))
     try:
         yield
     finally:
@@ -226,13 +279,14 @@ def copies_of(count: int) -> Iterator[set[int]]:
         _copies.reset(token)
 
 
-def in_all_copies(positions: Tensor, places: int) -> Tensor:
-    """Positions of the flattened input, in each of the copies that the model works on now; ``places``: of all copies."""
+def in_all_copies(positions: Tensor, places: int, device: torch.device) -> Tensor:
+    """Positions of the flattened input, in each of the copies that the model works on now, on a device; ``places``: of all copies."""
     count, widths = _copies.get()
     if count > 1:
-        positions = torch.cat([positions + places // count * k for k in range(count)])
+        there = on_host(positions)
+        positions = torch.cat([there + places // count * k for k in range(count)])
         widths.add(len(positions))
-    return positions
+    return positions if positions.device == device else to_device(on_host(positions), device)
 
 
 @contextmanager

@@ -82,7 +82,12 @@ class SidePath(Perturbation):
         stacks = {module: of_experts(module, tensors) for module, tensors in owned.items()}
         self._routing = [module for module, names in stacks.items() if names]
         self.experts = {owned[module][name].id for module, names in stacks.items() for name in names}
+        self._stand_ins: dict[tuple[nn.Module, str], SideWeight] = {}
         self._kinds: dict[int, str] = {}
+        self._known: dict[
+            Any, tuple[Owners, str, Groups | None]
+        ] = {}  # by what an activation is like, at the present point
+        self._alone = Groups(1)
         self.point = PointDirections(tuned, noise, self.left_out)
         self._owners: Owners | None = None  # of an input of which nothing was said
         self._count: int | None = None  # of the examples of what the model worked on last
@@ -103,7 +108,11 @@ class SidePath(Perturbation):
             self._hooks.append(module.register_forward_hook(side_experts.leave))
         for module, name, tensor in self._places:
             if tensor.id not in self.left_out:
-                module._parameters[name] = SideWeight.wrap(self, tensor)  # type: ignore[assignment]
+                stand_in = self._stand_ins.get((module, name))
+                if stand_in is None or not stand_in.is_of(tensor):
+                    with torch.inference_mode(False):  # it outlives the evaluation
+                        stand_in = self._stand_ins[module, name] = SideWeight.wrap(self, tensor)
+                module._parameters[name] = stand_in  # type: ignore[assignment]
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -114,12 +123,14 @@ class SidePath(Perturbation):
         self._hooks.clear()
         self._eager.__exit__(None, None, None)
         self._owners = None
+        self._known.clear()
         self.point.forget()
         torch.clear_autocast_cache()
 
     def shift(self, step: int, query: Query) -> None:
         self.point.go_to(step, query)
         self._owners, self._count, self._passed = None, None, []
+        self._known.clear()
         torch.clear_autocast_cache()
 
     def losses(self, step: int, queries: Sequence[Query], closure: Closure) -> list[Losses]:
@@ -135,19 +146,22 @@ class SidePath(Perturbation):
         return losses
 
     def _losses(self, step: int, queries: Sequence[Query], closure: Closure) -> list[Losses]:
-        return [self._of_one(step, query, closure) for query in queries]  # the number of examples is known from each
+        values = [self._of_one(step, query, closure) for query in queries]
+        return [read(value) for value in values]  # now: a GPU went from point to point without waiting
 
-    def _of_one(self, step: int, query: Query, closure: Closure) -> Losses:
-        (found,) = super()._losses(step, [query], closure)
-        return self._counted(found, query)
+    def _of_one(self, step: int, query: Query, closure: Closure) -> Tensor | float:
+        self.shift(step, query)
+        return self._counted(as_losses(closure()) if query.per_example else as_loss(closure()), query)
 
-    def _counted(self, found: Losses, query: Query) -> Losses:
-        count = self._count if query.per_example and self._count is not None else len(found)
-        if len(found) != count:
+    def _counted(self, found: Tensor | float, query: Query) -> Tensor | float:
+        """What the closure returned, once it is known to be of as many examples as the model saw."""
+        number = found.numel() if isinstance(found, Tensor) else 1
+        count = self._count if query.per_example and self._count is not None else number
+        if number != count:
             said = "examples_at says" if self._declared else "what a tuned weight meets first has"
             rows = "" if self._declared else " rows, which count as examples"
             raise TypeError(
-                f"the closure returned the losses of {len(found)} examples, and {said} {count}{rows}: return a loss for each, or say "
+                f"the closure returned the losses of {number} examples, and {said} {count}{rows}: return a loss for each, or say "
                 "which row belongs to which with forwardtune.points.owners.examples_at"
             )
         return found
@@ -271,14 +285,40 @@ class SidePath(Perturbation):
         whole rows where it happens to have as many.
         """
         if not self.point.query.per_example:
-            return Groups(1)
+            return self._alone
+        key = lead, device, declared(), selected(), self.point.copies
+        known = self._known.get(key)
+        if known is None:
+            owners = self._present(lead)
+            if owners is None:
+                return None
+            kind = "rows" if len(lead) > 1 else "pooled" if lead[0] == owners.tokens.shape[0] else "flat"
+            known = self._known[key] = owners, "" if owners.tokens.shape[1] == 1 else kind, owners.groups(lead, device)
+        owners, kind, groups = known
+        self._count = owners.count
+        if kind and self._kinds.setdefault(tensor.id, kind) != kind:
+            return None
+        return groups
+
+    def sees(self, lead: Sequence[int]) -> bool:
+        """Whether it is known which examples the model works on; activations with these leading dimensions tell it, if they are the input."""
+        return not self.point.query.per_example or self._present(lead) is not None
+
+    def blocks(self, y: Tensor) -> Tensor | None:
+        """The rows of an activation by direction, shape (directions, rows, n), if they follow each other, as many for each."""
+        if not self.point.query.per_example:
+            return y.view(1, -1, y.shape[-1]) if y.is_contiguous() else None
+        owners = self._present(y.shape[:-1])
+        groups = None if owners is None else owners.groups(y.shape[:-1], y.device)
+        return None if groups is None or not y.is_contiguous() else groups.blocks(y.view(-1, y.shape[-1]))
+
+    def spread(self, vectors: Tensor, lead: Sequence[int]) -> Tensor | None:
+        """For every place of such an activation the vector of its direction, of those in vectors, shape (directions, n), in a shape that
+        broadcasts; None if it cannot be told."""
+        if not self.point.query.per_example:
+            return vectors.view(*(1,) * len(lead), -1)
         owners = self._present(lead)
-        if owners is None:
-            return None
-        kind = "rows" if len(lead) > 1 else "pooled" if lead[0] == owners.tokens.shape[0] else "flat"
-        if owners.tokens.shape[1] > 1 and self._kinds.setdefault(tensor.id, kind) != kind:
-            return None
-        return owners.groups(lead, device)
+        return None if owners is None else owners.spread(vectors, lead)
 
     def owner(self, lead: Sequence[int], device: torch.device) -> Tensor | None:
         """The direction of every place of such an activation, in a shape that broadcasts; None if it cannot be told."""

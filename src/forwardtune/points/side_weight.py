@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..parameters import TunedTensor
+from ..storage import RESIDENT
 from .head import as_parameter
 from .lazy import METADATA, refuse_writing
 
@@ -42,6 +43,13 @@ class SideWeight(Tensor):
         """Compute with these values from now on: the tensor's, on the device, or where they live."""
         self._original = as_parameter(values, self._tensor)
 
+    def is_of(self, tensor: TunedTensor) -> bool:
+        """Whether the values are still the ones that the tensor has now."""
+        now, parameter = self._original, tensor.parameter
+        alike = now.data_ptr() == parameter.data_ptr() and now.shape == parameter.shape and now.dtype == parameter.dtype
+        same = alike and now.stride() == parameter.stride() and now.requires_grad == parameter.requires_grad
+        return tensor.home is RESIDENT and same
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -49,10 +57,14 @@ class SideWeight(Tensor):
             return func(args[0]._original, *args[1:], **kwargs)
         handler = LINEAR.get(func)
         if handler is not None:
-            if any(isinstance(a, PerExample) for a in leaves((args, kwargs))):
+            if any(type(a) is PerExample for a in (*args, *kwargs.values())):
                 args, kwargs = mapped(args, _first), mapped(kwargs, _first)
             with torch._C.DisableTorchFunctionSubclass():
                 result = handler(*args, **kwargs)
+            if result is not None:
+                return result
+        elif not kwargs and len(args) == 2 and name_of(func) in ELEMENTWISE:
+            result = _met(func, *args)
             if result is not None:
                 return result
         refuse_writing(func, args, cls)
@@ -106,8 +118,7 @@ class PerExample(Tensor):
 
     def _rows(self, lead: Any) -> Tensor | None:
         """The vector of every place of an activation with these leading dimensions, in a shape that broadcasts."""
-        owner = self._path.owner(lead, self._value.device)
-        return None if owner is None else self._value[owner]
+        return self._path.spread(self._value, lead)
 
 
 ELEMENTWISE = {
@@ -152,13 +163,32 @@ def _spread(value: Any) -> Any:
         return PerExample.wrap(path, tensor, _vectors(value, count))
 
 
+def _met(func: Any, a: Any, b: Any) -> Tensor | None:
+    """What an operation makes, element by element, of a vector and an activation; None: of something else, or the examples cannot be told."""
+    weight, other = (a, b) if type(a) is SideWeight else (b, a)
+    if type(other) is not Tensor or type(weight) is not SideWeight or other.ndim < 2 or not _moves(weight):
+        return None
+    with torch._C.DisableTorchFunctionSubclass():
+        if weight.ndim != 1 or weight.shape != other.shape[-1:]:
+            return None
+        rows = _rows(weight, other.shape[:-1])
+        if rows is None:
+            return None
+        result: Tensor = func(rows, other) if weight is a else func(other, rows)
+    return result
+
+
+def _rows(weight: SideWeight, lead: Any) -> Tensor | None:
+    """The perturbed vector of every place of an activation with these leading dimensions; None if it cannot be told whose they are."""
+    path = weight._path
+    if not path.sees(lead) or (count := path.count()) is None:
+        return None
+    return path.spread(_vectors(weight, count), lead)
+
+
 def _vectors(weight: SideWeight, count: int) -> Tensor:
     """The perturbed vectors of so many directions, (count, n), rounded as perturbed weights are."""
-    point = weight._path.point
-    shift = point.directions(weight._tensor, count // point.copies)
-    shift = shift if point.copies == 1 else torch.cat([shift, -shift])
-    arithmetic = torch.promote_types(weight.dtype, shift.dtype)
-    return (weight._original.to(arithmetic) + shift).to(weight.dtype)
+    return weight._path.point.moved(weight._tensor, weight._original, count)
 
 
 def _values(value: Any) -> Any:
@@ -229,24 +259,27 @@ def _add_product(y: Tensor, x: Tensor, weight: SideWeight, *, transposed: bool) 
     if groups is None or weight.ndim != 2 or not y.is_contiguous():
         return False
     # Autocast gives y in a dtype of its own, and in-place products take one dtype alone.
-    rows, out = x.reshape(-1, x.shape[-1]).to(y.dtype), y.view(-1, y.shape[-1])
-    if path.point.scale == 0:
+    rows, out, point = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1]), path.point
+    rows = rows if x.dtype == y.dtype else rows.to(y.dtype)
+    scale = point.scale
+    if scale == 0:
         _add_waiting(out, rows, weight, transposed)
         return True
-    if not path.point.is_low_rank(tensor):
-        z = path.point.directions(tensor, groups.directions).to(y.dtype)
+    count = groups.directions
+    if not point.is_low_rank(tensor):
+        z = point.directions(tensor, count).to(y.dtype)
         _add_by_example(groups, out, rows, lambda x: torch.bmm(x, z if transposed else z.mT))
         return True
-    u, v = path.point.factors(tensor, groups.directions, y.dtype)
-    scale, rank = path.point.scale, u.shape[1]
-    if groups.directions * rank <= _AT_ONCE:
-        u, v, waiting = path.point.with_waiting(tensor, groups.directions, y.dtype)
+    rank = point.rank
+    if count * rank <= _AT_ONCE:
+        u, v, waiting = point.with_waiting(tensor, count, y.dtype)
         inner, outer = (u, v) if transposed else (v, u)  # (columns, n) and (columns, m)
         narrow = F.linear(rows, inner)
         own = groups.one_hot(narrow.dtype, rank, waiting)
         narrow = narrow if own is None else narrow.mul_(own)
         out.addmm_(narrow, outer, alpha=scale)  # the scale in the precision of the sum
     else:
+        u, v = point.factors(tensor, count, y.dtype)
         inner, outer = (u, v) if transposed else (v, u)  # (directions, rank, n) and (directions, rank, m)
         _add_by_example(groups, out, rows, lambda x: torch.bmm(torch.bmm(x, inner.mT), outer).mul_(scale))
         _add_waiting(out, rows, weight, transposed)
@@ -277,7 +310,7 @@ def _add_shift(y: Tensor, bias: Any) -> bool:
     groups = path.groups(y.shape[:-1], bias._tensor, y.device)
     if groups is None or not y.is_contiguous():
         return False
-    vectors = path.point.vectors(bias._tensor, groups.directions, y.dtype)
+    vectors = path.point.vectors(bias._tensor, groups.count, y.dtype)
     groups.add_vectors(y.view(-1, y.shape[-1]), vectors, path.point.scale)
     return True
 
@@ -318,10 +351,19 @@ def _rms_norm(x: Tensor, shape: Any, weight: Any = None, eps: float | None = Non
 def _scaled_and_shifted(y: Tensor, weight: Any, bias: Any) -> Tensor | None:
     for part, how in ((weight, torch.mul), (bias, torch.add)):
         if _moves(part):
-            owner, count = part._path.owner(y.shape[:-1], y.device), part._path.count()
-            if owner is None or count is None:
+            path = part._path
+            if not path.sees(y.shape[:-1]) or (count := path.count()) is None:
                 return None
-            y = how(y, _vectors(part, count)[owner])
+            # Rows that follow each other, as many for each example, meet one vector.
+            blocks = path.blocks(y)
+            rows = (
+                _vectors(part, count)[:, None]
+                if blocks is not None
+                else path.spread(_vectors(part, count), y.shape[:-1])
+            )
+            if rows is None:
+                return None
+            y = how(y, rows) if blocks is None else how(blocks, rows).view_as(y)
         elif part is not None:
             y = how(y, plain(part))
     return y

@@ -62,7 +62,7 @@ class Waiting:
             here = self._here(device)
             places = [(t.id, t.parameter.shape) for t in here]
             drawn = self._noise.v_of(places, step=step, probes=range(self._drawn), device=device, dtype=dtype)
-            self._v[device, dtype] = {t.id: v.mT.flatten(0, 1).contiguous() for t, v in zip(here, drawn, strict=True)}
+            self._v[device, dtype] = {t.id: v for t, v in zip(here, drawn, strict=True)}
         return self._v[device, dtype][tensor.id][: count * rank]
 
     def whole(self, tensor: TunedTensor, values: Tensor) -> Tensor:
