@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "--maxfail=12", "--durations=5",
+PYTEST = ("-m", "pytest", "-v", "-p", "no:cacheprovider", "--tb=short", "--maxfail=12", "--durations=5",
           # A process compiles its kernels on one core.
           "-n", "8", "--dist", "worksteal",
           # A hint of a version that was not seen before is to be read; it is no failure here.

@@ -393,6 +393,7 @@ def test_matrices_of_low_rank_share_draws_and_launches(through_noise, monkeypatc
                 for w, t in zip(expected, tensors, strict=True)
             ]
         module = noise.backends.fast(through_noise, torch.bfloat16)
+        noise.backends.fast(through_noise, torch.float32)  # checked before launches are counted
         with pytest.MonkeyPatch.context() as patch:
             for name in ("many_strips", "update_factored", "update_factored_many"):
                 right = getattr(module, name)
@@ -532,6 +533,14 @@ def test_the_check_sees_other_bits_in_any_sweep(kernels, sweep, spoil, monkeypat
     right = getattr(kernels.module, sweep)
     monkeypatch.setattr(kernels.module, sweep, lambda out, *arguments: spoil(out, right(out, *arguments)))
     assert "other bits" in kernels.module.trouble(kernels.device, torch.float32)
+
+
+def test_the_check_does_not_mind_the_default_device(kernels):
+    """With the kernels' as the default, what the definition counts lies there: torch compared it with the CPU's in vain."""
+    there = torch.device("meta") if kernels.device.type == "cpu" else kernels.device
+    counts = torch.device(there)
+    with torch.device(counts):
+        assert kernels.module.trouble(kernels.device, torch.bfloat16) is None
 
 
 def test_the_check_lets_a_lack_of_memory_through(kernels, monkeypatch):

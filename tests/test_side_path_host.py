@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import support
@@ -15,6 +18,7 @@ from forwardtune import MeZO
 from forwardtune.objectives import logits_at
 from forwardtune.points import owners
 from forwardtune.points.owners import examples_at, owners_of
+from support.launches import sharing
 
 COUNT, LENGTH = 4, 6
 
@@ -118,6 +122,30 @@ def test_stand_ins_stay_and_follow_weights_that_are_replaced() -> None:
     new, _ = optimizer.evaluator.losses(9, optimizer.estimator.queries(), lambda: losses_of(model, ids))
     side._stand_ins.clear()
     assert optimizer.evaluator.losses(9, optimizer.estimator.queries(), lambda: losses_of(model, ids))[0] == new != old
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("perturbation", ["scratch", "side_path", "both_signs"])
+def test_weights_that_moved_away_are_kept_alive_by_nobody(perturbation, together) -> None:
+    """As when a model leaves the device after its run, and the optimizer is still there."""
+    model = support.tiny_model("llama")
+    settings = {} if perturbation == "scratch" else {"assignment": "example"}
+    optimizer = MeZO(model, lr=1e-3, perturbation=perturbation, **settings)
+    tokens = support.token_batch()
+
+    def loss() -> Tensor:
+        losses = model(input_ids=tokens).logits.float().pow(2).mean(dim=(1, 2))
+        return losses if settings else losses.mean()
+
+    with sharing() if together else nullcontext():
+        for _ in range(3):
+            optimizer.step(loss)
+        values = [StorageWeakRef(parameter.untyped_storage()) for parameter in model.parameters()]
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
+        gc.collect()
+        assert all(each.expired() for each in values)
+        optimizer.step(loss)
 
 
 def test_owners_that_are_the_same_are_one_object() -> None:

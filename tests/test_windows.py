@@ -5,8 +5,7 @@ Where nothing is gained by it, on a CPU, it is not done: here the CPU's sweeps s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,38 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import support
-from forwardtune import MeZO, noise
+from forwardtune import MeZO
 from forwardtune.method.estimators import Query
-from forwardtune.noise import cpu
 from forwardtune.points import Scratch, windows
-
-Launches = list[int]  # of each that was for several tensors, how many
-
-
-@contextmanager
-def sharing() -> Iterator[Launches]:
-    """Inside, a sweep over several tensors of a CPU counts as one launch."""
-    launches: Launches = []
-
-    def perturber(
-        outs: Sequence[Tensor], sources: Sequence[Tensor], direction: Any, seed: int, tensors: Sequence[int]
-    ) -> Any:
-        def perturb(step: int, probe: int, scale: float) -> None:
-            launches.append(len(outs))
-            for out, source, tensor in zip(outs, sources, tensors, strict=True):
-                cpu.perturb(out, source, direction, seed, tensor, step, probe, scale)
-
-        return perturb
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "fits", lambda tensor: tensor.is_contiguous(), raising=False)
-        patch.setattr(cpu, "perturber", perturber, raising=False)
-        patch.setattr(noise.Noise, "update_many", one_by_one)
-        yield launches
-
-
-def one_by_one(self: noise.Noise, weights: Sequence[Tensor], updates: Any, *, tensors: Sequence[int]) -> Any:
-    return sum(self.update(weight, updates, tensor=i) for weight, i in zip(weights, tensors, strict=True))
+from support.launches import Launches, sharing
 
 
 def outcome(make: Callable[[], Any], loss: Callable[[Any, int], Tensor], steps: int = 3, **settings: Any) -> Any:

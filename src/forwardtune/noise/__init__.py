@@ -255,13 +255,8 @@ class Noise:
         """:meth:`perturb` of several whole tensors, by their ids, of one dtype on one device, which all launch together.
 
         Returns:
-            What does it when it is called with a step, a probe and a scale. It keeps the memory of the tensors.
+            What does it when it is called with a step, a probe and a scale. It knows where the sources lie, and does not keep them.
         """
-        if len(outs) == 1:
-            (out,), (source,), (tensor,) = outs, sources, tensors
-            return lambda step, probe, scale: self.perturb(
-                out, source, tensor=tensor, step=step, probe=probe, scale=scale
-            )
         flat = [[_flat(each) for each in many] for many in (outs, sources)]
         perturb: Callable[[int, int, float], None] = backends.backend(sources[0]).perturber(
             *flat, self.direction, self.seed, tensors

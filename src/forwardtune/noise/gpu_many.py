@@ -80,7 +80,7 @@ def perturber(
 ) -> Callable[[int, int, float], None]:
     """What perturbs these whole tensors of one dtype on one device, which :func:`fits` all, when it is called with a step, a probe
     and a scale (:func:`.definition.perturb`)."""
-    device, many, like = sources[0].device, len(sources), launch.stored(sources[0])
+    device, many, like = sources[0].device, len(sources), launch.stored(outs[0])
     table, programs = _table(sources, outs, tensors, _PERTURBED * launch.ROW_TILE)
     key, options = launch.key(seed), launch.options(launch.ROW_TILE, launch.ROW_WARPS)
 

@@ -109,15 +109,19 @@ class SidePath(Perturbation):
         for module, name, tensor in self._places:
             if tensor.id not in self.left_out:
                 stand_in = self._stand_ins.get((module, name))
-                if stand_in is None or not stand_in.is_of(tensor):
-                    with torch.inference_mode(False):  # it outlives the evaluation
+                with torch.inference_mode(False):  # it outlives the evaluation
+                    if stand_in is None or not stand_in.is_like(tensor.parameter):
                         stand_in = self._stand_ins[module, name] = SideWeight.wrap(self, tensor)
+                    else:
+                        stand_in.begin()
                 module._parameters[name] = stand_in  # type: ignore[assignment]
         return self
 
     def __exit__(self, *exception: object) -> None:
         for module, name, tensor in self._places:
             module._parameters[name] = tensor.parameter
+        for stand_in in self._stand_ins.values():
+            stand_in.rest()
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -10,13 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..parameters import TunedTensor
-from ..storage import RESIDENT
 from .head import as_parameter
 from .lazy import METADATA, refuse_writing
 
 if TYPE_CHECKING:
     from .owners import Groups
     from .side_path import SidePath
+
+
+@functools.cache
+def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(0, dtype=dtype, device=device)
 
 
 class SideWeight(Tensor):
@@ -43,12 +48,27 @@ class SideWeight(Tensor):
         """Compute with these values from now on: the tensor's, on the device, or where they live."""
         self._original = as_parameter(values, self._tensor)
 
-    def is_of(self, tensor: TunedTensor) -> bool:
-        """Whether the values are still the ones that the tensor has now."""
-        now, parameter = self._original, tensor.parameter
-        alike = now.data_ptr() == parameter.data_ptr() and now.shape == parameter.shape and now.dtype == parameter.dtype
-        same = alike and now.stride() == parameter.stride() and now.requires_grad == parameter.requires_grad
-        return tensor.home is RESIDENT and same
+    def is_like(self, parameter: Tensor) -> bool:
+        """Whether it can stand for the parameter as that is now."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return (
+                self.dtype == parameter.dtype
+                and self.device == parameter.device
+                and self.requires_grad == parameter.requires_grad
+            )
+
+    def begin(self) -> None:
+        """Stand for the values that the tensor has now."""
+        values = self._tensor.read()
+        with torch._C.DisableTorchFunctionSubclass():
+            self.data = self._tensor.parameter.data
+        self.stand_for(values)
+
+    def rest(self) -> None:
+        """Keep no values alive: the model may move elsewhere before the next evaluation."""
+        self._original = _nothing(self._original.dtype, self._original.device)
+        with torch._C.DisableTorchFunctionSubclass():
+            self.data = _nothing(self.dtype, self.device)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

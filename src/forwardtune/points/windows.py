@@ -120,7 +120,11 @@ class Windows:
             perturb = self._noise.perturber(list(values.values()), [sources[i] for i in values], tensors=list(values))
             self._made[window] = places, values, perturb
         _, self._values, perturb = self._made[window]
-        perturb(point["step"], point["probe"], point["scale"])
+        if len(tensors) == 1:
+            (tensor,) = tensors
+            self._noise.perturb(self._values[tensor.id], sources[tensor.id], tensor=tensor.id, **point)
+        else:
+            perturb(point["step"], point["probe"], point["scale"])
         self._now, window.served = window, 0
 
     def _divide(self, order: Sequence[tuple[int, list[TunedTensor]]], sources: Mapping[int, Tensor]) -> None:
