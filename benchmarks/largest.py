@@ -94,8 +94,7 @@ def measure(name: str, device: str, layers: int | None = None, rounds: int = 3) 
     return {
         "row": name,
         "parameters": sum(
-            module.out_features * module.in_features if hasattr(module, "quant_state") else sum(p.numel() for p in module.parameters(False))
-            for module in model.modules()
+            p.quant_state.shape.numel() if hasattr(p, "quant_state") else p.numel() for p in model.parameters()
         ),
         "tuned": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "weights": size_of(model),
