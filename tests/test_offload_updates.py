@@ -78,7 +78,9 @@ def test_experts_that_no_token_reached_stay_as_they_are(settings: dict[str, Any]
     assert tuned(support.tiny_model("qwen3_moe"), **settings, storage=Beside()) == resident
 
 
-@pytest.mark.parametrize("rule", [SGD("base"), Momentum(window=2, decay_towards="base")], ids=lambda rule: type(rule).__name__)
+@pytest.mark.parametrize(
+    "rule", [SGD("base"), Momentum(window=2, decay_towards="base")], ids=lambda rule: type(rule).__name__
+)
 def test_weights_decay_towards_those_of_the_beginning(tmp_path: Path, rule: Any) -> None:
     def run(folder: str, **settings: Any) -> str:
         model = support.tiny_model()
