@@ -115,6 +115,18 @@ def nets(closure_of: Any) -> tuple[list[Any], list[Any], BothSigns]:
     return found, expected, both.perturbation
 
 
+def test_one_pass_serves_a_closure_that_calls_the_model_twice() -> None:
+    """What meets the input first is a projection: its places, told at the first call, were taken for known at the second one, of twice the rows."""
+    model = support.tiny_model("gemma3")
+    for frozen in (model.get_input_embeddings(), model.model.layers[0].input_layernorm):
+        frozen.requires_grad_(False)
+    pairs = [support.token_batch(4, seed=seed) for seed in (0, 1)]
+    optimizer = MeZO(model, lr=1e-3, assignment="example", perturbation="both_signs")
+    optimizer.step(lambda: sum(model(input_ids=each).logits.pow(2).mean(dim=(1, 2)) for each in pairs))
+    assert isinstance(optimizer.perturbation, BothSigns)
+    assert optimizer.perturbation.together
+
+
 def test_closures_that_one_pass_cannot_serve_get_two_with_the_same_bits() -> None:
     x = torch.arange(24.0).view(4, 6).sin()
 

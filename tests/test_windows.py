@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import support
 from forwardtune import MeZO
 from forwardtune.method.estimators import Query
+from forwardtune.noise import cpu
 from forwardtune.points import Scratch, windows
 from support.launches import Launches, sharing
 
@@ -181,3 +182,98 @@ def test_a_loss_that_fails_half_way_leaves_nothing_behind() -> None:
                 else:
                     assert float(of_tokens(model, 0)) == first
         support.assert_same_bits(model, before)
+
+
+class Gated(nn.Module):
+    """Weights of two dtypes in one module, inside of a module with a weight of its own."""
+
+    def __init__(self, kinds: tuple[torch.dtype, torch.dtype]) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(16))
+        self.layers = nn.ModuleList(Gate(kinds) for _ in range(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x * self.scale.to(x.dtype)
+
+
+class Gate(nn.Module):
+    def __init__(self, kinds: tuple[torch.dtype, torch.dtype]) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter((torch.eye(16) + 0.1).to(kinds[0]))
+        self.gate = nn.Parameter(torch.linspace(0.5, 1, 16).to(kinds[1]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.to(self.matrix.dtype) @ self.matrix) * self.gate.to(self.matrix.dtype)
+
+
+def of_gated(model: Gated, step: int) -> Tensor:
+    return model(torch.linspace(-1, 1, 16).repeat(3, 1)).float().pow(2).mean()
+
+
+@pytest.mark.parametrize("kinds", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)], ids=str)
+def test_a_kernel_sweeps_over_one_dtype(kinds: tuple[torch.dtype, torch.dtype]) -> None:
+    launches, _ = assert_alike(lambda: Gated(kinds), of_gated)
+    assert launches == []
+
+
+def test_modules_inside_of_one_that_owns_a_weight_share_launches() -> None:
+    launches, _ = assert_alike(lambda: Gated((torch.float32, torch.float32)), of_gated)
+    assert set(launches) == {12}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.double(),
+        lambda model: model.bfloat16(),
+        lambda model: setattr(model.layers[2].matrix, "data", model.layers[2].matrix.data.t().clone().t()),
+        lambda model: [p.requires_grad_(False) for p in model.layers[1].parameters()],
+    ],
+    ids=["double", "bfloat16", "strides", "frozen"],
+)
+def test_weights_may_change_their_kind_between_steps(change: Callable[[Any], Any]) -> None:
+    def outcome() -> Any:
+        model = Gated((torch.float32, torch.float32))
+        optimizer = MeZO(model, lr=1e-2, eps=1e-2, perturbation="scratch")
+        losses = []
+        for step in range(6):
+            losses.append(optimizer.step(lambda: of_gated(model, 0)))
+            if step == 2:
+                change(model)
+        return losses
+
+    expected = outcome()
+    with sharing():
+        assert outcome() == expected
+
+
+def test_a_launch_that_fails_leaves_no_values_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    def outcome(fails: bool) -> Any:
+        model = Gated((torch.float32, torch.float32))
+        optimizer = support.trusted(MeZO(model, lr=1e-2, eps=1e-2, perturbation="scratch"))
+        losses = [optimizer.step(lambda: of_gated(model, 0))]
+        if fails:
+            with monkeypatch.context() as patch:
+                patch.setattr(cpu, "perturb", lambda *_: [][0])
+                with pytest.raises(IndexError):
+                    optimizer.step(lambda: of_gated(model, 0))
+        return [*losses, *(optimizer.step(lambda: of_gated(model, 0)) for _ in range(3))]
+
+    with sharing():
+        assert outcome(True) == outcome(False)
+
+
+def test_an_evaluation_that_stopped_half_way_is_not_the_last_word() -> None:
+    model = Gated((torch.float32, torch.float32))
+    optimizer = support.trusted(MeZO(model, lr=1e-2, eps=1e-2, perturbation="scratch"))
+    hook = model.layers[2].register_forward_pre_hook(lambda *_: [][0])
+    with sharing() as launches:
+        with pytest.raises(IndexError):
+            optimizer.step(lambda: of_gated(model, 0))
+        hook.remove()
+        for _ in range(2):
+            launches.clear()
+            optimizer.step(lambda: of_gated(model, 0))
+    assert launches == [12, 12]

@@ -159,7 +159,7 @@ class BothSigns(SidePath):
                 minus = as_losses(closure())
             shared = [read(plus), read(minus)]
         except (NotStackedError, torch.OutOfMemoryError):
-            pass
+            self._known.clear()
         except Exception:
             if self.together:
                 raise
@@ -186,6 +186,7 @@ class BothSigns(SidePath):
         self.point.copies = copies
         if copies > 1:
             self._owners = None
+            self._known.clear()
 
 
 def _is_other_side(a: Query, b: Query) -> bool:

@@ -223,7 +223,7 @@ def to_device(numbers: Tensor, device: torch.device) -> Tensor:
     """A tensor of the host on a device, of which :func:`on_host` knows."""
     there = sent(numbers, device)
     if there is not numbers and not there.is_inference():
-        _there[there] = there._version, numbers
+        _there[there] = there._version, numbers.clone()
     return there
 
 

@@ -52,6 +52,12 @@ class Scratch(Perturbation):
             if (owned := [(k, by_parameter[id(p)]) for k, p in module._parameters.items() if id(p) in by_parameter])
         ]
         self._experts = {id(module): of_experts(module, dict(owned)) for module, owned in self._owners}
+        owners = {id(module) for module, _ in self._owners}
+        self._around = {
+            id(module)
+            for module, _ in self._owners
+            if any(id(m) in owners for m in module.modules() if m is not module)
+        }
         self._tables = {t.id for module, owned in self._owners if is_table(module) for k, t in owned if k == "weight"}
         # A slice of a vocabulary head takes no more scratch memory than the largest other module does.
         self.slices = Slices(
@@ -89,6 +95,7 @@ class Scratch(Perturbation):
         self._whole |= self._strays
         self._whole |= {i: torch.empty_like(self._outlines[i]) for i in self._read_past - self._whole.keys()}
         self._strays = {}
+        self._windows.enter(self._originals, self.tuned)
         self.used = Used(self._whole)  # who reads these is not seen
         try:
             for tensor in self.tuned:
@@ -282,14 +289,18 @@ class Scratch(Perturbation):
         single = self._experts.get(id(module), ())
 
         def may_share() -> list[TunedTensor]:
-            """Those of the module's weights that can be perturbed together with others': what is computed in part cannot."""
+            """Those of the module's weights that can be perturbed together with others': what is computed in part cannot, nor what others run inside
+            of."""
+            if id(module) in self._around:
+                return []
             found = [t for k, t in owned if k not in single and not (k == "weight" and is_table(module))]
             found = [t for t in found if t.home is RESIDENT and t.id not in self._whole]
             return [t for t in found if self.noise.launches_together(self._originals[t.id])]
 
         def lend(module: nn.Module, args: Any) -> None:
-            if not self._lent and self._point is not None and self._seen is None:
-                self._windows.turn_to(module, may_share, self._originals, self._outlines, self._point)
+            if self._point is not None and self._seen is None:
+                running = len(self._lent)
+                self._windows.turn_to(module, running, may_share, self._originals, self._outlines, self._point)
             self._lent.append((module, {name: module._parameters[name] for name, _ in owned}, self._arena.mark()))
             for name, tensor in owned:
                 if tensor.id not in self._whole:
@@ -307,6 +318,7 @@ class Scratch(Perturbation):
 
     def _return_last(self) -> nn.Module:
         module, parameters, mark = self._lent.pop()
+        self._windows.returned(len(self._lent))
         module._parameters.update(parameters)
         self._arena.release(mark, poison=self._seen is not None and self._poisoned)
         torch.clear_autocast_cache()  # of casts of scratch memory, which would add up to the whole model
