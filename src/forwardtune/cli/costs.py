@@ -70,6 +70,7 @@ def measure(session: Session) -> Cost:
     """Time steps and an evaluation, and measure memory. The weights stay as they are, to the bit."""
     options, model = session.options, session.model
     device = device_of(model)
+    memory.trim()  # what loading left behind is no part of what is held
     now = memory.now(device)
     inference = session.inference_peak()
     with tempfile.TemporaryDirectory() as folder:  # Trainer wants one
@@ -92,7 +93,7 @@ def measure(session: Session) -> Cost:
 
     memory.reset_peak(device)
     estimate(session.longest)
-    peak = memory.peak(device)
+    peak = max(memory.peak(device), now)  # the system may count them a page apart
     optimizer.step()
     peak += sum(m.nbytes for moments in optimizer.history.moments.values() for m in moments)
     fill_window(optimizer)
