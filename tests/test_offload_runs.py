@@ -7,7 +7,6 @@ import json
 import signal
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,7 +21,7 @@ from forwardtune.optimizer import InterruptedUpdateError
 from forwardtune.storage import OnDisk, home_of, storage_named
 from forwardtune.trajectory import read_log
 from support.command import done, message_of, process, write_jsonl
-from support.offload import Beside, tuned
+from support.offload import Beside, interrupting, tuned
 from support.trainers import quiet_config
 
 pytestmark = pytest.mark.usefixtures("short_collections")
@@ -153,23 +152,15 @@ def test_an_interrupt_in_an_update_loses_nothing(tmp_path: Path, monkeypatch: py
     model, tokens = support.tiny_model(), support.token_batch()
     optimizer = MeZO(model, lr=1e-2, storage=OnDisk(tmp_path / "run"))
     loss = support.closure_for(model, tokens)
-    real, calls = Noise.update, []
-
-    def interrupted(*args: Any, **kwargs: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 5:
-            raise KeyboardInterrupt
-        return real(*args, **kwargs)
-
     log = StepLog(tmp_path / "steps.jsonl", optimizer)
     for _ in range(3):
         optimizer.step(loss)
     after = optimizer.tuned.digest()
-    monkeypatch.setattr(Noise, "update", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        optimizer.step(loss)
+    with monkeypatch.context() as patch:
+        patch.setattr(Noise, "update", interrupting(5))
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.step(loss)
     log.close()
-    monkeypatch.setattr(Noise, "update", real)
     assert optimizer.tuned.digest() != after, "the interrupt came in mid-update"
     with pytest.raises(InterruptedUpdateError):
         optimizer.step(loss)

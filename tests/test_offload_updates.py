@@ -23,7 +23,7 @@ from forwardtune.storage import Offloaded
 from forwardtune.storage.ferry import Ferry
 from forwardtune.trajectory import ReturnPoint, keep_base
 from support import assert_same_bits, snapshot
-from support.offload import Beside, tuned
+from support.offload import Beside, interrupting, tuned
 
 pytestmark = pytest.mark.usefixtures("short_collections")
 pytest.importorskip("transformers", reason="needs transformers")
@@ -249,20 +249,12 @@ def test_an_interrupt_in_an_update_loses_nothing(tmp_path: Path, monkeypatch: py
     model, home = support.tiny_model(), Beside(poison=False)
     optimizer = MeZO(model, lr=1e-2, storage=home)
     loss = support.closure_for(model, support.token_batch())
-    real, calls = Noise.update, []
-
-    def interrupted(*args: Any, **kwargs: Any) -> Any:
-        calls.append(1)
-        if len(calls) == at:
-            raise KeyboardInterrupt
-        return real(*args, **kwargs)
-
     log = StepLog(tmp_path / "steps.jsonl", optimizer)
     for _ in range(3):
         optimizer.step(loss)
     after = optimizer.tuned.digest()
     with monkeypatch.context() as patch:
-        patch.setattr(Noise, "update", interrupted)
+        patch.setattr(Noise, "update", interrupting(at))
         with pytest.raises(KeyboardInterrupt):
             optimizer.step(loss)
     log.close()

@@ -12,6 +12,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from forwardtune import MeZO
+from forwardtune.noise import Noise
 from forwardtune.storage import InHostMemory, Offloaded, OnDisk
 from forwardtune.storage.ferry import Ferry
 from forwardtune.storage.visits import Visits
@@ -156,3 +157,16 @@ def tuned(model: Any, steps: int = 3, device: str = "cpu", **settings: Any) -> t
 
     losses = [optimizer.step(loss) for _ in range(steps)]
     return optimizer.tuned.digest(), losses
+
+
+def interrupting(at: int) -> Callable[..., Any]:
+    """``Noise.update``, with an interrupt at the call of that number."""
+    real, calls = Noise.update, []
+
+    def update(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    return update
