@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from forwardtune.cli.session import Session
 from forwardtune.trajectory import read_log, replay
-from support.command import REVIEWS, done, process, read, write_jsonl
+from support.command import FREE_TEXT, REVIEWS, done, process, read, write_jsonl, write_task
 from support.logs import log_lines
 
 STEPS, DEV = 60, 90
@@ -127,3 +127,31 @@ def test_where_nothing_is_better_the_weights_stay_untuned(
     model = AutoModelForCausalLM.from_pretrained(tiny_folder)
     assert replay(log, model) == STEPS
     assert all(torch.equal(weight, untuned[name]) for name, weight in model.state_dict().items())
+
+
+def test_nothing_is_written_beside_the_steps_unless_asked(tiny_folder: Path, tmp_path: Path) -> None:
+    """The rate and the best step follow from the loss; to write for the metric may take longer than the steps."""
+    task = write_task(tmp_path, **FREE_TEXT)
+    watched, asked = tmp_path / "watched", tmp_path / "asked"
+    done(*command(tiny_folder, task, watched), "--seed", 3)
+    done(*command(tiny_folder, task, asked), "--seed", 3, "--eval-steps", STEPS // 20)
+    few, all_of_it = log_lines(watched / "dev.jsonl"), log_lines(asked / "dev.jsonl")
+    assert [line["dev"].keys() for line in few] == [{"loss", "examples"}] * len(few)
+    assert all({"f1", "exact_match"} < line["dev"].keys() for line in all_of_it)
+    assert [line["dev"]["loss"] for line in few] == [line["dev"]["loss"] for line in all_of_it]
+    # Of the weights that are kept all is measured once, at the end.
+    metrics, course = read(watched), log_lines(watched / "history.jsonl")
+    assert metrics["dev"] == read(asked)["dev"]
+    complete = [line["step"] for line in course if "f1" in line.get("dev", {})]
+    assert complete == [metrics["best_step"]]
+    # A run that is resumed goes on as it began.
+    stopped = tmp_path / "stopped"
+    running = process(*command(tiny_folder, task, stopped), "--seed", 3)
+    log = stopped / "steps.jsonl"
+    while running.poll() is None and (not log.exists() or log.read_bytes().count(b'"step":') < 30):
+        time.sleep(0.002)
+    running.kill()
+    running.communicate()
+    done("train", "--output-dir", stopped, "--resume")
+    assert log_lines(stopped / "dev.jsonl") == few
+    assert read(stopped)["dev"] == metrics["dev"]

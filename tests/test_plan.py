@@ -133,6 +133,13 @@ def test_rising_probes_cost_what_there_are_in_a_step(probes: int, rise: int, ste
     assert seconds_of_run(steps, cost, session) == pytest.approx(0.5 * taken / probes)
 
 
+def test_free_text_is_watched_by_its_loss_and_measured_once_more_at_the_end() -> None:
+    """60 steps: before the first of them, and 20 times, 20 examples; nothing else differs."""
+    session, watched = asked_for(), replace(COST, watched=0.002)
+    saved = seconds_of_run(60, COST, session) - seconds_of_run(60, watched, session)
+    assert saved == pytest.approx(20 * (21 * (0.01 - 0.002) - 0.01))
+
+
 def test_what_is_spent_once_and_twice() -> None:
     """Layers are measured before the first step; the general text is read before and after all of them."""
     session, beside = asked_for(), replace(COST, general=3.0, layers=5.0)

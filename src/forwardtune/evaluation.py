@@ -53,6 +53,7 @@ def evaluate(
     completions: list[str] | None = None,
     scores: list[list[float]] | None = None,
     workers: Alone | None = None,
+    loss_alone: bool = False,
 ) -> dict[str, float]:
     """The task's metric and mean loss. What all prompts begin with, such as demonstrations, is processed once.
 
@@ -70,6 +71,7 @@ def evaluate(
         completions: filled with what the model wrote for every example, in their order, for free text.
         scores: filled with the scores of every example's options, or with its preference margin, in their order.
         workers: who share the batches; all have the result.
+        loss_alone: nothing is written: of free text that has answers the loss alone is measured.
 
     Returns:
         ``{"accuracy": ..., "loss": ..., "examples": ...}`` for a choice, for preferences with a reference also
@@ -92,7 +94,9 @@ def evaluate(
         batch = [examples[i] for i in numbers]
         texts: list[str] = []
         scored: list[list[float]] = []
-        if task.free_text:
+        if task.free_text and task.label and loss_alone:
+            measured = {"loss": target_likelihood(model, _inputs(model, batch, layout, context)).tolist()}
+        elif task.free_text:
             written = write(model, tokenizer, task, [example.prompt for example in batch], context)
             texts = written.texts
             measured = _measure_text(task, batch, written, rewards)

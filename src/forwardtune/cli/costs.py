@@ -30,6 +30,7 @@ from ..parameters import TunedTensor
 from ..search.budget import MEASUREMENTS, SHARE, Plan
 from ..storage import at_home_afterwards, device_of
 from . import methods
+from .dev import may_watch_by_loss
 from .session import Session
 
 # Steps that are timed, after one that warms up.
@@ -54,6 +55,7 @@ class Cost:
         bytes_step: peak memory of a step on it.
         general: seconds to read the general text once.
         layers: seconds to measure the gradients of layers, by which directions are modified.
+        watched: seconds to measure a development example beside the steps; by default those to evaluate one.
     """
 
     step: float
@@ -64,6 +66,12 @@ class Cost:
     bytes_step: int
     general: float = 0.0
     layers: float = 0.0
+    watched: float | None = None
+
+    @property
+    def watching(self) -> float:
+        """Seconds to measure a development example beside the steps."""
+        return self.evaluation if self.watched is None else self.watched
 
 
 def measure(session: Session) -> Cost:
@@ -107,11 +115,17 @@ def measure(session: Session) -> Cost:
         optimizer.step()
         steps.append(clock(device) - began - rehearsed.seconds_beside)
         updates.append(rehearsed.seconds)
+    evaluation = _evaluation(session)
+    watched = _evaluation(session, loss_alone=True) if may_watch_by_loss(session) else None
+    return Cost(median(steps), median(updates), evaluation, now, inference, peak, _general(session), layers, watched)
+
+
+def _evaluation(session: Session, **how: Any) -> float:
+    """Seconds to evaluate an example."""
     examples = session.splits["test"][:_EXAMPLES]
     began = time.perf_counter()
-    session.measure(examples)
-    evaluation = (time.perf_counter() - began) / len(examples)
-    return Cost(median(steps), median(updates), evaluation, now, inference, peak, _general(session), layers)
+    session.measure(examples, **how)
+    return (time.perf_counter() - began) / len(examples)
 
 
 def _general(session: Session) -> float:
@@ -192,8 +206,8 @@ def seconds_of_run(steps: int, cost: Cost, session: Session) -> float:
     again = whole + _plan(steps, options).updates if options.lr == AUTO else 0
     every = evaluation_steps(options, steps)
     measurements = 0 if every is None else (options.lr == AUTO) + -(-steps // every) - 1  # and one behind the last step
-    examples = measurements * _dev(steps, session) + (0 if options.no_before else len(session.splits["test"]))
-    beside = examples * cost.evaluation + cost.general + cost.layers
+    before = 0 if options.no_before else len(session.splits["test"])
+    beside = measurements * _dev(steps, session) * cost.watching + before * cost.evaluation + cost.general + cost.layers
     forward = (whole + steps * search) * cost.step
     return forward + again * cost.update + beside + seconds_behind(steps, cost, session)
 
@@ -203,8 +217,11 @@ def seconds_behind(steps: int, cost: Cost, session: Session) -> float:
     options = session.options
     averages = len(candidates(steps)) if options.average == AUTO else int(options.average != NONE)
     replays = averages + (options.average == AUTO)
-    examples = len(session.splits["test"]) + (1 + averages) * _dev(steps, session)
-    return examples * cost.evaluation + cost.general + replays * steps_at_full_probes(steps, options) * cost.update
+    dev, evaluated = _dev(steps, session), len(session.splits["test"])
+    if cost.watched is not None:  # the weights that are kept are measured once more, with the metric
+        evaluated += dev
+    measuring = (1 + averages) * dev * cost.watching + evaluated * cost.evaluation
+    return measuring + cost.general + replays * steps_at_full_probes(steps, options) * cost.update
 
 
 def steps_at_full_probes(steps: int, options: Train) -> float:

@@ -87,7 +87,7 @@ class DevWatcher(TrainerCallback):
         before = self.best
         if not any(line["step"] == step for line in self.lines):
             training = model.training
-            dev = self._session.evaluate("dev", "dev")
+            dev = self._session.evaluate("dev", "dev", loss_alone=self._session.watched_by_loss)
             model.train(training)
             say(f"step {step}: dev {plainly(dev)}")
             # Reported before it is written: a resumed run measures again what was not reported.
@@ -106,6 +106,13 @@ def dev_metric(session: Session) -> str:
     """By what measurements of the development split are compared: the loss where that is tuned, else the task's metric."""
     by_loss = session.options.objective == "loss" and session.task.loss != "none"
     return "loss" if by_loss else session.metric
+
+
+def may_watch_by_loss(session: Session) -> bool:
+    """Whether the development split is to be measured by its loss alone beside the steps: where text would be written for the metric,
+    measurements are compared by the loss, and the user did not say how often to measure."""
+    writes = session.task.free_text and bool(session.task.label)
+    return writes and session.options.eval_steps is None and dev_metric(session) == "loss"
 
 
 def worth_on_dev(dev: Mapping[str, Any], metric: str) -> tuple[float, float]:

@@ -68,7 +68,7 @@ def _take_average(session: Session, folder: Path, log: Log, trained: Trained) ->
         _rebuild(session, folder, log, steps=log.steps, average=text)
         digest = tuned_by_header(log, session.model).digest()
         if "dev" in session.splits:
-            tried[text] = session.evaluate(f"average {text}", "dev")
+            tried[text] = session.evaluate(f"average {text}", "dev", loss_alone=session.watched_by_loss)
             say(f"average {text}: dev {plainly(tried[text])}")
         if best is None or worth(tried[text]) > worth(best):
             best, chosen = tried.get(text), {"of": text, "digest": digest}

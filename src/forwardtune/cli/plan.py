@@ -92,6 +92,7 @@ def _facts(session: Session, cost: Cost, began: float) -> dict[str, Any]:
         "seconds_per_step": cost.step,
         "seconds_per_update": cost.update,
         "seconds_per_evaluated_example": cost.evaluation,
+        "seconds_per_watched_example": cost.watched,
         "seconds_of_general_text": cost.general,
         "seconds_of_layers": cost.layers,
         "memory_bytes": cost.bytes_now,

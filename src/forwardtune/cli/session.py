@@ -48,6 +48,7 @@ class Session:
         deadline: when tuning must end, by ``time.monotonic``.
         cores: what chooses the number of threads, on a CPU.
         workers: the processes that share the run.
+        watched_by_loss: whether the development split has no metric, but its loss alone, beside the steps of the run.
     """
 
     model: Any
@@ -64,16 +65,17 @@ class Session:
     deadline: float | None = None
     cores: SharedCores | None = None
     workers: Alone = field(default_factory=Alone)
+    watched_by_loss: bool = False
 
-    def evaluate(self, what: str, split: str = "test", **kept: list[Any]) -> dict[str, float]:
+    def evaluate(self, what: str, split: str = "test", **how: Any) -> dict[str, float]:
         """The task's metric and loss on a split, with a progress bar.
 
         Args:
-            kept: what :func:`~forwardtune.evaluation.evaluate` is to fill: ``outcomes``, ``completions``.
+            how: goes to :func:`~forwardtune.evaluation.evaluate`: ``loss_alone``, and what it is to fill, ``outcomes``, ``completions``.
         """
         examples, calibrations = self.splits[split], self.calibrations if split == "test" else None
         with bar(len(examples), what, "example") as progress:
-            return self.measure(examples, calibrations=calibrations, progress=reach(progress), **kept)
+            return self.measure(examples, calibrations=calibrations, progress=reach(progress), **how)
 
     def general_losses(self, what: str, text: str) -> list[float]:
         """The loss of each token of a text that is not the task's, with a progress bar."""

@@ -39,8 +39,10 @@ from ..trajectory import Log, read_log
 from ..trajectory.shared import share_log
 from ..workers import Alone, workers_of_launch
 from . import methods, say, tuned
+from .callbacks import Trained
 from .card import write_card
 from .costs import evaluation_steps, measure, measured_examples, seconds_behind, steps_of_budget, steps_of_epochs
+from .dev import may_watch_by_loss
 from .options import ask, flag
 from .predicted import Examined, examine, read_before, show_classes, write_predictions
 from .results import move_aside, new_folder, peak_memory, plain, table, write_json, write_lines
@@ -52,6 +54,8 @@ _ADAM_EPOCHS = 5
 _MEASURED = "dev_measured"
 # Parts of the model that text does not enter.
 _FROZEN = "frozen"
+# Whether the dev split has no metric beside the steps, as the user did not say how often it is measured.
+_BY_LOSS = "dev_by_loss"
 # What a run's folder may hold before its first step.
 _FROM_THE_BEGINNING = (METRICS, OUTCOMES, PREDICTIONS, COMPLETIONS, INITIAL, TASK, GENERAL)
 # Test examples of which the completions are kept.
@@ -144,6 +148,9 @@ def run(parsed: argparse.Namespace) -> int:
         session.limit("dev", measured)
         if measured < whole:
             described[_MEASURED] = measured
+        session.watched_by_loss = bool(log.header["run"].get(_BY_LOSS)) if log else may_watch_by_loss(session)
+        if session.watched_by_loss:
+            described[_BY_LOSS] = True
     options.eval_steps = evaluation_steps(options, options.steps)
     inference_peak = session.inference_peak()
     trained = methods.METHODS[options.method](session, whole_folder, log, {**settings(options), **described})
@@ -156,6 +163,8 @@ def run(parsed: argparse.Namespace) -> int:
         )
     kept: dict[str, Any] = {name: metrics[name] for name in ("before", "by_class") if name in metrics}
     metrics = {**session.facts("train", options.method), **kept}
+    if session.watched_by_loss and "dev" in trained.facts:
+        _complete(trained, session.evaluate("dev", "dev"))
     after = _measure(session, folder, "after", trained.facts.get("best_step", steps))
     metrics["test"], outcomes["after"] = after.measured, after.outcomes
     if after.classes:
@@ -208,6 +217,14 @@ def _measure(session: Session, folder: Path, what: str, step: int) -> Examined:
         ]
         write_lines(folder / COMPLETIONS, [*kept, *new])
     return examined
+
+
+def _complete(trained: Trained, dev: dict[str, float]) -> None:
+    """Give the development split of the weights that are kept its metric, in the facts and in the course of the run."""
+    trained.facts["dev"] = dev
+    for line in trained.history:
+        if "dev" in line and line["step"] == trained.facts.get("best_step"):
+            line["dev"] = dev
 
 
 def _general_before(session: Session, folder: Path, text: str, log: Log | None) -> dict[str, Any]:

@@ -147,7 +147,8 @@ def _measure(row: Row, outlook: Outlook) -> None:
             float(facts[f"seconds_{what}"])
             for what in ("per_step", "per_update", "per_evaluated_example", "of_general_text", "of_layers")
         )
-        outlook.take(row, Cost(step, update, example, 0, 0, 0, general, layers))
+        watched = facts["seconds_per_watched_example"]
+        outlook.take(row, Cost(step, update, example, 0, 0, 0, general, layers, watched))
     else:  # the kernel ends what takes too much without a word
         row.why = (done.stderr.strip().splitlines() or ["it was killed, as happens where memory runs out"])[-1]
         row.why = row.why.removeprefix("forwardtune: error: ")

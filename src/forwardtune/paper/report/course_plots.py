@@ -83,6 +83,7 @@ def _dev(courses: Sequence[Course], axis: str) -> Figure | None:
             panel.plot(*zip(*points, strict=True), "o-", color=colour, markersize=3.5, label=course.name)
         losses = [(line[at], line["dev"].get("loss")) for line in course.measured]
         if len(courses) == 1 and any(y is not None for _, y in losses):
+            drawn = 1
             beside = panel.twinx()
             beside.plot(*zip(*losses, strict=True), "s--", color=COLOURS[1], markersize=3, linewidth=1)
             beside.set_ylabel("loss on the dev split (dashed)", color=COLOURS[1])
