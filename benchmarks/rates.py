@@ -10,7 +10,7 @@ the mean over seeds of the fall of the held-out loss, is 100%, and so is the bes
 their rate take 86% of the steps. They are those of the library, its ``RateSearch`` with numpy in the place of a model: the line search over held steps,
 then the watch with other numbers. After each of so many measurements the rate is multiplied by ``rise`` if the loss is the lowest so
 far, else divided by ``fall`` while the run goes back to the best point, at once or after ``patience`` measurements; if the loss is hardly
-higher, as ``Guard`` has it, it is multiplied by ``nudge`` instead.
+higher, as ``Guard`` has it, it is multiplied by ``nudge`` instead, or the run ``goes on``, and the rate falls after so many of them.
 """
 
 from __future__ import annotations
@@ -62,16 +62,18 @@ class Rule:
     measurements: int = 20
     patience: int = 1
     nudge: float | None = None
+    goes_on: int | None = None
 
     def guard(self, lr: float, step: int) -> Guard:
         """The library's watch with these numbers."""
         kind = Patient if self.patience > 1 else Guard
         slight = 1 / self.fall if self.nudge is None else self.nudge
-        return kind(lr, step, rise=self.rise, fall=self.fall, slight=slight)
+        return kind(lr, step, rise=self.rise, fall=self.fall, slight=slight, patience=self.goes_on)
 
     def __str__(self) -> str:
         extra = f", patience {self.patience}" if self.patience > 1 else ""
         extra += f", nudge {self.nudge:g}" if self.nudge else ""
+        extra += f", goes on {self.goes_on} times" if self.goes_on else ""
         return f"rise {self.rise:g}, fall {self.fall:.3g}, {self.measurements} measurements{extra}"
 
 
@@ -87,6 +89,8 @@ RULES = [
     Rule(1.75, FALL, nudge=1.5),
     Rule(2.0, FALL, nudge=1.0),
     Rule(1.0, RATIO, patience=2),
+    Rule(RISE, FALL, nudge=1.0, goes_on=2),
+    Rule(1.25, FALL, nudge=1.0, goes_on=2),
     Rule(RISE, FALL, measurements=10, nudge=1.0),
     Rule(RISE, FALL, measurements=40, nudge=1.0),
 ]
@@ -165,9 +169,9 @@ class Patient(Guard):
 
     failures = 0
 
-    def measured(self, step: int, loss: float) -> GoBack | None:
+    def measured(self, step: int, loss: float, *, is_last: bool = False) -> GoBack | None:
         self.failures = 0 if loss < self.best_loss else self.failures + 1
-        return None if self.failures % 2 else super().measured(step, loss)
+        return None if self.failures % 2 else super().measured(step, loss, is_last=is_last)
 
 
 class Run:

@@ -232,3 +232,21 @@ def test_a_guard_that_is_told_the_same_decides_the_same():
             assert [getattr(again, name)(*values) for name, values in told] == decisions
             assert repr(again) == repr(guard)
     assert {decision.why for decision in decisions if decision} == {"diverged", "worse"}
+
+
+def test_a_patient_watch_goes_on_where_a_loss_is_hardly_worse() -> None:
+    guard = Guard(LR, patience=2, rise=1.25)
+    guard.known(0, 2.0)
+    assert guard.measured(10, 1.0) is None
+    rate = guard.lr
+    assert rate == LR * 1.25
+    assert [guard.measured(step, 1.01) for step in (20, 30, 40)] == [None] * 3
+    assert guard.lr == pytest.approx(rate / FALL)  # after the second, and one more counts towards the next
+    assert guard.measured(50, 0.99) is None
+    assert (guard.best_step, guard.lr) == (50, pytest.approx(rate / FALL * 1.25))
+    assert guard.measured(60, 1.0) is None  # the one before 50 does not count any more
+    assert guard.lr == pytest.approx(rate / FALL * 1.25)
+    back = guard.measured(70, 1.5)  # clearly worse
+    assert back == GoBack(50, pytest.approx(rate / FALL * 1.25 / FALL), "worse")
+    assert guard.measured(80, 1.0) is None
+    assert guard.measured(90, 1.0, is_last=True) == GoBack(50, guard.lr, "worse")

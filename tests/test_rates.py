@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pytest
 
+from forwardtune.errors import InputError
 from forwardtune.search.budget import Plan
-from forwardtune.search.guard import GivenRate, GoBack, Guard
+from forwardtune.search.guard import FALL, RISE, GivenRate, GoBack, Guard
 from forwardtune.search.rates import RateSearch, first_rate
 
 PLAN = Plan(held=4, batches=1, tries=7, every=5)
@@ -180,14 +182,41 @@ def test_the_numbers_of_the_watch_are_the_guards() -> None:
     assert guard.measured(3, 20.0) == GoBack(1, 0.25, "worse")
 
 
-def test_the_rate_falls_behind_the_search_where_examples_have_directions() -> None:
-    plan = Plan.of(100, 2, find_eps=False, per_example=True)
-    assert plan.fall == pytest.approx(math.sqrt(10))
+def test_where_examples_have_directions_a_share_of_the_found_rate_is_taken() -> None:
+    plan, usual = (Plan.of(100, 2, find_eps=False, per_example=per_example) for per_example in (True, False))
+    assert (plan.share, plan.rise, plan.patience) == (pytest.approx(10**-0.5), 1.25, 2)
     assert Plan.read(plan.content()) == plan
-    assert "fall" not in Plan.of(100, 2, find_eps=False).content()
-    falls = Plan(held=4, batches=1, tries=7, every=5, fall=4.0)
-    (_, taken), *_ = Number(falls, steps=4).run(4).all("take")
-    run = Number(falls, steps=4).run(4)
-    assert run.rate == taken / 4
-    guessed = Number(Plan(held=4, batches=1, tries=0, every=9, fall=4.0)).run(4)
-    assert guessed.rate == guessed.all("take")[0][1]  # there was no search, and so no jump
+    assert not {"share", "rise", "patience"} & usual.content().keys()
+    part = Plan(held=4, batches=1, tries=7, every=5, share=10**-0.5, rise=1.25, patience=2)
+    whole, run = Number(steps=4).run(4), Number(part, steps=4).run(4)
+    (_, best), (_, taken) = whole.all("take")[0], run.all("take")[0]
+    tried = [lr for _, lr in run.all("try")]
+    assert taken in tried  # as the search has it, to the bit: its loss there is known
+    assert taken == pytest.approx(best / 10**0.5)
+    assert run.rate == taken
+    # What was not tried is taken all the same, and measured when it is due.
+    low = Number(Plan(held=4, batches=1, tries=3, every=5, share=0.01)).run(5)
+    losses = dict(next(content["search"]["tried"] for _, content in low.all("note") if "search" in content))
+    assert low.all("take")[0][1] == pytest.approx(0.01 * min(losses, key=lambda rate: losses[rate]))
+    assert [step for step, _ in low.all("measure")] == [5]
+    guessed = Number(Plan(held=4, batches=1, tries=0, every=9, share=0.1)).run(4)
+    assert guessed.all("take")[0][1] == guess([(GRADIENT,)] * 4)  # there was no search
+
+
+def test_a_run_of_an_earlier_version_is_not_gone_on_with() -> None:
+    with pytest.raises(InputError, match="earlier version"):
+        Plan.read(PLAN.content() | {"fall": 3.1})
+
+
+def test_a_patient_run_goes_on_and_ends_at_its_best_point() -> None:
+    """Losses rise by a thousandth each time: it goes on from where it is, more slowly, and goes back with the last step."""
+    patient = Plan(held=4, batches=1, tries=0, every=5, patience=2)
+    run = Number(patient, measure=lambda step, weight: 1.0 + step / 10000).run()
+    assert run.all("back") == [(STEPS, 5)]
+    assert run.weight == run.points[5]
+    (_, taken), *_ = run.all("take")
+    assert run.rate == pytest.approx(
+        taken * RISE / FALL**2
+    )  # better once, and hardly worse four times and with the last
+    hasty = Number(replace(patient, patience=None), measure=lambda step, weight: 1.0 + step / 10000).run()
+    assert hasty.all("back") == [(step, 5) for step in range(10, STEPS + 1, 5)]

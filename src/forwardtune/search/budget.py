@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import InputError
+from .guard import RISE
+
 #: Share of a run's forward passes that finding learning rate and eps may take.
 SHARE = 0.15
 #: Held-out measurements in a run that finds its learning rate.
@@ -23,12 +26,12 @@ _TRIES, _PLANNED_TRIES, _LEAST_TRIES = 7, 5, 3
 _MOST_BATCHES = 16
 # Scales that the choice of eps measures at most, and its share of the search.
 _SCALES, _SCALES_SHARE = 3, 1 / 3
-# By what the rate falls behind the search where every example has a direction of its own. In the noise of such a step the spread of examples counts B
-# times as much beside the gradient as in that of a shared direction, and once the answers' prior is calibrated it is what is left:
-# the best rate falls some three times further (docs/log.md).
-_FALL_OF_EXAMPLES = 10**0.5
-# What the log says of a plan.
-_LOGGED = ("held", "batches", "tries", "every")
+# Where every example has a direction of its own: the share of the found rate that is taken, how the rate rises, and how many measurements that are
+# hardly worse lower it. In the noise of such a step the spread of examples counts B times as much beside the gradient as in that of a shared
+# direction, and once the answers' prior is calibrated it is what is left: the first steps bear a rate that no later ones do (docs/log.md).
+_OF_EXAMPLES = {"share": 10**-0.5, "rise": 1.25, "patience": 2}
+# What the log says of a plan; of the second, where it is not as usual.
+_LOGGED, _LOGGED_IF_CHANGED = ("held", "batches", "tries", "every"), ("share", "rise", "patience")
 
 
 def first_settings(names: Sequence[str]) -> tuple[float, float]:
@@ -46,7 +49,8 @@ class Plan:
         tries: evaluations of the line search, at most; fewer than 3 mean that there is no search.
         every: steps from one measurement to the next.
         scales: scales that the choice of eps may measure; 0: eps stays as it begins.
-        fall: by what the rate that the line search found is divided for the steps that follow.
+        share: of the rate that the line search found, which is taken.
+        rise, patience: of the watch (:class:`.guard.Guard`).
     """
 
     held: int
@@ -54,7 +58,9 @@ class Plan:
     tries: int
     every: int
     scales: int = 0
-    fall: float = 1.0
+    share: float = 1.0
+    rise: float = RISE
+    patience: int | None = None
 
     @classmethod
     def of(cls, steps: int, evaluations: int, *, find_eps: bool, per_example: bool = False) -> Plan:
@@ -64,17 +70,29 @@ class Plan:
         left -= scales * SCALE_EVALUATIONS
         batches = min(max(left // _PLANNED_TRIES, 1), _MOST_BATCHES)
         held, every = max(1, min(_HELD, int(_HELD_SHARE * steps))), max(1, steps // MEASUREMENTS)
-        fall = _FALL_OF_EXAMPLES if per_example else 1.0
-        return cls(held, batches, min(_TRIES, left // batches), every, scales, fall)
+        careful: dict[str, Any] = _OF_EXAMPLES if per_example else {}
+        return cls(held, batches, min(_TRIES, left // batches), every, scales, **careful)
 
     @classmethod
     def read(cls, content: dict[str, Any]) -> Plan:
-        """From what :meth:`content` gave, and whatever stands beside it."""
-        return cls(**{name: content[name] for name in _LOGGED}, fall=content.get("fall", 1.0))
+        """From what :meth:`content` gave, and whatever stands beside it.
+
+        Raises:
+            InputError: an earlier version wrote it, whose decisions cannot be taken again.
+        """
+        if "fall" in content:
+            raise InputError(
+                "the run was begun by an earlier version, which looked for the rate of directions of examples in another way: "
+                "its log can be replayed, but not gone on with"
+            )
+        changed = {name: content[name] for name in _LOGGED_IF_CHANGED if name in content}
+        return cls(**{name: content[name] for name in _LOGGED}, **changed)
 
     def content(self) -> dict[str, Any]:
         """What a step log says of it, as JSON."""
-        return {name: getattr(self, name) for name in _LOGGED} | ({"fall": self.fall} if self.fall != 1 else {})
+        usual = Plan(0, 0, 0, 0)
+        changed = [name for name in _LOGGED_IF_CHANGED if getattr(self, name) != getattr(usual, name)]
+        return {name: getattr(self, name) for name in (*_LOGGED, *changed)}
 
     @property
     def searches(self) -> bool:

@@ -50,7 +50,9 @@ class Guard:
     steps since then were in vain: the run goes back to the best point. The learning rate is then divided by 1.5, but stays as
     it is if the loss was hardly higher (by at most 2%, and half of what was gained so far), as happens where a rate is too low.
     So it climbs while it is too low, comes down while it is too high, and follows the run. Equal losses, as of an
-    objective with steps, change nothing. The rule was chosen by simulation and on real runs (``docs/log.md``).
+    objective with steps, change nothing. With ``patience`` the run goes on where a loss is hardly higher, and so many of them in a row
+    lower the rate: steps that are long for what they gain wander, and a run that goes back each time stands still. The last measurement leads
+    to the best point in any case. The rule was chosen by simulation and on real runs (``docs/log.md``).
 
     Its state follows from the losses that it was given, in order: a resumed run gives it the same again.
 
@@ -59,6 +61,7 @@ class Guard:
         best_step: where to go back to as long as no held-out loss is known.
         rise, fall: factors of the rate after a held-out loss that is the best so far, and after one that is worse.
         slight: factor of the rate, in place of ``1 / fall``, after one that is hardly worse.
+        patience: the run goes on after a loss that is hardly worse, and the rate falls after so many in a row; None: it goes back.
     """
 
     lr: float
@@ -67,6 +70,8 @@ class Guard:
     rise: float = RISE
     fall: float = FALL
     slight: float = 1.0
+    patience: int | None = None
+    _in_vain: int = 0
     _first_known: float = math.inf
     _first: list[float] = field(default_factory=list)
     _recent: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW))
@@ -97,14 +102,19 @@ class Guard:
         if loss < self.best_loss:
             self.best_step, self.best_loss = step, loss
 
-    def measured(self, step: int, loss: float) -> GoBack | None:
+    def measured(self, step: int, loss: float, *, is_last: bool = False) -> GoBack | None:
         """Take in the loss on held-out examples after a step; the learning rate changes."""
         if loss < self.best_loss:
+            self._in_vain = 0
             self.known(step, loss)
             self.lr *= self.rise
         elif loss != self.best_loss:
             is_slight = self._is_slight(loss - self.best_loss)
-            return self._go_back("worse", self.lr * self.slight if is_slight else self.lr / self.fall)
+            if not is_slight or is_last or self.patience is None:
+                return self._go_back("worse", self.lr * self.slight if is_slight else self.lr / self.fall)
+            self._in_vain += 1
+            if self._in_vain == self.patience:
+                self._in_vain, self.lr = 0, self.lr / self.fall
         return None
 
     def _is_slight(self, harm: float) -> bool:
@@ -147,7 +157,7 @@ class Guard:
         return sum(finite) / len(finite) > mean + max(_ERRORS * error, _SHARE * abs(mean))
 
     def _go_back(self, why: str, lr: float) -> GoBack:
-        self.lr = lr
+        self.lr, self._in_vain = lr, 0
         self._recent.clear()
         self._before = None
         return GoBack(self.best_step, self.lr, why)

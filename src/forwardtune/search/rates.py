@@ -13,7 +13,8 @@ Nothing here knows of weights, files or a Trainer: :mod:`.driver` acts in a run,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..files import plain
@@ -70,7 +71,7 @@ class RateSearch:
         run: does what is decided.
         first_rate: the rate that the search begins with, from the coefficients of the held steps that were not skipped.
         measures: whether held-out examples are measured as planned; else :meth:`measured` is called by someone who does.
-        guard: makes the watch over the losses, from the rate and the step to go back to at first.
+        guard: makes the watch over the losses, from the rate and the step to go back to at first; by default as it is planned.
     """
 
     def __init__(
@@ -81,11 +82,12 @@ class RateSearch:
         first_rate: Callable[[list[Sequence[float]]], float],
         *,
         measures: bool = True,
-        guard: Callable[[float, int], Guard] = Guard,
+        guard: Callable[[float, int], Guard] | None = None,
     ) -> None:
         self.plan = plan
         self._steps, self._run, self._first_rate = steps, run, first_rate
-        self._measures, self._new_guard = measures, guard
+        self._measures = measures
+        self._new_guard = guard or partial(Guard, rise=plan.rise, patience=plan.patience)
         self._guard: Guard | None = None
         self._held: list[tuple[float, Sequence[float]]] = []
         self._measured = -1
@@ -122,7 +124,7 @@ class RateSearch:
         self._measured = step
         before = self._guard.lr
         self._run.note({"held_out": plain(loss)})
-        self._follow(self._guard.measured(step, loss), step)
+        self._follow(self._guard.measured(step, loss, is_last=step >= self._steps), step)
         if self._guard.lr != before:
             self._run.set_rate(self._guard.lr)
 
@@ -148,7 +150,8 @@ class RateSearch:
         tried: dict[float, float] = {}
         if self.plan.searches:
             search = line_search(self._run.try_rate, lr, most=self.plan.tries)
-            lr, tried = rate_found(search), search.tried
+            found, tried = rate_found(search), search.tried
+            lr = share_of(found, self.plan.share, tried)
         elif self._measures:  # a point to go back to
             self._note_untuned(self._run.try_rate(0.0))
         held, self._held = self._held, []
@@ -159,11 +162,11 @@ class RateSearch:
         self._run.take(lr)
         self._run.note({"search": {"lr": lr, "tried": [[size, plain(loss)] for size, loss in tried.items()]}})
         shown = ", ".join(f"{size:.1e}: {loss:.4f}" for size, loss in sorted(tried.items()))
-        then = f", then {guard.lr:.1e}" if guard.lr != lr else ""
         unsearched = f", a guess: a run of {self._steps} steps is too short for a search"
-        why = f"; losses of held-out examples: {shown}" if shown else unsearched
-        self._run.announce(f"learning rate {lr:.1e}{then}{why}")
-        self._run.set_rate(guard.lr)
+        part = "" if self.plan.share == 1 else ", a part of the best for the first steps, as later ones bear less"
+        why = f"{part}; losses of held-out examples: {shown}" if shown else unsearched
+        self._run.announce(f"learning rate {lr:.1e}{why}")
+        self._run.set_rate(lr)
         self._measure_if_due(len(held))
 
     def _replay(self, log: Log) -> tuple[Guard, list[GoBack]]:
@@ -181,12 +184,13 @@ class RateSearch:
                     self._count_search(guard, step, content["search"]["lr"], tried)
                 if "held_out" in content:
                     self._measured = step
-                    decided.append(guard.measured(step, float(content["held_out"])))
+                    loss = float(content["held_out"])
+                    decided.append(guard.measured(step, loss, is_last=step >= self._steps))
         return guard, [decision for decision in decided if decision is not None]
 
     def _watch_behind(self, lr: float) -> Guard:
         """The watch over the steps that follow those that were held and taken with this rate."""
-        self._guard = self._new_guard(lr / self.plan.fall if self.plan.searches else lr, self.plan.held)
+        self._guard = self._new_guard(lr, self.plan.held)
         if self._untuned is not None:
             self._guard.known(0, self._untuned)
         return self._guard
@@ -195,8 +199,9 @@ class RateSearch:
         """Let the guard know what a search measured, unless other examples are measured from now on."""
         if tried and self._measures:
             guard.known(0, tried[0.0])
-            guard.known(step, tried[lr])
-            self._measured = step
+            if lr in tried:
+                guard.known(step, tried[lr])
+                self._measured = step
 
     def _note_untuned(self, loss: float) -> None:
         if self._untuned is None:
@@ -249,3 +254,9 @@ def rate_found(found: LineSearch) -> float:
         return found.best
     harmless = [size for size, loss in found.tried.items() if size and loss - untuned <= slight]
     return max(harmless, default=min(size for size in found.tried if size))
+
+
+def share_of(found: float, share: float, tried: Mapping[float, float]) -> float:
+    """A share of a rate; as the search has it, where it tried that one."""
+    wanted = found * share
+    return next((size for size in tried if math.isclose(size, wanted, rel_tol=1e-9)), wanted)
