@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ COURSES: dict[str, dict[str, Any]] = {
     "momentum": {"data": SAME, "max_steps": 48, "rule": "momentum"},
     "nothing is better": {"data": OPPOSED, "objective": opposed, "max_steps": 48},
     "too short for a search": {"data": DATA, "max_steps": 5},
+    "directions of examples": {"data": DATA, "max_steps": 90, "assignment": "example", "perturbation": "side_path"},
 }
 
 
@@ -35,16 +37,27 @@ class Loop:
     """A run of :class:`AutoLR` over given minibatches, with the model, data and settings of a Trainer's run."""
 
     def __init__(
-        self, path: Path, *, data: Any, max_steps: int, objective: Any = wanted, rule: str = "sgd", **schedule: Any
-    ) -> None:
+        self, path: Path, *, data: Any, max_steps: int, objective: Any = wanted, rule: str = "sgd",
+        assignment: str = "shared", perturbation: str = "scratch", **schedule: Any,
+    ) -> None:  # fmt: skip
         self.path, self.steps, self._objective = path, max_steps, objective
+        self._by_example = assignment == "example"
         self.model = support.tiny_model()
         decayed = set(MeZOTrainer.get_decay_parameter_names(None, self.model))
         groups: list[dict[str, Any]] = [{"params": []}, {"params": []}]
         for name, parameter in self.model.named_parameters():
             groups[name not in decayed]["params"].append(parameter)
         chosen = Momentum(0.9) if rule == "momentum" else rule
-        self.optimizer = MeZO(groups, lr=1e-6, eps=1e-3, seed=3, rule=chosen, module=self.model)
+        self.optimizer = MeZO(
+            groups,
+            lr=1e-6,
+            eps=1e-3,
+            seed=3,
+            rule=chosen,
+            module=self.model,
+            assignment=assignment,
+            perturbation=perturbation,
+        )
         course = LambdaLR(self.optimizer, lambda step: (max_steps - step) / max_steps) if schedule else None
         self.settings = {
             "steps": max_steps,
@@ -54,14 +67,16 @@ class Loop:
         }
         self._dev = data[16:]
 
+    def losses(self, rows: list[dict[str, Any]]) -> torch.Tensor:
+        return self._objective(self.model, {name: torch.tensor([row[name] for row in rows]) for name in rows[0]})
+
     def loss(self, rows: list[dict[str, Any]]) -> torch.Tensor:
-        batch = {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
-        return self._objective(self.model, batch).mean()
+        return self.losses(rows) if self._by_example else self.losses(rows).mean()
 
     def held_out(self, batches: int) -> float:
         wanted = min(len(self._dev), 4 * batches)
         rows = [self._dev[i * len(self._dev) // wanted] for i in range(wanted)]
-        losses = [float(self.loss(rows[i : i + 4])) for i in range(0, wanted, 4)]
+        losses = [float(self.losses(rows[i : i + 4]).mean()) for i in range(0, wanted, 4)]
         return sum(losses) / len(losses)
 
     def begin(self, *, resume: bool = False) -> AutoLR:
@@ -103,13 +118,18 @@ def test_the_course_is_that_of_trainer(tmp_path: Path, course: str) -> None:
     support.assert_same_bits(again, support.snapshot(loop.model))
 
 
-def test_a_killed_run_resumes_to_the_same_lines(tmp_path: Path) -> None:
-    """Killed while steps are held, right after they were taken, and after a way back."""
-    settings, minibatches = COURSES["a schedule"], [DATA[i : i + 4] for i in (0, 4, 8, 12)] * 23
+@pytest.mark.parametrize("course", ["a schedule", "directions of examples"])
+def test_a_killed_run_resumes_to_the_same_lines(tmp_path: Path, course: str) -> None:
+    """Killed while steps are held, right after they were taken, after a way back, and where a run went on behind a loss that was hardly
+    worse."""
+    settings, minibatches = COURSES[course], [DATA[i : i + 4] for i in (0, 4, 8, 12)] * 23
     whole = Loop(tmp_path / "whole" / "steps.jsonl", **settings)
     whole.play(minibatches, whole.begin())
-    back = read_log(whole.path).rollbacks[0].at
-    for after in (3, 8, back, back + 1):
+    log = read_log(whole.path)
+    back = log.rollbacks[0].at
+    on = gone_on(log)
+    assert bool(on) == (course == "directions of examples")
+    for after in (3, 8, back, back + 1, *(step + 1 for step in on[:2])):
         folder = tmp_path / str(after)
         loop = Loop(folder / "steps.jsonl", **settings)
         with pytest.raises(KilledError):
@@ -118,6 +138,18 @@ def test_a_killed_run_resumes_to_the_same_lines(tmp_path: Path) -> None:
         loop.play(minibatches, loop.begin(resume=True))
         assert log_lines(folder) == log_lines(tmp_path / "whole")
         assert [path.name for path in folder.iterdir()] == ["steps.jsonl"]
+
+
+def gone_on(log: Any) -> list[int]:
+    """The measured steps that were not the best so far, behind which the run went on."""
+    best, on, back = math.inf, [], {rollback.at for rollback in log.rollbacks}
+    for note in log.notes:
+        if "held_out" in note.content:
+            loss = float(note.content["held_out"])
+            if loss > best and note.at not in back:
+                on.append(note.at)
+            best = min(best, loss)
+    return on
 
 
 def test_steps_that_are_held_when_the_loop_ends_were_not_taken(tmp_path: Path) -> None:
