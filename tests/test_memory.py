@@ -23,6 +23,7 @@ def test_what_is_held_counts_while_it_is_held() -> None:
     kept = held(64)
     assert 60 * MIB < memory.now() - before < 80 * MIB
     del kept
+    memory.trim()  # once a library has raised the C library's bounds, large blocks are kept as well
     assert memory.now() - before < 16 * MIB
 
 
@@ -32,6 +33,7 @@ def test_a_peak_outlasts_what_caused_it_until_it_is_reset() -> None:
     before = memory.peak()
     held(64)
     assert 60 * MIB < memory.peak() - before < 80 * MIB
+    memory.trim()
     memory.reset_peak()
     assert memory.peak() - before < 16 * MIB
 
