@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -220,3 +221,19 @@ def test_a_patient_run_goes_on_and_ends_at_its_best_point() -> None:
     )  # better once, and hardly worse four times and with the last
     hasty = Number(replace(patient, patience=None), measure=lambda step, weight: 1.0 + step / 10000).run()
     assert hasty.all("back") == [(step, 5) for step in range(10, STEPS + 1, 5)]
+
+
+def test_a_longer_run_knows_where_the_shorter_one_went_back() -> None:
+    """Step 10 was the last of a patient run, which went back from a loss that was hardly worse. With more steps it went on, and was killed
+    between the decision after step 20 and what follows from it."""
+    patient = Plan(held=4, batches=1, tries=0, every=5, patience=2)
+    measured = {0: 9.0, 5: 1.0, 10: 1.001, 15: 0.9, 20: 5.0}
+    log: Any = SimpleNamespace(
+        steps=20,
+        records=[SimpleNamespace(lr=(0.1,), skipped=False, loss=1.0)] * 20,
+        notes=[SimpleNamespace(at=step, content={"held_out": loss}) for step, loss in measured.items()],
+        rollbacks=[SimpleNamespace(at=10, to=5)],
+    )
+    run = Number(patient, steps=30)
+    run.search.resume(log)
+    assert [value for _, value in run.all("back")] == [15]

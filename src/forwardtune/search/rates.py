@@ -175,6 +175,8 @@ class RateSearch:
         for note in log.notes:
             notes.setdefault(note.at, []).append(note.content)
         guard = self._watch_behind(log.records[self.plan.held - 1].lr[0])
+        # Where it went back, a step may have been the last one, behind which a longer run would have gone on.
+        went_back = {rollback.at for rollback in log.rollbacks}
         decided: list[GoBack | None] = []
         for step, record in enumerate(log.records, start=1):
             decided.append(guard.stepped(math.nan if record.skipped else record.loss))
@@ -185,7 +187,8 @@ class RateSearch:
                 if "held_out" in content:
                     self._measured = step
                     loss = float(content["held_out"])
-                    decided.append(guard.measured(step, loss, is_last=step >= self._steps))
+                    is_last = step >= self._steps or step in went_back
+                    decided.append(guard.measured(step, loss, is_last=is_last))
         return guard, [decision for decision in decided if decision is not None]
 
     def _watch_behind(self, lr: float) -> Guard:
