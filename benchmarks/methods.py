@@ -206,6 +206,7 @@ def main() -> None:
     options.add_argument("--scan", type=int, default=100, help="steps of a run of the scan")
     options.add_argument("--steps", type=int, default=300, help="0: nothing is run, for --time alone")
     options.add_argument("--lr", type=float, help="this rate, in the place of a scan's best")
+    options.add_argument("--near", type=int, default=0, help="curves for so many rates on either side of it, too")
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options.add_argument("--dtype", default="bfloat16")
     options.add_argument("--device", default="cpu")
@@ -242,9 +243,15 @@ def main() -> None:
         )
         need(
             [
-                (name, given.lr or best_rate(rows, name, given.scan), seed, given.steps)
+                (
+                    name,
+                    float(f"{(given.lr or best_rate(rows, name, given.scan)) * 10 ** (k / 2):.1e}"),
+                    seed,
+                    given.steps,
+                )
                 for seed in given.seeds
                 for name in given.methods
+                for k in range(-given.near, given.near + 1)
             ]
         )
     if given.time:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-PYTEST = ("-m", "pytest", "-v", "-p", "no:cacheprovider", "--tb=short", "--maxfail=12", "--durations=5",
+PYTEST = ("-m", "pytest", "-v", "-p", "no:cacheprovider", "--tb=short", "--maxfail=40", "--durations=5",
           # A process compiles its kernels on one core.
-          "-n", "8", "--dist", "worksteal",
+          "-n", "12", "--dist", "worksteal",
           # A hint of a version that was not seen before is to be read; it is no failure here.
           "-W", "default", "-o", "faulthandler_timeout=60")  # fmt: skip
 
@@ -55,7 +55,7 @@ STAGES = (
         "test-steps",
         "tests/test_cuda.py: steps, replay, Trainer, tensors past 2^31 elements",
         (*PYTEST, "tests/test_cuda.py"),
-        110,
+        150,
         ("torch", "pytest", "xdist"),
     ),
     _step("13b", "32 64", 90, 32),

@@ -242,7 +242,11 @@ def test_tensors_that_share_a_launch_have_the_bits_that_each_has_alone(kernels, 
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:overflow:RuntimeWarning")  # from NumPy
-@pytest.mark.parametrize("shapes", [[(26, 40)], [(4, 4), (48, 1), (3, 2736), (1, 16), (64, 64)]], ids=len)
+@pytest.mark.parametrize(
+    "shapes",
+    [[(26, 40)], [(4, 4), (48, 1), (3, 2736), (1, 16), (64, 64)], [(17, 256), (2, 200), (5, 272), (16, 128)]],
+    ids=len,
+)
 @pytest.mark.parametrize("rank", [1, 3])
 @every_dtype
 def test_matrices_that_share_a_launch_have_the_bits_that_each_has_alone(kernels, dtype, rank, shapes):
@@ -651,6 +655,11 @@ def compiled(name: str, dtype: torch.dtype, capability: int) -> dict[str, str]:
             {"like": stored, "tensors": "*i64", "unchanged": "*i64", "plan": "*i32", "tables": table},
             gpu_launch.options(1024, 4) | {"doublings": 9, "entries": 0, "slots": 256, "tiles": 8},
         ),
+        "update_products": (
+            gpu.kernels.update_products,
+            {"like": stored, "tensors": "*i64", "unchanged": "*i64", "plan": "*i32", "factors": table},
+            gpu_launch.options(512, 2) | {"doublings": 9, "slots": 256, "tiles": 4, "rank": 1},
+        ),
     }[name]
     place = {argument: (i,) for i, argument in enumerate(kernel.arg_names)}
     launch = {key: options.pop(key) for key in ("num_warps", "enable_fp_fusion")}
@@ -671,7 +680,7 @@ def compiled(name: str, dtype: torch.dtype, capability: int) -> dict[str, str]:
     "name",
     [
         *("perturb", "perturb_rows", "perturb_factored", "perturb_many"),
-        *("update", "update_factored", "update_many", "update_factored_many"),
+        *("update", "update_factored", "update_many", "update_factored_many", "update_products"),
     ],
 )
 @every_dtype
@@ -694,7 +703,9 @@ def test_the_draws_of_many_tensors_compile_and_round_each_product(capability):
     assert "cvt.rn.f32.f64" in code
 
 
-@pytest.mark.parametrize("name", ["update", "update_factored", "update_many", "update_factored_many"])
+@pytest.mark.parametrize(
+    "name", ["update", "update_factored", "update_many", "update_factored_many", "update_products"]
+)
 @every_dtype
 def test_the_terms_of_every_step_of_a_compiled_sweep_begin_where_the_plan_says(name, dtype):
     """A bound that the loop over steps carried was compiled as the one of the first step, for all of them."""

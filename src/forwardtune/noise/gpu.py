@@ -197,9 +197,13 @@ def trouble(device: torch.device, dtype: torch.dtype) -> str | None:
             perturber(outs, here, direction, 1, [2, 0, 7])(3, 4, 1e-2)
             found += [*outs, update_many(here, steps, direction, 1, [2, 0, 7]), *(piece.clone() for piece in here)]
             expected += _one_by_one(pieces, steps, direction)
-            us, vs = ([factor.to(device) for factor in each] for each in zip(*map(_factors, pieces), strict=True))
-            found += [update_factored_many(here, steps, us, vs, 1, [2, 0, 7]), *here]
-            expected += _factored_one_by_one(expected[-len(pieces) :], steps)
+            for width in (8, 512):  # narrow matrices are swept as they lie, others in tiles
+                pieces = [weight[:1024], weight[1024:]]
+                here = [piece.to(device, copy=True) for piece in pieces]
+                factors = (_factors(piece, width) for piece in pieces)
+                us, vs = ([factor.to(device) for factor in each] for each in zip(*factors, strict=True))
+                found += [update_factored_many(here, steps, us, vs, 1, [0, 7]), *here]
+                expected += _factored_one_by_one(pieces, width, steps)
             # A number that was made a tensor may lie on the default device.
             if not all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(found, expected, strict=True)):
                 return "its kernels give other bits here; please report the GPU and the version of Triton"
@@ -220,19 +224,19 @@ def _one_by_one(pieces: Sequence[Tensor], steps: Sequence[Update], direction: Di
     return [*outs, torch.as_tensor(count), *moved]
 
 
-def _factors(piece: Tensor) -> tuple[Tensor, Tensor]:
-    """Three terms, of rank 2, for a matrix of eight columns."""
-    numbers = torch.arange(3 * 2 * (len(piece) // 8 + 8), device="cpu").remainder(17).sub(8) * 1e-3
-    u, v = numbers.split([6 * (len(piece) // 8), 48])
-    return u.view(3, -1, 2), v.view(3, 8, 2)
+def _factors(piece: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Three terms, of rank 2, for a matrix of so many columns."""
+    numbers = torch.arange(3 * 2 * (len(piece) // width + width), device="cpu").remainder(17).sub(8) * 1e-3
+    v, u = numbers.split([6 * width, 6 * (len(piece) // width)])
+    return u.view(3, -1, 2), v.view(3, width, 2)
 
 
-def _factored_one_by_one(pieces: Sequence[Tensor], steps: Sequence[Update]) -> list[Tensor]:
+def _factored_one_by_one(pieces: Sequence[Tensor], width: int, steps: Sequence[Update]) -> list[Tensor]:
     """The same of updates whose terms are products."""
     moved = [piece.clone() for piece in pieces]
     count: Count = 0
-    for weight, tensor in zip(moved, (2, 0, 7), strict=True):
-        count += definition.update_factored(weight, steps, *_factors(weight), 1, tensor)
+    for weight, tensor in zip(moved, (0, 7), strict=True):
+        count += definition.update_factored(weight, steps, *_factors(weight, width), 1, tensor)
     return [torch.as_tensor(count), *moved]
 
 

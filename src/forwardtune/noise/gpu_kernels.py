@@ -170,6 +170,17 @@ def add(a, b):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _settled(x, block, k0, k1, tensor, step, size: tl.constexpr, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A step's sum as it is stored, widened again."""
+    if dtype != tl.float32:
+        rounding = tl.full([], _ROUNDING, tl.int32)
+        x = _round(x, _half_words(block, k0, k1, tensor, step, rounding, size), dtype)
+        if dtype == tl.float16:  # large values become infinite; of bfloat16 they are that already
+            x = _widen(_narrow(x, dtype))
+    return x
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _moved(  # type: ignore[no-untyped-def]
     x, inside, block, plan, steps, k0, k1, tensor, tables, shift, u, v, place, tile, rows, width, rank,
     entries: tl.constexpr, size: tl.constexpr, dtype: tl.constexpr,
@@ -191,11 +202,7 @@ def _moved(  # type: ignore[no-untyped-def]
                 x = x + tl.load(tables + t * entries + index)
         else:
             x = _add_products(x, inside, u, v, begin, end, place, tile, rows, width, rank, size)
-        if dtype != tl.float32:
-            rounding = tl.full([], _ROUNDING, tl.int32)
-            x = _round(x, _half_words(block, k0, k1, tensor, step, rounding, size), dtype)
-            if dtype == tl.float16:  # large values become infinite; of bfloat16 they are that already
-                x = _widen(_narrow(x, dtype))
+        x = _settled(x, block, k0, k1, tensor, step, size, dtype)
         same += ((x == before) & inside).to(tl.int32)
     return x, same
 
@@ -318,6 +325,71 @@ def update_many(  # type: ignore[no-untyped-def]
             same += stayed
             tl.store(weight + position, _narrow(x, dtype), mask=inside)
     slot = tl.program_id(0) % slots  # additions to one place wait for each other
+    tl.atomic_add(unchanged + slot, tl.reduce(same, 0, add).to(tl.int64), sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["many", "steps", "k0", "k1"])  # type: ignore[untyped-decorator]
+def update_products(  # type: ignore[no-untyped-def]
+    like, tensors, unchanged, plan, factors, many, steps, k0, k1, rank,
+    doublings: tl.constexpr, slots: tl.constexpr, tiles: tl.constexpr, size: tl.constexpr,
+):  # fmt: skip
+    """:func:`update_many` of matrices whose rows are whole blocks, and whose terms are products. A tile is four rows of so many columns, so an
+    element of v that was read serves four weights, and one of u a row. Of factors only the type counts."""
+    dtype: tl.constexpr = like.dtype.element_ty
+    i, program = _find(tensors, many, doublings)
+    weight = tl.multiple_of(tl.load(tensors + i).to(like.dtype), 16)
+    tensor = tl.load(tensors + 3 * many + i).to(tl.int32)
+    width = tl.multiple_of(tl.load(tensors + 5 * many + i).to(tl.int32), 16)
+    rows = tl.load(tensors + 6 * many + i).to(tl.int32)
+    u = tl.load(tensors + 7 * many + i).to(factors.dtype)
+    v = tl.multiple_of(tl.load(tensors + 8 * many + i).to(factors.dtype), 16)
+    across = (width + size - 1) // size
+    left = (program % across).to(tl.int32) * size
+    column = left + tl.arange(0, size)
+    wide = column < width
+    same = tl.full([size], 0, tl.int32)
+    for k in range(tiles):
+        r0 = ((program // across).to(tl.int32) * tiles + k) * 4
+        if r0 < rows:
+            # Below the last row the last one is read again, and nothing is written.
+            r1, r2, r3 = tl.minimum(r0 + 1, rows - 1), tl.minimum(r0 + 2, rows - 1), tl.minimum(r0 + 3, rows - 1)
+            in1, in2, in3 = wide & (r0 + 1 < rows), wide & (r0 + 2 < rows), wide & (r0 + 3 < rows)
+            p0, p1 = weight + (r0.to(tl.int64) * width + column), weight + (r1.to(tl.int64) * width + column)
+            p2, p3 = weight + (r2.to(tl.int64) * width + column), weight + (r3.to(tl.int64) * width + column)
+            x0 = _widen(tl.load(p0, mask=wide, other=0, cache_modifier=".cg"))
+            x1 = _widen(tl.load(p1, mask=in1, other=0, cache_modifier=".cg"))
+            x2 = _widen(tl.load(p2, mask=in2, other=0, cache_modifier=".cg"))
+            x3 = _widen(tl.load(p3, mask=in3, other=0, cache_modifier=".cg"))
+            blocks, b = (width // 8).to(tl.uint32), (left // 8).to(tl.uint32)
+            for s in range(steps):
+                step = tl.load(plan + s)
+                # Loaded in the loop, as in _moved.
+                begin = tl.load(plan + steps + s)
+                end = tl.load(plan + steps + s + 1)
+                decay = tl.load(plan + 2 * steps + 1 + s).to(tl.float32, bitcast=True)
+                y0, y1, y2, y3 = x0 * decay, x1 * decay, x2 * decay, x3 * decay
+                of_u, of_v = u + begin.to(tl.int64) * rows * rank, v + (begin.to(tl.int64) * width + column) * rank
+                for _ in range(begin, end):
+                    for rho in range(rank):
+                        w = tl.load(of_v + rho, mask=wide, other=0.0)
+                        y0 = y0 + tl.load(of_u + r0 * rank + rho) * w
+                        y1 = y1 + tl.load(of_u + r1 * rank + rho) * w
+                        y2 = y2 + tl.load(of_u + r2 * rank + rho) * w
+                        y3 = y3 + tl.load(of_u + r3 * rank + rho) * w
+                    of_u += rows * rank
+                    of_v += width * rank
+                y0 = _settled(y0, r0.to(tl.uint32) * blocks + b, k0, k1, tensor, step, size, dtype)
+                y1 = _settled(y1, r1.to(tl.uint32) * blocks + b, k0, k1, tensor, step, size, dtype)
+                y2 = _settled(y2, r2.to(tl.uint32) * blocks + b, k0, k1, tensor, step, size, dtype)
+                y3 = _settled(y3, r3.to(tl.uint32) * blocks + b, k0, k1, tensor, step, size, dtype)
+                same += ((y0 == x0) & wide).to(tl.int32) + ((y1 == x1) & in1).to(tl.int32)
+                same += ((y2 == x2) & in2).to(tl.int32) + ((y3 == x3) & in3).to(tl.int32)
+                x0, x1, x2, x3 = y0, y1, y2, y3
+            tl.store(p0, _narrow(x0, dtype), mask=wide)
+            tl.store(p1, _narrow(x1, dtype), mask=in1)
+            tl.store(p2, _narrow(x2, dtype), mask=in2)
+            tl.store(p3, _narrow(x3, dtype), mask=in3)
+    slot = tl.program_id(0) % slots
     tl.atomic_add(unchanged + slot, tl.reduce(same, 0, add).to(tl.int64), sem="relaxed")
 
 

@@ -18,6 +18,8 @@ from .directions import Direction
 
 # Counts are added up in so many places. A program perturbs so many tiles, or moves so many: to find its tensor takes as long as a tile.
 _SLOTS, _PERTURBED, _TILES = 256, 4, 8
+# Of products: columns and tiles of four rows that a program has. A thread has eight columns.
+_TILE_WIDTH, _TILE_WARPS, _TILES_DOWN = 512, 2, 4
 
 
 def many_strips(
@@ -120,11 +122,23 @@ def update_factored_many(
     """:func:`.definition.update_factored` of whole tensors of one dtype on one device, which :func:`fits` all, all steps in one sweep. The count
     as in :func:`update_many`."""
     active, unchanged, still = _active(weights, updates)
-    if active:
-        factors = [(v.shape[1], u.shape[1], u.data_ptr(), v.data_ptr()) for u, v in zip(us, vs, strict=True)]
-        table, programs = _table(weights, weights, tensors, _TILES * launch.UPDATE_TILE, factors)
-        _sweep(weights, table, programs, unchanged, active, us[0], 0, 0, seed, us[0].shape[2])
+    factors = [(v.shape[1], u.shape[1], u.data_ptr(), v.data_ptr()) for u, v in zip(us, vs, strict=True)]
+    for in_tiles in (True, False) if active else ():
+        which = [i for i, (width, _, _, v) in enumerate(factors) if _tiled(width, v) == in_tiles]
+        if not which:
+            continue
+        some, ids, of = [weights[i] for i in which], [tensors[i] for i in which], [factors[i] for i in which]
+        if in_tiles:
+            _sweep_tiles(some, ids, of, unchanged, active, us[0], seed)
+        else:
+            table, programs = _table(some, some, ids, _TILES * launch.UPDATE_TILE, of)
+            _sweep(some, table, programs, unchanged, active, us[0], 0, 0, seed, us[0].shape[2])
     return unchanged.sum() + still
+
+
+def _tiled(width: int, v: int) -> bool:
+    """Whether a matrix has rows of whole blocks that fill tiles, and its V is read 16 bytes at once."""
+    return width % 16 == 0 and width >= _TILE_WIDTH // 2 and v % 16 == 0
 
 
 def _active(weights: Sequence[Tensor], updates: Sequence[Update]) -> tuple[list[Update], Tensor, int]:
@@ -148,11 +162,26 @@ def _sweep(
         )  # fmt: skip
 
 
+def _sweep_tiles(
+    weights: Sequence[Tensor], tensors: Sequence[int], factors: Sequence[tuple[int, ...]], unchanged: Tensor,
+    updates: Sequence[Update], like: Tensor, seed: int,
+) -> None:  # fmt: skip
+    device, many = weights[0].device, len(weights)
+    tiles = tuple(-(-rows // (4 * _TILES_DOWN)) * -(-width // _TILE_WIDTH) for width, rows, *_ in factors)
+    table, programs = _table(weights, weights, tensors, tiles, factors)
+    plan = launch.plan(tuple(updates), repr(updates), device, launch.stream(device))
+    with launch.on(device):
+        kernels.update_products[(programs,)](
+            launch.stored(weights[0]), table, unchanged, plan, like, many, len(updates), *launch.key(seed), like.shape[2],
+            doublings=many.bit_length(), slots=_SLOTS, tiles=_TILES_DOWN, **launch.options(_TILE_WIDTH, _TILE_WARPS),
+        )  # fmt: skip
+
+
 def _table(
-    sources: Sequence[Tensor], outs: Sequence[Tensor], tensors: Sequence[int], each: int,
+    sources: Sequence[Tensor], outs: Sequence[Tensor], tensors: Sequence[int], each: int | tuple[int, ...],
     more: Sequence[tuple[int, ...]] | None = None,
 ) -> tuple[Tensor, int]:  # fmt: skip
-    """What kernels read of the tensors, and the number of programs of so many elements that they need."""
+    """What kernels read of the tensors, and the number of programs that they need: of so many elements, or so many for each."""
     device = sources[0].device
     rows = tuple((s.data_ptr(), o.data_ptr(), s.numel(), t) for s, o, t in zip(sources, outs, tensors, strict=True))
     return _table_of(rows, None if more is None else tuple(more), each, device, launch.stream(device))
@@ -160,11 +189,11 @@ def _table(
 
 @functools.lru_cache(maxsize=64)
 def _table_of(
-    rows: tuple[tuple[int, ...], ...], more: tuple[tuple[int, ...], ...] | None, each: int, device: torch.device,
-    stream: int,
+    rows: tuple[tuple[int, ...], ...], more: tuple[tuple[int, ...], ...] | None, each: int | tuple[int, ...],
+    device: torch.device, stream: int,
 ) -> tuple[Tensor, int]:  # fmt: skip
     columns = np.array(rows, np.int64).T
-    programs = -(-columns[2] // each)
+    programs = -(-columns[2] // each) if isinstance(each, int) else np.array(each, np.int64)
     parts = [columns, (programs.cumsum() - programs)[None]]
     if more is not None:
         parts.append(np.array(more, np.int64).T)
