@@ -54,8 +54,8 @@ STAGES = (
     Stage(
         "test-steps",
         "tests/test_cuda.py: steps, replay, Trainer, tensors past 2^31 elements",
-        (*PYTEST, "tests/test_cuda.py"),
-        150,
+        (*PYTEST, "tests/test_cuda.py", "-k", "not command_line and not plan"),
+        115,
         ("torch", "pytest", "xdist"),
     ),
     _step("13b", "32 64", 90, 32),
@@ -76,6 +76,13 @@ STAGES = (
         50,
         ("torch", "transformers", "peft", "bitsandbytes"),
         45,
+    ),
+    Stage(
+        "test-commands",
+        "tests/test_cuda.py: runs of the command line, and plan, which begin many processes",
+        (*PYTEST, "tests/test_cuda.py", "-k", "command_line or plan"),
+        115,
+        ("torch", "pytest", "xdist"),
     ),
     _script(
         "kernels",

@@ -391,6 +391,8 @@ def test_pinned_weights_take_no_more_memory_of_the_host_than_they_need():
     model = large_layers(torch.device("cpu"))
     before = torch.cuda.host_memory_stats().get("allocated_bytes.current", 0)
     InHostMemory(CUDA).place(model)
+    if "pinned_max_cached_size_mb" not in torch._C._accelerator_getAllocatorSettings():
+        pytest.skip("this torch always rounds pinned memory up to a power of two")
     taken = torch.cuda.host_memory_stats()["allocated_bytes.current"] - before
     assert all(parameter.is_pinned() for parameter in model.parameters())
     assert taken < 1.01 * sum(parameter.nbytes for parameter in model.parameters())

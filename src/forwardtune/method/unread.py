@@ -41,7 +41,8 @@ class Used(set[int]):
         with torch.inference_mode(False):  # it outlives the evaluation
             if number not in self.rows:
                 self.rows[number] = torch.zeros(height, dtype=torch.bool, device=rows.device)
-            self.rows[number][rows.reshape(-1).to(self.rows[number].device, torch.int64)] = True
+            # Assigned to an index, a number that lies on the host would be waited for on a GPU.
+            self.rows[number].index_fill_(0, rows.reshape(-1).to(self.rows[number].device, torch.int64), True)
 
     def merged(self, other: set[int]) -> Used:
         """What was read by either."""

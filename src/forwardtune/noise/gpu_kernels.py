@@ -356,39 +356,46 @@ def update_products(  # type: ignore[no-untyped-def]
             in1, in2, in3 = wide & (r0 + 1 < rows), wide & (r0 + 2 < rows), wide & (r0 + 3 < rows)
             p0, p1 = weight + (r0.to(tl.int64) * width + column), weight + (r1.to(tl.int64) * width + column)
             p2, p3 = weight + (r2.to(tl.int64) * width + column), weight + (r3.to(tl.int64) * width + column)
-            x0 = _widen(tl.load(p0, mask=wide, other=0, cache_modifier=".cg"))
-            x1 = _widen(tl.load(p1, mask=in1, other=0, cache_modifier=".cg"))
-            x2 = _widen(tl.load(p2, mask=in2, other=0, cache_modifier=".cg"))
-            x3 = _widen(tl.load(p3, mask=in3, other=0, cache_modifier=".cg"))
+            x0 = tl.load(p0, mask=wide, other=0, cache_modifier=".cg")
+            x1 = tl.load(p1, mask=in1, other=0, cache_modifier=".cg")
+            x2 = tl.load(p2, mask=in2, other=0, cache_modifier=".cg")
+            x3 = tl.load(p3, mask=in3, other=0, cache_modifier=".cg")
             blocks, b = (width // 8).to(tl.uint32), (left // 8).to(tl.uint32)
+            d1, d2, d3 = (r1 - r0) * rank, (r2 - r0) * rank, (r3 - r0) * rank
             for s in range(steps):
                 step = tl.load(plan + s)
                 # Loaded in the loop, as in _moved.
                 begin = tl.load(plan + steps + s)
                 end = tl.load(plan + steps + s + 1)
                 decay = tl.load(plan + 2 * steps + 1 + s).to(tl.float32, bitcast=True)
-                y0, y1, y2, y3 = x0 * decay, x1 * decay, x2 * decay, x3 * decay
-                of_u, of_v = u + begin.to(tl.int64) * rows * rank, v + (begin.to(tl.int64) * width + column) * rank
-                for _ in range(begin, end):
-                    for rho in range(rank):
-                        w = tl.load(of_v + rho, mask=wide, other=0.0)
-                        y0 = y0 + tl.load(of_u + r0 * rank + rho) * w
-                        y1 = y1 + tl.load(of_u + r1 * rank + rho) * w
-                        y2 = y2 + tl.load(of_u + r2 * rank + rho) * w
-                        y3 = y3 + tl.load(of_u + r3 * rank + rho) * w
-                    of_u += rows * rank
-                    of_v += width * rank
+                y0, y1, y2, y3 = _widen(x0) * decay, _widen(x1) * decay, _widen(x2) * decay, _widen(x3) * decay
+                first, last = begin * rank, end * rank
+                if first < last:
+                    # A term's factors are read while the one before it is added.
+                    of_u = u + (begin.to(tl.int64) * rows + r0) * rank
+                    of_v = v + (begin.to(tl.int64) * width + column) * rank
+                    a0, a1, a2, a3 = tl.load(of_u), tl.load(of_u + d1), tl.load(of_u + d2), tl.load(of_u + d3)
+                    w = tl.load(of_v, mask=wide, other=0.0)
+                    for k in range(first, last):
+                        b0, b1, b2, b3, ready = a0, a1, a2, a3, w
+                        # After the last one it is read again.
+                        across_rank = (k + 1) % rank == 0
+                        of_u += tl.where(k + 1 < last, tl.where(across_rank, (rows - 1) * rank + 1, 1), 0)
+                        of_v += tl.where(k + 1 < last, tl.where(across_rank, (width - 1) * rank + 1, 1), 0)
+                        a0, a1, a2, a3 = tl.load(of_u), tl.load(of_u + d1), tl.load(of_u + d2), tl.load(of_u + d3)
+                        w = tl.load(of_v, mask=wide, other=0.0)
+                        y0, y1, y2, y3 = y0 + b0 * ready, y1 + b1 * ready, y2 + b2 * ready, y3 + b3 * ready
                 y0 = _settled(y0, r0.to(tl.uint32) * blocks + b, k0, k1, tensor, step, size, dtype)
                 y1 = _settled(y1, r1.to(tl.uint32) * blocks + b, k0, k1, tensor, step, size, dtype)
                 y2 = _settled(y2, r2.to(tl.uint32) * blocks + b, k0, k1, tensor, step, size, dtype)
                 y3 = _settled(y3, r3.to(tl.uint32) * blocks + b, k0, k1, tensor, step, size, dtype)
-                same += ((y0 == x0) & wide).to(tl.int32) + ((y1 == x1) & in1).to(tl.int32)
-                same += ((y2 == x2) & in2).to(tl.int32) + ((y3 == x3) & in3).to(tl.int32)
-                x0, x1, x2, x3 = y0, y1, y2, y3
-            tl.store(p0, _narrow(x0, dtype), mask=wide)
-            tl.store(p1, _narrow(x1, dtype), mask=in1)
-            tl.store(p2, _narrow(x2, dtype), mask=in2)
-            tl.store(p3, _narrow(x3, dtype), mask=in3)
+                same += ((y0 == _widen(x0)) & wide).to(tl.int32) + ((y1 == _widen(x1)) & in1).to(tl.int32)
+                same += ((y2 == _widen(x2)) & in2).to(tl.int32) + ((y3 == _widen(x3)) & in3).to(tl.int32)
+                x0, x1, x2, x3 = _narrow(y0, dtype), _narrow(y1, dtype), _narrow(y2, dtype), _narrow(y3, dtype)
+            tl.store(p0, x0, mask=wide)
+            tl.store(p1, x1, mask=in1)
+            tl.store(p2, x2, mask=in2)
+            tl.store(p3, x3, mask=in3)
     slot = tl.program_id(0) % slots
     tl.atomic_add(unchanged + slot, tl.reduce(same, 0, add).to(tl.int64), sem="relaxed")
 

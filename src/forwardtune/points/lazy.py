@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+@functools.cache
+def no_values(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What a stand-in has while it stands for nothing: the model may move elsewhere, and what it had is not to be kept alive."""
+    with torch.inference_mode(False):
+        return torch.empty(0, dtype=dtype, device=device)
 
 
 def _nothing(*_: Any) -> None:
@@ -31,6 +39,21 @@ class StandIn(Tensor):
         weight = Tensor._make_subclass(cls, original.detach(), original.requires_grad)
         weight._original = original
         return weight
+
+    def is_like(self, original: Tensor) -> bool:
+        """Whether it can stand for this one."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.dtype == original.dtype and self.device == original.device
+
+    def stand_for(self, original: Tensor) -> None:
+        """Stand for another one from now on."""
+        self._original = original
+
+    def rest(self) -> None:
+        """Keep nothing alive."""
+        nothing = no_values(self._original.dtype, self._original.device)
+        self._original = nothing
+        self.point_to(nothing)
 
     def point_to(self, data: Tensor) -> None:
         """Let code that knows nothing of this class find ``data`` here."""

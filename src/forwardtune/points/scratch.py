@@ -19,6 +19,7 @@ from ..storage import RESIDENT
 from .arena import Arena
 from .experts import ExpertSlices, ExpertWeight, of_experts
 from .head import Slices, as_parameter, is_table, project_in_slices
+from .hooks import Hooks
 from .lazy import LazyWeight
 from .leaks import Leaks, among, storage_of
 from .perturbation import Closure, Perturbation, ReadElsewhereError, as_loss, without_compilation
@@ -68,7 +69,9 @@ class Scratch(Perturbation):
         )
         self._by_id = {tensor.id: tensor for tensor in tuned}
         self._arena = Arena()
-        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._hooks = Hooks()
+        for module, owned in self._owners:
+            self._hooks.add(module, self._lender(module, owned), self._take_back)
         self._lent: list[tuple[nn.Module, dict[str, Any], Any]] = []
         self._point: dict[str, Any] | None = None  # step, probe and scale; None: theta itself
         # Values where they live; what stands for them where the model computes; and what each parameter pointed to.
@@ -76,6 +79,7 @@ class Scratch(Perturbation):
         self._outlines: dict[int, Tensor] = {}
         self._pointed: dict[int, Tensor] = {}
         self._outside: dict[int, LazyWeight] = {}
+        self._stand_ins: dict[int, LazyWeight] = {}  # those of all blocks
         # Tensors that are read outside their owners: those seen in this block, and those perturbed as a whole since an earlier one.
         self._strays: dict[int, Tensor] = {}
         self._whole: dict[int, Tensor] = {}
@@ -105,8 +109,7 @@ class Scratch(Perturbation):
                 for name, tensor in owned:
                     if tensor.id in self._outside:
                         module._parameters[name] = self._outside[tensor.id]  # type: ignore[assignment]
-                self._hooks.append(module.register_forward_pre_hook(self._lender(module, owned)))
-                self._hooks.append(module.register_forward_hook(self._take_back, always_call=True))
+            self._hooks.enter()
             self._poison(True)
             self._eager = without_compilation()
             self._eager.__enter__()
@@ -130,9 +133,7 @@ class Scratch(Perturbation):
     def __exit__(self, *exception: object) -> None:
         self._eager.__exit__(None, None, None)
         self._eager = nullcontext()
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        self._hooks.leave()
         # torch runs no hook after KeyboardInterrupt and its like: whatever is still lent comes back here.
         while self._lent:
             self._return_last()
@@ -142,6 +143,8 @@ class Scratch(Perturbation):
                 module._parameters[name] = tensor.parameter
         for tensor in self.tuned:
             tensor.parameter.data = self._pointed[tensor.id]
+        for stand_in in self._outside.values():
+            stand_in.rest()
         self._outside, self._originals, self._outlines, self._pointed, self._point = {}, {}, {}, {}, None
         self._poison_of, self._lent_at = {}, {}
         torch.clear_autocast_cache()
@@ -346,7 +349,14 @@ class Scratch(Perturbation):
 
     def _seen_from_outside(self, tensor: TunedTensor) -> LazyWeight:
         """The weight as others see it: perturbed where it is read."""
+        outline, known = self._outlines[tensor.id], self._stand_ins.get(tensor.id)
+        if known is None or not known.is_like(outline):
+            with torch.inference_mode(False):  # it outlives the evaluation
+                known = self._stand_ins[tensor.id] = self._stand_in(tensor)
+        known.stand_for(as_parameter(outline, tensor))
+        return known
 
+    def _stand_in(self, tensor: TunedTensor) -> LazyWeight:
         def whole() -> Tensor:
             original = self._originals[tensor.id]
             if tensor.id not in self._strays:
@@ -360,7 +370,8 @@ class Scratch(Perturbation):
 
         if tensor.id in self._tables:
             return self._table(tensor, whole)
-        return LazyWeight.wrap(self._outlines[tensor.id], whole, lambda: self._note_use(tensor))
+        outline = as_parameter(self._outlines[tensor.id], tensor)
+        return LazyWeight.wrap(outline, whole, lambda: self._note_use(tensor))
 
     def _note_use(self, tensor: TunedTensor) -> None:
         assert isinstance(self.used, Used)
@@ -395,15 +406,16 @@ class Scratch(Perturbation):
 
     def _table(self, tensor: TunedTensor, whole: Callable[[], Tensor]) -> LazyWeight:
         """The weight of an embedding or a vocabulary head, of which only what is needed is computed."""
-        source, outline = self._originals[tensor.id], self._outlines[tensor.id]
 
         def rows(numbers: Tensor) -> Tensor | None:
             if self._point is None:
                 return None
+            source = self._originals[tensor.id]
             found = self.noise.perturb_rows(source, numbers.to(source.device), tensor=tensor.id, **self._point)
             return found.to(numbers.device)
 
         def project(x: Tensor, bias: Tensor | None) -> Tensor | None:
+            source, outline = self._originals[tensor.id], self._outlines[tensor.id]
             if self._point is None or not self.slices.may_slice(tensor, lambda: tensor.home.visit(source), x, bias):
                 return None
             mark, poison = self._arena.mark(), self._seen is not None and self._poisoned
@@ -418,14 +430,15 @@ class Scratch(Perturbation):
 
         def perturbed_slice(lo: int, hi: int) -> Tensor:
             assert self._point is not None
-            out = self._arena.take(outline[lo:hi])
+            source = self._originals[tensor.id]
+            out = self._arena.take(self._outlines[tensor.id][lo:hi])
             here = tensor.home.visit(source[lo:hi], out)
             start = lo * source.shape[1]
             self.noise.perturb(out, here, tensor=tensor.id, start=start, shape=source.shape, **self._point)
             return as_parameter(out, tensor)
 
         return LazyWeight.wrap(
-            as_parameter(outline, tensor),
+            as_parameter(self._outlines[tensor.id], tensor),
             whole,
             lambda: self._note_use(tensor),
             rows,

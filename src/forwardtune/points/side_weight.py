@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -12,16 +11,11 @@ from torch import Tensor
 
 from ..parameters import TunedTensor
 from .head import as_parameter
-from .lazy import METADATA, refuse_writing
+from .lazy import METADATA, no_values, refuse_writing
 
 if TYPE_CHECKING:
     from .owners import Groups
     from .side_path import SidePath
-
-
-@functools.cache
-def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.empty(0, dtype=dtype, device=device)
 
 
 class SideWeight(Tensor):
@@ -66,9 +60,9 @@ class SideWeight(Tensor):
 
     def rest(self) -> None:
         """Keep no values alive: the model may move elsewhere before the next evaluation."""
-        self._original = _nothing(self._original.dtype, self._original.device)
+        self._original = no_values(self._original.dtype, self._original.device)
         with torch._C.DisableTorchFunctionSubclass():
-            self.data = _nothing(self.dtype, self.device)
+            self.data = no_values(self.dtype, self.device)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
