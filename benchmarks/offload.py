@@ -14,7 +14,8 @@ a layer, as one module of it is perturbed at a time.
 ``small``: SmolLM2-135M in bfloat16, 8 x 32 tokens, resident and from a file, in turn, in one process. The file is in the page cache, so a
 step waits for nothing, and seconds of the processor are compared: others on the machine do not count.
 
-``gpu``: OPT's shapes in bfloat16, 16 x 64 tokens (``--length``), on the GPU and then with the weights pinned in the host's memory. Seconds are
+``gpu``: OPT's shapes in bfloat16, 16 x 64 tokens (``--length``), on the GPU, then with the weights pinned in the host's memory, then in a file,
+of which the host's page cache may hold as much as there is room for. Seconds are
 medians: ``walks`` of the two forward passes of a step, ``update`` of moving the weights, ``step`` of both. ``peak`` is of what is allocated on
 the GPU. The losses of all steps have to be the same. ``gigabytes_a_second`` are the weights over those seconds, as often as they cross the bus towards
 the GPU: twice in the walks, once in the update, which also brings them back. Rounds end early when they have taken ``_SECONDS``.
@@ -33,7 +34,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ from forwardtune.storage import InHostMemory, OnDisk
 
 GIB = 2**30
 STEPS = 2
+HOMES = ("resident", "host", "file")
 _SECONDS, _ROUNDS = 6.0, 3  # of rounds beside a GPU: they end after so long, but are so many at least
 # A sentence for each row of the small model's minibatch.
 TEXT = "The capital of a country is where its government sits, as a rule, and often its largest city, but not in all of them."
@@ -172,11 +174,17 @@ def small(folder: Path, rounds: int) -> dict[str, Any]:
     }
 
 
-def on_gpu(size: str, rounds: int, length: int) -> dict[str, Any]:
-    """Seconds, memory and losses of full-tuning steps, with the weights on the device and in the host's memory."""
-    row: dict[str, Any] = {"size": size, "length": length}
+def on_gpu(size: str, rounds: int, length: int, homes: Sequence[str], folder: Path) -> dict[str, Any]:
+    """Seconds, memory and losses of full-tuning steps, with the weights on the device, in the host's memory, and in a file."""
+    row: dict[str, Any] = {"size": size, "length": length, "ratio": {}, "gigabytes_a_second": {}}
     losses: dict[str, list[float]] = {}
-    for home, storage in {"resident": None, "host": InHostMemory("cuda")}.items():
+    storages: dict[str, Callable[[], Any]] = {
+        "resident": lambda: None,
+        "host": lambda: InHostMemory("cuda"),
+        "file": lambda: OnDisk(folder, "cuda"),
+    }
+    for home in homes:
+        storage = storages[home]()
         model = make(size, torch.bfloat16, "cuda")
         row["weights"] = size_of(model)
         began = time.perf_counter()
@@ -196,16 +204,15 @@ def on_gpu(size: str, rounds: int, length: int) -> dict[str, Any]:
         del model, optimizer, loss
         gc.collect()
         torch.cuda.empty_cache()
-    both = min(map(len, losses.values()))
-    row["same_losses"] = losses["resident"][:both] == losses["host"][:both]
+    least = min(map(len, losses.values()))
+    row["same_losses"] = len({tuple(own[:least]) for own in losses.values()}) == 1
     row["losses"] = losses
-    row["ratio"] = {
-        part: row["host"]["seconds"][part] / row["resident"]["seconds"][part] for part in ("step", "walks", "update")
-    }
-    row["gigabytes_a_second"] = {
-        part: times * row["weights"] / row["host"]["seconds"][part] / 1e9
-        for part, times in (("walks", 2), ("update", 1))
-    }
+    for home in homes[1:]:
+        seconds, base = row[home]["seconds"], row[homes[0]]["seconds"]
+        row["ratio"][home] = {part: seconds[part] / base[part] for part in seconds}
+        row["gigabytes_a_second"][home] = {
+            part: times * row["weights"] / seconds[part] / 1e9 for part, times in (("walks", 2), ("update", 1))
+        }
     return row
 
 
@@ -242,6 +249,13 @@ def main() -> None:
     asked.add_argument("--parts", nargs="+", choices=("small", "large", "gpu"), default=["small", "large"])
     asked.add_argument("--size", choices=OPT, default="6.7b")
     asked.add_argument("--sizes", nargs="+", choices=OPT, default=["1.3b", "13b"], help="of the part for a GPU")
+    asked.add_argument(
+        "--homes",
+        nargs="+",
+        choices=HOMES,
+        default=HOMES,
+        help="of the part for a GPU; the first one is what others are measured by",
+    )
     asked.add_argument("--length", type=int, default=64, help="tokens of a sequence, of the part for a GPU")
     asked.add_argument("--rounds", type=int, default=9)
     asked.add_argument("--folder", help="on a disk with room for the model twice [here]", default=".")
@@ -254,7 +268,8 @@ def main() -> None:
     if "gpu" in options.parts:
         rows = []
         for size in options.sizes:
-            rows.append(on_gpu(size, options.rounds, options.length))
+            with tempfile.TemporaryDirectory(dir=options.folder, prefix="offload-") as there:
+                rows.append(on_gpu(size, options.rounds, options.length, options.homes, Path(there)))
             write(f"{options.output}-gpu", {"rows": rows})
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="offload-") as folder:
         if "small" in options.parts:

@@ -255,6 +255,7 @@ def test_whoever_reads_the_weights_folds_them() -> None:
             "optimizer": optimizer.state_dict,
             "copy": lambda: copy.deepcopy(optimizer),
             "fold": optimizer.fold,
+            "another optimizer": lambda: MeZO(net, lr=1e-9).estimate(lambda: net.losses(0).mean()),
         }
 
     whole, other = begin()

@@ -658,7 +658,7 @@ def compiled(name: str, dtype: torch.dtype, capability: int) -> dict[str, str]:
         "update_products": (
             gpu.kernels.update_products,
             {"like": stored, "tensors": "*i64", "unchanged": "*i64", "plan": "*i32", "factors": table},
-            gpu_launch.options(512, 2) | {"doublings": 9, "slots": 256, "tiles": 4, "rank": 1},
+            gpu_launch.options(256, 1) | {"doublings": 9, "slots": 256, "tiles": 8, "rank": 1},
         ),
     }[name]
     place = {argument: (i,) for i, argument in enumerate(kernel.arg_names)}

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakSet
 
 from torch import nn
 
@@ -147,10 +148,11 @@ class Watch:
 
     def __init__(self, module: nn.Module, tensors: TunedParameters, call: Callable[[], object]) -> None:
         self._call = call
-        own = {id(tensor.parameter) for tensor in tensors}
+        self.parameters = own = {id(tensor.parameter) for tensor in tensors}
         owners = [m for m in module.modules() if any(id(parameter) in own for parameter in m._parameters.values())]
         self._hooks = [m.register_forward_pre_hook(self) for m in owners]
         self._hooks += [m.register_state_dict_pre_hook(self) for m in dict.fromkeys([module, *owners])]
+        _watches.add(self)
 
     def __call__(self, *arguments: Any) -> None:
         self._call()
@@ -160,8 +162,19 @@ class Watch:
 
     def remove(self) -> None:
         """Watch no more."""
+        _watches.discard(self)
         for hook in self._hooks:
             hook.remove()
+
+
+_watches: WeakSet[Watch] = WeakSet()
+
+
+def about_to_read(tensors: TunedParameters) -> None:
+    """Have steps that wait added before these weights are read on another way: to perturb them, say, for another optimizer."""
+    for watch in list(_watches):
+        if any(id(tensor.parameter) in watch.parameters for tensor in tensors):
+            watch()
 
 
 class _Nobody:

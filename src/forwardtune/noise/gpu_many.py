@@ -19,7 +19,7 @@ from .directions import Direction
 # Counts are added up in so many places. A program perturbs so many tiles, or moves so many: to find its tensor takes as long as a tile.
 _SLOTS, _PERTURBED, _TILES = 256, 4, 8
 # Of products: columns and tiles of four rows that a program has. A thread has eight columns.
-_TILE_WIDTH, _TILE_WARPS, _TILES_DOWN = 512, 2, 4
+_TILE_WIDTH, _TILE_WARPS, _TILES_DOWN = 256, 1, 8
 
 
 def many_strips(

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..errors import InputError, warn
 from ..method.estimators import Losses, Query
-from ..method.pending import Pending
+from ..method.pending import Pending, about_to_read
 from ..noise import Noise
 from ..parameters import TunedParameters
 from ..storage import Offloaded
@@ -114,6 +114,7 @@ class Evaluator:
     def prepare(self, step: int, queries: Sequence[Query], closure: Closure) -> Perturbation:
         """How the weights will be perturbed; the first call makes sure of it at one of the points, and warns of what makes
         evaluations of a step incomparable."""
+        about_to_read(self._tuned)
         perturbation = self.perturbation or self._made()
         query = next((query for query in queries if query.scale), None)
         if query is None or query.per_example in self._checked:  # another worker has those that move the weights
