@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -737,3 +738,54 @@ def test_empty_steps_leave_the_weights_bit_for_bit(kind, dtype):
                 for scale in (1e-3, -1e-3):
                     perturbation.shift(step, Query(0, scale))
                     net()
+
+
+def losses_of_rows(model: Any, rows: Tensor) -> Tensor:
+    return model(input_ids=rows).logits[:, -1].logsumexp(-1)
+
+
+@pytest.mark.parametrize("settings", [{}, {"assignment": "example"}], ids=str)
+def test_scratch_memory_goes_with_whoever_has_it(settings):
+    """Not when Python looks for cycles, which may take minutes: it is as large as the vocabulary head."""
+
+    def scratches() -> list[Any]:
+        return [each for each in gc.get_objects() if type(each) is Scratch]
+
+    model, batch = support.tiny_model("llama"), support.token_batch(4, 8)
+    optimizer = MeZO(model, lr=1e-4, **settings)
+    gc.collect()
+    before = len(scratches())
+    gc.disable()
+    try:
+        for _ in range(2):
+            optimizer.step(lambda: losses_of_rows(model, batch) if settings else losses_of_rows(model, batch).mean())
+        assert len(scratches()) - before == (
+            0 if settings else 1
+        )  # a side path is compared with it and needs it no more
+        optimizer.evaluator = optimizer.evaluator.forgotten()
+        assert len(scratches()) == before
+    finally:
+        gc.enable()
+
+
+def test_a_step_leaves_few_objects_to_python():
+    """Hooks and stand-ins that were made anew had it go through the heap of the whole process every ten steps."""
+    model, batch = support.tiny_model("llama"), support.token_batch(4, 8)
+    optimizer = MeZO(model, lr=1e-4)
+    made: list[int] = []
+
+    def loss() -> Tensor:
+        found = losses_of_rows(model, batch).mean()
+        made.append(gc.get_count()[0])
+        return found
+
+    optimizer.step(loss)
+    gc.collect()
+    gc.disable()
+    try:
+        before = gc.get_count()[0]
+        optimizer.step(loss)
+    finally:
+        gc.enable()
+    tensors = len(list(model.parameters()))
+    assert max(made[-2:]) - before < 25 * tensors

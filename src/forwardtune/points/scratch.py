@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -69,9 +70,11 @@ class Scratch(Perturbation):
         )
         self._by_id = {tensor.id: tensor for tensor in tuned}
         self._arena = Arena()
+        # What is kept and calls this object does not keep it: it goes, with its memory, as soon as nobody wants it.
+        self._me = me = weakref.proxy(self)
         self._hooks = Hooks()
         for module, owned in self._owners:
-            self._hooks.add(module, self._lender(module, owned), self._take_back)
+            self._hooks.add(module, self._lender(module, owned), lambda *returned: me._take_back(*returned))
         self._lent: list[tuple[nn.Module, dict[str, Any], Any]] = []
         self._point: dict[str, Any] | None = None  # step, probe and scale; None: theta itself
         # Values where they live; what stands for them where the model computes; and what each parameter pointed to.
@@ -289,25 +292,25 @@ class Scratch(Perturbation):
         self._outside[number].point_to(data)
 
     def _lender(self, module: nn.Module, owned: list[tuple[str, TunedTensor]]) -> Callable[[nn.Module, Any], None]:
-        single = self._experts.get(id(module), ())
+        me, single = self._me, self._experts.get(id(module), ())
 
         def may_share() -> list[TunedTensor]:
             """Those of the module's weights that can be perturbed together with others': what is computed in part cannot, nor what others run inside
             of."""
-            if id(module) in self._around:
+            if id(module) in me._around:
                 return []
             found = [t for k, t in owned if k not in single and not (k == "weight" and is_table(module))]
-            found = [t for t in found if t.home is RESIDENT and t.id not in self._whole]
-            return [t for t in found if self.noise.launches_together(self._originals[t.id])]
+            found = [t for t in found if t.home is RESIDENT and t.id not in me._whole]
+            return [t for t in found if me.noise.launches_together(me._originals[t.id])]
 
         def lend(module: nn.Module, args: Any) -> None:
-            if self._point is not None and self._seen is None:
-                running = len(self._lent)
-                self._windows.turn_to(module, running, may_share, self._originals, self._outlines, self._point)
-            self._lent.append((module, {name: module._parameters[name] for name, _ in owned}, self._arena.mark()))
+            if me._point is not None and me._seen is None:
+                running = len(me._lent)
+                me._windows.turn_to(module, running, may_share, me._originals, me._outlines, me._point)
+            me._lent.append((module, {name: module._parameters[name] for name, _ in owned}, me._arena.mark()))
             for name, tensor in owned:
-                if tensor.id not in self._whole:
-                    module._parameters[name] = self._inside(tensor, name, module)  # type: ignore[assignment]
+                if tensor.id not in me._whole:
+                    module._parameters[name] = me._inside(tensor, name, module)
 
         return lend
 
@@ -357,21 +360,23 @@ class Scratch(Perturbation):
         return known
 
     def _stand_in(self, tensor: TunedTensor) -> LazyWeight:
+        me = self._me
+
         def whole() -> Tensor:
-            original = self._originals[tensor.id]
-            if tensor.id not in self._strays:
+            original = me._originals[tensor.id]
+            if tensor.id not in me._strays:
                 with torch.inference_mode(False):  # it outlives the evaluation
-                    stray = self._strays[tensor.id] = torch.empty_like(self._outlines[tensor.id])
-                if self._point is not None:
-                    self.noise.perturb(stray, tensor.home.visit(original, stray), tensor=tensor.id, **self._point)
-            if self._point is None:
+                    stray = me._strays[tensor.id] = torch.empty_like(me._outlines[tensor.id])
+                if me._point is not None:
+                    me.noise.perturb(stray, tensor.home.visit(original, stray), tensor=tensor.id, **me._point)
+            if me._point is None:
                 return as_parameter(tensor.home.visit(original), tensor)
-            return as_parameter(self._strays[tensor.id], tensor)
+            return as_parameter(me._strays[tensor.id], tensor)
 
         if tensor.id in self._tables:
             return self._table(tensor, whole)
         outline = as_parameter(self._outlines[tensor.id], tensor)
-        return LazyWeight.wrap(outline, whole, lambda: self._note_use(tensor))
+        return LazyWeight.wrap(outline, whole, lambda: me._note_use(tensor))
 
     def _note_use(self, tensor: TunedTensor) -> None:
         assert isinstance(self.used, Used)
@@ -406,44 +411,45 @@ class Scratch(Perturbation):
 
     def _table(self, tensor: TunedTensor, whole: Callable[[], Tensor]) -> LazyWeight:
         """The weight of an embedding or a vocabulary head, of which only what is needed is computed."""
+        me = self._me
 
         def rows(numbers: Tensor) -> Tensor | None:
-            if self._point is None:
+            if me._point is None:
                 return None
-            source = self._originals[tensor.id]
-            found = self.noise.perturb_rows(source, numbers.to(source.device), tensor=tensor.id, **self._point)
+            source = me._originals[tensor.id]
+            found = me.noise.perturb_rows(source, numbers.to(source.device), tensor=tensor.id, **me._point)
             return found.to(numbers.device)
 
         def project(x: Tensor, bias: Tensor | None) -> Tensor | None:
-            source, outline = self._originals[tensor.id], self._outlines[tensor.id]
-            if self._point is None or not self.slices.may_slice(tensor, lambda: tensor.home.visit(source), x, bias):
+            source, outline = me._originals[tensor.id], me._outlines[tensor.id]
+            if me._point is None or not me.slices.may_slice(tensor, lambda: tensor.home.visit(source), x, bias):
                 return None
-            mark, poison = self._arena.mark(), self._seen is not None and self._poisoned
+            mark, poison = me._arena.mark(), me._seen is not None and me._poisoned
             return project_in_slices(
                 x,
                 outline,
                 bias,
-                self.slices.rows(outline),
+                me.slices.rows(outline),
                 perturbed_slice,
-                lambda: self._arena.release(mark, poison=poison),
+                lambda: me._arena.release(mark, poison=poison),
             )
 
         def perturbed_slice(lo: int, hi: int) -> Tensor:
-            assert self._point is not None
-            source = self._originals[tensor.id]
-            out = self._arena.take(self._outlines[tensor.id][lo:hi])
+            assert me._point is not None
+            source = me._originals[tensor.id]
+            out = me._arena.take(me._outlines[tensor.id][lo:hi])
             here = tensor.home.visit(source[lo:hi], out)
             start = lo * source.shape[1]
-            self.noise.perturb(out, here, tensor=tensor.id, start=start, shape=source.shape, **self._point)
+            me.noise.perturb(out, here, tensor=tensor.id, start=start, shape=source.shape, **me._point)
             return as_parameter(out, tensor)
 
         return LazyWeight.wrap(
             as_parameter(self._outlines[tensor.id], tensor),
             whole,
-            lambda: self._note_use(tensor),
+            lambda: me._note_use(tensor),
             rows,
             project,
-            lambda numbers: self._note_rows(tensor, numbers),
+            lambda numbers: me._note_rows(tensor, numbers),
         )
 
 
