@@ -183,7 +183,7 @@ class Run:
         self._held: list[np.ndarray] | None = None
         #: Weights by the step after which they were measured.
         self._points = {0: problem.base}
-        first = partial(first_rate, eps=EPS, probes=1, momentum=0.0, otherwise=GRID[len(GRID) // 2])
+        first = partial(first_rate, eps=EPS, momentum=0.0, otherwise=GRID[len(GRID) // 2])
         plan = Plan(HELD, 1, TRIES, self._every)
         self._search = RateSearch(plan, self.steps, self, first, measures=False, guard=rule.guard)
         self._search.begin()

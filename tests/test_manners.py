@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from forwardtune.cli import callbacks
 from forwardtune.cli.commands import make_parser
 from forwardtune.trajectory import read_log
 from support.command import STEPS, Setting, cli, done, files, refused, weights, write_task
@@ -213,3 +214,21 @@ def test_a_shell_completes_commands_and_options(tmp_path: Path) -> None:
     assert completed("forwardtune", "train", "--quantize", "n") == ["nf4"]
     (tmp_path / "mine.yaml").touch()
     assert completed("forwardtune", "train", "--task", "mi") == ["mine.yaml"]
+
+
+# --- memory that libraries keep -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("own", [None, "7"])
+def test_what_libraries_keep_is_bounded_unless_the_user_says_how(
+    setting: Setting, tmp_path: Path, own: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
+    if own is not None:
+        monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", own)
+    trimmed: list[int] = []
+    monkeypatch.setattr(callbacks, "_TRIMMED_EVERY", 0.0)
+    monkeypatch.setattr(callbacks.memory, "trim", lambda: trimmed.append(1))
+    done(*setting.train(tmp_path / "run"))
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == (own or "128")
+    assert len(trimmed) >= STEPS
