@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,20 +31,22 @@ def losses_of(model: Any, ids: Tensor) -> Tensor:
     return F.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none").mean(1)
 
 
-def optimizers(model: nn.Module, **settings: Any) -> tuple[MeZO, MeZO]:
+def optimizers(model: nn.Module, per_pass: int = 1, **settings: Any) -> tuple[MeZO, MeZO]:
     made = [
-        MeZO(model, lr=1e-3, eps=EPS, seed=3, assignment="example", perturbation=name, **settings)
-        for name in ("both_signs", "side_path")
+        MeZO(
+            model, lr=1e-3, eps=EPS, seed=3, assignment="example", perturbation=name, probes_per_pass=number, **settings
+        )
+        for name, number in (("both_signs", per_pass), ("side_path", 1))
     ]
     return made[0], made[1]
 
 
 @torch.no_grad()
-def evaluated(optimizer: MeZO, closure: Any, steps: int = 2) -> list[Any]:
-    """The losses of a pair at a step after the first, which compares."""
+def evaluated(optimizer: MeZO, closure: Any, steps: int = 2, queries: Sequence[Query] = PAIR) -> list[Any]:
+    """The losses of a pair, or at other points, at a step after the first, which compares."""
     for _ in range(steps - 1):
-        optimizer.evaluator.losses(0, PAIR, closure)
-    return optimizer.evaluator.losses(0, PAIR, closure)[0]
+        optimizer.evaluator.losses(0, queries, closure)
+    return optimizer.evaluator.losses(0, queries, closure)[0]
 
 
 class Calls:
@@ -80,20 +83,68 @@ def test_one_pass_has_the_losses_of_two(family: str, rank: int) -> None:
     assert COUNT not in calls.rows
 
 
+# Three probes, of which two share a pass: of a step in which five examples came before these.
+THREE = [Query(5 * 3 + k, scale, 3) for k in range(3) for scale in (EPS, -EPS)]
+
+
+@pytest.mark.parametrize("rank", [0, 1, 7])
+@pytest.mark.parametrize("family", support.FAMILIES)
+def test_so_has_one_pass_of_several_probes(family: str, rank: int) -> None:
+    model = support.tiny_model(family, torch.float64).eval()
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")
+    ids = support.token_batch(COUNT, 11)
+    both, one = optimizers(model, rank=rank, probes=3, per_pass=2)
+    found, expected = (evaluated(each, lambda: losses_of(model, ids), queries=THREE) for each in (both, one))
+    assert isinstance(both.perturbation, BothSigns)
+    assert both.perturbation.together is True
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(torch.tensor(a), torch.tensor(b), rtol=1e-9, atol=0)
+    assert len({losses[0] for losses in found}) == 6
+    calls = Calls(model)
+    evaluated(both, lambda: losses_of(model, ids), steps=1, queries=THREE)
+    assert {4 * COUNT, 2 * COUNT} <= set(calls.rows)
+    assert COUNT not in calls.rows
+
+
+@pytest.mark.parametrize("per_pass", [1, 2])
 @pytest.mark.parametrize("packed", [False, True])
-def test_minibatches_of_a_task_are_put_together(packed: bool) -> None:
+def test_minibatches_of_a_task_are_put_together(packed: bool, per_pass: int) -> None:
     """Rows that hold several examples, answers that take several rows, and a head that works at some places alone."""
     model = sharp_model("llama", torch.float64)
     tokenizer = support.tokenizer()
     batch = [encoded(4, 1, 3), encoded(9, 2, 2), encoded(3, 1, 1), encoded(5, 4, 1)]
     layout = replace(find_layout(model, tokenizer, batch), packed=packed)
     inputs = prepare(model, tokenizer, batch, layout)
-    both, one = optimizers(model)
-    found, expected = (evaluated(each, lambda: option_cross_entropy(model, inputs)) for each in (both, one))
+    both, one = optimizers(model, per_pass=per_pass, probes=3)
+    found, expected = (
+        evaluated(each, lambda: option_cross_entropy(model, inputs), queries=THREE) for each in (both, one)
+    )
     assert isinstance(both.perturbation, BothSigns)
     assert both.perturbation.together
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(torch.tensor(a), torch.tensor(b), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("settings", [{}, {"refresh": 3, "fold": "refresh"}, {"rank": 3}], ids=str)
+def test_steps_are_those_of_a_pass_for_each_probe(settings: dict[str, Any]) -> None:
+    """Also of a microbatch behind another one, and of what waits to be folded."""
+    ran = []
+    for per_pass in (1, 2, 3):
+        model = support.tiny_model("llama", torch.float64).eval()
+        optimizer, _ = optimizers(model, per_pass=per_pass, probes=3, **settings)
+        losses = []
+        for step in range(4):
+            for part in range(2):
+                ids = support.token_batch(COUNT, 11, seed=10 * step + part)
+                losses.append(optimizer.estimate(lambda model=model, ids=ids: losses_of(model, ids)))
+            optimizer.apply()
+        optimizer.fold()
+        ran.append((losses, [p.detach().clone() for p in model.parameters()]))
+    for losses, weights in ran[1:]:
+        assert losses == pytest.approx(ran[0][0], rel=1e-9)
+        for a, b in zip(weights, ran[0][1], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-10)
 
 
 class Net(nn.Module):

@@ -148,6 +148,7 @@ CASES: dict[str, dict[str, tuple[Any, See, Any]]] = {
         "assignment": ("example", lambda b: (b.mezo.estimator.assignment, b.mezo.perturbation.name), ("example", "both_signs")),
         "rank": (2, lambda b: b.mezo.noise.structure.rank, 2),
         "refresh": (3, lambda b: b.mezo.noise.structure.refresh, 3),
+        "probes_per_pass": (2, lambda b: b.mezo.perturbation.probes, 2),
         "epochs": (2.0, lambda b: b.mezo.next_step, 2),
     },
     "timed": {  # it stops before its first step

@@ -72,6 +72,7 @@ class MeZO(torch.optim.Optimizer):
         direction: ``"gaussian"`` or ``"rademacher"``.
         perturbation: ``"scratch"``, ``"copy"``, ``"side_path"`` or ``"both_signs"`` (:mod:`forwardtune.points`), or ``"auto"``: the side path with
             ``assignment="example"``; else scratch, or copy without a module or where a weight is read on a way that scratch cannot see.
+        probes_per_pass: with ``"both_signs"``, so many probes of every example share a forward pass.
         seed: 64-bit seed of all directions and of stochastic rounding.
         move: ``"read"``, a step moves what its evaluations read; ``"all"``, everything that is tuned (the paper's).
         clip_coefficient: largest magnitude of a coefficient; larger ones are clipped. ``None``: no clipping.
@@ -113,6 +114,7 @@ class MeZO(torch.optim.Optimizer):
         probes_rise: int = 0,
         direction: str | Direction = "gaussian",
         perturbation: str = "auto",
+        probes_per_pass: int = 1,
         weight_decay: float = 0.0,
         seed: int = 0,
         move: str = "read",
@@ -191,7 +193,7 @@ class MeZO(torch.optim.Optimizer):
         self._pending: list[Losses] | None = None
         self._used = Used()
         self._seconds = 0.0
-        self._fold = fold
+        self._fold, self._per_pass = fold, probes_per_pass
         #: True while the weights belong to no step; then none can be taken.
         self.interrupted = False
         self._perturbation = perturbation
@@ -213,7 +215,14 @@ class MeZO(torch.optim.Optimizer):
 
     def _evaluator(self, noise: Noise) -> Evaluator:
         each = self.estimator.per_example
-        return Evaluator(self.tuned, noise, self._perturbation, per_example=each, pending=self.pending)
+        return Evaluator(
+            self.tuned,
+            noise,
+            self._perturbation,
+            per_example=each,
+            pending=self.pending,
+            probes_per_pass=self._per_pass,
+        )
 
     @torch.no_grad()
     def measure_layers(self, closure: Closure) -> None:

@@ -58,7 +58,7 @@ def estimate(model: Any, inputs: dict[str, Tensor], options: Any) -> Estimate:
         options: the run's settings; ``quantize`` counts the model's layers as they would be stored.
     """
     both = options.assignment == "example" or options.perturbation == "both_signs"
-    activations, products = _forward(model, _twice(inputs) if both else inputs)
+    activations, products = _forward(model, _stacked(inputs, options) if both else inputs)
     tuned = {id(p): p for p in model.parameters() if p.requires_grad}.values()
     count = sum(p.numel() for p in tuned)
     weights = _stored(model, options.quantize)
@@ -108,9 +108,10 @@ def _stored(model: Any, quantize: str | None) -> int:
     return int(total - dense + stored)
 
 
-def _twice(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Both signs of a probe in one pass, as rows below one another."""
-    return {name: torch.cat([tensor, tensor]) for name, tensor in inputs.items()}
+def _stacked(inputs: dict[str, Tensor], options: Any) -> dict[str, Tensor]:
+    """Both signs of a probe in one pass, or of several, as rows below one another."""
+    copies = 2 * min(options.probes, options.probes_per_pass)
+    return {name: torch.cat([tensor] * copies) for name, tensor in inputs.items()}
 
 
 @torch.no_grad()

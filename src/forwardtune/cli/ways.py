@@ -38,7 +38,18 @@ ASKED = "as it is asked for"
 #: In the place of a task that is not named.
 NO_TASK = "TASK"
 # Settings that a way has of its own.
-_OWN = ("method", "tune", "quantize", "assignment", "rank", "refresh", "fold", "perturbation", "offload")
+_OWN = (
+    "method",
+    "tune",
+    "quantize",
+    "assignment",
+    "rank",
+    "refresh",
+    "fold",
+    "perturbation",
+    "probes_per_pass",
+    "offload",
+)
 _LENGTHS = ("steps", "epochs", "time_budget")
 # A row is not tried that would take more than this share of the memory.
 _SAFE = 0.95

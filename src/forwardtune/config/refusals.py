@@ -178,6 +178,14 @@ _COMBINATIONS = (
         {"tune": "prefix", "assignment": "example"},
     ),
     Refusal(
+        "<probes_per_pass> is of directions of examples, whose rows can be put together: give <assignment> example too, and leave "
+        "<perturbation> out",
+        lambda run, given: (
+            run.probes_per_pass > 1 and (run.assignment != "example" or run.perturbation not in ("auto", "both_signs"))
+        ),
+        {"probes_per_pass": 2},
+    ),
+    Refusal(
         "<refresh> is of low-rank directions, one factor of which stays for a while: give <rank> too",
         lambda run, given: run.refresh != 1 and not run.rank and not (run.rank is None and run.assignment == "example"),
         {"refresh": 50},

@@ -213,6 +213,9 @@ class MeZOSettings:
         only={**_MEZO, "modify": ("variance", "expectation")},
     )
     perturbation: str = _of_mezo("auto", "how to perturb", choices=names.PERTURBATIONS)
+    probes_per_pass: int = _of_mezo(
+        1, "probes of every example that share a forward pass, in which it has twice as many rows", bounds=POSITIVE
+    )
     move: str = _of_mezo(
         "read", "what a step moves: what was read, or all that is tuned (the paper's)", choices=names.MOVES
     )

@@ -36,6 +36,7 @@ class Evaluator:
             copy without a module or where a weight is read on a way that scratch cannot see.
         per_example: whether every example has a direction of its own.
         pending: steps that are not in the weights yet.
+        probes_per_pass: so many probes share a forward pass, where both sides do.
 
     Attributes:
         perturbation: how the model is moved; None until that is known.
@@ -53,6 +54,7 @@ class Evaluator:
         *,
         per_example: bool,
         pending: Pending | None = None,
+        probes_per_pass: int = 1,
     ) -> None:
         if perturbation not in {"auto", *PERTURBATIONS}:
             raise InputError(f"unknown perturbation {perturbation!r}: choose auto, {', '.join(PERTURBATIONS)}")
@@ -65,7 +67,17 @@ class Evaluator:
             raise InputError(
                 "perturbation='both_signs' is of directions of examples: set assignment='example', or perturbation='side_path'"
             )
+        if not (isinstance(probes_per_pass, int) and probes_per_pass >= 1):
+            raise InputError(
+                f"probes_per_pass must be an integer of at least 1, got {probes_per_pass!r}", "probes_per_pass"
+            )
+        if probes_per_pass > 1 and perturbation != BothSigns.name:
+            raise InputError(
+                "probes_per_pass puts the rows of several probes of examples into one pass: set perturbation='both_signs', with one worker",
+                "probes_per_pass",
+            )
         self._tuned, self._noise, self._pending = tuned, noise, pending
+        self.probes_per_pass = probes_per_pass
         is_offloaded = any(isinstance(tensor.home, Offloaded) for tensor in tuned)
         if is_offloaded and (perturbation == Copy.name or tuned.module is None):
             raise InputError(
@@ -86,6 +98,8 @@ class Evaluator:
         made = PERTURBATIONS[self._name](self._tuned, self._noise)
         if isinstance(made, SidePath):
             made.point.waiting.pending = self._pending
+        if isinstance(made, BothSigns):
+            made.probes = self.probes_per_pass
         return made
 
     def losses(self, step: int, queries: Sequence[Query], closure: Closure) -> tuple[list[Losses], set[int]]:

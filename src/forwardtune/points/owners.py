@@ -38,7 +38,7 @@ class Owners:
     Attributes:
         tokens: number of the example of every position, shape (rows, length), -1 for padding; on the CPU, whatever the model's device.
         count: number of examples.
-        copies: as how many copies of an input they stand one after the other, each with examples of its own.
+        copies: 2 if the second half of the input is the first one again, with directions turned round.
     """
 
     tokens: Tensor
@@ -98,11 +98,16 @@ class Owners:
         """The owners of some positions of the flattened input, which stand in one row."""
         return owners_of(self.tokens.reshape(-1)[on_host(positions)][None], self.count, self.copies)
 
+    def stacked(self, probes: int) -> Owners:
+        """Those of the input so many times, and again for the other sides, one below the other."""
+        if probes not in self._stacked:
+            all_of = [torch.where(self.tokens < 0, -1, self.tokens + k * self.count) for k in range(2 * probes)]
+            self._stacked[probes] = Owners(torch.cat(all_of), 2 * probes * self.count, 2)
+        return self._stacked[probes]
+
     @cached_property
-    def twice(self) -> Owners:
-        """Those of the input twice, one below the other."""
-        tokens = torch.cat([self.tokens, torch.where(self.tokens < 0, -1, self.tokens + self.count)])
-        return Owners(tokens, 2 * self.count, 2)
+    def _stacked(self) -> dict[int, Owners]:
+        return {}
 
     @cached_property
     def _of(self) -> dict[tuple[tuple[int, ...], torch.device], Tensor | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,12 +28,13 @@ class PointDirections:
         step, query: the present point.
         waiting: steps that are not in the weights yet.
         copies: 2 while the rows of both sides of the probe are worked on together: there are as many directions again, turned round.
+        probes: so many, from the query's on, are worked on together: directions come probe by probe, each of all examples.
     """
 
     def __init__(self, tuned: TunedParameters, noise: Noise, left_out: set[int]) -> None:
         self._tuned, self._noise, self._left_out = tuned, noise, left_out
         self.step, self.query = 0, Query(0, 0.0)
-        self.copies = 1
+        self.copies = self.probes = 1
         self.waiting = Waiting(tuned, noise)
         self._are_low: dict[int, bool] = {}
         self._factors: dict[tuple[Any, ...], dict[int, tuple[Tensor, Tensor]]] = {}
@@ -50,6 +52,15 @@ class PointDirections:
             self.forget()
         self.step, self.query = step, query
         self._moved.clear()
+
+    def numbers(self, count: int) -> Sequence[int]:
+        """Those of so many directions."""
+        if self.probes == 1:
+            return self.query.directions(count)
+        each = [
+            self.query._replace(probe=self.query.probe + k).directions(count // self.probes) for k in range(self.probes)
+        ]
+        return [number for numbers in each for number in numbers]
 
     def forget(self) -> None:
         """Keep nothing that was drawn."""
@@ -84,7 +95,7 @@ class PointDirections:
         return u.view(count, -1, u.shape[1]), v.view(count, -1, v.shape[1])
 
     def _flat_factors(self, tensor: TunedTensor, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        drawn = self._factors.setdefault((count, dtype), {})
+        drawn = self._factors.setdefault((count, self.probes, dtype), {})
         if tensor.id not in drawn:
             drawn.update(self._drawn(count, tensor, dtype))
         return drawn[tensor.id]
@@ -94,7 +105,7 @@ class PointDirections:
         device = tensor.device
         here = [t for t in self._tuned if t.device == device and self.is_low_rank(t)]
         here = [t for t in here if t is tensor or t.id not in self._left_out]
-        places, probes = [(t.id, t.parameter.shape) for t in here], self.query.directions(count)
+        places, probes = [(t.id, t.parameter.shape) for t in here], self.numbers(count)
         settings: dict[str, Any] = {"step": self.step, "probes": probes, "device": device, "dtype": dtype}
         if self.waiting.pending is None:
             found = self._noise.factors_of(places, **settings)
@@ -104,8 +115,9 @@ class PointDirections:
         for t in here:
             if self._noise.waits(t.parameter.shape):
                 v = self.waiting.v(t, self.step, max(probes) + 1, dtype)
-                own = slice(probes.start, None, probes.step)
-                v_of[t.id] = v if len(v) == count * self.rank else v.unflatten(0, (-1, self.rank))[own].flatten(0, 1)
+                own = list(probes)
+                whole = own == list(range(len(v) // self.rank))
+                v_of[t.id] = v if whole else v.unflatten(0, (-1, self.rank))[own].flatten(0, 1)
         u_of = self._noise.u_of(places, **settings)
         return {t.id: (u, v_of[t.id]) for t, u in zip(here, u_of, strict=True)}
 
@@ -115,7 +127,7 @@ class PointDirections:
         u, v = self._flat_factors(tensor, count, dtype)
         if not self.waiting.lags(tensor):
             return u, v, 0
-        key = (tensor.id, count, dtype, self.scale)
+        key = (tensor.id, count, self.probes, dtype, self.scale)
         if key not in self._wide:
             found = self.waiting.of(tensor, dtype, self.scale)
             assert found is not None
@@ -124,21 +136,21 @@ class PointDirections:
 
     def directions(self, tensor: TunedTensor, count: int) -> Tensor:
         """Scaled directions of a matrix of full ones, as an adapter's, shape (count, *shape): not kept."""
-        probes = self.query.directions(count)
+        probes = self.numbers(count)
         return self._noise.directions(
             tensor.parameter.shape, probes=probes, device=tensor.device, **self._address(tensor)
         )
 
     def vectors(self, tensor: TunedTensor, count: int, dtype: torch.dtype) -> Tensor:
         """Directions of a vector, not scaled, on all sides that are worked on, shape (count, n)."""
-        drawn = self._vectors.setdefault((count, self.copies, dtype), {})
+        drawn = self._vectors.setdefault((count, self.copies, self.probes, dtype), {})
         if tensor.id not in drawn:
             device = tensor.device
             here = [t for t in self._together(dtype, tensor) if t.device == device and t.id not in drawn]
             found = self._noise.directions_of(
                 [(t.id, t.parameter.shape[0]) for t in here],
                 step=self.step,
-                probes=self.query.directions(count // self.copies),
+                probes=self.numbers(count // self.copies),
                 device=device,
                 dtype=dtype,
                 mirrored=self.copies > 1,
@@ -154,7 +166,7 @@ class PointDirections:
 
     def moved(self, tensor: TunedTensor, values: Tensor, count: int) -> Tensor:
         """The values of a vector moved along so many directions, on all sides that are worked on, shape (count, n)."""
-        known = self._moved.setdefault((count, self.copies), {})
+        known = self._moved.setdefault((count, self.copies, self.probes), {})
         if tensor.id not in known:
             shape, dtype, device = values.shape, values.dtype, values.device
             here = [tensor]
@@ -176,7 +188,8 @@ class PointDirections:
         flat = numbers.reshape(-1)
         many = count // self.copies
         sign, owner = self._sides_of(owner, numbers.shape, many)
-        probes = self.query.probe + owner * self.query.stride
+        of_each = many // self.probes
+        probes = self.query.probe + owner // of_each + owner % of_each * self.query.stride
         shape = tensor.parameter.shape
         if not self.is_low_rank(tensor):
             found = self._noise.direction_rows(shape, flat, probes, **self._address(tensor))

@@ -246,7 +246,7 @@ class SidePath(Perturbation):
         if said is None:
             return self._owners
         self._declared = tuple(said.tokens.shape)
-        return said if self.point.copies == 1 else said.twice
+        return said if self.point.copies == 1 else said.stacked(self.point.probes)
 
     def _present(self, lead: Sequence[int]) -> Owners | None:
         """The owners of what the model works on now; of these leading dimensions if it is the input. None: one vector is nobody's."""
@@ -254,11 +254,11 @@ class SidePath(Perturbation):
             return None
         owners = self._input()
         if owners is None:
-            copies = self.point.copies
+            copies = self.point.copies * self.point.probes
             owners = _rows_are_examples(
                 self._input_shape((lead[0] // copies, *lead[1:]) if lead[0] > 1 else tuple(lead))
             )
-            owners = self._owners = owners if copies == 1 else owners.twice
+            owners = self._owners = owners if copies == 1 else owners.stacked(self.point.probes)
         self._count = owners.count
         positions = selected()
         return owners if positions is None else owners.at(positions)
@@ -290,7 +290,7 @@ class SidePath(Perturbation):
         """
         if not self.point.query.per_example:
             return self._alone
-        key = lead, device, declared(), selected(), self.point.copies
+        key = lead, device, declared(), selected(), self.point.copies, self.point.probes
         known = self._known.get(key)
         if known is None:
             owners = self._present(lead)
