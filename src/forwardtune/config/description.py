@@ -44,6 +44,7 @@ def with_defaults(command: str, given: Mapping[str, Any]) -> Any:
 _OF_THE_METHOD = frozenset(
     (
         "probes", "probes_rise", "estimator", "normalize", "rule", "direction", "assignment", "rank", "refresh", "fold", "perturbation",
+        "probes_per_pass",
         "active_layers", "sparsity", "modify", "modify_by",
     )
 )  # fmt: skip

@@ -27,6 +27,9 @@ class Hooks:
         first.remove()
         second.remove()
 
+    def __bool__(self) -> bool:
+        return bool(self._known)
+
     def enter(self) -> None:
         """Let all be there, behind those that others registered since."""
         for module, first, before, second, after in self._known:

@@ -188,8 +188,10 @@ class PointDirections:
         flat = numbers.reshape(-1)
         many = count // self.copies
         sign, owner = self._sides_of(owner, numbers.shape, many)
-        of_each = many // self.probes
-        probes = self.query.probe + owner // of_each + owner % of_each * self.query.stride
+        probes = self.query.probe + owner * self.query.stride
+        if self.probes > 1:
+            of_each = many // self.probes
+            probes = self.query.probe + owner // of_each + owner % of_each * self.query.stride
         shape = tensor.parameter.shape
         if not self.is_low_rank(tensor):
             found = self._noise.direction_rows(shape, flat, probes, **self._address(tensor))

@@ -70,11 +70,7 @@ class Scratch(Perturbation):
         )
         self._by_id = {tensor.id: tensor for tensor in tuned}
         self._arena = Arena()
-        # What is kept and calls this object does not keep it: it goes, with its memory, as soon as nobody wants it.
-        self._me = me = weakref.proxy(self)
-        self._hooks = Hooks()
-        for module, owned in self._owners:
-            self._hooks.add(module, self._lender(module, owned), lambda *returned: me._take_back(*returned))
+        self._hooks = Hooks()  # made at the first block: before it this can be copied
         self._lent: list[tuple[nn.Module, dict[str, Any], Any]] = []
         self._point: dict[str, Any] | None = None  # step, probe and scale; None: theta itself
         # Values where they live; what stands for them where the model computes; and what each parameter pointed to.
@@ -94,6 +90,11 @@ class Scratch(Perturbation):
         self._seen: list[tuple[nn.Module, bool]] | None = None
         self._eager: AbstractContextManager[Any] = nullcontext()
 
+    @property
+    def _me(self) -> Scratch:
+        """For what is kept and calls this object: it does not keep it, which goes, with its memory, as soon as nobody wants it."""
+        return weakref.proxy(self)
+
     def __enter__(self) -> Scratch:
         self._originals = {tensor.id: tensor.read() for tensor in self.tuned}
         self._outlines = {tensor.id: tensor.home.outline(self._originals[tensor.id]) for tensor in self.tuned}
@@ -112,6 +113,10 @@ class Scratch(Perturbation):
                 for name, tensor in owned:
                     if tensor.id in self._outside:
                         module._parameters[name] = self._outside[tensor.id]  # type: ignore[assignment]
+            if not self._hooks:
+                me = self._me
+                for module, owned in self._owners:
+                    self._hooks.add(module, self._lender(module, owned), lambda *returned: me._take_back(*returned))
             self._hooks.enter()
             self._poison(True)
             self._eager = without_compilation()
@@ -310,7 +315,7 @@ class Scratch(Perturbation):
             me._lent.append((module, {name: module._parameters[name] for name, _ in owned}, me._arena.mark()))
             for name, tensor in owned:
                 if tensor.id not in me._whole:
-                    module._parameters[name] = me._inside(tensor, name, module)
+                    module._parameters[name] = me._inside(tensor, name, module)  # type: ignore[assignment]
 
         return lend
 
