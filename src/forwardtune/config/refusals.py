@@ -178,10 +178,13 @@ _COMBINATIONS = (
         {"tune": "prefix", "assignment": "example"},
     ),
     Refusal(
-        "<probes_per_pass> is of directions of examples, whose rows can be put together: give <assignment> example too, and leave "
-        "<perturbation> out",
+        "<probes_per_pass> is of directions of examples with two sides, whose rows can be put together: give <assignment> example too, and "
+        "leave <perturbation> and <estimator> out",
         lambda run, given: (
-            run.probes_per_pass > 1 and (run.assignment != "example" or run.perturbation not in ("auto", "both_signs"))
+            run.probes_per_pass > 1
+            and (
+                run.assignment != "example" or run.estimator != "spsa" or run.perturbation not in ("auto", "both_signs")
+            )
         ),
         {"probes_per_pass": 2},
     ),
