@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import support
-from forwardtune import config
+from forwardtune import StratifiedSampler, config
 from forwardtune.cli import methods
 from forwardtune.cli.dev import DevWatcher
 from forwardtune.cli.session import Session, open_session
@@ -149,6 +149,8 @@ CASES: dict[str, dict[str, tuple[Any, See, Any]]] = {
         "rank": (2, lambda b: b.mezo.noise.structure.rank, 2),
         "refresh": (3, lambda b: b.mezo.noise.structure.refresh, 3),
         "probes_per_pass": (2, lambda b: b.mezo.perturbation.probes, 2),
+        "group_size": (3, lambda b: b.mezo.estimator.group_size, 3),
+        "stratify": ("label", lambda b: type(b.trainer._get_train_sampler()), StratifiedSampler),
         "epochs": (2.0, lambda b: b.mezo.next_step, 2),
     },
     "timed": {  # it stops before its first step
@@ -163,6 +165,7 @@ CASES: dict[str, dict[str, tuple[Any, See, Any]]] = {
         "general_text": ("packaged", lambda b: (b.metrics["general_text"]["text"], b.metrics["general_text"]["tokens"] > 4000),
                          ("packaged", True)),
         "method": ("adam", lambda b: type(b.trainer), AdamTrainer),
+        "stratify": ("label", lambda b: type(b.trainer._get_train_sampler()), StratifiedSampler),
         "batch_size": (3, lambda b: b.trainer.args.train_batch_size, 3),
         "steps": (2, lambda b: b.trainer.state.global_step, 2),
         "lr": (3e-4, lambda b: b.trainer.args.learning_rate, 3e-4),

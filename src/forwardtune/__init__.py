@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .method.record import StepRecord as StepRecord
     from .optimizer import MeZO
     from .search.auto_lr import AutoLR as AutoLR
+    from .strata import StratifiedSampler as StratifiedSampler
     from .trajectory import StepLog
     from .trajectory.replay import replay
 
@@ -33,6 +34,7 @@ _HOMES = {
     "NonFiniteLossError": ".errors",
     "StepLog": ".trajectory",
     "StepRecord": ".method.record",
+    "StratifiedSampler": ".strata",
     "replay": ".trajectory",
 }
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 ESTIMATORS = ("spsa", "one_sided")
 NORMALIZATIONS = ("none", "sigma", "rank", "spread")
 ASSIGNMENTS = ("shared", "example")
+#: Of :mod:`forwardtune.strata`: what is spread evenly over minibatches.
+STRATA = ("auto", "label", "none")
 #: Of :mod:`forwardtune.method.weighting`.
 MODIFY = ("none", "variance", "expectation")
 MODIFIED_BY = ("parameters", "gradients")

@@ -82,6 +82,8 @@ class MeZO(torch.optim.Optimizer):
         normalize: ``"none"``, ``"sigma"`` (FZOO's), ``"rank"`` or ``"spread"`` (over examples, too): what differences of losses are measured in.
         rule: ``"sgd"``, ``"sign"``, ``"momentum"``, ``"adam"``, ``"muon"``, or a rule with settings, such as ``Momentum(0.9)``.
         assignment: ``"shared"``, directions of the minibatch, or ``"example"``, directions of every example.
+        group_size: with ``"example"``, so many examples of a minibatch, one after the other, have directions together: best as many as there are
+            labels, with minibatches in which examples of different labels follow each other (:class:`~forwardtune.StratifiedSampler`).
         rank: r of low-rank directions ``Z = U V^T / sqrt(r)`` of matrices; 0: full ones. By default 1 with
             ``assignment="example"``, else 0.
         refresh: V stays the same for so many steps (LOZO's nu).
@@ -125,6 +127,7 @@ class MeZO(torch.optim.Optimizer):
         normalize: str = "none",
         rule: str | Rule = "sgd",
         assignment: str = "shared",
+        group_size: int = 1,
         rank: int | None = None,
         refresh: int = 1,
         fold: str = "step",
@@ -155,7 +158,7 @@ class MeZO(torch.optim.Optimizer):
         self.move = move
         if not (isinstance(parts, int) and parts >= 1):
             raise InputError(f"parts must be an integer of at least 1, got {parts!r}")
-        self.estimator = get_estimator(estimator, eps, probes, normalize, assignment)
+        self.estimator = get_estimator(estimator, eps, probes, normalize, assignment, group_size)
         if isinstance(probes_rise, bool) or not isinstance(probes_rise, int) or probes_rise < 0:
             raise InputError(f"probes_rise must be a number of steps, got {probes_rise!r}")
         if probes_rise and (self.estimator.per_example or self.estimator.normalize != "none"):

@@ -38,7 +38,9 @@ def train_adam(session: Session, folder: Path, log: Log | None, settings: dict[s
         dataloader_pin_memory=options.device == "cuda",
         **reporting(options.report_to, options.steps),
     )
-    trainer = AdamTrainer(args=arguments, **ingredients(session, training_objective(session.task)))
+    trainer = AdamTrainer(
+        args=arguments, stratify=options.stratify, **ingredients(session, training_objective(session.task))
+    )
     steps = _AdamSteps(trainer)
     trainer.add_callback(steps)
     say(f"tuning for {options.steps} steps by backpropagation")

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..method.estimators import get_estimator
+from ..method.estimators import get_estimator, groups_of
 from ..noise import Noise, Update
 from ..objectives import logits_at
 from ..storage import on_the_way
@@ -91,7 +91,7 @@ def _directions(tuned: Iterable[Tensor], options: Any) -> int:
     """Bytes of the factors of every example's directions: drawn in float32, rounded to the weights' dtype, laid out for products."""
     rank = 1 if options.rank is None else options.rank
     sides = sum((t.shape[0] + t.shape[1:].numel()) * rank * (4 + 2 * t.element_size()) for t in tuned if t.ndim > 1)
-    return int(sides * options.batch_size)
+    return int(sides * groups_of(options.batch_size, options.group_size or 1))
 
 
 def _stored(model: Any, quantize: str | None) -> int:

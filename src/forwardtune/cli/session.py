@@ -24,6 +24,7 @@ from ..objectives.mixture import parse
 from ..processes import versions
 from ..reference import with_reference
 from ..storage import device_of
+from ..strata import groups_by
 from ..tasks import Split, Task, doubts, get_task, load_splits
 from ..tasks.batching import Layout
 from ..tasks.encoding import Encoded, Encoder
@@ -187,6 +188,7 @@ def open_session(
             encoded[name] = encoder(task, splits[name].examples)
             say(f"{name}: {splits[name]}")
     task = _weighed(task, options, encoded)
+    _settle_strata(task, options)
     if encoder.truncated:
         say(f"  {encoder.truncated} prompts were cut on the left of their context to {encoder.max_length} tokens")
     if shots:
@@ -261,6 +263,21 @@ def _rewards(task: Task, options: Any) -> list[Reward]:
                 f"--{name.replace('_', '-')} is of {what} text, and objective {objective!r} generates none: leave it out"
             )
     return rewards
+
+
+def _settle_strata(task: Task, options: Any) -> None:
+    """Fill in how minibatches are stratified, and how many of their examples share a direction, where that depends on the task."""
+    if not hasattr(options, "stratify"):
+        return
+    labels = len(task.answers or ()) if task.fixed_answers else 0
+    if options.stratify == "label" and not labels:
+        raise InputError(
+            f"--stratify label spreads examples by their labels, and task {task.name} has no fixed ones: leave it out"
+        )
+    if options.stratify == "auto":
+        options.stratify = "label" if labels else "none"
+    if options.group_size is None and options.assignment == "example":
+        options.group_size = groups_by(labels, options.batch_size) if options.stratify == "label" else 1
 
 
 def _weighed(task: Task, options: Any, encoded: dict[str, list[Encoded]]) -> Task:

@@ -43,6 +43,7 @@ _OWN = (
     "tune",
     "quantize",
     "assignment",
+    "group_size",
     "rank",
     "refresh",
     "fold",

@@ -57,8 +57,8 @@ def usual_method(given: Mapping[str, Any]) -> str:
 
 
 def recorded(run: Any) -> Train:
-    """The description that a step log's header has; what it does not say is default."""
-    known = {"method": "mezo", **(run if isinstance(run, dict) else {})}
+    """The description that a step log's header has; what it does not say is default, or as it was before there was a choice."""
+    known = {"method": "mezo", "stratify": "none", **(run if isinstance(run, dict) else {})}
     described: Train = with_defaults("train", {name: known[name] for name in options(Train) if name in known})
     return described
 

@@ -189,6 +189,11 @@ _COMBINATIONS = (
         {"probes_per_pass": 2},
     ),
     Refusal(
+        "<group_size> is of examples that have directions of their own: give <assignment> example too, or leave it out",
+        lambda run, given: (run.group_size or 1) > 1 and run.assignment != "example",
+        {"group_size": 2},
+    ),
+    Refusal(
         "<refresh> is of low-rank directions, one factor of which stays for a while: give <rank> too",
         lambda run, given: run.refresh != 1 and not run.rank and not (run.rank is None and run.assignment == "example"),
         {"refresh": 50},

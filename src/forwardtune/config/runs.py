@@ -188,6 +188,18 @@ class MeZOSettings:
         choices=names.ASSIGNMENTS,
         defaults={"forward": "example"},
     )
+    group_size: int | None = _of_mezo(
+        None,
+        "examples that share a direction, where examples have directions of their own",
+        shown="as many as there are labels, where minibatches are stratified; else 1",
+        bounds=POSITIVE,
+    )
+    stratify: str = option(
+        "none",
+        "spread the training examples evenly over minibatches by label, or none; auto: by label where they have some",
+        choices=names.STRATA,
+        defaults={"forward": "auto"},
+    )
     rank: int | None = _of_mezo(
         None, "of low-rank directions of matrices; 0: full ones", shown="0; 1 for each example", bounds=NOT_NEGATIVE
     )

@@ -119,7 +119,7 @@ class MeZOConfig(MeZOSettings, TrainingArguments):
                 raise ValueError(f"{name}: {error}") from None
         # What the optimizer would refuse once the model is loaded, it refuses now.
         eps = 1.0 if isinstance(self.eps, str) else self.eps
-        get_estimator(self.estimator, eps, self.probes, self.normalize, self.assignment)
+        get_estimator(self.estimator, eps, self.probes, self.normalize, self.assignment, self.group_size or 1)
         rule = self.make_rule()
         if average_or_auto(self.average) != NONE:
             rule.reach([], [])  # refused where the rule is not linear

@@ -41,11 +41,12 @@ from .resuming import Resumption
 from .run_logs import RunLogs
 from .sharing import USUAL_PARTS, DividedPredictions, InParts, parts_of
 from .step_losses import Objective, StepLosses
+from .stratified import Stratified
 
 _ARGUMENTS = signature(MeZO).parameters
 
 
-class MeZOTrainer(Trainer):
+class MeZOTrainer(Stratified, Trainer):
     """``transformers.Trainer`` that tunes with forward passes.
 
     Takes what Trainer takes, with a :class:`MeZOConfig`. Every step goes to ``steps.jsonl`` in the output folder, and
@@ -175,6 +176,7 @@ class MeZOTrainer(Trainer):
             settings["eps"] = self._logged.get("eps", first_eps) if eps == AUTO else eps
             settings |= {"parts": self._parts(), "workers": self.workers}
             settings["rule"] = self.args.make_rule()
+            settings["group_size"] = self._group_size()
             if self.args.assignment == "example" and self.args.perturbation == AUTO and self.workers.count == 1:
                 # Here the closure is known to call the model with the same input; several workers have a side each.
                 settings["perturbation"] = BothSigns.name
@@ -219,6 +221,19 @@ class MeZOTrainer(Trainer):
                 f"text does not enter {', '.join(parts)}: these {sum(left.values()):,} weights stay as they are (move='all' tunes them too)"
             )
         return set(left)
+
+    @property
+    def stratify(self) -> str:  # type: ignore[override]
+        """As in the settings."""
+        return self.args.stratify
+
+    def _group_size(self) -> int:
+        """How many examples share a direction: as was said, or as the run's log has it."""
+        if self.args.assignment != "example":
+            return 1
+        if self.args.group_size is not None:
+            return int(self.args.group_size)
+        return int(self._logged.get("group_size", 1)) if self._logged else self.examples_in_group()
 
     def _parts(self) -> int:
         """Into how many parts minibatches are cut: as was said, or as the run's log has it."""

@@ -7,7 +7,8 @@ Directions are assigned in one of two ways. ``shared``: the whole minibatch is e
 query is one number. ``example``: every example has directions of its own, the losses of a query come one per example, and the
 estimate is the mean of the examples' estimates. At the same number of forward passes its variance is smaller by
 ``(B + rho) / (1 + rho)``, with B examples and ``rho = tr Sigma / |g|^2``, the variance of an example's gradient in units of
-the gradient.
+the gradient. In between, ``group_size`` m examples, one after the other, share directions, and their loss is one number: there are fewer
+directions, and the variance of a group's gradient is smaller than that of an example's by m, by more where its examples are of different labels.
 
 A normalisation puts another number ``u`` in the place of each loss l, in units that do not depend on the loss:
 
@@ -48,11 +49,13 @@ class Query(NamedTuple):
         probe: number of the direction; of the first one where every example has its own.
         scale: in units of the weights.
         stride: example b is evaluated along direction ``probe + b * stride``; 0: all along the same one.
+        group: with a stride, so many examples, one after the other, count as one (:func:`groups_of`).
     """
 
     probe: int
     scale: float
     stride: int = 0
+    group: int = 1
 
     @property
     def per_example(self) -> bool:
@@ -60,7 +63,7 @@ class Query(NamedTuple):
         return self.stride > 0
 
     def after(self, examples: int) -> Query:
-        """The same for a microbatch before which so many examples of the step were evaluated."""
+        """The same for a microbatch before which so many examples, or groups of them, of the step were evaluated."""
         return self._replace(probe=self.probe + examples * self.stride)
 
     def directions(self, examples: int) -> range:
@@ -72,6 +75,11 @@ class Query(NamedTuple):
         )
 
 
+def groups_of(examples: int, size: int) -> int:
+    """In how many groups of about that size so many examples are: at least one. Example b is in group ``b * groups // examples``."""
+    return max(1, (2 * examples + size) // (2 * size))
+
+
 @dataclass(frozen=True)
 class Estimator(ABC):
     """Gradient estimate ``g = mean_k c_k z_k`` from the losses at the queried points.
@@ -81,6 +89,8 @@ class Estimator(ABC):
         probes: n, the number of directions, of the step or of each of its examples.
         normalize: what the differences of losses are measured in: ``"none"``, ``"sigma"``, ``"rank"`` or ``"spread"``.
         assignment: ``"shared"`` or ``"example"``. Probe k of example b is direction number ``b n + k`` of the step.
+        group_size: with ``"example"``, m: so many examples have directions together. The loss of a group is the sum of its examples' losses
+            times groups over examples, so that the mean over groups is the mean over examples.
 
     Raises:
         ValueError: an argument out of range, or a normalisation over fewer than two probes.
@@ -90,6 +100,7 @@ class Estimator(ABC):
     probes: int = 1
     normalize: str = "none"
     assignment: str = "shared"
+    group_size: int = 1
     name: ClassVar[str]
 
     def __post_init__(self) -> None:
@@ -103,6 +114,14 @@ class Estimator(ABC):
                 raise InputError(
                     f"unknown {setting} {value!r}{nearest(str(value), known)}: choose one of {', '.join(known)}"
                 )
+        size = self.group_size
+        if isinstance(size, bool) or not (isinstance(size, int) and size >= 1):
+            raise InputError(f"group_size must be an integer of at least 1, got {size!r}")
+        if size > 1 and not self.per_example:
+            raise InputError(
+                "group_size is of examples that have directions: set assignment='example', or leave it out",
+                "group_size",
+            )
         if self.normalize != "none" and self.probes < 2 and not self._compares_examples:
             raise InputError(
                 f"normalize={self.normalize!r} compares the probes of a step, and there is one: set probes to 2 or more"
@@ -123,7 +142,7 @@ class Estimator(ABC):
 
     def query(self, probe: int, scale: float) -> Query:
         """A point along that probe, of the minibatch or of each of its examples."""
-        return Query(probe, scale, self.probes if self.per_example else 0)
+        return Query(probe, scale, self.probes, self.group_size) if self.per_example else Query(probe, scale)
 
     def merge(self, gathered: Sequence[Losses] | None, losses: Sequence[Losses]) -> list[Losses]:
         """Losses at :meth:`queries` of a further microbatch: added to those of the ones before, or appended, one per example."""
@@ -172,7 +191,7 @@ class Estimator(ABC):
     def settings(self) -> dict[str, Any]:
         """What the step log's header says of the estimator."""
         settings = {"estimator": self.name, "eps": self.eps, "probes": self.probes}
-        defaults = {"normalize": "none", "assignment": "shared"}
+        defaults = {"normalize": "none", "assignment": "shared", "group_size": 1}
         return settings | {key: getattr(self, key) for key, usual in defaults.items() if getattr(self, key) != usual}
 
 
@@ -260,7 +279,7 @@ ESTIMATORS: dict[str, type[Estimator]] = {cls.name: cls for cls in (SPSA, OneSid
 
 
 def get_estimator(
-    name: str | Estimator, eps: float, probes: int, normalize: str, assignment: str = "shared"
+    name: str | Estimator, eps: float, probes: int, normalize: str, assignment: str = "shared", group_size: int = 1
 ) -> Estimator:
     """The estimator of that name with these settings; an estimator stays as it is.
 
@@ -273,4 +292,4 @@ def get_estimator(
         raise InputError(
             f"unknown estimator {name!r}{nearest(str(name), ESTIMATORS)}: choose one of {', '.join(ESTIMATORS)}"
         )
-    return ESTIMATORS[name](eps, probes, normalize, assignment)
+    return ESTIMATORS[name](eps, probes, normalize, assignment, group_size)

@@ -18,7 +18,7 @@ from ..method.estimators import Losses, Query
 from ..noise import Noise
 from ..parameters import TunedParameters
 from .owners import copies_of
-from .perturbation import Closure, as_losses, read
+from .perturbation import Closure, as_losses, grouped, read
 from .side_path import ROUGH, TOLERANCE, SidePath
 
 
@@ -161,13 +161,13 @@ class BothSigns(SidePath):
         try:
             self.shift(step, queries[0])
             with self._calls.first(len(queries)):
-                values = [as_losses(closure())]
+                values = [grouped(as_losses(closure()), queries[0].group)]
             for place in range(1, len(queries)):
                 probe, side = divmod(place, 2)
                 with self._calls.other(
                     side * (len(queries) // 2) + probe
                 ):  # sides one below the other, each of all probes
-                    values.append(as_losses(closure()))
+                    values.append(grouped(as_losses(closure()), queries[0].group))
             shared = [read(value) for value in values]
         except (NotStackedError, torch.OutOfMemoryError):
             pass

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..devices import sent
+from ..method.estimators import groups_of
 
 _declared: ContextVar[Owners | None] = ContextVar("examples", default=None)
 _positions: ContextVar[Tensor | None] = ContextVar("positions", default=None)
@@ -98,6 +99,16 @@ class Owners:
         """The owners of some positions of the flattened input, which stand in one row."""
         return owners_of(self.tokens.reshape(-1)[on_host(positions)][None], self.count, self.copies)
 
+    def grouped(self, size: int) -> Owners:
+        """Those of the groups of about that size, into which the examples fall one after the other."""
+        if size == 1:
+            return self
+        if size not in self._grouped:
+            groups = groups_of(self.count, size)
+            tokens = torch.where(self.tokens < 0, -1, self.tokens * groups // self.count)
+            self._grouped[size] = owners_of(tokens, groups, self.copies)
+        return self._grouped[size]
+
     def stacked(self, probes: int) -> Owners:
         """Those of the input so many times, and again for the other sides, one below the other."""
         if probes not in self._stacked:
@@ -107,6 +118,10 @@ class Owners:
 
     @cached_property
     def _stacked(self) -> dict[int, Owners]:
+        return {}
+
+    @cached_property
+    def _grouped(self) -> dict[int, Owners]:
         return {}
 
     @cached_property

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..method.estimators import Losses, Query
+from ..method.estimators import Losses, Query, groups_of
 from ..noise import Noise
 from ..parameters import TunedParameters
 
@@ -131,6 +131,19 @@ def as_losses(value: Any) -> Tensor:
             f"the closure returned {what}, and every example has a direction of its own: return their losses, shape (examples,)"
         ) from None
     return losses
+
+
+def grouped(losses: Tensor, size: int) -> Tensor:
+    """The losses of groups of examples, one after the other, shape (groups,): sums times groups over examples, so the mean stays."""
+    count, groups = len(losses), groups_of(len(losses), size)
+    if groups == count:
+        return losses
+    losses = losses.float() if losses.dtype in (torch.float16, torch.bfloat16) else losses
+    of = (
+        torch.arange(count, device=losses.device) * groups // count
+        == torch.arange(groups, device=losses.device)[:, None]
+    )
+    return torch.where(of, losses, 0).sum(1) * (groups / count)
 
 
 def read(value: Tensor | float) -> Losses:

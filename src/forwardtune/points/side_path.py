@@ -27,7 +27,16 @@ from ..parameters import TunedParameters, TunedTensor
 from . import side_experts
 from .experts import of_experts
 from .owners import Groups, Owners, declared, selected
-from .perturbation import Closure, Perturbation, ReadElsewhereError, as_loss, as_losses, read, without_compilation
+from .perturbation import (
+    Closure,
+    Perturbation,
+    ReadElsewhereError,
+    as_loss,
+    as_losses,
+    grouped,
+    read,
+    without_compilation,
+)
 from .point_directions import PointDirections
 from .scratch import Scratch
 from .side_weight import SideWeight
@@ -90,7 +99,7 @@ class SidePath(Perturbation):
         self._alone = Groups(1)
         self.point = PointDirections(tuned, noise, self.left_out)
         self._owners: Owners | None = None  # of an input of which nothing was said
-        self._count: int | None = None  # of the examples of what the model worked on last
+        self._examples: int | None = None  # of what the model worked on last
         self._passed: list[tuple[int, int]] = []  # rows and columns of the tensors that the module was called with
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._declared: tuple[int, ...] | None = None  # the shape of what examples_at said
@@ -133,7 +142,7 @@ class SidePath(Perturbation):
 
     def shift(self, step: int, query: Query) -> None:
         self.point.go_to(step, query)
-        self._owners, self._count, self._passed = None, None, []
+        self._owners, self._examples, self._passed = None, None, []
         self._known.clear()
         torch.clear_autocast_cache()
 
@@ -155,13 +164,14 @@ class SidePath(Perturbation):
 
     def _of_one(self, step: int, query: Query, closure: Closure) -> Tensor | float:
         self.shift(step, query)
-        return self._counted(as_losses(closure()) if query.per_example else as_loss(closure()), query)
+        if not query.per_example:
+            return as_loss(closure())
+        return grouped(self._counted(as_losses(closure())), query.group)
 
-    def _counted(self, found: Tensor | float, query: Query) -> Tensor | float:
+    def _counted(self, found: Tensor) -> Tensor:
         """What the closure returned, once it is known to be of as many examples as the model saw."""
-        number = found.numel() if isinstance(found, Tensor) else 1
-        count = self._count if query.per_example and self._count is not None else number
-        if number != count:
+        number, count = found.numel(), self._examples
+        if count is not None and number != count:
             said = "examples_at says" if self._declared else "what a tuned weight meets first has"
             rows = "" if self._declared else " rows, which count as examples"
             raise TypeError(
@@ -224,7 +234,7 @@ class SidePath(Perturbation):
         for b in wanted:
             with weights:
                 weights.shift(step, query._replace(probe=query.probe + b * query.stride, stride=0))
-                scratch = read(as_losses(closure()) if query.per_example else as_loss(closure()))
+                scratch = read(grouped(as_losses(closure()), query.group) if query.per_example else as_loss(closure()))
             moved, expected = side[b] - clean[b], scratch[b] - clean[b]
             if not abs(moved - expected) <= share * max(abs(moved), abs(expected)) + of_loss * abs(clean[b]):
                 wrong[b] = moved, expected
@@ -246,7 +256,12 @@ class SidePath(Perturbation):
         if said is None:
             return self._owners
         self._declared = tuple(said.tokens.shape)
-        return said if self.point.copies == 1 else said.stacked(self.point.probes)
+        return self._directions_of(said)
+
+    def _directions_of(self, examples: Owners) -> Owners:
+        """Which direction every place has, by which example it belongs to."""
+        self._examples, owners = examples.count, examples.grouped(self.point.query.group)
+        return owners if self.point.copies == 1 else owners.stacked(self.point.probes)
 
     def _present(self, lead: Sequence[int]) -> Owners | None:
         """The owners of what the model works on now; of these leading dimensions if it is the input. None: one vector is nobody's."""
@@ -255,11 +270,10 @@ class SidePath(Perturbation):
         owners = self._input()
         if owners is None:
             copies = self.point.copies * self.point.probes
-            owners = _rows_are_examples(
+            examples = _rows_are_examples(
                 self._input_shape((lead[0] // copies, *lead[1:]) if lead[0] > 1 else tuple(lead))
             )
-            owners = self._owners = owners if copies == 1 else owners.stacked(self.point.probes)
-        self._count = owners.count
+            owners = self._owners = self._directions_of(examples)
         positions = selected()
         return owners if positions is None else owners.at(positions)
 
@@ -299,7 +313,6 @@ class SidePath(Perturbation):
             kind = "rows" if len(lead) > 1 else "pooled" if lead[0] == owners.tokens.shape[0] else "flat"
             known = self._known[key] = owners, "" if owners.tokens.shape[1] == 1 else kind, owners.groups(lead, device)
         owners, kind, groups = known
-        self._count = owners.count
         if kind and self._kinds.setdefault(tensor.id, kind) != kind:
             return None
         return groups

@@ -71,7 +71,7 @@ DESCRIPTIVE = ("format", "base", "frozen", "versions", "workers", "run")
 FOUND = "emphasis"
 #: What a field means that the header leaves out.
 ABSENT: dict[str, Any] = {
-    "normalize": "none", "rule_settings": {}, "assignment": "shared", "rank": 0, "refresh": 1, "fold": "step", "clip_coefficient": None, "parts": 1,
+    "normalize": "none", "rule_settings": {}, "assignment": "shared", "group_size": 1, "rank": 0, "refresh": 1, "fold": "step", "clip_coefficient": None, "parts": 1,
     "probes_rise": 0, "active_layers": None, "sparsity": 0.0, "modify": "none", "modify_by": "parameters",
 }  # fmt: skip
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from ..errors import InputError
-from ..method.estimators import Query
+from ..method.estimators import Query, groups_of
 
 Closure = Callable[[], Any]
 
@@ -53,8 +53,8 @@ class Parts:
 
     def queries(self, queries: Sequence[Query], part: int) -> list[Query]:
         """The queries as a part sees them, whose examples come after those of the parts before it."""
-        before = sum(self.examples[:part]) if self.examples is not None and part else 0
-        return [query.after(before) for query in queries]
+        before = self.examples[:part] if self.examples is not None and part else ()
+        return [query.after(sum(groups_of(count, query.group) for count in before)) for query in queries]
 
 
 class Unit(NamedTuple):

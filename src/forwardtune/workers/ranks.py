@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, WorkerError
-from ..method.estimators import Losses, Query
+from ..method.estimators import Losses, Query, groups_of
 from ..method.unread import Used
 from ..processes import Launch
 from .alone import Alone, Evaluate, Seen
@@ -70,7 +70,7 @@ class Ranks(Alone):
         if any(content[:_DIGEST] != sent[0][:_DIGEST] for content in sent):
             for other in self.all(_facts(seen)):
                 seen |= _seen(other)
-        return assembled(sent, dealt, len(queries), parts), seen
+        return assembled(sent, dealt, queries, parts), seen
 
     def _evaluated(
         self, units: Sequence[Unit], queries: Sequence[Query], parts: Parts, evaluate: Evaluate
@@ -169,12 +169,14 @@ class Ranks(Alone):
         self._wire.tell(error)
 
 
-def assembled(sent: Sequence[bytes], dealt: Sequence[Sequence[Unit]], queries: int, parts: Parts) -> list[list[Losses]]:
+def assembled(
+    sent: Sequence[bytes], dealt: Sequence[Sequence[Unit]], queries: Sequence[Query], parts: Parts
+) -> list[list[Losses]]:
     """What the ranks sent, by part and query."""
     found: dict[Unit, Losses] = {}
     for units, content in zip(dealt, sent, strict=True):
-        found |= _unpacked(units, parts, content[2 * _DIGEST :])
-    return [[found[Unit(query, part)] for query in range(queries)] for part in range(len(parts))]
+        found |= _unpacked(units, parts, content[2 * _DIGEST :], queries[0].group)
+    return [[found[Unit(query, part)] for query in range(len(queries))] for part in range(len(parts))]
 
 
 def _facts(seen: Seen) -> list[Any]:
@@ -202,11 +204,11 @@ def _digest(content: str | bytes) -> bytes:
     return hashlib.blake2b(content.encode() if isinstance(content, str) else content, digest_size=_DIGEST).digest()
 
 
-def _unpacked(units: Sequence[Unit], parts: Parts, content: bytes) -> dict[Unit, Losses]:
-    """The losses of a rank's units: one each, or one for each example of the part."""
+def _unpacked(units: Sequence[Unit], parts: Parts, content: bytes, group: int) -> dict[Unit, Losses]:
+    """The losses of a rank's units: one each, or one for each example, or group of them, of the part."""
     numbers = struct.unpack(f"<{len(content) // 8}d", content)
     if parts.examples is not None and len(numbers) != len(units):
-        sizes = [parts.examples[unit.part] for unit in units]
+        sizes = [groups_of(parts.examples[unit.part], group) for unit in units]
     else:
         sizes = [len(numbers) // max(1, len(units))] * len(units)
     found, lo = {}, 0

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from ...errors import InputError
+from ...hf.stratified import Stratified
 
 Objective = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
 
@@ -42,7 +43,7 @@ def adam_arguments(output_dir: str, **settings: Any) -> TrainingArguments:
     return TrainingArguments(output_dir, **{**defaults, **settings})
 
 
-class AdamTrainer(Trainer):
+class AdamTrainer(Stratified, Trainer):
     """``transformers.Trainer`` that backpropagates an objective through the parameters that require grad.
 
     The model is in training mode, with dropout, as fine-tuning usually is. Takes what Trainer takes.
@@ -50,14 +51,15 @@ class AdamTrainer(Trainer):
     Args:
         objective: ``(model, inputs) -> losses``, one per example or their mean, with a gradient. Without one the
             model's own loss is lowered.
+        stratify: whether training examples are spread evenly by ``"label"`` (:class:`~forwardtune.StratifiedSampler`), or ``"none"``.
 
     Raises:
         InputError: nothing requires grad, float16 weights are to be tuned, or several GPUs are visible; from
             :meth:`train`, an objective without gradient.
     """
 
-    def __init__(self, *args: Any, objective: Objective | None = None, **kwargs: Any) -> None:
-        self.objective = objective
+    def __init__(self, *args: Any, objective: Objective | None = None, stratify: str = "none", **kwargs: Any) -> None:
+        self.objective, self.stratify = objective, stratify
         #: Objective on the last minibatch that was trained on, before its step.
         self.last_loss = math.nan
         super().__init__(*args, **kwargs)
