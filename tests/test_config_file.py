@@ -45,7 +45,7 @@ def test_a_file_alone_describes_a_run_which_the_command_line_may_change(setting:
         done("train", *arguments, "--resume")
     assert read_log(run / "steps.jsonl").steps == 4
     done("train", "--batch-size", 4, "--config", file, "--output-dir", tmp_path / "other")
-    assert read_log(tmp_path / "other" / "steps.jsonl").header["run"] == {**header, "batch_size": 4}
+    assert read_log(tmp_path / "other" / "steps.jsonl").header["run"] == {**header, "batch_size": 4, "group_size": 2}
     with refused(run, f"the run in {run} has --batch-size 2, not 4") as told:
         told(cli("train", "--config", file, "--resume", "--batch-size", 4))
     asked = cli("plan", "--config", file, "--batch-size", 4, "--json", "--alone")

@@ -37,7 +37,7 @@ LAYERS = (
     {"optimizer"},
     {"trajectory"},
     {"search"},
-    {"tasks", "models"},
+    {"tasks", "models", "strata"},
     {"objectives"},
     {"evaluation", "forgetting", "predictions", "run_folder"},
     {"reference"},
@@ -70,7 +70,18 @@ NEEDS = {
     "trajectory": {"torch", "safetensors"},
 } | {
     part: {"torch"}
-    for part in ("storage", "parameters", "method", "points", "optimizer", "search", "cores", "devices", "workers")
+    for part in (
+        "storage",
+        "parameters",
+        "method",
+        "points",
+        "optimizer",
+        "search",
+        "cores",
+        "devices",
+        "workers",
+        "strata",
+    )
 }
 NEEDS |= {f"search/{file}.py": set() for file in ("budget", "guard", "line_search", "rates")}
 

@@ -191,7 +191,7 @@ _COMBINATIONS = (
     Refusal(
         "<group_size> is of examples that have directions of their own: give <assignment> example too, or leave it out",
         lambda run, given: (run.group_size or 1) > 1 and run.assignment != "example",
-        {"group_size": 2},
+        {"group_size": 2, "method": "mezo"},
     ),
     Refusal(
         "<refresh> is of low-rank directions, one factor of which stays for a while: give <rank> too",

@@ -27,6 +27,7 @@ from ..points.both_signs import BothSigns
 from ..processes import Launch
 from ..search.budget import first_settings
 from ..storage import is_offloaded, storage_named
+from ..strata import Stratified
 from ..trajectory import read_log
 from ..trajectory.shared import any_has_log, share_log
 from ..workers import Alone, workers_of_launch
@@ -41,7 +42,6 @@ from .resuming import Resumption
 from .run_logs import RunLogs
 from .sharing import USUAL_PARTS, DividedPredictions, InParts, parts_of
 from .step_losses import Objective, StepLosses
-from .stratified import Stratified
 
 _ARGUMENTS = signature(MeZO).parameters
 

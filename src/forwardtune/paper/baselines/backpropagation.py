@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from ...errors import InputError
-from ...hf.stratified import Stratified
+from ...strata import Stratified
 
 Objective = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
 
