@@ -31,8 +31,9 @@ LR_SCHEDULERS = ("constant", "linear", "cosine", "inverse_sqrt", "polynomial")
 QUANTISATIONS = ("nf4", "int8", "int4")
 #: Of :mod:`forwardtune.storage`: where weights live that the device has no room for.
 OFFLOADS = ("cpu", "disk")
-#: What A of LoRA is at first.
-LORA_INITS = ("default", "gaussian", "eva")
+#: What A of LoRA is at first, and which of it is taken from examples.
+LORA_INITS = ("default", "gaussian", "eva", "errors")
+FROM_EXAMPLES = ("eva", "errors")
 #: Of transformers, what a run can be reported to; the packages have the same names.
 TRACKERS = ("tensorboard", "wandb", "trackio")
 #: Of :mod:`forwardtune.tasks`: what is done with rows that a task cannot use.

@@ -20,6 +20,7 @@ from ..evaluation import sign_test
 from ..files import read_json, write_text
 from ..forgetting import compared, read_general
 from ..models import save_model
+from ..names import FROM_EXAMPLES
 from ..run_folder import (
     COMPLETIONS,
     DEV,
@@ -126,7 +127,7 @@ def run(parsed: argparse.Namespace) -> int:
     if Path(options.task).is_file():
         write_text(folder / TASK, Path(options.task).read_text(encoding="utf-8-sig"))
     if options.tune in ("lora", "prefix") and log is None:
-        if options.lora_init == "eva":
+        if options.lora_init in FROM_EXAMPLES:
             tuned.start_from_examples(session)
         tuned.keep_first(session.model, folder / INITIAL)
     outcomes: dict[str, list[float]] = read_json(folder / OUTCOMES) if log else {}

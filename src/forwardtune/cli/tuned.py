@@ -12,8 +12,9 @@ from safetensors.torch import load, load_file, save, save_file
 
 from ..config import Train
 from ..errors import InputError
-from ..evaluation import prepare
-from ..models import a_of, expert_stacks, freeze_unreached, lora_modules, start_from_inputs, tune
+from ..evaluation import prepare, training_objective
+from ..models import a_of, expert_stacks, freeze_unreached, lora_modules, start_from_errors, start_from_inputs, tune
+from ..names import FROM_EXAMPLES
 from ..objectives import logits_at
 from ..trajectory import Log
 from ..trajectory.updates import Trajectory
@@ -21,7 +22,7 @@ from . import say
 from .session import Session
 
 # Minibatches of the training examples from which A of LoRA starts.
-_BATCHES = 8
+_BATCHES = {"eva": 8, "errors": 32}
 
 
 def prepare_model(
@@ -49,7 +50,7 @@ def prepare_model(
         lora_rank=options.lora_rank,
         lora_alpha=options.lora_alpha,
         lora_targets=[name for part in (options.lora_targets or "").split(",") if (name := part.strip())] or None,
-        lora_init="default" if options.lora_init == "eva" else options.lora_init,  # until there are inputs
+        lora_init="default" if options.lora_init in FROM_EXAMPLES else options.lora_init,  # until there are inputs
         freeze_a=options.freeze_a,
         prefix_length=options.prefix_length,
         seed=options.seed,
@@ -81,7 +82,7 @@ def prepare_model(
             raise InputError(f"{first} does not hold the first weights of this adapter: restore the file of the run")
         for name, p in begun.items():
             p.copy_(kept[name])
-    elif first is not None and options.lora_init == "eva":
+    elif first is not None and options.lora_init in FROM_EXAMPLES:
         raise InputError(
             f"{first} is missing, which holds what the run took from its examples: restore the file of the run"
         )
@@ -89,17 +90,23 @@ def prepare_model(
 
 
 def start_from_examples(session: Session) -> None:
-    """Let A of LoRA be the principal directions of the inputs that a few of the training examples make; of rank 0, for all."""
-    train, size = session.splits["train"], session.options.batch_size
-    some = train[:: max(1, len(train) // (_BATCHES * size))][: _BATCHES * size]
+    """Let A of LoRA be what the options say of the inputs that some of the training examples make; of rank 0, for all."""
+    train, size, init = session.splits["train"], session.options.batch_size, session.options.lora_init
+    count = _BATCHES[init] * size
+    some = train[:: max(1, len(train) // count)][:count]
     batches = [
         prepare(session.model, session.tokenizer, some[lo : lo + size], session.layout)
         for lo in range(0, len(some), size)
     ]
-    begun = first_weights(start_from_inputs(session.model, batches, logits_at))
+    if init == "eva":
+        begun = first_weights(start_from_inputs(session.model, batches, logits_at))
+    else:
+        begun = first_weights(start_from_errors(session.model, batches, training_objective(session.task)))
     for name, kept in load(session.workers.bytes_of(0, lambda: save(begun))).items():
         begun[name].copy_(kept)
-    say(f"  A from the inputs of {len(some)} training examples")
+    rows = {name: int(a.any(dim=1).sum()) for name, a in begun.items() if ".lora_A." in name}
+    some_rows = f", {max(rows.values())} of {session.options.lora_rank} rows" if init == "errors" else ""
+    say(f"  A from the {'inputs' if init == 'eva' else 'errors'} of {len(some)} training examples{some_rows}")
 
 
 def _adapted(model: Any) -> str:

@@ -295,7 +295,8 @@ class Train(MeZOSettings, Data):
     )
     lora_init: str = option(
         "default",
-        "what A of LoRA is at first: random (default, gaussian), or eva: the principal directions of each layer's inputs",
+        "what A of LoRA is at first: random (default, gaussian), or of each layer's inputs the principal directions (eva), or those that go with the "
+        "errors of the predictions (errors)",
         choices=names.LORA_INITS,
         only={"tune": ("lora",)},
     )

@@ -48,7 +48,7 @@ def start_from_inputs(
     Raises:
         InputError: it has no LoRA layer, its adapter has tensors of experts, a rank is above a layer's width, or there are no batches.
     """
-    layers = _layers(model)
+    layers = lora_layers(model)
     sketches: dict[Any, Tensor] = {}
     with _watched(layers, sketches) as look_at:
         for batch in batches:
@@ -68,7 +68,7 @@ def a_of(name: str) -> str:
     return name.replace(".lora_B.", ".lora_A.")
 
 
-def _layers(model: Any) -> list[Any]:
+def lora_layers(model: Any) -> list[Any]:
     from peft.tuners.lora import LoraLayer
 
     layers = [module for module in model.modules() if isinstance(module, LoraLayer) and len(module.lora_A)]

@@ -14,8 +14,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import InputError, nearest, warn
-from ..names import LORA_INITS
+from ..names import FROM_EXAMPLES, LORA_INITS
 from ..parameters import dtype_name
+from .error_directions import start_from_errors
 from .kinds import is_adapted, model_kind
 from .late import late_mlp
 from .prefix import add_prefix
@@ -77,10 +78,10 @@ def tune(
             which is every linear layer but the head, or last parts of the names of tensors that hold a slice for every expert, all of which
             are ``experts``; by default the modules that ``peft`` adapts in this architecture, else the query and value projections by
             their usual names. A tied head gets a copy of its weights, as merging would move the embedding too; a warning says so.
-        lora_init: what A is at first. ``default`` and ``gaussian`` are random, peft's; ``eva``: the principal directions of each layer's
-            inputs (:mod:`.principal`).
+        lora_init: what A is at first. ``default`` and ``gaussian`` are random, peft's; of each layer's inputs ``eva`` takes the principal
+            directions (:mod:`.principal`), ``errors`` those that go with the errors of the predictions (:mod:`.error_directions`).
         freeze_a: tune B alone.
-        inputs: for ``eva``, a few minibatches of model inputs.
+        inputs: for ``eva`` and ``errors``, a few minibatches of model inputs; for ``errors`` with labels.
         seed: of A, or of the tokens that the prefix starts from.
 
     Raises:
@@ -96,11 +97,13 @@ def tune(
             raise InputError(
                 f"LoRA starts as {', '.join(LORA_INITS)}, not as {lora_init!r}{nearest(lora_init, LORA_INITS)}"
             )
-        if (lora_init == "eva") != (inputs is not None):
-            raise InputError("inputs, a few minibatches, and lora_init='eva', which takes A from them, belong together")
+        if (lora_init in FROM_EXAMPLES) != (inputs is not None):
+            raise InputError(
+                "inputs, a few minibatches, and lora_init='eva' or 'errors', which take A from them, belong together"
+            )
         model = _add_lora(model, lora_rank, lora_alpha, lora_targets, lora_init, seed)
         if inputs is not None:
-            start_from_inputs(model, inputs)
+            (start_from_inputs if lora_init == "eva" else start_from_errors)(model, inputs)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(parameter.requires_grad and not (freeze_a and ".lora_A." in name))
     elif mode == "prefix":

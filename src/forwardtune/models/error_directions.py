@@ -1,0 +1,168 @@
+"""L5: LoRA that starts where the errors are: A from the part of each layer's inputs that goes with what the model gets wrong.
+
+The gradient of a layer's weight is a sum of products, of what comes back to its output and of its input. What comes back to the
+input of the vocabulary head needs no backward pass through the model: it is the gradient e of the loss with respect to that input, ``W^T (p - y)`` for
+a likelihood. Every layer before adds to that input, directly or through others, so ``sum_t e_t x_t^T``, over the tokens t that
+predict an answer, has about the rows of the gradient. Their span is small (of a choice between two words, one direction beside the mean), and
+in so few dimensions forward passes alone find their way.
+
+Source: the paths that lead straight to the head are the "logit lens"; LoRA-GA (Wang et al., 2024) starts from the gradient itself, by backpropagation.
+Singular vectors by a random sketch: Halko, Martinsson and Tropp, "Finding Structure with Randomness", 2011.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from .principal import lora_layers
+
+# A direction counts from this share of the largest singular value on.
+_LEAST = 1e-2
+# Tokens of a batch that are looked at, at most.
+_TOKENS = 1024
+
+
+@dataclass
+class _Sums:
+    """Of the tokens of a layer, with inputs x (width,) and errors s (sketched).
+
+    Attributes:
+        products: ``sum s x^T``, shape (sketched, width).
+        inputs, errors: ``sum x``, ``sum s``.
+        square: ``sum |x|^2``.
+        count: number of tokens.
+    """
+
+    products: Tensor | float = 0.0
+    inputs: Tensor | float = 0.0
+    errors: Tensor | float = 0.0
+    square: float = 0.0
+    count: int = 0
+
+    def add(self, x: Tensor, s: Tensor) -> None:
+        self.products = self.products + s.T @ x
+        self.inputs = self.inputs + x.sum(0)
+        self.errors = self.errors + s.sum(0)
+        self.square += float(x.square().sum())
+        self.count += len(x)
+
+    def rows(self, rank: int) -> Tensor:
+        """A, shape (rank, width): the mean input, and at right angles to it what goes with the errors; zeros where that is all."""
+        mean = torch.as_tensor(self.inputs) / self.count
+        centred = torch.as_tensor(self.products) - torch.outer(torch.as_tensor(self.errors), mean)
+        _, sizes, vectors = torch.linalg.svd(centred, full_matrices=False)
+        found = vectors[sizes > _LEAST * sizes[0]][: rank - 1]
+        both = torch.linalg.qr(torch.cat([mean[None], found]).T)[0].T
+        width, overall = len(mean), self.square / self.count
+        spread = max(overall - float(mean.square().sum()), 0.0) / width  # variance along a direction, on average
+        as_large = math.sqrt(overall / width / 3)  # as A x is with the A that LoRA starts from by default
+        lengths = [as_large / float(mean.norm()), *[as_large / math.sqrt(spread or 1.0)] * len(found)]
+        rows = torch.zeros(rank, width, dtype=both.dtype)
+        rows[: len(both)] = both * torch.tensor(lengths, dtype=both.dtype)[:, None]
+        return rows
+
+
+@dataclass
+class _Seen:
+    """What one forward pass showed."""
+
+    inputs: dict[Any, Tensor] = field(default_factory=dict)
+    head: Tensor | None = None
+
+
+@torch.no_grad()
+def start_from_errors(
+    model: Any, batches: Iterable[Mapping[str, Any]], losses: Callable[[Any, Any], Tensor] | None = None
+) -> Any:
+    """Let A of every LoRA layer span the mean of its inputs on these batches, and what of them goes with the errors.
+
+    The first row is along the mean mu; those after it, at right angles, span the leading right singular vectors of
+    ``sum_t e_t (x_t - mu)^T``, shape (hidden, width), over the tokens t with an error e_t, the gradient of the losses with respect to the head's
+    input. Of a layer whose errors span less the last rows are zero. ``A x`` is about as large along each as with the A that LoRA starts from by default. B is
+    left alone; it should be zero. A layer whose tokens are not those of the head keeps its A.
+
+    One forward pass a batch; the backward pass is that of the head and the loss alone, and no layer keeps anything for it.
+
+    Args:
+        model: with a LoRA adapter, as :func:`~forwardtune.models.tune` or ``peft`` makes it; changed in place. Its base may be quantised.
+        batches: model inputs, with what the losses need.
+        losses: ``(model, batch) -> losses``, with a gradient; by default the model's own, ``model(**batch).loss``.
+
+    Returns:
+        The model.
+
+    Raises:
+        InputError: the model has no LoRA layer, or a rank of 1, or no vocabulary head; the losses have no gradient; or there are no batches.
+    """
+    layers, head = lora_layers(model), getattr(model, "get_output_embeddings", lambda: None)()
+    ranks = {layer: [a.weight.shape[0] for a in layer.lora_A.values()] for layer in layers}
+    if min(min(own) for own in ranks.values()) < 2:
+        raise InputError(
+            "one row of A is the mean of the inputs, and errors need others: raise the rank of LoRA to 2 or more"
+        )
+    if head is None:
+        raise InputError("the model has no vocabulary head whose errors A could start from: start LoRA in another way")
+    sums: dict[Any, _Sums] = {layer: _Sums() for layer in layers}
+    sketch: Tensor | None = None
+    for batch in batches:
+        with _watched(model, layers, head) as seen, torch.enable_grad():
+            loss = losses(model, batch) if losses is not None else model(**batch).loss
+            if seen.head is None or not (isinstance(loss, Tensor) and loss.requires_grad):
+                raise InputError(
+                    "A starts from the errors of a loss that has a gradient, and this one has none: start LoRA in another way"
+                )
+            (found,) = torch.autograd.grad(loss.sum(), seen.head)
+        errors = found.flatten(0, -2)
+        at = errors.abs().amax(1).nonzero()[:, 0]
+        at = at[:: -(-len(at) // _TOKENS) or 1]
+        if sketch is None:
+            width = 4 * max(max(own) for own in ranks.values()) + 8
+            drawn = torch.Generator().manual_seed(0)
+            sketch = torch.randn(errors.shape[1], width, dtype=torch.float64, generator=drawn)
+        s = errors[at].cpu().double() @ sketch
+        for layer, inputs in seen.inputs.items():
+            x = inputs.flatten(0, -2)
+            if len(x) == len(errors) and len(at):
+                sums[layer].add(x[at.to(x.device)].cpu().double(), s)
+    if not any(of.count for of in sums.values()):
+        raise InputError(
+            "no token with an error entered a layer with an adapter: give a few batches of the training examples"
+        )
+    for layer, of in sums.items():
+        for a in layer.lora_A.values() if of.count else ():
+            a.weight.copy_(of.rows(a.weight.shape[0]))
+    return model
+
+
+@contextmanager
+def _watched(model: Any, layers: list[Any], head: Any) -> Iterator[_Seen]:
+    """Inside, a forward pass shows the inputs of the layers, and has a gradient from the head's input on alone."""
+    seen = _Seen()
+
+    def cut(_: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        seen.head = inputs[0].detach().requires_grad_()
+        return (seen.head, *inputs[1:])
+
+    def note(layer: Any, inputs: tuple[Tensor, ...]) -> None:
+        seen.inputs[layer] = inputs[0].detach()
+
+    handles = [layer.register_forward_pre_hook(note) for layer in layers]
+    handles.append(head.register_forward_pre_hook(cut))
+    tuned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in tuned:
+        parameter.requires_grad_(False)
+    try:
+        yield seen
+    finally:
+        for parameter in tuned:
+            parameter.requires_grad_(True)
+        for handle in handles:
+            handle.remove()
