@@ -48,7 +48,7 @@ class _Sums:
     count: int = 0
 
     def add(self, x: Tensor, s: Tensor) -> None:
-        self.products = self.products + s.T @ x
+        self.products = self.products + (s.T @ x).float()  # the largest of them
         self.inputs = self.inputs + x.sum(0)
         self.errors = self.errors + s.sum(0)
         self.square += float(x.square().sum())
@@ -57,7 +57,7 @@ class _Sums:
     def rows(self, rank: int) -> Tensor:
         """A, shape (rank, width): the mean input, and at right angles to it what goes with the errors; zeros where that is all."""
         mean = torch.as_tensor(self.inputs) / self.count
-        centred = torch.as_tensor(self.products) - torch.outer(torch.as_tensor(self.errors), mean)
+        centred = torch.as_tensor(self.products).double() - torch.outer(torch.as_tensor(self.errors), mean)
         _, sizes, vectors = torch.linalg.svd(centred, full_matrices=False)
         found = vectors[sizes > _LEAST * sizes[0]][: rank - 1]
         both = torch.linalg.qr(torch.cat([mean[None], found]).T)[0].T
@@ -123,10 +123,7 @@ def start_from_errors(
         errors = found.flatten(0, -2)
         at = errors.abs().amax(1).nonzero()[:, 0]
         at = at[:: -(-len(at) // _TOKENS) or 1]
-        if sketch is None:
-            width = 4 * max(max(own) for own in ranks.values()) + 8
-            drawn = torch.Generator().manual_seed(0)
-            sketch = torch.randn(errors.shape[1], width, dtype=torch.float64, generator=drawn)
+        sketch = _sketch(errors.shape[1], max(max(own) for own in ranks.values())) if sketch is None else sketch
         s = errors[at].cpu().double() @ sketch
         for layer, inputs in seen.inputs.items():
             x = inputs.flatten(0, -2)
@@ -140,6 +137,14 @@ def start_from_errors(
         for a in layer.lora_A.values() if of.count else ():
             a.weight.copy_(of.rows(a.weight.shape[0]))
     return model
+
+
+def _sketch(hidden: int, rank: int) -> Tensor:
+    """What errors are multiplied with, shape (hidden, fewer): products with inputs then take less memory, and keep the leading directions."""
+    width = 8 * rank + 64
+    if hidden <= width:
+        return torch.eye(hidden, dtype=torch.float64)
+    return torch.randn(hidden, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
 @contextmanager
