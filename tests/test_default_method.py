@@ -12,7 +12,7 @@ from forwardtune import replay
 from forwardtune.config import describe
 from forwardtune.errors import InputError
 from forwardtune.models import load_model, tune
-from forwardtune.models.late import late_mlp
+from forwardtune.models.late import late_down, late_mlp
 from forwardtune.trajectory import read_log
 from support import save_tiny_model, tiny_model
 from support.command import Setting, done, read, weights, write_task
@@ -36,6 +36,26 @@ def test_late_mlp_is_the_feed_forward_matrices(family: str) -> None:
     found = {name.split(".0.", 1)[1].removesuffix(".weight") for name in names if ".0." in name}
     assert found == MATRICES[family]
     assert len(names) == 2 * len(found)
+
+
+BACK = {
+    "llama": "mlp.down_proj", "gemma3": "mlp.down_proj", "opt": "fc2", "gpt2": "mlp.c_proj", "gpt_neox": "mlp.dense_4h_to_h", "bert": "output.dense",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", BACK)
+def test_late_down_leads_back_to_the_width(family: str) -> None:
+    model = tiny_model(family)
+    found = late_down(model)
+    assert {name.split(".0.", 1)[1] for name in found if ".0." in name} == {BACK[family]}
+    assert len(found) == 2
+    adapted = tune(model, None, "lora", lora_targets=["late-down"])
+    assert sum("lora_A" in name for name, _ in adapted.named_parameters()) == 2
+
+
+def test_models_without_such_layers_say_so() -> None:
+    with pytest.raises(InputError, match="which late-down stands for: name the targets"):
+        tune(tiny_model("mixtral"), None, "lora", lora_targets=["late-down"])
 
 
 def test_the_first_third_of_the_layers_is_left_out() -> None:

@@ -289,7 +289,8 @@ class Train(MeZOSettings, Data):
     lora_alpha: float = option(16.0, "scale of LoRA, times 1/rank", bounds=POSITIVE, only={"tune": ("lora",)})
     lora_targets: str | None = option(
         None,
-        "names of the layers to adapt, or patterns of them, by commas; all-linear: all but the head; experts: those in one tensor",
+        "names of the layers to adapt, or patterns of them, by commas; all-linear: all but the head; late-down: those behind late feed-forward blocks; "
+        "experts: those in one tensor",
         shown="query and value projections",
         only={"tune": ("lora",)},
     )

@@ -30,15 +30,11 @@ def late_mlp(model: Any) -> list[str]:
     Raises:
         InputError: the model has no layers in a row.
     """
-    config = model.config.get_text_config()
-    hidden = config.hidden_size
-    layers = _layers(model)
-    widths = {width for name in _WIDTHS if isinstance(width := getattr(config, name, None), int)}
-    pairs = {frozenset((hidden, k * width)) for width in {4 * hidden, *widths} for k in (1, 2)}
+    layers, pairs = _late(model), _pairs(model)
     matrices = [
         (name, parameter)
         for name, parameter in model.named_parameters()
-        if parameter.ndim >= 2 and any(name.startswith(f"{layer}.") for layer in layers[len(layers) // 3 :])
+        if parameter.ndim >= 2 and name.startswith(layers)
     ]
     found = [
         name
@@ -46,6 +42,44 @@ def late_mlp(model: Any) -> list[str]:
         if frozenset(p.shape[-2:]) in pairs and not re.search(r"attn|attention", name.rpartition(".")[0])
     ]
     return found or [name for name, _ in matrices]
+
+
+def late_down(model: Any) -> list[str]:
+    """Names of the linear layers among them that lead from a feed-forward block back to the width of the model, so that what they give is added
+    to what the head reads. The base may be quantised.
+
+    Raises:
+        InputError: the model has no layers in a row, or no such linear layers.
+    """
+    layers, pairs, hidden = _late(model), _pairs(model), model.config.get_text_config().hidden_size
+    found = []
+    for name, module in model.named_modules():
+        sides = [
+            getattr(module, side, None)
+            for side in (("nx", "nf") if hasattr(module, "nf") else ("in_features", "out_features"))
+        ]
+        is_back = sides[1] == hidden and frozenset(sides) in pairs
+        if is_back and name.startswith(layers) and not re.search(r"attn|attention", name):
+            found.append(name)
+    if not found:
+        raise InputError(
+            f"{type(model).__name__} has no linear layers that lead from a feed-forward block back, which late-down stands for: name the targets "
+            "of LoRA"
+        )
+    return found
+
+
+def _late(model: Any) -> tuple[str, ...]:
+    """What the names in all layers but the first third begin with."""
+    layers = _layers(model)
+    return tuple(f"{layer}." for layer in layers[len(layers) // 3 :])
+
+
+def _pairs(model: Any) -> set[frozenset[int]]:
+    """The two sides of a matrix between the width of the model and that of a feed-forward block, or two of these side by side."""
+    config = model.config.get_text_config()
+    widths = {width for name in _WIDTHS if isinstance(width := getattr(config, name, None), int)}
+    return {frozenset((config.hidden_size, k * width)) for width in {4 * config.hidden_size, *widths} for k in (1, 2)}
 
 
 def _layers(model: nn.Module) -> list[str]:

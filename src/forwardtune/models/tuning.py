@@ -18,7 +18,7 @@ from ..names import FROM_EXAMPLES, LORA_INITS
 from ..parameters import dtype_name
 from .error_directions import start_from_errors
 from .kinds import is_adapted, model_kind
-from .late import late_mlp
+from .late import late_down, late_mlp
 from .prefix import add_prefix
 from .principal import start_from_inputs
 from .quantised import is_quantised, is_quantised_layer, keep_as_stored, storage_of, with_weights
@@ -26,6 +26,8 @@ from .quantised import is_quantised, is_quantised_layer, keep_as_stored, storage
 MODES = ("all", "late-mlp", "lora", "prefix")
 #: As peft calls every linear layer but the vocabulary head, as a target of LoRA.
 ALL_LINEAR = "all-linear"
+#: The same of the layers that write what feed-forward blocks found, all but the first third (:mod:`.late`).
+LATE_DOWN = "late-down"
 
 # How libraries name the query and value projections, or the one that holds both, where peft has no default. Latent attention (MLA)
 # projects values from a latent.
@@ -75,7 +77,8 @@ def tune(
         model: from :func:`load_model`, or any such model without an adapter.
         tokenizer: its tokenizer; ``prefix`` draws tokens from it.
         lora_targets: last parts of the names of the modules to adapt, patterns that are found in whole names (``re.search``), ``all-linear``,
-            which is every linear layer but the head, or last parts of the names of tensors that hold a slice for every expert, all of which
+            which is every linear layer but the head, ``late-down``, the linear layers of all layers but the first third that lead from a
+            feed-forward block back to the width of the model, or last parts of the names of tensors that hold a slice for every expert, all of which
             are ``experts``; by default the modules that ``peft`` adapts in this architecture, else the query and value projections by
             their usual names. A tied head gets a copy of its weights, as merging would move the embedding too; a warning says so.
         lora_init: what A is at first. ``default`` and ``gaussian`` are random, peft's; of each layer's inputs ``eva`` takes the principal
@@ -248,7 +251,8 @@ def _lora_targets(model: nn.Module, given: Sequence[str] | None) -> list[str] | 
     if ALL_LINEAR in (given or ()):
         head: Any = getattr(model, "get_output_embeddings", lambda: None)()
         return sorted({name.rpartition(".")[2] for name in layers if model.get_submodule(name) is not head})
-    given = [name for target in given or () for name in _named(target, layers)]
+    meant = [name for target in given or () for name in (late_down(model) if target == LATE_DOWN else [target])]
+    given = [name for target in meant for name in _named(target, layers)]
     for target in given:
         if not matching(model, [target]):
             near = nearest(target, {name.rpartition(".")[2] for name in layers}) or "."
