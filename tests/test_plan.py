@@ -254,7 +254,8 @@ def test_a_rehearsed_step_moves_no_weight(rule: Any, dtype: torch.dtype) -> None
 #: Options that change what a step costs, and the directions that a weight takes part in, in each update of a long run.
 COSTS: list[tuple[dict[str, object], int]] = [
     ({"method": "mezo"}, 1),
-    ({}, 4),  # of low rank, one for each example
+    ({}, 2),  # of low rank, one for two examples of different labels
+    ({"stratify": "none"}, 4),  # one for each example
     ({"probes": 3, "estimator": "one_sided"}, 3),
     ({"probes": 3, "probes_rise": 100}, 3),
     ({"rule": "momentum", "momentum": 0.5, "rule_state": "window"}, 7),  # the least n with 0.5**n < 1%
