@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -220,7 +221,7 @@ def test_labels_are_found_or_said_to_lack() -> None:
     datasets = pytest.importorskip("datasets")
     rows = [{"text": "a", "label": i % 2} for i in range(4)]
     assert labels_of(datasets.Dataset.from_list(rows)) == [0, 1, 0, 1]
-    assert labels_of([{"labels": torch.tensor(3)}]) == [3]
+    assert labels_of([{"labels": torch.tensor(3)}]) == labels_of([{"label": np.int64(3)}]) == [3]
     for lacking in (datasets.Dataset.from_dict({"text": ["a"]}), [{"labels": torch.tensor([1, 2])}], [{}], []):
         with pytest.raises(InputError, match="single label each"):
             labels_of(lacking)

@@ -78,7 +78,7 @@ def bias(weight: torch.Tensor, loss: Any, truth: torch.Tensor, eps: float) -> fl
     start, total, spsa = weight.clone(), torch.zeros_like(weight), SPSA(eps)
     for signs in itertools.product((-1.0, 1.0), repeat=weight.numel()):
         z = torch.tensor(signs, dtype=weight.dtype)
-        losses = [float(loss(weight.copy_(start + scale * z))) for _, scale, _ in spsa.queries()]
+        losses = [float(loss(weight.copy_(start + query.scale * z))) for query in spsa.queries()]
         total += spsa.coefficients(losses)[0] * z
     weight.copy_(start)
     return distance([total / 2 ** weight.numel()], [truth])

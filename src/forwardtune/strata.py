@@ -81,7 +81,7 @@ def labels_of(dataset: Any) -> list[Hashable]:
             found = [getattr(row, name) if hasattr(row, name) else row[name] for row in rows]
         else:
             continue
-        found = [value.item() if isinstance(value, Tensor) and value.ndim == 0 else value for value in found]
+        found = [value.item() if getattr(value, "ndim", None) == 0 else value for value in found]  # of torch or NumPy
         if all(isinstance(value, (int, str)) for value in found):
             return found
     raise InputError(
