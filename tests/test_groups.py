@@ -294,12 +294,16 @@ def test_the_command_line_groups_where_a_task_has_labels(tmp_path: Path) -> None
     setting = Setting(support.save_tiny_model(tmp_path / "model", "llama"), write_task(tmp_path / "task"))
     free = setting.task.with_name("free.yaml")
     free.write_text(re.sub(r"answers:.*\n", "target: label\nmax_new_tokens: 3\n", setting.task.read_text()))
-    for task, group_size, stratify in ((setting.task, 2, "label"), (free, 1, "none")):
+    for task, group_size in ((setting.task, 2), (free, 1)):
         folder = tmp_path / f"run-{task.stem}"
         done(*Setting(setting.model, task).train(folder, method="forward", steps=2))
         header = read_log(folder / "steps.jsonl").header
         assert header.get("group_size", 1) == group_size
-        assert (header["run"]["group_size"], header["run"]["stratify"]) == (group_size, stratify)
+        assert (header["run"]["group_size"], header["run"]["stratify"]) == (group_size, "auto")
+        # What was asked for may be said again, as a sweep does that goes on.
+        done(*Setting(setting.model, task).resume(folder, steps=3, method="forward", stratify="auto"))
+        with pytest.raises(AssertionError, match="has --stratify auto, not label"):
+            done(*Setting(setting.model, task).resume(folder, steps=4, stratify="label"))
     ran = cli(*Setting(setting.model, free).train(tmp_path / "none", stratify="label"))
     assert ran.code == 2
     assert "--stratify label spreads examples by their labels, and task free has no fixed ones" in ran.err

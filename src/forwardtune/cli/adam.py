@@ -39,7 +39,7 @@ def train_adam(session: Session, folder: Path, log: Log | None, settings: dict[s
         **reporting(options.report_to, options.steps),
     )
     trainer = AdamTrainer(
-        args=arguments, stratify=options.stratify, **ingredients(session, training_objective(session.task))
+        args=arguments, stratify=session.stratify, **ingredients(session, training_objective(session.task))
     )
     steps = _AdamSteps(trainer)
     trainer.add_callback(steps)

@@ -171,6 +171,7 @@ def make_trainer(
             f"text is generated at every evaluation: weights are perturbed in a copy, {size / 2**20:,.0f} MiB more memory"
         )
         changes["perturbation"] = "copy"
+    changes["stratify"] = session.stratify
     changes["average"] = NONE  # the best step is known later than Trainer ends
     try:
         config = MeZOConfig(

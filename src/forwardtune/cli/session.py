@@ -49,6 +49,7 @@ class Session:
         deadline: when tuning must end, by ``time.monotonic``.
         cores: what chooses the number of threads, on a CPU.
         workers: the processes that share the run.
+        stratify: what minibatches are stratified by, ``label`` or ``none``.
         watched_by_loss: whether the development split has no metric, but its loss alone, beside the steps of the run.
     """
 
@@ -67,6 +68,7 @@ class Session:
     cores: SharedCores | None = None
     workers: Alone = field(default_factory=Alone)
     watched_by_loss: bool = False
+    stratify: str = "none"
 
     def evaluate(self, what: str, split: str = "test", **how: Any) -> dict[str, float]:
         """The task's metric and loss on a split, with a progress bar.
@@ -188,7 +190,7 @@ def open_session(
             encoded[name] = encoder(task, splits[name].examples)
             say(f"{name}: {splits[name]}")
     task = _weighed(task, options, encoded)
-    _settle_strata(task, options)
+    stratify = _strata(task, options)
     if encoder.truncated:
         say(f"  {encoder.truncated} prompts were cut on the left of their context to {encoder.max_length} tokens")
     if shots:
@@ -225,6 +227,7 @@ def open_session(
         skipped={name: split.skipped for name, split in splits.items() if split.skipped},
         cores=cores if options.device == "cpu" and workers.count == 1 else None,
         workers=workers,
+        stratify=stratify,
     )
 
 
@@ -265,19 +268,19 @@ def _rewards(task: Task, options: Any) -> list[Reward]:
     return rewards
 
 
-def _settle_strata(task: Task, options: Any) -> None:
-    """Fill in how minibatches are stratified, and how many of their examples share a direction, where that depends on the task."""
+def _strata(task: Task, options: Any) -> str:
+    """What minibatches are stratified by. Fills in how many of their examples share a direction, where that depends on the task."""
     if not hasattr(options, "stratify"):
-        return
+        return "none"
     labels = len(task.answers or ()) if task.fixed_answers else 0
     if options.stratify == "label" and not labels:
         raise InputError(
             f"--stratify label spreads examples by their labels, and task {task.name} has no fixed ones: leave it out"
         )
-    if options.stratify == "auto":
-        options.stratify = "label" if labels else "none"
+    by = "label" if labels and options.stratify == "auto" else options.stratify.replace("auto", "none")
     if options.group_size is None and options.assignment == "example":
-        options.group_size = groups_by(labels, options.batch_size) if options.stratify == "label" else 1
+        options.group_size = groups_by(labels, options.batch_size) if by == "label" else 1
+    return by
 
 
 def _weighed(task: Task, options: Any, encoded: dict[str, list[Encoded]]) -> Task:
