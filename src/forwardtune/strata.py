@@ -23,7 +23,7 @@ class StratifiedSampler(Sampler[int]):
     """Yields every index once, so that the examples of each stratum are evenly spread.
 
     Within a stratum the order is random, and example k of n stands at ``(k + u) / n`` of the pass, with one u of the uniform distribution for
-    each stratum. So of m examples in a row ``m n / N`` are of a stratum that has n of N, to within one.
+    each stratum. So of m examples in a row about ``m n / N`` are of a stratum that has n of N.
 
     Args:
         strata: that of every example.

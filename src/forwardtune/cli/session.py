@@ -277,7 +277,7 @@ def _strata(task: Task, options: Any) -> str:
         raise InputError(
             f"--stratify label spreads examples by their labels, and task {task.name} has no fixed ones: leave it out"
         )
-    by = "label" if labels and options.stratify == "auto" else options.stratify.replace("auto", "none")
+    by = "label" if labels and options.stratify != "none" else "none"
     if options.group_size is None and options.assignment == "example":
         options.group_size = groups_by(labels, options.batch_size) if by == "label" else 1
     return by
