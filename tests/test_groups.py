@@ -283,6 +283,8 @@ def test_trainer_says_which_data_cannot_be_spread(tmp_path: Path) -> None:
         trainer.train()
     trainer.args.stratify = "auto"
     trainer.train()
+    with pytest.raises(InputError, match=r"unknown stratify 'labell'; did you mean label\?"):
+        _trainer(tmp_path, stratify="labell")
 
 
 def test_the_command_line_groups_where_a_task_has_labels(tmp_path: Path) -> None:

@@ -11,10 +11,11 @@ from transformers import TrainingArguments
 
 from ..averages import NONE, average_or_auto
 from ..config import AUTO, MeZOSettings, NumberOrAuto, as_declared, number_or_auto
-from ..errors import InputError, warn
+from ..errors import InputError, nearest, warn
 from ..method.estimators import get_estimator
 from ..method.rule import Rule
 from ..method.rules import get_rule
+from ..names import STRATA
 from ..processes import Launch
 from .sharing import as_one_process, take_place
 
@@ -120,6 +121,10 @@ class MeZOConfig(MeZOSettings, TrainingArguments):
         # What the optimizer would refuse once the model is loaded, it refuses now.
         eps = 1.0 if isinstance(self.eps, str) else self.eps
         get_estimator(self.estimator, eps, self.probes, self.normalize, self.assignment, self.group_size or 1)
+        if self.stratify not in STRATA:
+            raise InputError(
+                f"unknown stratify {self.stratify!r}{nearest(str(self.stratify), STRATA)}: choose one of {', '.join(STRATA)}"
+            )
         rule = self.make_rule()
         if average_or_auto(self.average) != NONE:
             rule.reach([], [])  # refused where the rule is not linear
