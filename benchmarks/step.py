@@ -8,6 +8,7 @@
 ``example`` is a step in which every example has a direction of its own, on the side path; its two forwards are timed by themselves as well.
 ``both`` is the same with both sides of a probe in one forward pass of twice the rows, ``lazy`` that with V drawn anew every ten steps, to which all
 of them wait (``fold="refresh"``): the mean of ten steps, one of which sweeps the weights.
+``--probes`` adds steps of four probes of every example, with one, two and four of them to a forward pass of their rows.
 Models have random weights. One logit row a sequence is computed, as for a task with one-token answers. ``reference`` transcribes
 the published loop: three passes of ``torch.normal`` over the stored weights and one for the update, with a logit row for every token.
 On a GPU the peaks of allocated memory of a forward pass and of a step are compared as well, with the largest tuned layer beside
@@ -34,6 +35,8 @@ from forwardtune.points.both_signs import BothSigns
 
 #: Steps between two sweeps of the weights, where they wait.
 SPAN = 10
+#: Of four probes, how many share a forward pass.
+PROBES_PER_PASS = (1, 2, 4)
 
 
 def perturbed(optimizer: MeZO, loss: Callable[[], torch.Tensor]) -> None:
@@ -73,6 +76,12 @@ def measure(model: Any, length: int, options: argparse.Namespace) -> dict[str, A
         "both_step": lambda: both.step(losses),
         "lazy_span": lambda: [lazy.step(losses) for _ in range(SPAN)],
     }
+    for together in PROBES_PER_PASS if options.probes else ():
+        probing = MeZO(
+            model, lr=1e-9, eps=EPS, assignment="example", perturbation="both_signs", probes=4, probes_per_pass=together
+        )
+        probing.step(losses)
+        works[f"four_probes_by_{together}"] = lambda probing=probing: probing.step(losses)
     if not options.no_reference:
         works["reference"] = lambda: reference_step(model, full_loss, 1e-9, 0)
     seconds = interleave(works, options.rounds, device)
@@ -89,6 +98,7 @@ def measure(model: Any, length: int, options: argparse.Namespace) -> dict[str, A
         "lazy_step_over_floor": seconds["lazy_step"] / floor,
         "both_signs": isinstance(both.perturbation, BothSigns) and both.perturbation.together,
     }
+    row |= {f"{name}_over_floor": took / floor for name, took in seconds.items() if name.startswith("four_probes")}
     if "reference" in seconds:
         row["reference_over_floor"] = seconds["reference"] / floor
         row["reference_over_step"] = seconds["reference"] / seconds["step"]
@@ -150,6 +160,7 @@ def main() -> None:
     asked.add_argument("--lengths", nargs="+", type=int)
     asked.add_argument("--rounds", type=int, default=9)
     asked.add_argument("--no-reference", action="store_true", help="leave the published loop out")
+    asked.add_argument("--probes", action="store_true", help="also time steps of four probes, several to a pass")
     asked.add_argument("--profile", action="store_true", help="also time the kernels of a step and of a forward pass")
     asked.add_argument("--output", help="name of the result file: step on a CPU, step-cuda on a GPU")
     options = asked.parse_args()

@@ -115,6 +115,8 @@ STRUCTURES: dict[str, dict[str, Any]] = {
     "example": {"assignment": "example"},
     "example_full": {"assignment": "example", "rank": 0},
     "example_many": {"assignment": "example", "rank": 4, "direction": "rademacher", "probes": 2},
+    "group": {"assignment": "example", "perturbation": "both_signs", "group_size": 2},
+    "probes_in_a_pass": {"assignment": "example", "perturbation": "both_signs", "probes": 4, "probes_per_pass": 2},
 }
 
 

@@ -15,7 +15,7 @@ from forwardtune.models import load_model, tune
 from forwardtune.models.late import late_down, late_mlp
 from forwardtune.trajectory import read_log
 from support import save_tiny_model, tiny_model
-from support.command import Setting, done, read, weights, write_task
+from support.command import STEPS, Setting, cli, done, read, weights, write_task
 
 # Of two layers, the second two thirds are both; so each name is one of layer 0.
 MATRICES = {
@@ -96,13 +96,18 @@ def test_only_these_require_grad() -> None:
 #: What is given -> the method.
 PLAIN = {"model": "m", "task": "sst2"}
 MEANT: list[tuple[dict[str, Any], str]] = [
-    ({}, "forward"),
-    ({"lr": 1e-4, "steps": 3, "eps": 1e-3}, "forward"),
+    ({}, "feedback"),
+    ({"lr": 1e-4, "steps": 3, "eps": 1e-3}, "feedback"),
+    ({"lora_rank": 16, "feedback_steps": 5}, "feedback"),
+    ({"quantize": "nf4"}, "feedback"),
     ({"tune": "late-mlp"}, "forward"),
+    ({"offload": "disk"}, "forward"),
     *(({name: value}, "mezo") for name, value in {
         "tune": "all", "assignment": "shared", "rank": 4, "rule": "sign", "perturbation": "copy", "direction": "rademacher",
         "objective": "accuracy", "estimator": "one_sided", "probes": 2,
     }.items()),
+    ({"tune": "lora"}, "mezo"),
+    ({"tune": "lora", "lora_init": "eva"}, "mezo"),
     ({"tune": "lora", "quantize": "nf4"}, "mezo"),
     ({"method": "forward", "tune": "all"}, "forward"),
 ]  # fmt: skip
@@ -112,13 +117,44 @@ MEANT: list[tuple[dict[str, Any], str]] = [
 def test_who_says_how_the_method_shall_be_gets_the_papers(given: dict[str, Any], method: str) -> None:
     run = describe("train", {**PLAIN, **given})
     assert run.method == method
-    assert run.assignment == given.get("assignment", "example" if method == "forward" else "shared")
-    assert run.tune == given.get("tune", "late-mlp" if method == "forward" else "all")
+    assert run.assignment == given.get("assignment", "shared" if method == "mezo" else "example")
+    assert run.tune == given.get("tune", {"feedback": "lora", "forward": "late-mlp", "mezo": "all"}[method])
+    if method == "feedback":
+        assert (run.lora_targets, run.lora_init, run.freeze_a, run.rank) == ("late-down", "feedback", True, 0)
+    elif run.tune == "lora":
+        assert run.lora_targets is None and not run.freeze_a
 
 
 def test_a_run_by_default_learns_and_replays(tmp_path: Path) -> None:
     setting = Setting(save_tiny_model(tmp_path / "model", "llama"), write_task(tmp_path / "task"))
-    done(*setting.train(tmp_path / "run", method=None))
+    ran = done(*setting.train(tmp_path / "run", method=None, feedback_steps=4))
+    assert "starting from 4 minibatches' errors" in ran.err
+    assert read(tmp_path / "run")["method"] == "feedback"
+    log = read_log(tmp_path / "run" / "steps.jsonl")
+    assert log.header["assignment"] == "example"
+    assert all(".mlp.down_proj.lora_B." in tensor["name"] for tensor in log.header["tensors"])
+    done("replay", tmp_path / "run", "--model", setting.model, "--output-dir", tmp_path / "again")
+    adapter = "adapter_model.safetensors"
+    assert (tmp_path / "again" / adapter).read_bytes() == (tmp_path / "run" / adapter).read_bytes()
+
+
+def test_a_model_without_a_place_for_feedback_gets_forward(tmp_path: Path) -> None:
+    setting = Setting(save_tiny_model(tmp_path / "model", "mixtral"), write_task(tmp_path / "task"))
+    ran = done(*setting.train(tmp_path / "run", method=None))
+    assert (
+        "MixtralForCausalLM has no linear layers that lead from a feed-forward block back: the method is forward"
+        in ran.err
+    )
+    assert read(tmp_path / "run")["method"] == "forward"
+    assert read_log(tmp_path / "run" / "steps.jsonl").header["run"]["tune"] == "late-mlp"
+    done(*setting.resume(tmp_path / "run", steps=STEPS + 2))
+    named = cli(*setting.train(tmp_path / "named", method="feedback"))
+    assert named.code == 2 and "no linear layers that lead from a feed-forward block back" in named.err
+
+
+def test_a_run_of_late_matrices_learns_and_replays(tmp_path: Path) -> None:
+    setting = Setting(save_tiny_model(tmp_path / "model", "llama"), write_task(tmp_path / "task"))
+    done(*setting.train(tmp_path / "run", method="forward"))
     assert read(tmp_path / "run")["method"] == "forward"
     log = read_log(tmp_path / "run" / "steps.jsonl")
     assert log.header["assignment"] == "example"

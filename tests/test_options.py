@@ -130,6 +130,14 @@ CASES: dict[str, dict[str, tuple[Any, See, Any]]] = {
         "report_to": ("tensorboard", lambda b: (b.trainer.args.report_to, b.trainer.args.logging_steps), (["tensorboard"], 1)),
         "no_before": (True, lambda b: "before" in b.metrics, False),
     },
+    "walked": {
+        "tune": ("lora", lambda b: b.lora.peft_type.value, "LORA"),
+        "lora_targets": ("late-down", lambda b: {n.split(".")[-1] for n in b.lora.target_modules}, {"down_proj"}),
+        "lora_init": ("feedback", lambda b: all(p.any() for n, p in b.trainer.model.named_parameters() if "lora_B" in n), True),
+        "feedback_steps": (3, lambda b: b.metrics["settings"]["feedback_steps"], 3),
+        "lr": (1e-3, lambda b: b.trainer.args.learning_rate, 1e-3),
+        "steps": (2, lambda b: b.mezo.next_step, 2),
+    },
     "rewarded": {
         "task": ("free.yaml", lambda b: b.session.task.name, "free"),
         "objective": ("option_rewards.py:short", lambda b: b.trainer.step_losses.objective.generates, True),

@@ -88,7 +88,7 @@ def asked_for(**changes: object) -> Any:
     """A session as far as its time goes."""
     options = argparse.Namespace(
         lr="auto", eps=1e-3, no_before=False, eval_steps=None, dev_examples=None, batch_size=16, average="none",
-        estimator="spsa", probes=1, probes_rise=0, normalize="none", assignment="shared", time_budget=1000.0,
+        estimator="spsa", probes=1, probes_rise=0, normalize="none", assignment="shared", time_budget=1000.0, tune="all",
     )  # fmt: skip
     vars(options).update(changes)
     return argparse.Namespace(options=options, splits={"test": [0] * 50, "dev": [0] * 20})

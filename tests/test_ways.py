@@ -221,7 +221,7 @@ def by_shapes() -> dict[str, int]:
 @pytest.mark.parametrize(
     ("way", "off"),
     [
-        ("late feed-forward matrices, as by default", 0.1),
+        ("late feed-forward matrices", 0.1),
         ("all weights", 0.1),
         ("all weights, a direction for every example", 0.1),
         ("LoRA", 0.1),

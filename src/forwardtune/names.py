@@ -24,7 +24,7 @@ PERTURBATIONS = ("auto", "scratch", "copy", "side_path", "both_signs")
 MOVES = ("read", "all")
 FOLDS = ("step", "refresh")
 #: Of ``forwardtune train``.
-METHODS = ("forward", "mezo", "adam")
+METHODS = ("feedback", "forward", "mezo", "adam")
 #: Of transformers, those that need no further settings.
 LR_SCHEDULERS = ("constant", "linear", "cosine", "inverse_sqrt", "polynomial")
 #: Of :mod:`forwardtune.models`: how a dense checkpoint is quantised as it is loaded.
@@ -32,8 +32,8 @@ QUANTISATIONS = ("nf4", "int8", "int4")
 #: Of :mod:`forwardtune.storage`: where weights live that the device has no room for.
 OFFLOADS = ("cpu", "disk")
 #: What A of LoRA is at first, and which of it is taken from examples.
-LORA_INITS = ("default", "gaussian", "eva", "errors")
-FROM_EXAMPLES = ("eva", "errors")
+LORA_INITS = ("default", "gaussian", "eva", "errors", "feedback")
+FROM_EXAMPLES = ("eva", "errors", "feedback")
 #: Of transformers, what a run can be reported to; the packages have the same names.
 TRACKERS = ("tensorboard", "wandb", "trackio")
 #: Of :mod:`forwardtune.tasks`: what is done with rows that a task cannot use.

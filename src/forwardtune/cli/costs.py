@@ -208,8 +208,20 @@ def seconds_of_run(steps: int, cost: Cost, session: Session) -> float:
     measurements = 0 if every is None else (options.lr == AUTO) + -(-steps // every) - 1  # and one behind the last step
     before = 0 if options.no_before else len(session.splits["test"])
     beside = measurements * _dev(steps, session) * cost.watching + before * cost.evaluation + cost.general + cost.layers
-    forward = (whole + steps * search) * cost.step
+    forward = (whole + steps * search) * cost.step + seconds_of_walk(cost, session)
     return forward + again * cost.update + beside + seconds_behind(steps, cost, session)
+
+
+def seconds_of_walk(cost: Cost, session: Session) -> float:
+    """Seconds of the walk that LoRA starts from: a forward pass, half of a step, for each of its steps and of the minibatches that A is taken from,
+    and the development split five times."""
+    options = session.options
+    if options.tune != "lora" or options.lora_init != "feedback":
+        return 0.0
+    passes = options.feedback_steps + min(16, options.feedback_steps)
+    return (
+        passes * (cost.step - cost.update) / 2 / options.probes + 5 * len(session.splits.get("dev", ())) * cost.watching
+    )
 
 
 def seconds_behind(steps: int, cost: Cost, session: Session) -> float:

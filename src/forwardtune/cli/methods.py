@@ -225,6 +225,7 @@ def _advise_on_rounding(log: Log) -> None:
 
 
 METHODS: dict[str, Callable[[Session, Path, Log | None, dict[str, Any]], Trained | None]] = {
+    "feedback": train_mezo,
     "forward": train_mezo,
     "mezo": train_mezo,
     "adam": train_adam,

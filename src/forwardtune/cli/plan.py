@@ -68,7 +68,7 @@ def _measured(asked: Asked, parsed: argparse.Namespace) -> dict[str, Any]:
         rows[0].why = "it would not fit"
         say(f"{rows[0].title}: does not fit, and is not loaded")
     else:
-        prepare_model = partial(tuned.prepare_model, options=options, first=None)
+        prepare_model = partial(tuned.prepare_model, options=options, first=None, given=asked.settings)
         session = open_session(options, "train", "dev", "test", prepare_model=prepare_model)
         cost = measure(session)
         facts = _facts(session, cost, began)

@@ -110,6 +110,7 @@ def run(parsed: argparse.Namespace) -> int:
         first=folder / INITIAL if log else None,
         tensors=tuned.tensors_of(log) if log else None,
         frozen=frozen,
+        given=None if log else given,
     )
     session = open_session(
         options, "train", "dev", "test", prepare_model=prepare, resumed=log, workers=workers, folder=folder
@@ -126,10 +127,6 @@ def run(parsed: argparse.Namespace) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     if Path(options.task).is_file():
         write_text(folder / TASK, Path(options.task).read_text(encoding="utf-8-sig"))
-    if options.tune in ("lora", "prefix") and log is None:
-        if options.lora_init in FROM_EXAMPLES:
-            tuned.start_from_examples(session)
-        tuned.keep_first(session.model, folder / INITIAL)
     outcomes: dict[str, list[float]] = read_json(folder / OUTCOMES) if log else {}
     answers = read_before(folder) if log else None
     if not options.no_before and ("before" not in metrics or "before" not in outcomes or answers is None):
@@ -152,6 +149,10 @@ def run(parsed: argparse.Namespace) -> int:
         session.watched_by_loss = bool(log.header["run"].get(_BY_LOSS)) if log else may_watch_by_loss(session)
         if session.watched_by_loss:
             described[_BY_LOSS] = True
+    if options.tune in ("lora", "prefix") and log is None:
+        if options.lora_init in FROM_EXAMPLES:
+            tuned.start_from_examples(session)
+        tuned.keep_first(session.model, folder / INITIAL)
     options.eval_steps = evaluation_steps(options, options.steps)
     inference_peak = session.inference_peak()
     trained = methods.METHODS[options.method](session, whole_folder, log, {**settings(options), **described})

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,28 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save, save_file
 
-from ..config import Train
+from ..config import COMMANDS, Train, describe
 from ..errors import InputError
 from ..evaluation import prepare, training_objective
-from ..models import a_of, expert_stacks, freeze_unreached, lora_modules, start_from_errors, start_from_inputs, tune
+from ..models import (
+    a_of,
+    expert_stacks,
+    freeze_unreached,
+    lacks_place,
+    lora_modules,
+    start_from_errors,
+    start_from_feedback,
+    start_from_inputs,
+    tune,
+)
 from ..names import FROM_EXAMPLES
 from ..objectives import logits_at
+from ..strata import StratifiedSampler
+from ..tasks.encoded import Encoded
 from ..trajectory import Log
 from ..trajectory.updates import Trajectory
 from . import say
+from .options import flag
 from .session import Session
 
 # Minibatches of the training examples from which A of LoRA starts.
@@ -33,16 +47,20 @@ def prepare_model(
     first: Path | None,
     tensors: Collection[str] | None = None,
     frozen: list[str] | None = None,
+    given: Mapping[str, Any] | None = None,
 ) -> Any:
     """The model with what is to be tuned. An adapter takes its first weights from the file, if there is one.
 
     Args:
+        given: the settings that somebody gave. If the method is none of them, the model decides on it, and the options change with it.
         tensors: names of the tuned tensors of the run that goes on; None: the model shows what text enters.
         frozen: takes the names of the parts that it does not enter.
 
     Raises:
         InputError: Adam cannot tune it; or the file is damaged, or of another adapter.
     """
+    if given is not None:
+        _suit(options, model, given)
     model = tune(
         model,
         tokenizer,
@@ -89,24 +107,65 @@ def prepare_model(
     return model
 
 
+def _suit(options: Any, model: Any, given: Mapping[str, Any]) -> None:
+    """Where nobody named the method: ``forward``, for a model that has no place for ``feedback``."""
+    if options.method != "feedback" or "method" in given or (why := lacks_place(model)) is None:
+        return
+    command = next(name for name, kind in COMMANDS.items() if kind is type(options))
+    vars(options).update(vars(describe(command, {**given, "method": "forward"}, spell=flag)))
+    say(f"{why}: the method is forward")
+
+
 def start_from_examples(session: Session) -> None:
-    """Let A of LoRA be what the options say of the inputs that some of the training examples make; of rank 0, for all."""
-    train, size, init = session.splits["train"], session.options.batch_size, session.options.lora_init
-    count = _BATCHES[init] * size
-    some = train[:: max(1, len(train) // count)][:count]
-    batches = [
-        prepare(session.model, session.tokenizer, some[lo : lo + size], session.layout)
-        for lo in range(0, len(some), size)
-    ]
-    if init == "eva":
-        begun = first_weights(start_from_inputs(session.model, batches, logits_at))
+    """Let LoRA start from what the options say of some of the training examples; of rank 0, for all."""
+    options, init = session.options, session.options.lora_init
+    objective, examples = training_objective(session.task), session.splits["train"]
+    if init == "feedback":
+        begun = first_weights(_walked(session))
     else:
-        begun = first_weights(start_from_errors(session.model, batches, training_objective(session.task)))
+        count = _BATCHES[init] * options.batch_size
+        examples = examples[:: max(1, len(examples) // count)][:count]
+        batches = list(_minibatches(session, examples))
+        if init == "eva":
+            begun = first_weights(start_from_inputs(session.model, batches, logits_at))
+        else:
+            begun = first_weights(start_from_errors(session.model, batches, objective))
     for name, kept in load(session.workers.bytes_of(0, lambda: save(begun))).items():
         begun[name].copy_(kept)
-    rows = {name: int(a.any(dim=1).sum()) for name, a in begun.items() if ".lora_A." in name}
-    some_rows = f", {max(rows.values())} of {session.options.lora_rank} rows" if init == "errors" else ""
-    say(f"  A from the {'inputs' if init == 'eva' else 'errors'} of {len(some)} training examples{some_rows}")
+    if init != "feedback":
+        rows = {name: int(a.any(dim=1).sum()) for name, a in begun.items() if ".lora_A." in name}
+        some_rows = f", {max(rows.values())} of {options.lora_rank} rows" if init == "errors" else ""
+        say(f"  A from the {'inputs' if init == 'eva' else 'errors'} of {len(examples)} training examples{some_rows}")
+
+
+def _walked(session: Session) -> Any:
+    """The model whose adapter went along the errors of its minibatches, watched by the loss of the dev split where there is one."""
+    options, train = session.options, session.splits["train"]
+    labels = [example.label for example in train] if session.stratify == "label" else [0] * len(train)
+    sampler = StratifiedSampler(labels, options.seed)
+    order = chain.from_iterable(repeat(sampler))
+    some = (train[i] for i in islice(order, options.feedback_steps * options.batch_size))
+    losses: list[float] = []
+
+    def watched() -> float:
+        losses.append(session.evaluate("start", "dev", loss_alone=True)["loss"])
+        return losses[-1]
+
+    say(f"starting from {options.feedback_steps} minibatches' errors, a forward pass each")
+    model = start_from_feedback(
+        session.model, _minibatches(session, some), training_objective(session.task), steps=options.feedback_steps,
+        watched=watched if "dev" in session.splits else None,
+    )  # fmt: skip
+    if losses:
+        say(f"  dev loss {losses[0]:.4f} -> {min(losses):.4f}")
+    return model
+
+
+def _minibatches(session: Session, examples: Iterable[Encoded]) -> Iterator[dict[str, Any]]:
+    """Of the options' size, as model inputs."""
+    some = iter(examples)
+    while batch := list(islice(some, session.options.batch_size)):
+        yield prepare(session.model, session.tokenizer, batch, session.layout)
 
 
 def _adapted(model: Any) -> str:

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 #: Title -> what of a run's settings makes it.
 WAYS: dict[str, dict[str, Any]] = {
-    "late feed-forward matrices, as by default": {"tune": "late-mlp"},
+    "LoRA that starts from the errors, as by default": {"tune": "lora", "method": "feedback"},
+    "late feed-forward matrices": {"tune": "late-mlp"},
     "all weights": {"tune": "all"},
     "all weights, a direction for every example": {"tune": "all", "assignment": "example"},
     "all weights, offloaded to a file": {"tune": "all", "offload": "disk"},

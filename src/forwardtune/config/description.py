@@ -51,9 +51,14 @@ _OF_THE_METHOD = frozenset(
 
 
 def usual_method(given: Mapping[str, Any]) -> str:
-    """The method of a run that does not name one: ``forward``, if nothing else is said of the method, of what is tuned or of the objective."""
-    is_plain = not given.keys() & _OF_THE_METHOD and given.get("objective", "loss") == "loss"
-    return "forward" if is_plain and given.get("tune", "late-mlp") == "late-mlp" and "quantize" not in given else "mezo"
+    """The method of a run that does not name one: ``feedback``, if nothing else is said of the method, of what is tuned or of the objective."""
+    if given.keys() & _OF_THE_METHOD or given.get("objective", "loss") != "loss":
+        return "mezo"
+    if "tune" in given:
+        return "forward" if given["tune"] == "late-mlp" and "quantize" not in given else "mezo"
+    if "offload" in given:  # the walk reads the head's weights backwards, when they have left
+        return "forward"
+    return "feedback" if given.get("lora_init", "feedback") == "feedback" else "mezo"
 
 
 def recorded(run: Any) -> Train:

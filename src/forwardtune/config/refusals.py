@@ -139,6 +139,16 @@ _COMBINATIONS = (
         {"average": AUTO, "dev_examples": 0},
     ),
     Refusal(
+        "<method> feedback is LoRA that starts from the errors: leave <tune> and <lora_init> out, or give <method> forward or mezo",
+        lambda run, given: run.method == "feedback" and (run.tune, run.lora_init) != ("lora", "feedback"),
+        {"method": "feedback", "tune": "all"},
+    ),
+    Refusal(
+        "<lora_init> feedback reads the head's weights once the pass has left them, and <offload> takes them away: leave one of them out",
+        lambda run, given: run.tune == "lora" and run.lora_init == "feedback" and run.offload is not None,
+        {"method": "feedback", "offload": "disk"},
+    ),
+    Refusal(
         "<lr> auto is found with forward passes, by <method> mezo: give a number for adam",
         lambda run, given: run.method == "adam" and run.lr == AUTO,
         {"method": "adam", "lr": AUTO},

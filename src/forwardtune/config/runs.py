@@ -150,7 +150,7 @@ class Chat(Generation):
     system: str | None = option(None, "what the model is told before the conversation", shown="nothing")
 
 
-_MEZO = {"method": ("forward", "mezo")}
+_MEZO = {"method": ("feedback", "forward", "mezo")}
 _of_mezo = partial(option, only=_MEZO)
 
 
@@ -186,7 +186,7 @@ class MeZOSettings:
         "shared",
         "directions shared by the minibatch, or one for each example",
         choices=names.ASSIGNMENTS,
-        defaults={"forward": "example"},
+        defaults={"feedback": "example", "forward": "example"},
     )
     group_size: int | None = _of_mezo(
         None,
@@ -198,10 +198,14 @@ class MeZOSettings:
         "none",
         "spread the training examples evenly over minibatches by label, or none; auto: by label where they have some",
         choices=names.STRATA,
-        defaults={"forward": "auto"},
+        defaults={"feedback": "auto", "forward": "auto"},
     )
     rank: int | None = _of_mezo(
-        None, "of low-rank directions of matrices; 0: full ones", shown="0; 1 for each example", bounds=NOT_NEGATIVE
+        None,
+        "of low-rank directions of matrices; 0: full ones",
+        shown="0; 1 for each example",
+        bounds=NOT_NEGATIVE,
+        defaults={"feedback": 0},
     )
     refresh: int = _of_mezo(1, "steps for which one factor of low-rank directions stays", bounds=POSITIVE)
     fold: str = _of_mezo(
@@ -265,8 +269,9 @@ class Train(MeZOSettings, Data):
 
     method: str = option(
         "mezo",
-        "forward, what won the comparison; mezo, the paper's; or adam: backpropagation",
-        shown="forward; mezo where a setting of the method is given",
+        "feedback, what won the comparison: an adapter that starts from the errors; forward: late weights, a direction for each example; mezo, the "
+        "paper's; or adam: backpropagation",
+        shown="feedback, or forward where the model has no place for it; mezo where a setting of the method is given",
         choices=names.METHODS,
     )
     objective: str = _of_mezo("loss", "loss, accuracy, f1, exact_match, module:function, file.py:function, or a sum")
@@ -283,7 +288,9 @@ class Train(MeZOSettings, Data):
         metavar="STEPS",
     )
     tune: str = option(
-        "all", "all, late-mlp, lora, prefix, or a pattern of parameter names", defaults={"forward": "late-mlp"}
+        "all",
+        "all, late-mlp, lora, prefix, or a pattern of parameter names",
+        defaults={"feedback": "lora", "forward": "late-mlp"},
     )
     lora_rank: int = option(8, "width of the LoRA matrices", bounds=POSITIVE, only={"tune": ("lora",)})
     lora_alpha: float = option(16.0, "scale of LoRA, times 1/rank", bounds=POSITIVE, only={"tune": ("lora",)})
@@ -293,15 +300,23 @@ class Train(MeZOSettings, Data):
         "experts: those in one tensor",
         shown="query and value projections",
         only={"tune": ("lora",)},
+        defaults={"feedback": "late-down"},
+    )
+    feedback_steps: int = option(
+        100,
+        "forward passes of the walk along the errors that LoRA starts from",
+        bounds=POSITIVE,
+        only={"lora_init": ("feedback",)},
     )
     lora_init: str = option(
         "default",
         "what A of LoRA is at first: random (default, gaussian), or of each layer's inputs the principal directions (eva), or those that go with the "
-        "errors of the predictions (errors)",
+        "errors of the predictions (errors); feedback: both, and B from a walk along the errors",
         choices=names.LORA_INITS,
         only={"tune": ("lora",)},
+        defaults={"feedback": "feedback"},
     )
-    freeze_a: bool = option(False, "tune B of LoRA alone", only={"tune": ("lora",)})
+    freeze_a: bool = option(False, "tune B of LoRA alone", only={"tune": ("lora",)}, defaults={"feedback": True})
     prefix_length: int = option(5, "positions of the prefix", bounds=POSITIVE, only={"tune": ("prefix",)})
     steps: int | None = option(None, "optimizer steps", shown=f"{STEPS}; adam: 5 epochs", bounds=POSITIVE, free=True)
     epochs: float | None = option(

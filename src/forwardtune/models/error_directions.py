@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .principal import lora_layers
+from .principal import lora_layers, merged
 
 # A direction counts from this share of the largest singular value on.
 _LEAST = 1e-2
@@ -39,6 +39,8 @@ class _Sums:
         inputs, errors: ``sum x``, ``sum s``.
         square: ``sum |x|^2``.
         count: number of tokens.
+        keep: how many principal directions of the inputs are kept, for rows that the errors leave free; 0: none.
+        sketch: these, each as long as its singular value.
     """
 
     products: Tensor | float = 0.0
@@ -46,6 +48,8 @@ class _Sums:
     errors: Tensor | float = 0.0
     square: float = 0.0
     count: int = 0
+    keep: int = 0
+    sketch: Tensor | None = None
 
     def add(self, x: Tensor, s: Tensor) -> None:
         self.products = self.products + (s.T @ x).float()  # the largest of them
@@ -53,21 +57,39 @@ class _Sums:
         self.errors = self.errors + s.sum(0)
         self.square += float(x.square().sum())
         self.count += len(x)
+        if self.keep:
+            self.sketch = merged(self.sketch, x, self.keep)
 
     def rows(self, rank: int) -> Tensor:
-        """A, shape (rank, width): the mean input, and at right angles to it what goes with the errors; zeros where that is all."""
+        """A, shape (rank, width): the mean input, and at right angles to it what goes with the errors, in no more than half of the rows where
+        principal directions follow; zeros where that is all."""
         mean = torch.as_tensor(self.inputs) / self.count
         centred = torch.as_tensor(self.products).double() - torch.outer(torch.as_tensor(self.errors), mean)
         _, sizes, vectors = torch.linalg.svd(centred, full_matrices=False)
-        found = vectors[sizes > _LEAST * sizes[0]][: rank - 1]
-        both = torch.linalg.qr(torch.cat([mean[None], found]).T)[0].T
+        found = vectors[sizes > _LEAST * sizes[0]][: rank - 1 if self.sketch is None else rank // 2]
         width, overall = len(mean), self.square / self.count
         spread = max(overall - float(mean.square().sum()), 0.0) / width  # variance along a direction, on average
-        as_large = math.sqrt(overall / width / 3)  # as A x is with the A that LoRA starts from by default
-        lengths = [as_large / float(mean.norm()), *[as_large / math.sqrt(spread or 1.0)] * len(found)]
+        as_large = self.size
+        if self.sketch is None:
+            both = torch.linalg.qr(torch.cat([mean[None], found]).T)[0].T
+            lengths = [as_large / float(mean.norm()), *[as_large / math.sqrt(spread or 1.0)] * len(found)]
+        else:
+            free = rank - 1 - len(found)
+            taken = torch.linalg.qr(torch.cat([mean[None], found]).T)[0]
+            left = self.sketch - (self.sketch @ taken) @ taken.T
+            both = torch.cat([taken.T, torch.linalg.svd(left, full_matrices=False).Vh[:free]])
+            tail = max(self.square - float(self.sketch.square().sum()), 0.0) / width  # what the sketch has lost
+            moments = ((self.sketch @ both[1:].T).square().sum(0) + tail) / self.count
+            own = (moments - (both[1:] @ mean).square()).clamp(min=_LEAST**2 * overall / width).sqrt()
+            lengths = [as_large / float(mean.norm()), *(as_large / own).tolist()]
         rows = torch.zeros(rank, width, dtype=both.dtype)
         rows[: len(both)] = both * torch.tensor(lengths, dtype=both.dtype)[:, None]
         return rows
+
+    @property
+    def size(self) -> float:
+        """Of a coordinate of ``A x``: as with the A that LoRA starts from by default."""
+        return math.sqrt(self.square / self.count / torch.as_tensor(self.inputs).numel() / 3)
 
 
 @dataclass
@@ -80,13 +102,18 @@ class _Seen:
 
 @torch.no_grad()
 def start_from_errors(
-    model: Any, batches: Iterable[Mapping[str, Any]], losses: Callable[[Any, Any], Tensor] | None = None
+    model: Any,
+    batches: Iterable[Mapping[str, Any]],
+    losses: Callable[[Any, Any], Tensor] | None = None,
+    *,
+    fill: bool = False,
 ) -> Any:
     """Let A of every LoRA layer span the mean of its inputs on these batches, and what of them goes with the errors.
 
     The first row is along the mean mu; those after it, at right angles, span the leading right singular vectors of
     ``sum_t e_t (x_t - mu)^T``, shape (hidden, width), over the tokens t with an error e_t, the gradient of the losses with respect to the head's
-    input. Of a layer whose errors span less the last rows are zero. ``A x`` is about as large along each as with the A that LoRA starts from by default. B is
+    input. Of a layer whose errors span less the last rows are zero, or with ``fill`` the principal directions of the inputs, of which at least half
+    of the rows are then. ``A x`` is about as large along each as with the A that LoRA starts from by default. B is
     left alone; it should be zero. A layer whose tokens are not those of the head keeps its A.
 
     One forward pass a batch; the backward pass is that of the head and the loss alone, and no layer keeps anything for it.
@@ -102,6 +129,14 @@ def start_from_errors(
     Raises:
         InputError: the model has no LoRA layer, or a rank of 1, or no vocabulary head; the losses have no gradient; or there are no batches.
     """
+    taken(model, batches, losses, fill=fill)
+    return model
+
+
+def taken(
+    model: Any, batches: Iterable[Mapping[str, Any]], losses: Callable[[Any, Any], Tensor] | None, *, fill: bool
+) -> dict[Any, float]:
+    """:func:`start_from_errors`; of every layer whose A was taken how large a coordinate of ``A x`` is."""
     layers, head = lora_layers(model), getattr(model, "get_output_embeddings", lambda: None)()
     ranks = {layer: [a.weight.shape[0] for a in layer.lora_A.values()] for layer in layers}
     if min(min(own) for own in ranks.values()) < 2:
@@ -110,7 +145,7 @@ def start_from_errors(
         )
     if head is None:
         raise InputError("the model has no vocabulary head whose errors A could start from: start LoRA in another way")
-    sums: dict[Any, _Sums] = {layer: _Sums() for layer in layers}
+    sums = {layer: _Sums(keep=2 * max(own) if fill else 0) for layer, own in ranks.items()}
     sketch: Tensor | None = None
     for batch in batches:
         with _watched(model, layers, head) as seen, torch.enable_grad():
@@ -136,7 +171,7 @@ def start_from_errors(
     for layer, of in sums.items():
         for a in layer.lora_A.values() if of.count else ():
             a.weight.copy_(of.rows(a.weight.shape[0]))
-    return model
+    return {layer: of.size for layer, of in sums.items() if of.count}
 
 
 def _sketch(hidden: int, rank: int) -> Tensor:

@@ -51,21 +51,36 @@ def late_down(model: Any) -> list[str]:
     Raises:
         InputError: the model has no layers in a row, or no such linear layers.
     """
-    layers, pairs, hidden = _late(model), _pairs(model), model.config.get_text_config().hidden_size
+    layers = _late(model)
+    found = [
+        name for name in adding_to_stream(model) if name.startswith(layers) and not re.search(r"attn|attention", name)
+    ]
+    if not found:
+        raise InputError(
+            f"{type(model).__name__} has no linear layers that lead from a feed-forward block back, which late-down stands for: name the targets "
+            "of LoRA"
+        )
+    return found
+
+
+# Last parts of the names of the layers behind attention; those of queries, keys and values may be as wide.
+_BEHIND_ATTENTION = re.compile(r"\.(o_proj|out_proj|c_proj|dense|wo)$")
+
+
+def adding_to_stream(model: Any) -> list[str]:
+    """Names of the linear layers whose output is added to what the head reads: those that lead from a feed-forward block back to the width of the
+    model, and those behind attention. With an adapter a layer has the name of the layer below it."""
+    pairs, hidden = _pairs(model), model.config.get_text_config().hidden_size
     found = []
     for name, module in model.named_modules():
         sides = [
             getattr(module, side, None)
             for side in (("nx", "nf") if hasattr(module, "nf") else ("in_features", "out_features"))
         ]
-        is_back = sides[1] == hidden and frozenset(sides) in pairs
-        if is_back and name.startswith(layers) and not re.search(r"attn|attention", name):
+        is_attention = re.search(r"attn|attention", name) is not None
+        back = frozenset(sides) in pairs and not is_attention
+        if sides[1] == hidden and (back or (is_attention and _BEHIND_ATTENTION.search(name))):
             found.append(name)
-    if not found:
-        raise InputError(
-            f"{type(model).__name__} has no linear layers that lead from a feed-forward block back, which late-down stands for: name the targets "
-            "of LoRA"
-        )
     return found
 
 

@@ -108,7 +108,7 @@ def _watched(layers: list[Any], sketches: dict[Any, Tensor]) -> Iterator[Callabl
     def add(layer: Any, inputs: tuple[Tensor, ...]) -> None:
         rows = _rows(inputs[0], counted)
         keep = _SPARE * max(a.weight.shape[0] for a in layer.lora_A.values())
-        sketches[layer] = _merged(sketches.get(layer), rows, keep)
+        sketches[layer] = merged(sketches.get(layer), rows, keep)
 
     handles = [layer.register_forward_pre_hook(add) for layer in layers]
     try:
@@ -126,7 +126,7 @@ def _rows(x: Tensor, counted: Tensor | None) -> Tensor:
     return flat[:: -(-len(flat) // _TOKENS) or 1].cpu().double()
 
 
-def _merged(sketch: Tensor | None, rows: Tensor, keep: int) -> Tensor:
+def merged(sketch: Tensor | None, rows: Tensor, keep: int) -> Tensor:
     """The leading principal directions of both together, each as long as its singular value, shape (at most keep, width).
 
     From the Gram matrix of the rows, as there are fewer of them than the widths of large models.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from ..errors import InputError, nearest, warn
 from ..names import FROM_EXAMPLES, LORA_INITS
 from ..parameters import dtype_name
 from .error_directions import start_from_errors
+from .feedback import start_from_feedback
 from .kinds import is_adapted, model_kind
 from .late import late_down, late_mlp
 from .prefix import add_prefix
@@ -38,6 +39,13 @@ _PROJECTIONS = tuple(
         "c_attn", "attn_qkv", "q v", "q_b_proj kv_b_proj", "q_proj kv_b_proj", "Wq Wv", "project_q project_v",
     )
 )  # fmt: skip
+
+
+_STARTS: dict[str, Callable[[Any, Iterable[Mapping[str, Any]]], Any]] = {
+    "eva": start_from_inputs,
+    "errors": start_from_errors,
+    "feedback": start_from_feedback,
+}
 
 
 def tune(
@@ -63,7 +71,7 @@ def tune(
     ``late-mlp``        the feed-forward matrices of all layers but the first third; where a model has none, all matrices of
                         these layers (:mod:`.late`)
     ``lora``            ``B A`` in ``W + (alpha / rank) B A``, of the query and value projections (Hu et al., ICLR
-                        2022); A by ``lora_init``, B zero; no dropout
+                        2022); A and B by ``lora_init``; no dropout
     ``prefix``          keys and values of ``prefix_length`` positions before the text (:mod:`.prefix`)
     anything else       parameters whose name the regular expression is found in (``re.search``), biases for example:
                         ``bias$``. A tied tensor, such as a head that is the embedding too, is one parameter: naming
@@ -81,10 +89,11 @@ def tune(
             feed-forward block back to the width of the model, or last parts of the names of tensors that hold a slice for every expert, all of which
             are ``experts``; by default the modules that ``peft`` adapts in this architecture, else the query and value projections by
             their usual names. A tied head gets a copy of its weights, as merging would move the embedding too; a warning says so.
-        lora_init: what A is at first. ``default`` and ``gaussian`` are random, peft's; of each layer's inputs ``eva`` takes the principal
-            directions (:mod:`.principal`), ``errors`` those that go with the errors of the predictions (:mod:`.error_directions`).
+        lora_init: what A is at first; B is zero. ``default`` and ``gaussian`` are random, peft's; of each layer's inputs ``eva`` takes the principal
+            directions (:mod:`.principal`), ``errors`` those that go with the errors of the predictions (:mod:`.error_directions`). With ``feedback`` A
+            has both, and B is where a walk along the errors ends (:mod:`.feedback`).
         freeze_a: tune B alone.
-        inputs: for ``eva`` and ``errors``, a few minibatches of model inputs; for ``errors`` with labels.
+        inputs: for ``eva``, ``errors`` and ``feedback``, minibatches of model inputs; for the latter two with labels. ``feedback`` takes a step on each of up to 100.
         seed: of A, or of the tokens that the prefix starts from.
 
     Raises:
@@ -102,11 +111,11 @@ def tune(
             )
         if (lora_init in FROM_EXAMPLES) != (inputs is not None):
             raise InputError(
-                "inputs, a few minibatches, and lora_init='eva' or 'errors', which take A from them, belong together"
+                "inputs, a few minibatches, and lora_init='eva', 'errors' or 'feedback', which start from them, belong together"
             )
         model = _add_lora(model, lora_rank, lora_alpha, lora_targets, lora_init, seed)
         if inputs is not None:
-            (start_from_inputs if lora_init == "eva" else start_from_errors)(model, inputs)
+            _STARTS[lora_init](model, inputs)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(parameter.requires_grad and not (freeze_a and ".lora_A." in name))
     elif mode == "prefix":

@@ -49,6 +49,13 @@ TOLERANCE = {torch.float64: (1e-6, 1e-9), torch.float32: (5e-2, 1e-5)}
 ROUGH = (0.5, 3e-2)
 
 
+def tolerance(used: Sequence[Tensor], module: nn.Module | None) -> tuple[float, float]:
+    """How far the two may be apart: by the coarsest dtype of what was perturbed and of what else the model computes with, as a float32 adapter
+    adds to activations in half precision."""
+    beside = [] if module is None else [p for p in module.parameters() if p.is_floating_point()]
+    return max((TOLERANCE.get(p.dtype, ROUGH) for p in (*used, *beside)), default=ROUGH)
+
+
 class SidePathError(InputError, ReadElsewhereError):
     """The losses are not those of perturbed weights: the model mixes its examples, or reads weights past the side path."""
 
@@ -228,8 +235,7 @@ class SidePath(Perturbation):
         """Those of the wanted examples whose loss is not that of perturbed weights: what moves it here, and what would there."""
         (side,) = self.losses(step, [query], closure)
         used = TunedParameters([tensor for tensor in self.tuned if tensor.id in self.used], self.tuned.module)
-        dtypes = [TOLERANCE.get(tensor.parameter.dtype, ROUGH) for tensor in used]
-        share, of_loss = max(dtypes, default=ROUGH)
+        share, of_loss = tolerance([tensor.parameter for tensor in used], self.tuned.module)
         weights, wrong = Scratch(used, self.noise), {}
         for b in wanted:
             with weights:

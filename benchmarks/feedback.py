@@ -1,0 +1,125 @@
+"""LoRA that starts from a walk along the errors: where the walk ends, by its rate, its steps and the rank, and what it costs.
+
+    python benchmarks/feedback.py --data FOLDER                                  # the 135M model on four tasks, the default walk, three seeds
+    python benchmarks/feedback.py --data FOLDER --tasks sst2 --rates 4e-3 8e-3 --ranks 8 16 --seeds 0 --output feedback-rates
+
+FOLDER holds a folder of data for every task. Loss and metric of the development and the test split, untuned and behind the walk (of text that is
+written the loss alone), seconds of a step of the walk, and of a forward pass over the same minibatch.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from itertools import chain, islice, repeat
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import HERE, parser, write
+
+from forwardtune import StratifiedSampler
+from forwardtune.evaluation import evaluate, find_layout, prepare, training_objective
+from forwardtune.models import load_model, start_from_feedback, tune
+from forwardtune.tasks import get_task, load_splits
+from forwardtune.tasks.encoding import Encoder
+
+BATCH, TRAIN, DEV, TEST, LENGTH = {"squad": 8}, 1000, 64, {"squad": 100}, 256
+
+
+class Task:
+    """A task's examples for a model."""
+
+    def __init__(self, name: str, data: str, model: Any, tokenizer: Any) -> None:
+        self.task, self.model, self.tokenizer = get_task(name), model, tokenizer
+        sizes = {"train_examples": TRAIN, "dev_examples": DEV, "test_examples": TEST.get(name, 600)}
+        splits = load_splits(self.task, data_dir=str(Path(data) / name), **sizes)
+        encoder = Encoder(tokenizer, LENGTH)
+        self.splits = {split: encoder(self.task, found.examples) for split, found in splits.items()}
+        self.layout = find_layout(model, tokenizer, self.splits["train"])
+        self.batch = BATCH.get(name, 16)
+
+    def batches(self, seed: int, steps: int) -> Any:
+        """Minibatches of a walk."""
+        train = self.splits["train"]
+        labels = [example.label for example in train] if self.task.fixed_answers else [0] * len(train)
+        order = chain.from_iterable(repeat(StratifiedSampler(labels, seed)))
+        for _ in range(steps):
+            yield prepare(self.model, self.tokenizer, [train[i] for i in islice(order, self.batch)], self.layout)
+
+    def measure(self, model: Any, split: str) -> dict[str, float]:
+        """Loss, and the metric where nothing is written for it."""
+        how = {"batch_size": 16, "layout": self.layout, "loss_alone": self.task.free_text}
+        return evaluate(model, self.tokenizer, self.task, self.splits[split], **how)
+
+
+def walk(task: Task, model: Any, key: dict[str, Any]) -> dict[str, Any]:
+    """One walk."""
+    adapted = tune(
+        model,
+        task.tokenizer,
+        "lora",
+        lora_rank=key["rank"],
+        lora_targets=["late-down"],
+        freeze_a=True,
+        seed=key["seed"],
+    )
+    objective, dev = training_objective(task.task), []
+
+    def watched() -> float:
+        dev.append(task.measure(adapted, "dev"))
+        return dev[-1]["loss"]
+
+    began = time.process_time()
+    batches = task.batches(key["seed"], key["steps"])
+    start_from_feedback(adapted, batches, objective, steps=key["steps"], rate=key["rate"], watched=watched)
+    seconds = time.process_time() - began
+    row = {**key, "dev": dev, "test": task.measure(adapted, "test"), "processor_seconds": seconds}
+    adapted.unload()
+    return json.loads(json.dumps(row))
+
+
+def main() -> None:
+    """Walk what is missing, and print it."""
+    options = parser(__doc__)
+    options.add_argument("--data", required=True)
+    options.add_argument("--tasks", nargs="+", default=["sst2", "sst5", "squad", "boolq"])
+    options.add_argument("--rates", type=float, nargs="+", default=[4e-3])
+    options.add_argument("--ranks", type=int, nargs="+", default=[8])
+    options.add_argument("--steps", type=int, nargs="+", default=[100])
+    options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    options.add_argument("--threads", type=int, default=1)
+    options.add_argument("--output", default="feedback")
+    given = options.parse_args()
+    torch.set_num_threads(given.threads)
+    path = HERE / "results" / f"{given.output}.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    model, tokenizer = load_model("smollm2-135m", dtype="bfloat16", device="cpu")
+    for name in given.tasks:
+        task = Task(name, given.data, model, tokenizer)
+        if not any(row["task"] == name and row["steps"] == 0 for row in rows):
+            rows.append(
+                {"task": name, "steps": 0, "dev": [task.measure(model, "dev")], "test": task.measure(model, "test")}
+            )
+            print(name, "untuned", rows[-1]["test"], flush=True)
+        for seed in given.seeds:
+            for rank, steps, rate in ((k, n, lr) for k in given.ranks for n in given.steps for lr in given.rates):
+                key = {"task": name, "rank": rank, "steps": steps, "rate": rate, "seed": seed}
+                if any(key.items() <= row.items() for row in rows):
+                    continue
+                rows.append(walk(task, model, key))
+                write(given.output, {"rows": rows})
+                losses = " ".join(f"{dev['loss']:.3f}" for dev in rows[-1]["dev"])
+                print(
+                    *key.values(),
+                    "dev",
+                    losses,
+                    "test",
+                    rows[-1]["test"],
+                    f"{rows[-1]['processor_seconds']:.0f} s",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()

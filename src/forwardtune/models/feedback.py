@@ -1,0 +1,241 @@
+"""L5: LoRA that starts where a walk along the errors ends: B from what forward passes alone say of its gradient.
+
+In a transformer a layer's output is added to a stream that the head reads. So the gradient of the loss with respect to the output of the last layer,
+which needs the head's backward pass and no other, is about that of every layer before, but for what the layers in between make of their
+input. With it the gradient of ``B`` in ``W + s B A`` is about
+
+    G = s sum_t e_t (A x_t)^T,        e_t: the gradient at the last layer's output, x_t: the layer's input, over the tokens t with an error
+
+(exact in the last layer). A step costs one forward pass, half of a step of MeZO, and no memory of activations. The direction is biased, so a walk
+along it is watched on examples of which it learns nothing, and forward passes along random directions go on from where it ends.
+
+Source: feedback that reaches layers without a backward pass is direct feedback alignment (Nokland, 2016), with random matrices in the place of the stream;
+that layers share a stream which the head can read is the "logit lens" (nostalgebraist, 2020).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError
+from .error_directions import taken
+from .late import adding_to_stream, late_down
+from .principal import lora_layers
+
+# A is taken from so many batches.
+_FOR_A = 16
+# The walk is watched so often.
+_WATCHES = 4
+# After a stretch that made the loss worse, the rate is divided by this.
+_SLOWER = 3.0
+
+
+def lacks_place(model: Any) -> str | None:
+    """Why LoRA on ``late-down`` cannot start so in this model; None where it can."""
+    if getattr(model, "get_output_embeddings", lambda: None)() is None:
+        return f"{type(model).__name__} has no vocabulary head that errors could come from"
+    try:
+        late_down(model)
+    except InputError:
+        return f"{type(model).__name__} has no linear layers that lead from a feed-forward block back"
+    return None
+
+
+@dataclass
+class _Walk:
+    """What is tuned, and how long steps are.
+
+    Attributes:
+        layers: LoRA layers that add to the stream, in the order in which they are called.
+        optimizer: Adam over their B, in float32.
+        best: B where the watched loss was lowest, and that loss.
+    """
+
+    layers: list[Any]
+    optimizer: torch.optim.Adam
+    rates: list[float]
+    best: tuple[list[Tensor], float] = ([], math.inf)
+    scale: float = 1.0
+
+    def b(self) -> list[Tensor]:
+        return [b.weight for layer in self.layers for b in layer.lora_B.values()]
+
+    def seen(self, loss: float) -> None:
+        """The loss after a stretch. A worse one is undone, and what follows is slower."""
+        if loss < self.best[1]:
+            self.best = [b.detach().clone() for b in self.b()], loss
+        else:
+            self.back()
+            self.scale /= _SLOWER
+
+    def back(self) -> None:
+        for b, best in zip(self.b(), self.best[0], strict=True):
+            b.data.copy_(best)
+        self.optimizer.state.clear()
+
+
+@dataclass
+class _Seen:
+    """What one forward pass showed: of each layer what B read and, of the last, the output."""
+
+    read: dict[Any, Tensor] = field(default_factory=dict)
+    sizes: dict[Any, float] = field(default_factory=dict)
+    order: list[Any] = field(default_factory=list)
+    last: Tensor | None = None
+
+
+@torch.no_grad()
+def start_from_feedback(
+    model: Any,
+    batches: Iterable[Mapping[str, Any]],
+    losses: Callable[[Any, Any], Tensor] | None = None,
+    *,
+    steps: int = 100,
+    rate: float = 4e-3,
+    watched: Callable[[], float] | None = None,
+) -> Any:
+    """Let LoRA start where so many steps along the errors end.
+
+    A is as :func:`start_from_errors` makes it with ``fill``, of the first 16 batches. B is zero at first and takes a step of Adam a
+    batch, the first 16 among them, along ``G`` of this module's page, by a rate that falls to 0. A step of all L layers together adds to an element of the
+    stream ``rate`` times what these layers add to it untuned, a layer ``rate / L sqrt(sum_l |y_l|^2)`` for an input as usual (root mean squares, of the
+    median token, of the outputs y).
+
+    With ``watched``, the loss of examples that are not among the batches, the walk is watched at its beginning and after each quarter: one that made it worse is
+    undone, and the rate is a third from there on. So B is where the loss is lowest, which may be zero.
+
+    Args:
+        model: with a LoRA adapter on layers that add to the stream, such as ``late-down``; changed in place. Its base may be quantised.
+        batches: model inputs, with what the losses need. One that has no finite loss is left out.
+        losses: ``(model, batch) -> losses``, with a gradient; by default the model's own, ``model(**batch).loss``. Their mean is lowered.
+        steps: at most; fewer if there are fewer batches.
+
+    Returns:
+        The model.
+
+    Raises:
+        InputError: as of :func:`start_from_errors`; or no layer with an adapter adds to the stream, or steps or rate are not positive.
+    """
+    if steps < 1 or not 0 < rate < math.inf:
+        raise InputError(f"feedback takes a positive number of steps and rate, got {steps} and {rate}")
+    given = iter(batches)
+    first = list(islice(given, _FOR_A))
+    features = taken(model, first, losses, fill=True)
+    walk = _begun(model, first[0], losses, rate, features)
+    if watched is not None:
+        walk.seen(watched())
+    stretch = -(-steps // _WATCHES)
+    done = 0
+    for batch in islice(chain(first, given), steps):
+        for group, own in zip(walk.optimizer.param_groups, walk.rates, strict=True):
+            group["lr"] = own * walk.scale * (1 - done / steps)
+        _step(model, walk, batch, losses)
+        done += 1
+        if watched is not None and (done % stretch == 0 or done == steps):
+            walk.seen(watched())
+    if watched is not None:
+        if done % stretch and done < steps:
+            walk.seen(watched())
+        walk.back()
+    for b in walk.b():
+        b.grad = None
+    return model
+
+
+@torch.no_grad()
+def _begun(model: Any, batch: Any, losses: Any, rate: float, features: Mapping[Any, float]) -> _Walk:
+    """Which layers add to the stream, and how long a step is in each, given how large what B reads is."""
+    layers = lora_layers(model)
+    with _watched(model, layers, None) as seen:
+        _losses(model, batch, losses)
+    adapted = [layer for layer in dict.fromkeys(seen.order) if layer in seen.sizes]
+    adding = {id(model.get_submodule(name)) for name in adding_to_stream(model)}
+    into = [layer for layer in adapted if id(layer) in adding and features.get(layer)]
+    if not into:
+        raise InputError(
+            "errors come back along the stream that layers add to, and no layer with an adapter does: choose late-down as the targets of LoRA, or "
+            "start it in another way"
+        )
+    size = math.sqrt(sum(seen.sizes[layer] ** 2 for layer in into)) / len(into)
+    groups, rates = [], []
+    for layer in into:
+        for name, b in layer.lora_B.items():
+            b.weight.zero_()
+            groups.append({"params": [b.weight]})
+            rates.append(rate * size / (features[layer] * layer.scaling[name]))
+    return _Walk(into, torch.optim.Adam(groups, lr=rate), rates)
+
+
+def _usual(x: Tensor) -> float:
+    """The root mean square of the elements of the median token: some tokens have thousands of times as large ones."""
+    return float(x.detach().flatten(0, -2).float().square().mean(1).median().sqrt()) or 1.0
+
+
+def _losses(model: Any, batch: Any, losses: Any) -> Tensor:
+    loss = losses(model, batch) if losses is not None else model(**batch).loss
+    return loss.mean()
+
+
+def _step(model: Any, walk: _Walk, batch: Any, losses: Any) -> None:
+    """One forward pass, and a step of Adam along what it says."""
+    with _watched(model, walk.layers, walk.layers[-1]) as seen, torch.enable_grad():
+        loss = _losses(model, batch, losses)
+        if not bool(loss.isfinite()) or seen.last is None:
+            return
+        (found,) = torch.autograd.grad(loss, seen.last)
+    errors = found.flatten(0, -2)
+    at = errors.abs().amax(1).nonzero()[:, 0]
+    e = errors[at].float()
+    if not bool(e.isfinite().all()):
+        return
+    for layer in walk.layers:
+        for name, b in layer.lora_B.items():
+            read = seen.read.get((layer, name))
+            if read is None or read.flatten(0, -2).shape[0] != len(errors):
+                b.weight.grad = None  # of other tokens than the last layer's, this time
+                continue
+            x = read.flatten(0, -2)[at.to(read.device)].float()
+            b.weight.grad = (layer.scaling[name] * (e.to(x.device).T @ x)).to(b.weight)
+    walk.optimizer.step()
+
+
+@contextmanager
+def _watched(model: Any, layers: list[Any], last: Any) -> Iterator[_Seen]:
+    """Inside, a forward pass shows what every B reads, and has a gradient from the output of the last layer on alone."""
+    seen = _Seen()
+
+    def note(layer: Any, name: str) -> Callable[..., None]:
+        def of(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            seen.read[layer, name] = inputs[0].detach()
+
+        return of
+
+    def after(layer: Any, _: Any, output: Tensor) -> Tensor | None:
+        seen.order.append(layer)
+        if last is None:
+            seen.sizes[layer] = _usual(output)
+        if layer is not last:
+            return None
+        seen.last = output.detach().requires_grad_()
+        return seen.last
+
+    handles = [layer.register_forward_hook(after) for layer in layers]
+    handles += [b.register_forward_pre_hook(note(layer, name)) for layer in layers for name, b in layer.lora_B.items()]
+    tuned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in tuned:
+        parameter.requires_grad_(False)
+    try:
+        yield seen
+    finally:
+        for parameter in tuned:
+            parameter.requires_grad_(True)
+        for handle in handles:
+            handle.remove()
