@@ -122,7 +122,8 @@ def test_who_says_how_the_method_shall_be_gets_the_papers(given: dict[str, Any],
     if method == "feedback":
         assert (run.lora_targets, run.lora_init, run.freeze_a, run.rank) == ("late-down", "feedback", True, 0)
     elif run.tune == "lora":
-        assert run.lora_targets is None and not run.freeze_a
+        assert run.lora_targets is None
+        assert not run.freeze_a
 
 
 def test_a_run_by_default_learns_and_replays(tmp_path: Path) -> None:
@@ -149,7 +150,8 @@ def test_a_model_without_a_place_for_feedback_gets_forward(tmp_path: Path) -> No
     assert read_log(tmp_path / "run" / "steps.jsonl").header["run"]["tune"] == "late-mlp"
     done(*setting.resume(tmp_path / "run", steps=STEPS + 2))
     named = cli(*setting.train(tmp_path / "named", method="feedback"))
-    assert named.code == 2 and "no linear layers that lead from a feed-forward block back" in named.err
+    assert named.code == 2
+    assert "no linear layers that lead from a feed-forward block back" in named.err
 
 
 def test_a_run_of_late_matrices_learns_and_replays(tmp_path: Path) -> None:

@@ -88,17 +88,19 @@ def test_a_has_the_mean_the_errors_and_principal_inputs_at_right_angles() -> Non
 
 
 def test_coordinates_are_of_one_size() -> None:
-    """That of a coordinate with the A that LoRA starts from by default, measured on the tokens that A was taken from."""
-    model, given, seen = adapted(rank=4, dtype=torch.float64), batches(), {}
-    layer = next(m for n, m in model.named_modules() if n.endswith("1.mlp.down_proj"))
+    """In all layers, whatever the size of their inputs, measured on the tokens that A was taken from."""
+    model, given = adapted(rank=4, dtype=torch.float64), batches()
+    seen: dict[Any, list[Tensor]] = {}
+    layers = [m for n, m in model.named_modules() if n.endswith("mlp.down_proj")]
     start_from_errors(model, given, choice, fill=True)
-    layer.register_forward_pre_hook(lambda _, x: seen.setdefault("x", []).append(x[0].detach()[:, -1]))
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda m, x: seen.setdefault(m, []).append(x[0].detach()[:, -1]))
     mean_loss(model, given)
-    x = torch.cat(seen["x"])
-    size = (x.square().mean() / 3).sqrt()
-    coordinates = x @ layer.lora_A["default"].weight.double().T
-    torch.testing.assert_close(coordinates[:, 0].mean().abs(), size, rtol=1e-3, atol=0)
-    torch.testing.assert_close(coordinates[:, 1:].std(0, correction=0), size.expand(3), rtol=0.1, atol=0)
+    for layer in layers:
+        x = torch.cat(seen[layer])
+        coordinates = layer.scaling["default"] * x @ layer.lora_A["default"].weight.double().T
+        assert float(coordinates[:, 0].mean().abs()) == pytest.approx(1, rel=1e-3)
+        torch.testing.assert_close(coordinates[:, 1:].std(0, correction=0), torch.ones(3).double(), rtol=0.1, atol=0)
 
 
 def test_it_learns_in_forward_passes_and_asks_no_layer_for_a_gradient() -> None:

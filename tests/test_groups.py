@@ -293,7 +293,9 @@ def test_the_command_line_groups_where_a_task_has_labels(tmp_path: Path) -> None
     free.write_text(re.sub(r"answers:.*\n", "target: label\nmax_new_tokens: 3\n", setting.task.read_text()))
     for task, group_size in ((setting.task, 2), (free, 1)):
         folder = tmp_path / f"run-{task.stem}"
-        done(*Setting(setting.model, task).train(folder, method="forward", steps=2))
+        ran = done(*Setting(setting.model, task).train(folder, method="forward", steps=2))
+        said = "spread over the minibatches by their labels, 2 of them share a direction" in ran.err
+        assert said == (group_size == 2)
         header = read_log(folder / "steps.jsonl").header
         assert header.get("group_size", 1) == group_size
         assert (header["run"]["group_size"], header["run"]["stratify"]) == (group_size, "auto")

@@ -147,6 +147,16 @@ def test_what_is_spent_once_and_twice() -> None:
     assert seconds_behind(9, beside, session) - seconds_behind(9, COST, session) == pytest.approx(3)
 
 
+def test_a_walk_along_the_errors_costs_half_a_step_for_each_of_its_own() -> None:
+    """And the minibatches that A is taken from, and five looks at the 20 examples of the development split."""
+    plain = asked_for()
+    for steps, passes in ((100, 116), (6, 12)):
+        walked = asked_for(tune="lora", lora_init="feedback", feedback_steps=steps)
+        more = seconds_of_run(9, COST, walked) - seconds_of_run(9, COST, plain)
+        assert more == pytest.approx(passes * (COST.step - COST.update) / 2 + 5 * 20 * COST.watching)
+    assert seconds_of_run(9, COST, asked_for(tune="lora", lora_init="eva")) == seconds_of_run(9, COST, plain)
+
+
 def test_plan_measures_general_text_and_layers(setting: Setting, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("so long a text that it is read in part " * 2000)
     changes = {"batch_size": 4, "lr": 1e-3, "steps": 5, "json": True, "method": "mezo"}

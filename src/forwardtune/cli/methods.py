@@ -108,6 +108,9 @@ def _run_mezo(session: Session, folder: Path, log: Log | None, settings: dict[st
     trainer.add_callback(Copied(lambda: trainer.mezo))
     own = session.workers.own(folder)
     trainer.add_callback(ObjectiveLog(objective, own, session.workers, completions=bool(options.log_completions)))
+    if session.stratify == "label":
+        shared = f", {options.group_size} of them share a direction" if (options.group_size or 1) > 1 else ""
+        say(f"examples are spread over the minibatches by their labels{shared}")
     say(f"tuning for {options.steps} steps{f', {done} of them done' if done else ''}; steps go to {trainer.step_log}")
     run = Run(
         session,

@@ -60,19 +60,18 @@ class _Sums:
         if self.keep:
             self.sketch = merged(self.sketch, x, self.keep)
 
-    def rows(self, rank: int) -> Tensor:
-        """A, shape (rank, width): the mean input, and at right angles to it what goes with the errors, in no more than half of the rows where
-        principal directions follow; zeros where that is all."""
+    def rows(self, rank: int, size: float) -> Tensor:
+        """A, shape (rank, width), by which a coordinate of ``A x`` is of that size: the mean input, and at right angles to it what goes with the errors, in
+        no more than half of the rows where principal directions follow; zeros where that is all."""
         mean = torch.as_tensor(self.inputs) / self.count
         centred = torch.as_tensor(self.products).double() - torch.outer(torch.as_tensor(self.errors), mean)
         _, sizes, vectors = torch.linalg.svd(centred, full_matrices=False)
         found = vectors[sizes > _LEAST * sizes[0]][: rank - 1 if self.sketch is None else rank // 2]
         width, overall = len(mean), self.square / self.count
         spread = max(overall - float(mean.square().sum()), 0.0) / width  # variance along a direction, on average
-        as_large = self.size
         if self.sketch is None:
             both = torch.linalg.qr(torch.cat([mean[None], found]).T)[0].T
-            lengths = [as_large / float(mean.norm()), *[as_large / math.sqrt(spread or 1.0)] * len(found)]
+            lengths = [size / float(mean.norm()), *[size / math.sqrt(spread or 1.0)] * len(found)]
         else:
             free = rank - 1 - len(found)
             taken = torch.linalg.qr(torch.cat([mean[None], found]).T)[0]
@@ -81,14 +80,14 @@ class _Sums:
             tail = max(self.square - float(self.sketch.square().sum()), 0.0) / width  # what the sketch has lost
             moments = ((self.sketch @ both[1:].T).square().sum(0) + tail) / self.count
             own = (moments - (both[1:] @ mean).square()).clamp(min=_LEAST**2 * overall / width).sqrt()
-            lengths = [as_large / float(mean.norm()), *(as_large / own).tolist()]
+            lengths = [size / float(mean.norm()), *(size / own).tolist()]
         rows = torch.zeros(rank, width, dtype=both.dtype)
         rows[: len(both)] = both * torch.tensor(lengths, dtype=both.dtype)[:, None]
         return rows
 
     @property
-    def size(self) -> float:
-        """Of a coordinate of ``A x``: as with the A that LoRA starts from by default."""
+    def usual(self) -> float:
+        """The size of a coordinate of ``A x`` with the A that LoRA starts from by default."""
         return math.sqrt(self.square / self.count / torch.as_tensor(self.inputs).numel() / 3)
 
 
@@ -112,8 +111,9 @@ def start_from_errors(
 
     The first row is along the mean mu; those after it, at right angles, span the leading right singular vectors of
     ``sum_t e_t (x_t - mu)^T``, shape (hidden, width), over the tokens t with an error e_t, the gradient of the losses with respect to the head's
-    input. Of a layer whose errors span less the last rows are zero, or with ``fill`` the principal directions of the inputs, of which at least half
-    of the rows are then. ``A x`` is about as large along each as with the A that LoRA starts from by default. B is
+    input. Of a layer whose errors span less the last rows are zero. ``A x`` is about as large along each as with the A that LoRA starts from by default.
+    With ``fill`` at most half of the rows are of errors, and the others along the principal directions of the inputs; times LoRA's scale, ``A x`` has a standard
+    deviation of 1 along each, so that one rate for B suits all layers, whose inputs differ in size by a factor of twenty. B is
     left alone; it should be zero. A layer whose tokens are not those of the head keeps its A.
 
     One forward pass a batch; the backward pass is that of the head and the loss alone, and no layer keeps anything for it.
@@ -135,8 +135,8 @@ def start_from_errors(
 
 def taken(
     model: Any, batches: Iterable[Mapping[str, Any]], losses: Callable[[Any, Any], Tensor] | None, *, fill: bool
-) -> dict[Any, float]:
-    """:func:`start_from_errors`; of every layer whose A was taken how large a coordinate of ``A x`` is."""
+) -> set[Any]:
+    """:func:`start_from_errors`; the layers whose A was taken."""
     layers, head = lora_layers(model), getattr(model, "get_output_embeddings", lambda: None)()
     ranks = {layer: [a.weight.shape[0] for a in layer.lora_A.values()] for layer in layers}
     if min(min(own) for own in ranks.values()) < 2:
@@ -169,9 +169,9 @@ def taken(
             "no token with an error entered a layer with an adapter: give a few batches of the training examples"
         )
     for layer, of in sums.items():
-        for a in layer.lora_A.values() if of.count else ():
-            a.weight.copy_(of.rows(a.weight.shape[0]))
-    return {layer: of.size for layer, of in sums.items() if of.count}
+        for name, a in layer.lora_A.items() if of.count else ():
+            a.weight.copy_(of.rows(a.weight.shape[0], 1 / layer.scaling[name] if fill else of.usual))
+    return {layer for layer, of in sums.items() if of.count}
 
 
 def _sketch(hidden: int, rank: int) -> Tensor:

@@ -16,7 +16,7 @@ that layers share a stream which the head can read is the "logit lens" (nostalge
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -57,13 +57,16 @@ class _Walk:
         layers: LoRA layers that add to the stream, in the order in which they are called.
         optimizer: Adam over their B, in float32.
         best: B where the watched loss was lowest, and that loss.
+        rate: of the next step, but for its fall.
     """
 
     layers: list[Any]
     optimizer: torch.optim.Adam
-    rates: list[float]
     best: tuple[list[Tensor], float] = ([], math.inf)
-    scale: float = 1.0
+    rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.rate = self.optimizer.defaults["lr"]
 
     def b(self) -> list[Tensor]:
         return [b.weight for layer in self.layers for b in layer.lora_B.values()]
@@ -74,7 +77,7 @@ class _Walk:
             self.best = [b.detach().clone() for b in self.b()], loss
         else:
             self.back()
-            self.scale /= _SLOWER
+            self.rate /= _SLOWER
 
     def back(self) -> None:
         for b, best in zip(self.b(), self.best[0], strict=True):
@@ -128,15 +131,14 @@ def start_from_feedback(
         raise InputError(f"feedback takes a positive number of steps and rate, got {steps} and {rate}")
     given = iter(batches)
     first = list(islice(given, _FOR_A))
-    features = taken(model, first, losses, fill=True)
-    walk = _begun(model, first[0], losses, rate, features)
+    fed = taken(model, first, losses, fill=True)
+    walk = _begun(model, first[0], losses, rate, fed)
     if watched is not None:
         walk.seen(watched())
     stretch = -(-steps // _WATCHES)
     done = 0
     for batch in islice(chain(first, given), steps):
-        for group, own in zip(walk.optimizer.param_groups, walk.rates, strict=True):
-            group["lr"] = own * walk.scale * (1 - done / steps)
+        walk.optimizer.param_groups[0]["lr"] = walk.rate * (1 - done / steps)
         _step(model, walk, batch, losses)
         done += 1
         if watched is not None and (done % stretch == 0 or done == steps):
@@ -151,27 +153,24 @@ def start_from_feedback(
 
 
 @torch.no_grad()
-def _begun(model: Any, batch: Any, losses: Any, rate: float, features: Mapping[Any, float]) -> _Walk:
-    """Which layers add to the stream, and how long a step is in each, given how large what B reads is."""
+def _begun(model: Any, batch: Any, losses: Any, rate: float, fed: Collection[Any]) -> _Walk:
+    """Which layers add to the stream, of those whose A was taken, and how long a step is."""
     layers = lora_layers(model)
     with _watched(model, layers, None) as seen:
         _losses(model, batch, losses)
     adapted = [layer for layer in dict.fromkeys(seen.order) if layer in seen.sizes]
     adding = {id(model.get_submodule(name)) for name in adding_to_stream(model)}
-    into = [layer for layer in adapted if id(layer) in adding and features.get(layer)]
+    into = [layer for layer in adapted if id(layer) in adding and layer in fed]
     if not into:
         raise InputError(
             "errors come back along the stream that layers add to, and no layer with an adapter does: choose late-down as the targets of LoRA, or "
             "start it in another way"
         )
     size = math.sqrt(sum(seen.sizes[layer] ** 2 for layer in into)) / len(into)
-    groups, rates = [], []
-    for layer in into:
-        for name, b in layer.lora_B.items():
-            b.weight.zero_()
-            groups.append({"params": [b.weight]})
-            rates.append(rate * size / (features[layer] * layer.scaling[name]))
-    return _Walk(into, torch.optim.Adam(groups, lr=rate), rates)
+    every = [b.weight for layer in into for b in layer.lora_B.values()]
+    for b in every:
+        b.zero_()
+    return _Walk(into, torch.optim.Adam(every, lr=rate * size))
 
 
 def _usual(x: Tensor) -> float:
