@@ -443,3 +443,26 @@ def test_a_plan_is_measured_on_the_device(tiny_folder, tmp_path):
         "plan", "--model", tiny_folder, "--task", task, "--device", "cuda", "--dtype", "bfloat16", "--batch-size", 4
     ).out
     assert "measured" in text
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_adapter_starts_from_the_errors_on_the_device(dtype):
+    from forwardtune.models import start_from_feedback, tune
+    from forwardtune.objectives import logits_at
+
+    model = tune(tiny_model("llama", dtype).to(CUDA), None, "lora", lora_targets=["late-down"], freeze_a=True)
+    tokens = token_batch(32, 8, seed=1).to(CUDA)
+    batches = [{"input_ids": some, "positions": torch.arange(4, device=CUDA) * 8 + 7} for some in tokens.chunk(8)]
+
+    def losses(model, batch):
+        wanted = batch["input_ids"][:, 0] % 2
+        return torch.nn.functional.cross_entropy(logits_at(model, batch)[:, [3, 5]].float(), wanted, reduction="none")
+
+    def mean() -> float:
+        with torch.no_grad():
+            return float(torch.cat([losses(model, batch) for batch in batches]).mean())
+
+    before = mean()
+    start_from_feedback(model, batches * 4, losses, steps=24, rate=0.2, watched=mean)
+    assert mean() < before
+    assert {p.device for name, p in model.named_parameters() if ".lora_" in name} == {CUDA}

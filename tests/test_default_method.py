@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +154,32 @@ def test_a_model_without_a_place_for_feedback_gets_forward(tmp_path: Path) -> No
     named = cli(*setting.train(tmp_path / "named", method="feedback"))
     assert named.code == 2
     assert "no linear layers that lead from a feed-forward block back" in named.err
+
+
+def test_free_text_gets_forward(tmp_path: Path) -> None:
+    setting = Setting(save_tiny_model(tmp_path / "model", "llama"), write_task(tmp_path / "task"))
+    free = setting.task.with_name("free.yaml")
+    free.write_text(re.sub(r"answers:.*\n", "target: label\nmax_new_tokens: 3\n", setting.task.read_text()))
+    ran = done(*Setting(setting.model, free).train(tmp_path / "run", method=None, steps=2))
+    assert "the answers of task free are texts of their own: the method is forward" in ran.err
+    log = read_log(tmp_path / "run" / "steps.jsonl")
+    assert (log.header["run"]["method"], log.header["run"]["tune"]) == ("forward", "late-mlp")
+    assert not (tmp_path / "run" / "initial.safetensors").exists()
+    done(*Setting(setting.model, free).train(tmp_path / "named", method="feedback", feedback_steps=3, steps=2))
+    assert (tmp_path / "named" / "initial.safetensors").exists()
+
+
+def test_plan_names_the_way_that_was_decided_on(tmp_path: Path) -> None:
+    setting = Setting(save_tiny_model(tmp_path / "model", "llama"), write_task(tmp_path / "task"))
+    free = setting.task.with_name("free.yaml")
+    free.write_text(re.sub(r"answers:.*\n", "target: label\nmax_new_tokens: 3\n", setting.task.read_text()))
+    titles = []
+    for task in (setting.task, free):
+        ran = done("plan", "--model", setting.model, "--task", task, "--no-weights", "--json", "--batch-size", 4)
+        titles.append([row["way"] for row in json.loads(ran.out)["ways"]])
+    assert titles[0][:2] == ["LoRA that starts from the errors", "late feed-forward matrices"]
+    assert titles[1][0] == "late feed-forward matrices"
+    assert titles[1].count("late feed-forward matrices") == 1
 
 
 def test_a_run_of_late_matrices_learns_and_replays(tmp_path: Path) -> None:

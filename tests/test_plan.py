@@ -18,7 +18,15 @@ import transformers
 
 import support
 from forwardtune import MeZO
-from forwardtune.cli.costs import Cost, Rehearsed, fill_window, seconds_behind, seconds_of_run, steps_within
+from forwardtune.cli.costs import (
+    Cost,
+    Rehearsed,
+    fill_window,
+    passes_of_walk,
+    seconds_behind,
+    seconds_of_run,
+    steps_within,
+)
 from forwardtune.durations import duration, seconds_of
 from forwardtune.errors import InputError
 from forwardtune.forgetting import token_losses
@@ -147,14 +155,14 @@ def test_what_is_spent_once_and_twice() -> None:
     assert seconds_behind(9, beside, session) - seconds_behind(9, COST, session) == pytest.approx(3)
 
 
-def test_a_walk_along_the_errors_costs_half_a_step_for_each_of_its_own() -> None:
-    """And the minibatches that A is taken from, and five looks at the 20 examples of the development split."""
-    plain = asked_for()
+def test_a_walk_along_the_errors_is_counted() -> None:
+    """Its forward passes, those over the minibatches that A is taken from, and five looks at the 20 examples of the development split."""
+    session, walked = asked_for(), replace(COST, start=30.0)
+    more = seconds_of_run(9, walked, session) - seconds_of_run(9, COST, session)
+    assert more == pytest.approx(30.0 + 5 * 20 * COST.watching)
     for steps, passes in ((100, 116), (6, 12)):
-        walked = asked_for(tune="lora", lora_init="feedback", feedback_steps=steps)
-        more = seconds_of_run(9, COST, walked) - seconds_of_run(9, COST, plain)
-        assert more == pytest.approx(passes * (COST.step - COST.update) / 2 + 5 * 20 * COST.watching)
-    assert seconds_of_run(9, COST, asked_for(tune="lora", lora_init="eva")) == seconds_of_run(9, COST, plain)
+        assert passes_of_walk(asked_for(tune="lora", lora_init="feedback", feedback_steps=steps).options) == passes
+    assert passes_of_walk(asked_for(tune="lora", lora_init="eva").options) == 0
 
 
 def test_plan_measures_general_text_and_layers(setting: Setting, tmp_path: Path) -> None:

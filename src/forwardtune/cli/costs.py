@@ -24,6 +24,7 @@ from ..errors import InputError
 from ..forgetting import TOKENS, read_general, token_losses
 from ..method.estimators import get_estimator
 from ..method.rule import History, Rule
+from ..models.feedback import FOR_A, WATCHES
 from ..noise import Count, Noise, Update
 from ..optimizer import MeZO
 from ..parameters import TunedTensor
@@ -56,6 +57,7 @@ class Cost:
         general: seconds to read the general text once.
         layers: seconds to measure the gradients of layers, by which directions are modified.
         watched: seconds to measure a development example beside the steps; by default those to evaluate one.
+        start: seconds of the walk that LoRA starts from, without its looks at the development split.
     """
 
     step: float
@@ -67,6 +69,7 @@ class Cost:
     general: float = 0.0
     layers: float = 0.0
     watched: float | None = None
+    start: float = 0.0
 
     @property
     def watching(self) -> float:
@@ -117,7 +120,9 @@ def measure(session: Session) -> Cost:
         updates.append(rehearsed.seconds)
     evaluation = _evaluation(session)
     watched = _evaluation(session, loss_alone=True) if may_watch_by_loss(session) else None
-    return Cost(median(steps), median(updates), evaluation, now, inference, peak, _general(session), layers, watched)
+    step, update = median(steps), median(updates)
+    start = passes_of_walk(options) * (step - update) / 2 / options.probes
+    return Cost(step, update, evaluation, now, inference, peak, _general(session), layers, watched, start)
 
 
 def _evaluation(session: Session, **how: Any) -> float:
@@ -207,21 +212,17 @@ def seconds_of_run(steps: int, cost: Cost, session: Session) -> float:
     every = evaluation_steps(options, steps)
     measurements = 0 if every is None else (options.lr == AUTO) + -(-steps // every) - 1  # and one behind the last step
     before = 0 if options.no_before else len(session.splits["test"])
+    if cost.start:
+        measurements += WATCHES + 1
     beside = measurements * _dev(steps, session) * cost.watching + before * cost.evaluation + cost.general + cost.layers
-    forward = (whole + steps * search) * cost.step + seconds_of_walk(cost, session)
+    forward = (whole + steps * search) * cost.step + cost.start
     return forward + again * cost.update + beside + seconds_behind(steps, cost, session)
 
 
-def seconds_of_walk(cost: Cost, session: Session) -> float:
-    """Seconds of the walk that LoRA starts from: a forward pass, half of a step, for each of its steps and of the minibatches that A is taken from,
-    and the development split five times."""
-    options = session.options
-    if options.tune != "lora" or options.lora_init != "feedback":
-        return 0.0
-    passes = options.feedback_steps + min(16, options.feedback_steps)
-    return (
-        passes * (cost.step - cost.update) / 2 / options.probes + 5 * len(session.splits.get("dev", ())) * cost.watching
-    )
+def passes_of_walk(options: Train) -> int:
+    """Forward passes of the walk that LoRA starts from: its steps, and the minibatches that A is taken from."""
+    walks = options.tune == "lora" and options.lora_init == "feedback"
+    return options.feedback_steps + min(FOR_A, options.feedback_steps) if walks else 0
 
 
 def seconds_behind(steps: int, cost: Cost, session: Session) -> float:

@@ -21,11 +21,11 @@ from ..models import blank_model, context_length, require_device
 from ..noise import load_kernels
 from ..optimizer import MeZO
 from . import say, tuned
-from .costs import Cost, steps_within
+from .costs import Cost, passes_of_walk, steps_within
 from .estimates import Estimate, estimate, speed
 from .options import Asked
 from .session import Session, open_session
-from .ways import NO_TASK, Row, described
+from .ways import NO_TASK, Row, described, rename_first
 
 # A step from a file whose pages are in memory, over a resident one.
 _OFFLOADED = 1.3
@@ -58,15 +58,16 @@ class Outlook:
         base = 0 if str(own.device).startswith("cuda") and not timed else memory.now(device)
         self.room = room if room is not None else memory.free(device) + base
         found: dict[int, Estimate] = {}
-        for number, row in enumerate(rows):
-            run = described(asked, row.settings)
+        runs = [described(asked, row.settings) for row in rows]
+        for number, (row, run) in enumerate(zip(rows, runs, strict=True)):
             model = deepcopy(blank)
             tokenizer = None if self.session is None else self.session.tokenizer
             config = model.config.get_text_config()
             dtype, width, count = model.dtype, config.hidden_size, config.num_hidden_layers
             try:
                 with redirect_stderr(io.StringIO()):
-                    model = tuned.prepare_model(model, tokenizer, options=run, first=None, given=row.settings)
+                    task = None if self.session is None else self.session.task
+                    model = tuned.prepare_model(model, tokenizer, task, options=run, first=None, given=row.settings)
                     found[number] = estimate(model, inputs, run)
                 row.peak = base + found[number].bytes
             except InputError as error:
@@ -84,7 +85,10 @@ class Outlook:
                 general = forward * TOKENS / self.tokens if own.general_text else 0.0
                 layers = _PASSES_A_LAYER * count * forward if own.modify_by == "gradients" else 0.0
                 evaluation = forward / own.batch_size
-                rows[number].cost = Cost(step, one.updated * pace.update, evaluation, 0, 0, 0, general, layers)
+                update, start = one.updated * pace.update, forward * passes_of_walk(runs[number])
+                rows[number].cost = Cost(step, update, evaluation, 0, 0, 0, general, layers, None, start)
+        if runs[0].method != own.method:
+            rename_first(rows, asked, runs[0])
 
     def take(self, row: Row, cost: Cost) -> None:
         """Note what was measured of a row."""
@@ -98,7 +102,7 @@ class Outlook:
         for row in rows:
             if row.cost is not None and not row.measured:
                 own = row.cost
-                seconds = ("step", "update", "evaluation", "general", "layers")
+                seconds = ("step", "update", "evaluation", "general", "layers", "start")
                 row.cost = replace(own, **{name: factor * getattr(own, name) for name in seconds})
             if row.cost is not None and self.session is not None:
                 row.steps = steps_within(self.session.options.time_budget or 3600.0, row.cost, self.session)

@@ -95,6 +95,7 @@ def _facts(session: Session, cost: Cost, began: float) -> dict[str, Any]:
         "seconds_per_watched_example": cost.watched,
         "seconds_of_general_text": cost.general,
         "seconds_of_layers": cost.layers,
+        "seconds_of_start": cost.start,
         "memory_bytes": cost.bytes_now,
         "inference_peak_memory_bytes": cost.bytes_inference,
         "peak_memory_bytes": cost.bytes_step,
@@ -119,6 +120,7 @@ def _tell(facts: dict[str, Any], cost: Cost, session: Session, given: dict[str, 
         f"time: {cost.step:.2f} s a step, {cost.evaluation:.3f} s to evaluate an example"
         + (f", {cost.general:.0f} s to read the general text" if cost.general else "")
         + (f", {cost.layers:.0f} s to measure the layers' gradients" if cost.layers else "")
+        + (f", {cost.start:.0f} s for the walk that LoRA starts from" if cost.start else "")
     )
     for span in _SPANS:
         say(f"  in {duration(span):>8}: {steps_within(span, cost, session):,} steps")

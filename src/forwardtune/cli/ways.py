@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 #: Title -> what of a run's settings makes it.
 WAYS: dict[str, dict[str, Any]] = {
-    "LoRA that starts from the errors, as by default": {"tune": "lora", "method": "feedback"},
+    "LoRA that starts from the errors": {"tune": "lora", "method": "feedback"},
     "late feed-forward matrices": {"tune": "late-mlp"},
     "all weights": {"tune": "all"},
     "all weights, a direction for every example": {"tune": "all", "assignment": "example"},
@@ -117,11 +117,25 @@ def rows_of(asked: Asked) -> list[Row]:
         }
         with suppress(InputError):  # the objective or another setting has no meaning with it
             run = described(asked, settings := kept | changes)
-            if all(getattr(run, name, None) == getattr(own, name, None) for name in _OWN):
+            if _is_same(run, own):
                 rows[0].title = title
             else:
                 rows.append(Row(title, settings))
     return rows
+
+
+def rename_first(rows: list[Row], asked: Asked, own: Any) -> None:
+    """Give the first row the title of the way that the model and the task have decided on."""
+    rows[0].title = ASKED
+    for row in rows[1:]:
+        if _is_same(described(asked, row.settings), own):
+            rows[0].title = row.title
+            rows.remove(row)
+            break
+
+
+def _is_same(run: Any, own: Any) -> bool:
+    return all(getattr(run, name, None) == getattr(own, name, None) for name in _OWN)
 
 
 def described(asked: Asked, settings: dict[str, Any]) -> Any:
@@ -156,12 +170,12 @@ def _measure(row: Row, outlook: Outlook) -> None:
         facts = json.loads(done.stdout)
         if not row.settings.get("offload"):
             row.peak = facts["peak_memory_bytes"]
-        step, update, example, general, layers = (
+        step, update, example, general, layers, start = (
             float(facts[f"seconds_{what}"])
-            for what in ("per_step", "per_update", "per_evaluated_example", "of_general_text", "of_layers")
+            for what in ("per_step", "per_update", "per_evaluated_example", "of_general_text", "of_layers", "of_start")
         )
         watched = facts["seconds_per_watched_example"]
-        outlook.take(row, Cost(step, update, example, 0, 0, 0, general, layers, watched))
+        outlook.take(row, Cost(step, update, example, 0, 0, 0, general, layers, watched, start))
     else:  # the kernel ends what takes too much without a word
         row.why = (done.stderr.strip().splitlines() or ["it was killed, as happens where memory runs out"])[-1]
         row.why = row.why.removeprefix("forwardtune: error: ")

@@ -30,10 +30,10 @@ from .error_directions import taken
 from .late import adding_to_stream, late_down
 from .principal import lora_layers
 
-# A is taken from so many batches.
-_FOR_A = 16
-# The walk is watched so often.
-_WATCHES = 4
+#: A is taken from so many batches.
+FOR_A = 16
+#: The walk is watched so often, and before it begins.
+WATCHES = 4
 # After a stretch that made the loss worse, the rate is divided by this.
 _SLOWER = 3.0
 
@@ -130,12 +130,12 @@ def start_from_feedback(
     if steps < 1 or not 0 < rate < math.inf:
         raise InputError(f"feedback takes a positive number of steps and rate, got {steps} and {rate}")
     given = iter(batches)
-    first = list(islice(given, _FOR_A))
+    first = list(islice(given, FOR_A))
     fed = taken(model, first, losses, fill=True)
     walk = _begun(model, first[0], losses, rate, fed)
     if watched is not None:
         walk.seen(watched())
-    stretch = -(-steps // _WATCHES)
+    stretch = -(-steps // WATCHES)
     done = 0
     for batch in islice(chain(first, given), steps):
         walk.optimizer.param_groups[0]["lr"] = walk.rate * (1 - done / steps)
