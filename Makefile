@@ -33,7 +33,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: setup
 	$(BIN)/forwardtune train --model smollm2-135m --task reviews --dtype bfloat16 \
-	    --steps 40 --output-dir runs/demo-$$(date +%Y%m%d-%H%M%S)
+	    --steps 20 --output-dir runs/demo-$$(date +%Y%m%d-%H%M%S)
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile
