@@ -128,6 +128,11 @@ def test_a_walk_that_makes_things_worse_is_undone() -> None:
     model = adapted()
     start_from_feedback(model, batches(8), choice, steps=8, watched=iter([1.0, 2.0, 3.0, 4.0, 5.0]).__next__)
     assert not any(b.any() for b in b_of(model).values())
+    model, nothing = adapted(), float("nan")
+    start_from_feedback(
+        model, batches(8), choice, steps=8, watched=iter([nothing, nothing, 2.0, nothing, 3.0]).__next__
+    )
+    assert all(b.any() for b in b_of(model).values())  # of the second stretch alone
     model, kept, losses = adapted(), [], iter([5.0, 3.0, 4.0, 2.0, 6.0])
 
     def watched() -> float:
@@ -139,6 +144,39 @@ def test_a_walk_that_makes_things_worse_is_undone() -> None:
     assert all(torch.equal(b, kept[3][name]) for name, b in b_of(model).items())
     stretches = [sum(float((kept[i][n] - kept[j][n]).square().sum()) for n in kept[0]) for i, j in ((2, 1), (3, 1))]
     assert stretches[1] < 0.2 * stretches[0]  # a third of the rate, squared, and it falls
+
+
+def test_a_rate_is_a_share_of_what_the_layers_add_and_falls_to_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, given, outputs = adapted(), batches(5), []
+    layers = [m for n, m in model.named_modules() if n.endswith("mlp.down_proj")]
+    hooks = [m.register_forward_hook(lambda _, __, out: outputs.append(out.detach())) for m in layers]
+    mean_loss(model, given[:1])
+    for hook in hooks:
+        hook.remove()
+    usual = [float(out.flatten(0, 1).square().mean(1).median().sqrt()) for out in outputs]
+    rates, step = [], torch.optim.Adam.step
+
+    def noted(optimizer: torch.optim.Adam, *args: Any) -> Any:
+        rates.append(optimizer.param_groups[0]["lr"])
+        return step(optimizer, *args)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", noted)
+    start_from_feedback(model, given, choice, steps=5, rate=0.1)
+    first = 0.1 * (usual[0] ** 2 + usual[1] ** 2) ** 0.5 / 2
+    assert rates == pytest.approx([first * left for left in (1, 0.8, 0.6, 0.4, 0.2)], rel=1e-5)
+
+
+@pytest.mark.parametrize("given", [5, 8])
+def test_fewer_batches_than_steps_are_watched_at_their_end(given: int) -> None:
+    model, looks = adapted(), []
+
+    def watched() -> float:
+        looks.append({name: b.detach().clone() for name, b in b_of(model).items()})
+        return -float(len(looks))
+
+    start_from_feedback(model, batches(given), choice, steps=12, watched=watched)
+    assert len(looks) == 1 + -(-given // 3)
+    assert all(torch.equal(b, looks[-1][name]) for name, b in b_of(model).items())
 
 
 def test_losses_that_are_not_finite_take_no_step() -> None:
@@ -226,6 +264,7 @@ def test_a_run_starts_there_and_goes_on(tiny_folder: Path, tmp_path: Path) -> No
     ran = cli(*setting.train(tmp_path / "whole", **FEEDBACK))
     assert ran.code == 0, ran.err
     assert "starting from 6 minibatches' errors" in ran.err
+    assert "errors: 100%|##########| 13/13" in ran.err
     assert re.search(r"dev loss \d\.\d+ -> \d\.\d+", ran.err)
     done(*setting.train(tmp_path / "part", **{**FEEDBACK, "steps": STEPS - 2}))
     done(*setting.resume(tmp_path / "part", steps=STEPS))

@@ -25,6 +25,7 @@ from ..models import (
     start_from_inputs,
     tune,
 )
+from ..models.feedback import FOR_A
 from ..names import FROM_EXAMPLES
 from ..objectives import logits_at
 from ..strata import StratifiedSampler
@@ -34,6 +35,7 @@ from ..trajectory import Log
 from ..trajectory.updates import Trajectory
 from . import say
 from .options import flag
+from .progress import bar
 from .session import Session
 
 # Minibatches of the training examples from which A of LoRA starts.
@@ -152,16 +154,22 @@ def _walked(session: Session) -> Any:
     order = chain.from_iterable(repeat(sampler))
     some = (train[i] for i in islice(order, options.feedback_steps * options.batch_size))
     losses: list[float] = []
+    objective = training_objective(session.task)
+
+    def counted(model: Any, batch: Any) -> torch.Tensor:
+        progress.update()
+        return objective(model, batch)
 
     def watched() -> float:
         losses.append(session.evaluate("start", "dev", loss_alone=True)["loss"])
         return losses[-1]
 
     say(f"starting from {options.feedback_steps} minibatches' errors, a forward pass each")
-    model = start_from_feedback(
-        session.model, _minibatches(session, some), training_objective(session.task), steps=options.feedback_steps,
-        watched=watched if "dev" in session.splits else None,
-    )  # fmt: skip
+    with bar(options.feedback_steps + min(FOR_A, options.feedback_steps) + 1, "errors", "pass") as progress:
+        model = start_from_feedback(
+            session.model, _minibatches(session, some), counted, steps=options.feedback_steps,
+            watched=watched if "dev" in session.splits else None,
+        )  # fmt: skip
     if losses:
         say(f"  dev loss {losses[0]:.4f} -> {min(losses):.4f}")
     return model

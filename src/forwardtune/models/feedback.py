@@ -72,8 +72,9 @@ class _Walk:
         return [b.weight for layer in self.layers for b in layer.lora_B.values()]
 
     def seen(self, loss: float) -> None:
-        """The loss after a stretch. A worse one is undone, and what follows is slower."""
-        if loss < self.best[1]:
+        """The loss after a stretch, or before the first. A worse one, or none, is undone, and what follows is slower."""
+        loss = math.inf if math.isnan(loss) else loss
+        if not self.best[0] or loss < self.best[1]:
             self.best = [b.detach().clone() for b in self.b()], loss
         else:
             self.back()
@@ -143,10 +144,8 @@ def start_from_feedback(
         done += 1
         if watched is not None and (done % stretch == 0 or done == steps):
             walk.seen(watched())
-    if watched is not None:
-        if done % stretch and done < steps:
-            walk.seen(watched())
-        walk.back()
+    if watched is not None and done % stretch and done < steps:
+        walk.seen(watched())  # there were fewer batches
     for b in walk.b():
         b.grad = None
     return model
