@@ -317,8 +317,10 @@ def test_the_commands_know_a_quantised_checkpoint(
     done("replay", tmp_path / "run" / "steps.jsonl", "--model", here.model, "--output-dir", tmp_path / "again")
     assert adapter(tmp_path / "again") == adapter(tmp_path / "run")
     assert "norm|bias" in message_of(*here.train(tmp_path / "all"))
-    for method, mode in (("mezo", "all"), (None, "late-mlp")):  # by default matrices that are integers as well
-        refused = cli(*here.train(tmp_path / "usual", method=method))
+    done(*here.train(tmp_path / "usual", method=None, feedback_steps=3, steps=2))  # by default an adapter
+    assert read(tmp_path / "usual")["method"] == "feedback"
+    for method, mode in (("mezo", "all"), ("forward", "late-mlp")):  # matrices that are integers
+        refused = cli(*here.train(tmp_path / "refused", method=method))
         assert f"--tune {mode} would have to move them" in refused.err
         assert "loading" not in refused.err  # before anything costly runs
     assert "quantised already" in message_of(*here.train(tmp_path / "twice", quantize="int8", tune="lora"))

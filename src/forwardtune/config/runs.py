@@ -271,7 +271,7 @@ class Train(MeZOSettings, Data):
         "mezo",
         "feedback, what won the comparison: an adapter that starts from the errors; forward: late weights, a direction for each example; mezo, the "
         "paper's; or adam: backpropagation",
-        shown="feedback, or forward where the model has no place for it; mezo where a setting of the method is given",
+        shown="feedback where a task has labels and the model a place for it, else forward; mezo where a setting of the method is given",
         choices=names.METHODS,
     )
     objective: str = _of_mezo("loss", "loss, accuracy, f1, exact_match, module:function, file.py:function, or a sum")
@@ -298,7 +298,7 @@ class Train(MeZOSettings, Data):
         None,
         "names of the layers to adapt, or patterns of them, by commas; all-linear: all but the head; late-down: those behind late feed-forward blocks; "
         "experts: those in one tensor",
-        shown="query and value projections",
+        shown="query and value projections; feedback late-down",
         only={"tune": ("lora",)},
         defaults={"feedback": "late-down"},
     )
@@ -316,7 +316,9 @@ class Train(MeZOSettings, Data):
         only={"tune": ("lora",)},
         defaults={"feedback": "feedback"},
     )
-    freeze_a: bool = option(False, "tune B of LoRA alone", only={"tune": ("lora",)}, defaults={"feedback": True})
+    freeze_a: bool = option(
+        False, "tune B of LoRA alone, as feedback does", only={"tune": ("lora",)}, defaults={"feedback": True}
+    )
     prefix_length: int = option(5, "positions of the prefix", bounds=POSITIVE, only={"tune": ("prefix",)})
     steps: int | None = option(None, "optimizer steps", shown=f"{STEPS}; adam: 5 epochs", bounds=POSITIVE, free=True)
     epochs: float | None = option(
