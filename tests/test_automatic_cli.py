@@ -35,7 +35,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command(model: Path, task: Path, folder: Path) -> list[object]:
     return [
         "train", "--model", model, "--task", task, "--steps", STEPS, "--batch-size", 2, "--device", "cpu", "--no-before",
-        "--output-dir", folder,
+        "--method", "forward", "--output-dir", folder,
     ]  # fmt: skip
 
 

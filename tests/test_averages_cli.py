@@ -76,7 +76,7 @@ def test_auto_takes_an_average_that_is_better_on_the_dev_split(
 
     monkeypatch.setattr(Session, "evaluate", chosen)
     folder, again = tmp_path / "run", tmp_path / "again"
-    told = train(tiny_folder, task, folder, "--average", "auto", "--eval-steps", 8)
+    told = train(tiny_folder, task, folder, "--method", "forward", "--average", "auto", "--eval-steps", 8)
     metrics, log = read(folder), read_log(folder / "steps.jsonl")
     notes = [note.content["average"] for note in log.notes if "average" in note.content]
     if left is None:

@@ -521,7 +521,10 @@ def test_a_sweep_of_a_trained_model(tmp_path: Path, models_dir: Path, data_dir: 
 
     told = cli(*sweep)
     assert told.code == 1
-    assert "sst2, Adam, seed 0: failed: --eps belongs to --method forward or --method mezo: leave it out" in told.err
+    assert (
+        "sst2, Adam, seed 0: failed: --eps belongs to --method feedback or --method forward or --method mezo: leave it out"
+        in told.err
+    )
     good = out / "sst2/mezo/lr-1e-4/seed-0"
     metrics = json.loads((good / "metrics.json").read_text())
     assert metrics["steps"] == 4
