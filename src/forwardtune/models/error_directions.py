@@ -196,11 +196,18 @@ def _watched(model: Any, layers: list[Any], head: Any) -> Iterator[_Seen]:
 
     handles = [layer.register_forward_pre_hook(note) for layer in layers]
     handles.append(head.register_forward_pre_hook(cut))
+    with untuned(model, handles):
+        yield seen
+
+
+@contextmanager
+def untuned(model: Any, handles: Iterable[Any]) -> Iterator[None]:
+    """Inside, no parameter requires grad, so what is cut begins the graph. Behind it those that did do again, and the hooks are gone."""
     tuned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in tuned:
         parameter.requires_grad_(False)
     try:
-        yield seen
+        yield
     finally:
         for parameter in tuned:
             parameter.requires_grad_(True)

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from .error_directions import taken
+from .error_directions import taken, untuned
 from .late import adding_to_stream, late_down
 from .principal import lora_layers
 
@@ -227,13 +227,5 @@ def _watched(model: Any, layers: list[Any], last: Any) -> Iterator[_Seen]:
 
     handles = [layer.register_forward_hook(after) for layer in layers]
     handles += [b.register_forward_pre_hook(note(layer, name)) for layer in layers for name, b in layer.lora_B.items()]
-    tuned = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in tuned:
-        parameter.requires_grad_(False)
-    try:
+    with untuned(model, handles):
         yield seen
-    finally:
-        for parameter in tuned:
-            parameter.requires_grad_(True)
-        for handle in handles:
-            handle.remove()
