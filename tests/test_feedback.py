@@ -19,6 +19,7 @@ from forwardtune.errors import InputError
 from forwardtune.models import load_model, start_from_errors, start_from_feedback, tune
 from forwardtune.models.error_directions import taken
 from forwardtune.models.feedback import _begun, _step
+from forwardtune.points.side_path import ROUGH, TOLERANCE, tolerance
 from forwardtune.trajectory import read_log
 from support.command import STEPS, Setting, cli, done, write_task
 
@@ -251,6 +252,16 @@ def test_tune_starts_from_batches_with_labels() -> None:
         inputs=given,
     )
     assert all(b.any() for b in b_of(model).values())
+
+
+def test_a_float32_adapter_over_half_precision_is_held_to_what_half_precision_can_show() -> None:
+    """As its losses are rounded like the activations that it adds to."""
+    for dtype, expected in ((torch.bfloat16, ROUGH), (torch.float32, TOLERANCE[torch.float32])):
+        model = adapted(dtype=dtype)
+        b = list(b_of(model).values())
+        assert {p.dtype for p in b} == {torch.float32}
+        assert tolerance(b, model) == expected
+    assert tolerance(b, None) == TOLERANCE[torch.float32]
 
 
 FEEDBACK = {
