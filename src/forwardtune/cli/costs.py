@@ -25,6 +25,7 @@ from ..forgetting import TOKENS, read_general, token_losses
 from ..method.estimators import get_estimator
 from ..method.rule import History, Rule
 from ..models.feedback import FOR_A, WATCHES
+from ..models.late import LATE
 from ..noise import Count, Noise, Update
 from ..optimizer import MeZO
 from ..parameters import TunedTensor
@@ -219,10 +220,10 @@ def seconds_of_run(steps: int, cost: Cost, session: Session) -> float:
     return forward + again * cost.update + beside + seconds_behind(steps, cost, session)
 
 
-def passes_of_walk(options: Train) -> int:
-    """Forward passes of the walk that LoRA starts from: its steps, and the minibatches that A is taken from."""
+def passes_of_walk(options: Train) -> float:
+    """Forward passes of the walk that LoRA starts from: its steps, and the minibatches that A is taken from, in which late layers run twice."""
     walks = options.tune == "lora" and options.lora_init == "feedback"
-    return options.feedback_steps + min(FOR_A, options.feedback_steps) if walks else 0
+    return options.feedback_steps + (1 + LATE) * min(FOR_A, options.feedback_steps) if walks else 0
 
 
 def seconds_behind(steps: int, cost: Cost, session: Session) -> float:

@@ -192,7 +192,8 @@ def _watched(model: Any, layers: list[Any], head: Any) -> Iterator[_Seen]:
         return (seen.head, *inputs[1:])
 
     def note(layer: Any, inputs: tuple[Tensor, ...]) -> None:
-        seen.inputs[layer] = inputs[0].detach()
+        if torch.is_grad_enabled():  # not where a part of the model runs once more, beside the pass (:mod:`.way_back`)
+            seen.inputs[layer] = inputs[0].detach()
 
     handles = [layer.register_forward_pre_hook(note) for layer in layers]
     handles.append(head.register_forward_pre_hook(cut))

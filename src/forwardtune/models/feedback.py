@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from ..errors import InputError
 from .error_directions import taken, untuned
 from .late import adding_to_stream, late_down
-from .principal import lora_layers
+from .principal import lora_layers, tokens_of
+from .way_back import WayBack
 
 #: A is taken from so many batches.
 FOR_A = 16
@@ -56,12 +57,16 @@ class _Walk:
     Attributes:
         layers: LoRA layers that add to the stream, in the order in which they are called.
         optimizer: Adam over their B, in float32.
+        maps: by layer the matrix by which an error behind the last one's part of the row comes back (:mod:`.way_back`); where there is none, as it is.
+        end: the layer of the row that the last one is part of.
         best: B where the watched loss was lowest, and that loss.
         rate: of the next step, but for its fall.
     """
 
     layers: list[Any]
     optimizer: torch.optim.Adam
+    maps: Mapping[Any, Tensor] = field(default_factory=dict)
+    end: Any = None
     best: tuple[list[Tensor], float] = ([], math.inf)
     rate: float = 0.0
 
@@ -94,6 +99,7 @@ class _Seen:
     sizes: dict[Any, float] = field(default_factory=dict)
     order: list[Any] = field(default_factory=list)
     last: Tensor | None = None
+    end: Tensor | None = None
 
 
 @torch.no_grad()
@@ -132,8 +138,15 @@ def start_from_feedback(
         raise InputError(f"feedback takes a positive number of steps and rate, got {steps} and {rate}")
     given = iter(batches)
     first = list(islice(given, FOR_A))
-    fed = taken(model, first, losses, fill=True)
-    walk = _begun(model, first[0], losses, rate, fed)
+    way = WayBack(model, _adding(model))
+    with way.learning() as count:
+
+        def counted(model: Any, batch: Any) -> Any:
+            count(tokens_of(batch))
+            return losses(model, batch) if losses is not None else model(**batch).loss
+
+        fed = taken(model, first, counted, fill=True)
+    walk = _begun(model, first[0], losses, rate, fed, way)
     if watched is not None:
         walk.seen(watched())
     stretch = -(-steps // WATCHES)
@@ -152,14 +165,14 @@ def start_from_feedback(
 
 
 @torch.no_grad()
-def _begun(model: Any, batch: Any, losses: Any, rate: float, fed: Collection[Any]) -> _Walk:
+def _begun(model: Any, batch: Any, losses: Any, rate: float, fed: Collection[Any], way: WayBack | None = None) -> _Walk:
     """Which layers add to the stream, of those whose A was taken, and how long a step is."""
     layers = lora_layers(model)
     with _watched(model, layers, None) as seen:
         _losses(model, batch, losses)
     adapted = [layer for layer in dict.fromkeys(seen.order) if layer in seen.sizes]
-    adding = {id(model.get_submodule(name)) for name in adding_to_stream(model)}
-    into = [layer for layer in adapted if id(layer) in adding and layer in fed]
+    adding = _adding(model)
+    into = [layer for layer in adapted if layer in adding and layer in fed]
     if not into:
         raise InputError(
             "errors come back along the stream that layers add to, and no layer with an adapter does: choose late-down as the targets of LoRA, or "
@@ -169,7 +182,14 @@ def _begun(model: Any, batch: Any, losses: Any, rate: float, fed: Collection[Any
     every = [b.weight for layer in into for b in layer.lora_B.values()]
     for b in every:
         b.zero_()
-    return _Walk(into, torch.optim.Adam(every, lr=rate * size))
+    optimizer = torch.optim.Adam(every, lr=rate * size)
+    return _Walk(into, optimizer) if way is None else _Walk(into, optimizer, way.maps(into[-1]), way.end(into[-1]))
+
+
+def _adding(model: Any) -> list[Any]:
+    """The LoRA layers whose output is added to the stream."""
+    adding = {id(model.get_submodule(name)) for name in adding_to_stream(model)}
+    return [layer for layer in lora_layers(model) if id(layer) in adding]
 
 
 def _usual(x: Tensor) -> float:
@@ -184,20 +204,22 @@ def _losses(model: Any, batch: Any, losses: Any) -> Tensor:
 
 def _step(model: Any, walk: _Walk, batch: Any, losses: Any) -> None:
     """One forward pass, and a step of Adam along what it says."""
-    with _watched(model, walk.layers, walk.layers[-1]) as seen, torch.enable_grad():
+    last = walk.layers[-1]
+    with _watched(model, walk.layers, last, walk.end) as seen, torch.enable_grad():
         loss = _losses(model, batch, losses)
         if not bool(loss.isfinite()) or seen.last is None:
             return
-        (found,) = torch.autograd.grad(loss, seen.last)
-    errors = found.flatten(0, -2)
-    at = errors.abs().amax(1).nonzero()[:, 0]
-    e = errors[at].float()
-    if not bool(e.isfinite().all()):
+        behind = seen.last if seen.end is None or seen.end.shape != seen.last.shape else seen.end
+        found, far = (e.flatten(0, -2) for e in torch.autograd.grad(loss, [seen.last, behind]))
+    at = found.abs().amax(1).nonzero()[:, 0]
+    errors, far = found[at].float(), far[at].float()
+    if not bool(errors.isfinite().all() and far.isfinite().all()):
         return
     for layer in walk.layers:
+        e = errors if layer is last else far @ walk.maps[layer].to(far.device) if layer in walk.maps else far
         for name, b in layer.lora_B.items():
             read = seen.read.get((layer, name))
-            if read is None or read.flatten(0, -2).shape[0] != len(errors):
+            if read is None or read.flatten(0, -2).shape[0] != len(found):
                 b.weight.grad = None  # of other tokens than the last layer's, this time
                 continue
             x = read.flatten(0, -2)[at.to(read.device)].float()
@@ -206,8 +228,8 @@ def _step(model: Any, walk: _Walk, batch: Any, losses: Any) -> None:
 
 
 @contextmanager
-def _watched(model: Any, layers: list[Any], last: Any) -> Iterator[_Seen]:
-    """Inside, a forward pass shows what every B reads, and has a gradient from the output of the last layer on alone."""
+def _watched(model: Any, layers: list[Any], last: Any, end: Any = None) -> Iterator[_Seen]:
+    """Inside, a forward pass shows what every B reads and, of a layer ``end``, what it gives, and has a gradient from the output of the last layer on alone."""
     seen = _Seen()
 
     def note(layer: Any, name: str) -> Callable[..., None]:
@@ -225,7 +247,13 @@ def _watched(model: Any, layers: list[Any], last: Any) -> Iterator[_Seen]:
         seen.last = output.detach().requires_grad_()
         return seen.last
 
-    handles = [layer.register_forward_hook(after) for layer in layers]
+    def behind(_: Any, __: Any, output: Any) -> None:
+        output = output[0] if isinstance(output, tuple) else output
+        seen.end = output if isinstance(output, Tensor) and output.requires_grad else None
+
+    handles: list[Any] = [layer.register_forward_hook(after) for layer in layers]
     handles += [b.register_forward_pre_hook(note(layer, name)) for layer in layers for name, b in layer.lora_B.items()]
+    if end is not None:
+        handles.append(end.register_forward_hook(behind))
     with untuned(model, handles):
         yield seen

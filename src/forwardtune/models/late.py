@@ -14,6 +14,8 @@ from torch import nn
 
 from ..errors import InputError
 
+#: The share of a model's layers that are late.
+LATE = 2 / 3
 # What configurations call the width of a feed-forward block, in all its layers or in one expert.
 _WIDTHS = (
     "intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "ffn_dim", "n_inner", "d_ff", "ffn_hidden_size",
@@ -86,7 +88,12 @@ def adding_to_stream(model: Any) -> list[str]:
 
 def _late(model: Any) -> tuple[str, ...]:
     """What the names in all layers but the first third begin with."""
-    layers = _layers(model)
+    layers = row_of_layers(model)
+    if not layers:
+        raise InputError(
+            f"{type(model).__name__} has no layers in a row, of which late-mlp could take the last two thirds: choose all, or a pattern "
+            "of parameter names"
+        )
     return tuple(f"{layer}." for layer in layers[len(layers) // 3 :])
 
 
@@ -97,16 +104,11 @@ def _pairs(model: Any) -> set[frozenset[int]]:
     return {frozenset((config.hidden_size, k * width)) for width in {4 * config.hidden_size, *widths} for k in (1, 2)}
 
 
-def _layers(model: nn.Module) -> list[str]:
-    """Names of the layers of the longest row of them that text goes through."""
+def row_of_layers(model: nn.Module) -> list[str]:
+    """Names of the layers of the longest row of them that text goes through; none if there is no row."""
     rows = {
         name: [f"{name}.{k}" for k in range(len(module))]
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and not re.search("vis|image|audio|expert", name)
     }
-    if not rows:
-        raise InputError(
-            f"{type(model).__name__} has no layers in a row, of which late-mlp could take the last two thirds: choose all, or a pattern "
-            "of parameter names"
-        )
-    return max(rows.values(), key=len)
+    return max(rows.values(), key=len, default=[])

@@ -52,7 +52,7 @@ def start_from_inputs(
     sketches: dict[Any, Tensor] = {}
     with _watched(layers, sketches) as look_at:
         for batch in batches:
-            look_at(_counted(batch))
+            look_at(tokens_of(batch))
             model(**batch) if forward is None else forward(model, batch)
     if not sketches:
         raise InputError("no token entered a layer with an adapter: give a few batches of the training examples")
@@ -88,7 +88,7 @@ def lora_layers(model: Any) -> list[Any]:
     return layers
 
 
-def _counted(batch: Mapping[str, Any]) -> Tensor | None:
+def tokens_of(batch: Mapping[str, Any]) -> Tensor | None:
     """Which tokens of a batch are no padding, shape (rows, length); None: all."""
     if "examples_at" in batch:
         return batch["examples_at"] >= 0

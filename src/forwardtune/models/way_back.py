@@ -1,0 +1,215 @@
+"""L5: how an error behind a row of layers comes back to the layers before, learned from forward passes.
+
+A change d of the stream before a layer changes what is behind it by ``(I + K_t) d``, with a Jacobian of each token's own. Their mean is seen where the layer runs
+once more, with noise on its input. Over n tokens, with ``d_t = sigma |h_t| z_t``, signs z_t at random and |h_t| the root mean square of a token's stream,
+
+    K = 1/n sum_t r_t z_t^T,      r_t = (f(h_t + d_t) - f(h_t) - d_t) / (sigma |h_t|)
+    rho = 1 - width / n^2 sum_t |r_t|^2 / |K|^2,      at least 0
+
+rho K, shrunk as James and Stein do by what of |K|^2 is chance, is the mean Jacobian: few tokens leave the stream as it is. An error e comes back from layer L to layer l as
+``e (I + rho_L K_L) ... (I + rho_{l+1} K_{l+1})``, each token for itself: what goes to other tokens, by attention, is left out.
+
+Source: feedback that is learned from noise, in the place of the transposed weights, is the weight mirror of Akrout et al., "Deep Learning without Weight Transport", 2019.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .late import row_of_layers
+
+# Noise, as a share of a token's stream. Terms of even order average out, as signs do.
+_SIGMA = 0.1
+# Tokens whose stream is so many times as large as usual, such as the first one, are left out.
+_LARGE = 4.0
+# Matrices of the layers between take at most this share of the memory of the weights. Where that is not all of them, the last layers have theirs.
+_SHARE = 0.1
+
+
+@dataclass
+class _Mean:
+    """Sums over tokens: of ``r z^T``, shape (width, width), and of ``|r|^2``."""
+
+    products: Tensor | float = 0.0
+    squares: Tensor | float = 0.0
+    count: int = 0
+
+    def add(self, r: Tensor, z: Tensor) -> None:
+        self.products = self.products + r.T @ z
+        self.squares = self.squares + r.square().sum()
+        self.count += len(r)
+
+    def shrunk(self) -> Tensor | None:
+        """``rho K``; None where that is nothing."""
+        if not self.count:
+            return None
+        k = torch.as_tensor(self.products) / self.count
+        chance = len(k) / self.count**2 * float(self.squares)
+        whole = float(k.square().sum())
+        return k.mul_(1 - chance / whole) if whole > chance else None
+
+
+class WayBack:
+    """The mean Jacobians between the outputs of some layers, learned in the forward passes inside :meth:`learning`.
+
+    Args:
+        model: text goes through a row of layers. Those that are part of none of them are left out, and so is what has no stream of one shape.
+        layers: each gives something of the stream's shape.
+
+    Memory: ``4 width^2`` bytes for each layer of the row between, in all at most a tenth of that of the weights.
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[nn.Module]) -> None:
+        names = {module: name for name, module in model.named_modules()}
+        self._row = [(f"{name}.", model.get_submodule(name)) for name in row_of_layers(model)]
+        self._place = {
+            layer: k
+            for layer in layers
+            for k, (start, _) in enumerate(self._row)
+            if f"{names[layer]}.".startswith(start)
+        }
+        tensors = chain(model.parameters(), model.buffers())
+        self._room = _SHARE * sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        self._through: dict[int, _Mean] = {}
+        self._behind: dict[nn.Module, _Mean] = {}
+        self._added: set[nn.Module] = set()  # layers whose output is added to the stream as it is
+        self._noise: tuple[nn.Module, Tensor] | None = None  # for whom, until it has it
+        self._held = torch.empty(0)  # what of the noise the dtype holds
+        self._generators: dict[torch.device, torch.Generator] = {}
+        self._again = False
+        self._counted: Tensor | None = None
+
+    def end(self, layer: nn.Module) -> nn.Module | None:
+        """Of the row the layer that this one is part of: errors behind it are those that come back."""
+        return self._row[self._place[layer]][1] if layer in self._place else None
+
+    @contextmanager
+    def learning(self) -> Iterator[Callable[[Tensor | None], None]]:
+        """Inside, layers of the row run once more in each forward pass, without a gradient. Yields what is told of each batch which tokens count, shape (rows,
+        length); None: all."""
+        places = self._place.values()
+        handles = [
+            self._row[k][1].register_forward_hook(partial(self._look, k), with_kwargs=True)
+            for k in range(min(places, default=0), max(places, default=-1) + 1)
+        ]
+        handles += [layer.register_forward_hook(self._with_noise) for layer in self._place]
+
+        def count(tokens: Tensor | None) -> None:
+            self._counted = tokens
+
+        try:
+            yield count
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def maps(self, last: nn.Module) -> dict[nn.Module, Tensor]:
+        """By layer M, shape (width, width), float32: an error e behind the end of ``last`` comes back to what the layer gives as ``e M``. A layer that is left out has I.
+
+        What was learned is used up.
+        """
+        found: dict[nn.Module, Tensor] = {}
+        m: Tensor | None = None
+        for k in range(self._place.get(last, -1), -1, -1):
+            for layer in (layer for layer, place in self._place.items() if place == k and layer is not last):
+                back = _times(m, self._behind.pop(layer, None))
+                if back is not None:
+                    found[layer] = back
+            m = _times(m, self._through.pop(k, None))
+        return found
+
+    def _look(self, k: int, end: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """A layer of the row ran: run it with noise on its input, and on what layers in it give."""
+        h, o = args[0] if args else kwargs.get("hidden_states"), _first(output)
+        if self._again or not (isinstance(h, Tensor) and isinstance(o, Tensor) and h.shape == o.shape):
+            return
+        if k <= max(self._place.values()) - self._room // (4 * h.shape[-1] ** 2):
+            return
+        h, o = h.detach(), o.detach()
+        size = _wide(h).square().mean(-1, keepdim=True).sqrt()
+        counts = _counting(size, self._counted)
+        kept = {name: None if hasattr(value, "get_seq_length") else value for name, value in kwargs.items()}
+
+        def changed(noise: Tensor, layer: nn.Module | None) -> tuple[Tensor, Tensor]:
+            """By how much what is behind changes beside the noise, and how exactly that can be told."""
+            before = h if layer is not None else (_wide(h) + noise).to(h.dtype)
+            self._again, self._noise = True, None if layer is None else (layer, noise)
+            self._held = _wide(before) - _wide(h)
+            try:
+                with torch.no_grad():
+                    if args:
+                        behind = _first(end(before, *args[1:], **kept))
+                    else:
+                        behind = _first(end(**{**kept, "hidden_states": before}))
+            finally:
+                self._again, self._noise = False, None
+            exact = 4 * torch.finfo(o.dtype).eps * (_wide(o).abs() + _wide(behind).abs() + _wide(h).abs())
+            return _wide(behind) - _wide(o) - self._held, exact
+
+        def learn(mean: _Mean, layer: nn.Module | None) -> None:
+            z = self._signs(h)
+            change, exact = changed(_SIGMA * size * z, layer)
+            if layer is not None and bool((change.abs() <= exact).all()):
+                self._added.add(layer)
+                return
+            r = (change / (_SIGMA * size).clamp(min=1e-30)).flatten(0, -2)
+            fine = counts & r.isfinite().all(1)
+            mean.add(r[fine].float(), z.flatten(0, -2)[fine])
+
+        if k > min(self._place.values()):
+            learn(self._through.setdefault(k, _Mean()), None)
+        for layer in [layer for layer, place in self._place.items() if place == k and layer not in self._added]:
+            learn(self._behind.setdefault(layer, _Mean()), layer)
+
+    def _with_noise(self, layer: nn.Module, _: Any, output: Any) -> Any:
+        """Add the noise that is meant for the layer, and note what of it the dtype can hold."""
+        if self._noise is None or self._noise[0] is not layer or output.numel() != self._noise[1].numel():
+            return None
+        noise = self._noise[1]
+        noisy = (_wide(output) + noise.view_as(output)).to(output.dtype)
+        self._noise, self._held = None, (_wide(noisy) - _wide(output)).view_as(noise)
+        return noisy
+
+    def _signs(self, like: Tensor) -> Tensor:
+        """+1 and -1 at random, the same in every run."""
+        generator = self._generators.get(like.device)
+        if generator is None:
+            generator = self._generators[like.device] = torch.Generator(like.device).manual_seed(0)
+        half = torch.full(like.shape, 0.5, device=like.device)
+        return torch.bernoulli(half, generator=generator) * 2 - 1
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _first(output: Any) -> Any:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _counting(size: Tensor, counted: Tensor | None) -> Tensor:
+    """Which tokens, one after the other, are no padding and have a stream of a usual size."""
+    flat = size.flatten()
+    fine = flat.isfinite()
+    if counted is not None and counted.numel() == flat.numel():
+        fine &= counted.flatten().to(flat.device)
+    return fine & (flat < _LARGE * flat[fine].median()) if bool(fine.any()) else fine
+
+
+def _times(m: Tensor | None, mean: _Mean | None) -> Tensor | None:
+    """``m (I + rho K)``; None stands for I."""
+    k = mean.shrunk() if mean is not None else None
+    if k is None:
+        return m
+    if m is None:
+        return k + torch.eye(len(k), device=k.device)
+    return m + m @ k.to(m.device)
