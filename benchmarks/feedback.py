@@ -1,7 +1,8 @@
 """LoRA that starts from a walk along the errors: where the walk ends, by its rate, its steps and the rank, and what it costs.
 
     python benchmarks/feedback.py --data FOLDER                                  # the 135M model on two tasks, the default walk, three seeds
-    python benchmarks/feedback.py --data FOLDER --tasks sst2 --rates 4e-3 8e-3 --ranks 8 16 --seeds 0 --output feedback-rates
+    python benchmarks/feedback.py --data FOLDER --tasks sst2 sst5 squad --cosines --output feedback-cosines   # how right its directions are
+    python benchmarks/feedback.py --data FOLDER --tasks sst2 --rates 4e-3 8e-3 1.6e-2 --ranks 8 16 --seeds 0 --output feedback-rates
 
 FOLDER holds a folder of data for every task. Loss and metric of the development and the test split, untuned and behind the walk (of text that is
 written the loss alone), seconds of a step of the walk, and of a forward pass over the same minibatch.
@@ -10,6 +11,7 @@ written the loss alone), seconds of a step of the walk, and of a forward pass ov
 from __future__ import annotations
 
 import json
+import re
 import time
 from itertools import chain, islice, repeat
 from pathlib import Path
@@ -21,6 +23,10 @@ from machine import HERE, parser, write
 from forwardtune import StratifiedSampler
 from forwardtune.evaluation import evaluate, find_layout, prepare, training_objective
 from forwardtune.models import load_model, start_from_feedback, tune
+from forwardtune.models.error_directions import taken
+from forwardtune.models.feedback import FOR_A, _adding, _begun, _gradient
+from forwardtune.models.principal import tokens_of
+from forwardtune.models.way_back import WayBack
 from forwardtune.tasks import get_task, load_splits
 from forwardtune.tasks.encoding import Encoder
 
@@ -79,22 +85,71 @@ def walk(task: Task, model: Any, key: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(row))
 
 
+def cosines(task: Task, model: Any) -> dict[str, Any]:
+    """Of each layer the cosine of G with the gradient of B, over 12 minibatches of the untuned model: along the stream as it is, and by the maps of 16 others."""
+    adapted = tune(model, task.tokenizer, "lora", lora_targets=["late-down"], freeze_a=True, seed=0)
+    objective, given = training_objective(task.task), list(task.batches(0, FOR_A + 12))
+    way = WayBack(adapted, _adding(adapted))
+    with torch.no_grad():
+        with way.learning() as count:
+
+            def counted(model: Any, batch: Any) -> torch.Tensor:
+                count(tokens_of(batch))
+                return objective(model, batch)
+
+            fed = taken(adapted, given[:FOR_A], counted, fill=True)
+        walks = {
+            "stream": _begun(adapted, given[0], objective, 1e-3, fed),
+            "maps": _begun(adapted, given[0], objective, 1e-3, fed, way),
+        }
+    b = [layer.lora_B["default"].weight for layer in walks["maps"].layers]
+    sums: dict[str, list[Any]] = {name: [0.0] * len(b) for name in ("true", *walks)}
+    for batch in given[FOR_A:]:
+        found = {"true": list(torch.autograd.grad(objective(adapted, batch).mean(), b))}
+        for name, walk in walks.items():
+            with torch.no_grad():
+                _gradient(adapted, walk, batch, objective)
+            found[name] = [weight.grad for weight in b]
+        for name, gradients in found.items():
+            sums[name] = [a + g for a, g in zip(sums[name], gradients, strict=True)]
+    names = {module: name for name, module in adapted.named_modules()}
+    layers = [int(re.findall(r"\.(\d+)\.", names[layer])[0]) for layer in walks["maps"].layers]
+    of = {
+        name: [
+            round(float(torch.cosine_similarity(g.flatten(), t.flatten(), 0)), 3)
+            for g, t in zip(own, sums["true"], strict=True)
+        ]
+        for name, own in sums.items()
+        if name != "true"
+    }
+    adapted.unload()
+    return {"layers": layers, **of}
+
+
 def main() -> None:
     """Walk what is missing, and print it."""
     options = parser(__doc__)
     options.add_argument("--data", required=True)
     options.add_argument("--tasks", nargs="+", default=["sst2", "sst5"])
-    options.add_argument("--rates", type=float, nargs="+", default=[4e-3])
+    options.add_argument("--rates", type=float, nargs="+", default=[8e-3])
     options.add_argument("--ranks", type=int, nargs="+", default=[8])
     options.add_argument("--steps", type=int, nargs="+", default=[100])
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options.add_argument("--threads", type=int, default=1)
     options.add_argument("--output", default="feedback")
+    options.add_argument(
+        "--cosines", action="store_true", help="of the untuned model's directions with its gradients, in place of walks"
+    )
     given = options.parse_args()
     torch.set_num_threads(given.threads)
     path = HERE / "results" / f"{given.output}.json"
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
     model, tokenizer = load_model("smollm2-135m", dtype="bfloat16", device="cpu")
+    if given.cosines:
+        found = {name: cosines(Task(name, given.data, model, tokenizer), model) for name in given.tasks}
+        print(json.dumps(found))
+        write(given.output, found)
+        return
     for name in given.tasks:
         task = Task(name, given.data, model, tokenizer)
         if not any(row["task"] == name and row["steps"] == 0 for row in rows):

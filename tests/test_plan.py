@@ -161,7 +161,9 @@ def test_a_walk_along_the_errors_is_counted() -> None:
     more = seconds_of_run(9, walked, session) - seconds_of_run(9, COST, session)
     assert more == pytest.approx(30.0 + 5 * 20 * COST.watching)
     for steps, passes in ((100, 100 + 16 * 5 / 3), (6, 16)):
-        assert passes_of_walk(asked_for(tune="lora", lora_init="feedback", feedback_steps=steps).options) == pytest.approx(passes)
+        assert passes_of_walk(
+            asked_for(tune="lora", lora_init="feedback", feedback_steps=steps).options
+        ) == pytest.approx(passes)
     assert passes_of_walk(asked_for(tune="lora", lora_init="eva").options) == 0
 
 

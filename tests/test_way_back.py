@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import support
 from forwardtune.models import start_from_feedback, tune
 from forwardtune.models.error_directions import taken
-from forwardtune.models.feedback import _adding, _begun, _step
+from forwardtune.models.feedback import _adding, _begun, _gradient
 from forwardtune.models.late import row_of_layers
 from forwardtune.models.way_back import WayBack
 
@@ -153,7 +153,7 @@ def test_errors_come_back_better_than_along_the_stream_as_it_is(name: str) -> No
             b = {layer: layer.lora_B["default"].weight for layer in walk.layers}
             with torch.enable_grad():
                 expected = torch.autograd.grad(choice(model, given[0]).mean(), [*b.values()])
-            _step(model, walk, given[0], choice)
+            _gradient(model, walk, given[0], choice)
             found = [weight.grad for weight in b.values()]
             torch.testing.assert_close(found[-1], expected[-1], rtol=1e-4, atol=1e-7)  # exact in the last one
             cosines.append(float(F.cosine_similarity(found[0].flatten(), expected[0].flatten(), dim=0)))

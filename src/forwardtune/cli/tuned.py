@@ -29,7 +29,6 @@ from ..models.feedback import FOR_A
 from ..names import FROM_EXAMPLES
 from ..objectives import logits_at
 from ..strata import StratifiedSampler
-from ..tasks import Task
 from ..tasks.encoded import Encoded
 from ..trajectory import Log
 from ..trajectory.updates import Trajectory
@@ -45,7 +44,6 @@ _BATCHES = {"eva": 8, "errors": 32}
 def prepare_model(
     model: Any,
     tokenizer: Any,
-    task: Task | None = None,
     *,
     options: Train,
     first: Path | None,
@@ -56,7 +54,7 @@ def prepare_model(
     """The model with what is to be tuned. An adapter takes its first weights from the file, if there is one.
 
     Args:
-        given: the settings that somebody gave. If the method is none of them, the model and the task decide on it, and the options change with it.
+        given: the settings that somebody gave. If the method is none of them, the model decides on it, and the options change with it.
         tensors: names of the tuned tensors of the run that goes on; None: the model shows what text enters.
         frozen: takes the names of the parts that it does not enter.
 
@@ -64,7 +62,7 @@ def prepare_model(
         InputError: Adam cannot tune it; or the file is damaged, or of another adapter.
     """
     if given is not None:
-        _suit(options, model, task, given)
+        _suit(options, model, given)
     model = tune(
         model,
         tokenizer,
@@ -111,13 +109,11 @@ def prepare_model(
     return model
 
 
-def _suit(options: Any, model: Any, task: Task | None, given: Mapping[str, Any]) -> None:
-    """Where nobody named the method: ``forward``, for free text, on which it was measured to be better, and a model that has no place for ``feedback``."""
+def _suit(options: Any, model: Any, given: Mapping[str, Any]) -> None:
+    """Where nobody named the method: ``forward``, for a model that has no place for ``feedback``."""
     if options.method != "feedback" or "method" in given:
         return
     why = lacks_place(model)
-    if why is None and task is not None and not task.fixed_answers:
-        why = f"the answers of task {task.name} are texts of their own"
     if why is not None:
         command = next(name for name, kind in COMMANDS.items() if kind is type(options))
         vars(options).update(vars(describe(command, {**given, "method": "forward"}, spell=flag)))

@@ -271,7 +271,7 @@ class Train(MeZOSettings, Data):
         "mezo",
         "feedback, what won the comparison: an adapter that starts from the errors; forward: late weights, a direction for each example; mezo, the "
         "paper's; or adam: backpropagation",
-        shown="feedback where a task has labels and the model a place for it, else forward; mezo where a setting of the method is given",
+        shown="feedback where the model has a place for it, else forward; mezo where a setting of the method is given",
         choices=names.METHODS,
     )
     objective: str = _of_mezo("loss", "loss, accuracy, f1, exact_match, module:function, file.py:function, or a sum")

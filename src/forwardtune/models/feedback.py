@@ -109,7 +109,7 @@ def start_from_feedback(
     losses: Callable[[Any, Any], Tensor] | None = None,
     *,
     steps: int = 100,
-    rate: float = 4e-3,
+    rate: float = 8e-3,
     watched: Callable[[], float] | None = None,
 ) -> Any:
     """Let LoRA start where so many steps along the errors end.
@@ -204,17 +204,23 @@ def _losses(model: Any, batch: Any, losses: Any) -> Tensor:
 
 def _step(model: Any, walk: _Walk, batch: Any, losses: Any) -> None:
     """One forward pass, and a step of Adam along what it says."""
+    if _gradient(model, walk, batch, losses):
+        walk.optimizer.step()
+
+
+def _gradient(model: Any, walk: _Walk, batch: Any, losses: Any) -> bool:
+    """G of every B, as its gradient, from one forward pass; whether there is one."""
     last = walk.layers[-1]
     with _watched(model, walk.layers, last, walk.end) as seen, torch.enable_grad():
         loss = _losses(model, batch, losses)
         if not bool(loss.isfinite()) or seen.last is None:
-            return
-        behind = seen.last if seen.end is None or seen.end.shape != seen.last.shape else seen.end
+            return False
+        behind = seen.last if seen.end is None or seen.end.numel() != seen.last.numel() else seen.end
         found, far = (e.flatten(0, -2) for e in torch.autograd.grad(loss, [seen.last, behind]))
     at = found.abs().amax(1).nonzero()[:, 0]
     errors, far = found[at].float(), far[at].float()
     if not bool(errors.isfinite().all() and far.isfinite().all()):
-        return
+        return False
     for layer in walk.layers:
         e = errors if layer is last else far @ walk.maps[layer].to(far.device) if layer in walk.maps else far
         for name, b in layer.lora_B.items():
@@ -224,7 +230,7 @@ def _step(model: Any, walk: _Walk, batch: Any, losses: Any) -> None:
                 continue
             x = read.flatten(0, -2)[at.to(read.device)].float()
             b.weight.grad = (layer.scaling[name] * (e.to(x.device).T @ x)).to(b.weight)
-    walk.optimizer.step()
+    return True
 
 
 @contextmanager
