@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain
 from typing import Any
 
@@ -55,6 +55,40 @@ class _Mean:
         chance = len(k) / self.count**2 * float(self.squares)
         whole = float(k.square().sum())
         return k.mul_(1 - chance / whole) if whole > chance else None
+
+
+@dataclass
+class _Run:
+    """A layer of the row that ran: what it was called with, the stream before it and behind it, and which tokens count."""
+
+    end: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    h: Tensor
+    o: Tensor
+    counted: Tensor | None
+
+    @cached_property
+    def size(self) -> Tensor:
+        """Root mean square of each token's stream, shape (..., tokens, 1)."""
+        return _wide(self.h).square().mean(-1, keepdim=True).sqrt()
+
+    @cached_property
+    def counts(self) -> Tensor:
+        """Which tokens, one after the other, are no padding and have a stream of a usual size."""
+        flat = self.size.flatten()
+        fine = flat.isfinite()
+        if self.counted is not None and self.counted.numel() == flat.numel():
+            fine &= self.counted.flatten().to(flat.device)
+        return fine & (flat < _LARGE * flat[fine].median()) if bool(fine.any()) else fine
+
+    @torch.no_grad()
+    def again(self, h: Tensor) -> Tensor:
+        """What the layer makes of another stream. A cache, which has the tokens already, is left alone."""
+        kept = {name: None if hasattr(value, "get_seq_length") else value for name, value in self.kwargs.items()}
+        if self.args:
+            return _first(self.end(h, *self.args[1:], **kept))
+        return _first(self.end(**{**kept, "hidden_states": h}))
 
 
 class WayBack:
@@ -127,47 +161,37 @@ class WayBack:
         return found
 
     def _look(self, k: int, end: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """A layer of the row ran: run it with noise on its input, and on what layers in it give."""
+        """A layer of the row ran: let it run with noise on its input, and on what layers in it give."""
         h, o = args[0] if args else kwargs.get("hidden_states"), _first(output)
         if self._again or not (isinstance(h, Tensor) and isinstance(o, Tensor) and h.shape == o.shape):
             return
         if k <= max(self._place.values()) - self._room // (4 * h.shape[-1] ** 2):
             return
-        h, o = h.detach(), o.detach()
-        size = _wide(h).square().mean(-1, keepdim=True).sqrt()
-        counts = _counting(size, self._counted)
-        kept = {name: None if hasattr(value, "get_seq_length") else value for name, value in kwargs.items()}
-
-        def changed(noise: Tensor, layer: nn.Module | None) -> tuple[Tensor, Tensor]:
-            """By how much what is behind changes beside the noise, and how exactly that can be told."""
-            before = h if layer is not None else (_wide(h) + noise).to(h.dtype)
-            self._again, self._noise = True, None if layer is None else (layer, noise)
-            self._held = _wide(before) - _wide(h)
-            try:
-                with torch.no_grad():
-                    if args:
-                        behind = _first(end(before, *args[1:], **kept))
-                    else:
-                        behind = _first(end(**{**kept, "hidden_states": before}))
-            finally:
-                self._again, self._noise = False, None
-            exact = 4 * torch.finfo(o.dtype).eps * (_wide(o).abs() + _wide(behind).abs() + _wide(h).abs())
-            return _wide(behind) - _wide(o) - self._held, exact
-
-        def learn(mean: _Mean, layer: nn.Module | None) -> None:
-            z = self._signs(h)
-            change, exact = changed(_SIGMA * size * z, layer)
-            if layer is not None and bool((change.abs() <= exact).all()):
-                self._added.add(layer)
-                return
-            r = (change / (_SIGMA * size).clamp(min=1e-30)).flatten(0, -2)
-            fine = counts & r.isfinite().all(1)
-            mean.add(r[fine].float(), z.flatten(0, -2)[fine])
-
+        run = _Run(end, args, kwargs, h.detach(), o.detach(), self._counted)
         if k > min(self._place.values()):
-            learn(self._through.setdefault(k, _Mean()), None)
+            self._learn(self._through.setdefault(k, _Mean()), run, None)
         for layer in [layer for layer, place in self._place.items() if place == k and layer not in self._added]:
-            learn(self._behind.setdefault(layer, _Mean()), layer)
+            self._learn(self._behind.setdefault(layer, _Mean()), run, layer)
+
+    def _learn(self, mean: _Mean, run: _Run, layer: nn.Module | None) -> None:
+        """Let a layer of the row run with noise on its input, or on what ``layer`` in it gives, and add what changes behind it beside the noise."""
+        z = self._signs(run.h)
+        noise = _SIGMA * run.size * z
+        noisy = run.h if layer is not None else (_wide(run.h) + noise).to(run.h.dtype)
+        self._again, self._noise = True, None if layer is None else (layer, noise)
+        self._held = _wide(noisy) - _wide(run.h)
+        try:
+            behind = run.again(noisy)
+        finally:
+            self._again, self._noise = False, None
+        change = _wide(behind) - _wide(run.o) - self._held
+        exact = 4 * torch.finfo(run.o.dtype).eps * (_wide(run.o).abs() + _wide(behind).abs() + _wide(run.h).abs())
+        if layer is not None and bool((change.abs() <= exact).all()):
+            self._added.add(layer)
+            return
+        r = (change / (_SIGMA * run.size).clamp(min=1e-30)).flatten(0, -2)
+        fine = run.counts & r.isfinite().all(1)
+        mean.add(r[fine].float(), z.flatten(0, -2)[fine])
 
     def _with_noise(self, layer: nn.Module, _: Any, output: Any) -> Any:
         """Add the noise that is meant for the layer, and note what of it the dtype can hold."""
@@ -194,15 +218,6 @@ def _wide(x: Tensor) -> Tensor:
 
 def _first(output: Any) -> Any:
     return output[0] if isinstance(output, tuple) else output
-
-
-def _counting(size: Tensor, counted: Tensor | None) -> Tensor:
-    """Which tokens, one after the other, are no padding and have a stream of a usual size."""
-    flat = size.flatten()
-    fine = flat.isfinite()
-    if counted is not None and counted.numel() == flat.numel():
-        fine &= counted.flatten().to(flat.device)
-    return fine & (flat < _LARGE * flat[fine].median()) if bool(fine.any()) else fine
 
 
 def _times(m: Tensor | None, mean: _Mean | None) -> Tensor | None:
