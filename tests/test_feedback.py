@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import support
+from forwardtune.cli.session import Session
 from forwardtune.errors import InputError
 from forwardtune.models import load_model, start_from_errors, start_from_feedback, tune
 from forwardtune.models.error_directions import taken
@@ -270,10 +271,22 @@ FEEDBACK = {
 }  # fmt: skip
 
 
-def test_a_run_starts_there_and_goes_on(tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_run_starts_there_and_goes_on(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     setting = Setting(tiny_folder, write_task(tmp_path / "task"))
+    peaks: list[int] = []
+    peak_of = Session.peak_of
+
+    def noted(session: Session, work: Any) -> int:
+        peaks.append(
+            peak_of(session, work) + (10**12 if not peaks else 0)
+        )  # the walk's, as if it took more than the steps
+        return peaks[-1]
+
+    monkeypatch.setattr(Session, "peak_of", noted)
     ran = cli(*setting.train(tmp_path / "whole", **FEEDBACK))
     assert ran.code == 0, ran.err
+    memory = json.loads((tmp_path / "whole" / "metrics.json").read_text())
+    assert [memory["peak_memory_bytes"], memory["inference_peak_memory_bytes"]] == peaks
     assert "starting from 6 minibatches' errors" in ran.err
     assert "errors: 100%|##########| 13/13" in ran.err
     assert re.search(r"dev loss \d\.\d+ -> \d\.\d+", ran.err)

@@ -126,11 +126,15 @@ class Session:
     def inference_peak(self) -> int:
         """Peak memory of one forward pass over the longest minibatch, in bytes."""
         batch = prepare(self.model, self.tokenizer, self.longest, self.layout)
+        with torch.no_grad():
+            return self.peak_of(lambda: logits_at(self.model, batch))
+
+    def peak_of(self, work: Callable[[], object]) -> int:
+        """Peak memory while that is done, in bytes."""
         device = device_of(self.model)
         memory.trim()
         memory.reset_peak(device)
-        with torch.no_grad():
-            logits_at(self.model, batch)
+        work()
         return memory.peak(device)
 
 

@@ -149,9 +149,10 @@ def run(parsed: argparse.Namespace) -> int:
         session.watched_by_loss = bool(log.header["run"].get(_BY_LOSS)) if log else may_watch_by_loss(session)
         if session.watched_by_loss:
             described[_BY_LOSS] = True
+    start_peak = 0
     if options.tune in ("lora", "prefix") and log is None:
         if options.lora_init in FROM_EXAMPLES:
-            tuned.start_from_examples(session)
+            start_peak = session.peak_of(partial(tuned.start_from_examples, session))
         tuned.keep_first(session.model, folder / INITIAL)
     options.eval_steps = evaluation_steps(options, options.steps)
     inference_peak = session.inference_peak()
@@ -180,6 +181,7 @@ def run(parsed: argparse.Namespace) -> int:
             **compared(token_losses["before"], token_losses["after"]),
         }
     metrics.update(trained.facts, inference_peak_memory_bytes=inference_peak)
+    metrics["peak_memory_bytes"] = max(start_peak, metrics["peak_memory_bytes"])
     if not workers.is_first:  # its log stays
         workers.wait()
         return 0
