@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import support
 from forwardtune import MeZO, MeZOTrainer, replay
+from forwardtune.errors import InputError
 from forwardtune.evaluation import find_layout, prepare
 from forwardtune.method.estimators import Query
 from forwardtune.objectives import option_cross_entropy
@@ -250,3 +251,15 @@ def test_trainer_puts_both_sides_together(tmp_path: Path) -> None:
 def test_directions_of_the_minibatch_are_refused() -> None:
     with pytest.raises(ValueError, match="both_signs' is of directions of examples: set assignment='example'"):
         MeZO(Net(), perturbation="both_signs")
+
+
+def test_one_side_has_no_rows_to_put_together() -> None:
+    with pytest.raises(InputError, match="has one side: use estimator='spsa'"):
+        MeZO(
+            support.tiny_model(),
+            assignment="example",
+            perturbation="both_signs",
+            estimator="one_sided",
+            probes=4,
+            probes_per_pass=2,
+        )

@@ -174,6 +174,19 @@ def test_free_text_starts_from_the_errors_too(tmp_path: Path) -> None:
     done(*of_text.resume(tmp_path / "run", steps=3))
 
 
+def test_the_walk_lowers_the_loss_and_the_steps_raise_an_objective_of_text(tmp_path: Path) -> None:
+    setting = Setting(save_tiny_model(tmp_path / "model", "llama"), write_task(tmp_path / "task"))
+    of_text = Setting(setting.model, free_text(setting))
+    done(*of_text.train(tmp_path / "loss", method="feedback", feedback_steps=3, steps=2))
+    ran = done(*of_text.train(tmp_path / "f1", method="feedback", objective="f1", feedback_steps=3, steps=2))
+    assert "starting from 3 minibatches' errors" in ran.err
+    begun = [(tmp_path / name / "initial.safetensors").read_bytes() for name in ("loss", "f1")]
+    assert begun[0] == begun[1]
+    losses = [[step.loss for step in read_log(tmp_path / name / "steps.jsonl").records] for name in ("loss", "f1")]
+    assert losses[0] != losses[1]
+    assert all(-1 <= loss <= 0 for loss in losses[1])  # F1, to be raised
+
+
 def test_plan_names_the_way_that_was_decided_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     setting = Setting(save_tiny_model(tmp_path / "model", "llama"), write_task(tmp_path / "task"))
     for task in (setting.task, free_text(setting)):

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .errors import InputError, NonFiniteLossError, nearest, warn
-from .method.estimators import Estimator, Losses, Query, get_estimator
+from .method.estimators import Estimator, Losses, OneSided, Query, get_estimator
 from .method.pending import pending_of
 from .method.record import StepRecord, estimated, mean_loss, updates_of
 from .method.rule import History, Rule, move_all
@@ -218,6 +218,11 @@ class MeZO(torch.optim.Optimizer):
 
     def _evaluator(self, noise: Noise) -> Evaluator:
         each = self.estimator.per_example
+        if self._per_pass > 1 and isinstance(self.estimator, OneSided):
+            raise InputError(
+                "probes_per_pass puts the rows of both sides into one pass, and estimator='one_sided' has one side: use estimator='spsa'",
+                "probes_per_pass",
+            )
         return Evaluator(
             self.tuned,
             noise,
