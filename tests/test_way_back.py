@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import support
 from forwardtune.models import start_from_feedback, tune
 from forwardtune.models.error_directions import taken
-from forwardtune.models.feedback import _adding, _begun, _gradient
+from forwardtune.models.feedback import _adding, _begun, _gradient, bytes_of_maps
 from forwardtune.models.late import row_of_layers
 from forwardtune.models.way_back import WayBack
 
@@ -251,9 +251,21 @@ def test_matrices_take_a_tenth_of_the_memory_of_the_weights() -> None:
         model(torch.randn(1, 2000, WIDTH))
     assert sum(4 * torch.as_tensor(mean.products).numel() for mean in way._through.values()) <= weights / 10
     assert sorted(way._through) == [5]
+    assert way.bytes(WIDTH) == 4 * WIDTH**2
     maps = way.maps(model.layers[-1].out)
     assert len({id(m) for m in maps.values()}) == 1  # what lies before is left as it is
     assert len(maps) == 5
+
+
+def test_what_the_walk_takes_is_known_before() -> None:
+    model = family("llama", [r"mlp\.down_proj"])
+    layers = _adding(model)
+    way = WayBack(model, layers)
+    with way.learning(), torch.no_grad():
+        for batch in batches(2):
+            model(**batch)
+    taken_up = sum(torch.as_tensor(mean.products).numel() * 4 for mean in way._through.values())
+    assert bytes_of_maps(model) == taken_up > 0
 
 
 def test_layers_that_are_part_of_no_row_are_left_out() -> None:

@@ -24,7 +24,7 @@ from ..errors import InputError
 from ..forgetting import TOKENS, read_general, token_losses
 from ..method.estimators import get_estimator
 from ..method.rule import History, Rule
-from ..models.feedback import FOR_A, WATCHES
+from ..models.feedback import FOR_A, WATCHES, bytes_of_maps
 from ..models.late import LATE
 from ..noise import Count, Noise, Update
 from ..optimizer import MeZO
@@ -108,6 +108,8 @@ def measure(session: Session) -> Cost:
     peak = max(memory.peak(device), now)  # the system may count them a page apart
     optimizer.step()
     peak += sum(m.nbytes for moments in optimizer.history.moments.values() for m in moments)
+    if passes_of_walk(options):
+        peak = max(peak, inference + bytes_of_maps(model))
     fill_window(optimizer)
     draw, train = random.Random(options.seed), session.splits["train"]
     steps, updates = [], []

@@ -16,10 +16,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..method.estimators import get_estimator, groups_of
+from ..models.feedback import bytes_of_maps
+from ..models.way_back import SHARE
 from ..noise import Noise, Update
 from ..objectives import logits_at
 from ..storage import on_the_way
-from .costs import clock
+from .costs import clock, passes_of_walk
 
 # Bytes of a weight, and of the scales of its group, as quantised layers are stored (:mod:`forwardtune.models.quantised`).
 _STORED = {"int8": (1.0, 0.0), "nf4": (0.5, 1 / 64 + 4 / (64 * 256)), "int4": (0.5, 4 / 32)}
@@ -75,11 +77,12 @@ def estimate(model: Any, inputs: dict[str, Tensor], options: Any) -> Estimate:
     moments = 0 if options.rule_state == "window" else _MOMENTS.get(options.rule, 0) * count
     if offload == "cpu" or (offload and str(options.device).startswith("cuda")):  # moments live where weights do
         weights, moments = weights + on_the_way(p.nbytes for p in model.parameters()), 0
+    walk = min(bytes_of_maps(model), int(SHARE * weights)) if passes_of_walk(options) else 0
     queries = len(
         get_estimator(options.estimator, 1.0, options.probes, options.normalize, options.assignment).queries()
     )
     return Estimate(
-        weights + activations + scratch + moments,
+        weights + activations + max(scratch + moments, walk),
         products * queries / (2 if both else 1),
         queries,
         0 if both else count * queries,

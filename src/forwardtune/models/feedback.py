@@ -164,6 +164,11 @@ def start_from_feedback(
     return model
 
 
+def bytes_of_maps(model: Any) -> int:
+    """What the walk takes beside the memory of inference: the matrices by which errors come back."""
+    return WayBack(model, _adding(model)).bytes(model.config.get_text_config().hidden_size)
+
+
 @torch.no_grad()
 def _begun(model: Any, batch: Any, losses: Any, rate: float, fed: Collection[Any], way: WayBack | None = None) -> _Walk:
     """Which layers add to the stream, of those whose A was taken, and how long a step is."""

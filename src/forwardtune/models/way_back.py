@@ -30,8 +30,8 @@ from .late import row_of_layers
 _SIGMA = 0.1
 # Tokens whose stream is so many times as large as usual, such as the first one, are left out.
 _LARGE = 4.0
-# Matrices of the layers between take at most this share of the memory of the weights. Where that is not all of them, the last layers have theirs.
-_SHARE = 0.1
+#: Matrices of the layers between take at most this share of the memory of the weights. Where that is not all of them, the last layers have theirs.
+SHARE = 0.1
 
 
 @dataclass
@@ -111,7 +111,7 @@ class WayBack:
             if f"{names[layer]}.".startswith(start)
         }
         tensors = chain(model.parameters(), model.buffers())
-        self._room = _SHARE * sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        self._room = SHARE * sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         self._through: dict[int, _Mean] = {}
         self._behind: dict[nn.Module, _Mean] = {}
         self._added: set[nn.Module] = set()  # layers whose output is added to the stream as it is
@@ -124,6 +124,12 @@ class WayBack:
     def end(self, layer: nn.Module) -> nn.Module | None:
         """Of the row the layer that this one is part of: errors behind it are those that come back."""
         return self._row[self._place[layer]][1] if layer in self._place else None
+
+    def bytes(self, width: int) -> int:
+        """What the matrices of a stream of that width take."""
+        places = self._place.values()
+        wanted = max(places, default=0) - min(places, default=0)
+        return 4 * width**2 * int(min(wanted, self._room // (4 * width**2)))
 
     @contextmanager
     def learning(self) -> Iterator[Callable[[Tensor | None], None]]:
