@@ -124,7 +124,10 @@ def test_where_every_loss_is_worse_the_run_ends_at_the_weights_that_it_took() ->
     run = Number(measure=lambda step, weight: 100.0 + step).run()
     assert run.all("back") == [(step, 4) for step in range(5, 31, 5)]
     assert run.weight == run.points[4]
-    assert run.all("announce")[-1][1] == "worse than before: back to the weights of step 4, where the run ends"
+    said = [text for _, text in run.all("announce")][1:]
+    assert said[0].startswith("worse than before: back to the weights of step 4, learning rate ")
+    assert {text.partition(":")[0] for text in said[1:-1]} == {"worse again"}
+    assert said[-1] == "worse than before: back to the weights of step 4, where the run ends"
 
 
 def test_somebody_else_may_measure() -> None:

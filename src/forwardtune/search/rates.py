@@ -92,6 +92,7 @@ class RateSearch:
         self._held: list[tuple[float, Sequence[float]]] = []
         self._measured = -1
         self._untuned: float | None = None
+        self._went_back: tuple[str, int] | None = None  # why, and where to, the last time
 
     # --- what happens --------------------------------------------------------------------------------------------------
 
@@ -221,7 +222,11 @@ class RateSearch:
             return
         why = {"diverged": "the loss left its range", "worse": "worse than before"}[decision.why]
         then = "where the run ends" if step >= self._steps else f"learning rate {decision.lr:.1e}"
-        self._run.announce(f"{why}: back to the weights of step {decision.step}, {then}")
+        again = (decision.why, decision.step) == self._went_back and step < self._steps
+        self._run.announce(
+            f"{decision.why} again: {then}" if again else f"{why}: back to the weights of step {decision.step}, {then}"
+        )
+        self._went_back = decision.why, decision.step
         self._run.go_back(decision.step, decision.lr)
 
 
