@@ -64,7 +64,7 @@ METHODS = {
         "MeZO, all weights, a direction for every example", 1e-4, "all", "mezo", settings={"assignment": "example"}
     ),
     "forward": Method(
-        "forwardtune's default: late feed-forward matrices, a direction for every example", 6e-4, "late-mlp", "mezo",
+        "late feed-forward matrices, a direction for every example (`--method forward`)", 6e-4, "late-mlp", "mezo",
         settings={"assignment": "example"},
     ),
     "mezo_offload": Method(
