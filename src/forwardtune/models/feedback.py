@@ -1,12 +1,12 @@
 """L5: LoRA that starts where a walk along the errors ends: B from what forward passes alone say of its gradient.
 
-In a transformer a layer's output is added to a stream that the head reads. So the gradient of the loss with respect to the output of the last layer,
-which needs the head's backward pass and no other, is about that of every layer before, but for what the layers in between make of their
-input. With it the gradient of ``B`` in ``W + s B A`` is about
+In a transformer a layer's output is added to a stream that the head reads. So the gradient of the loss with respect to the output of the last layer
+needs the head's backward pass and no other, and that of a layer before is about what comes back of it by the mean Jacobian M of what lies between, which
+forward passes show (:mod:`.way_back`). With it the gradient of ``B`` in ``W + s B A`` is about
 
-    G = s sum_t e_t (A x_t)^T,        e_t: the gradient at the last layer's output, x_t: the layer's input, over the tokens t with an error
+    G = s sum_t (e_t M)^T (A x_t)^T,        e_t: the gradient at the last layer's output, x_t: the layer's input, over the tokens t with an error
 
-(exact in the last layer). A step costs one forward pass, half of a step of MeZO, and no memory of activations. The direction is biased, so a walk
+(exact in the last layer, where M is I). A step costs one forward pass, half of a step of MeZO, and no memory of activations. The direction is biased, so a walk
 along it is watched on examples of which it learns nothing, and forward passes along random directions go on from where it ends.
 
 Source: feedback that reaches layers without a backward pass is direct feedback alignment (Nokland, 2016), with random matrices in the place of the stream;
