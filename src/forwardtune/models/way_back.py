@@ -98,7 +98,8 @@ class WayBack:
         model: text goes through a row of layers. Those that are part of none of them are left out, and so is what has no stream of one shape.
         layers: each gives something of the stream's shape.
 
-    Memory: ``4 width^2`` bytes for each layer of the row between, in all at most a tenth of that of the weights.
+    Memory: ``4 width^2`` bytes for each layer of the row between, in all at most a tenth of that of the weights. Layers whose output is not added to the stream as it
+    is, such as those of post-norm models, take as much each beside that.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[nn.Module]) -> None:
