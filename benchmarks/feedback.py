@@ -23,10 +23,7 @@ from machine import HERE, parser, write
 from forwardtune import StratifiedSampler
 from forwardtune.evaluation import evaluate, find_layout, prepare, training_objective
 from forwardtune.models import load_model, start_from_feedback, tune
-from forwardtune.models.error_directions import taken
-from forwardtune.models.feedback import FOR_A, _adding, _begun, _gradient
-from forwardtune.models.principal import tokens_of
-from forwardtune.models.way_back import WayBack
+from forwardtune.models.feedback import FOR_A, _begun, _gradient, _learned
 from forwardtune.tasks import get_task, load_splits
 from forwardtune.tasks.encoding import Encoder
 
@@ -89,15 +86,8 @@ def cosines(task: Task, model: Any) -> dict[str, Any]:
     """Of each layer the cosine of G with the gradient of B, over 12 minibatches of the untuned model: along the stream as it is, and by the maps of 16 others."""
     adapted = tune(model, task.tokenizer, "lora", lora_targets=["late-down"], freeze_a=True, seed=0)
     objective, given = training_objective(task.task), list(task.batches(0, FOR_A + 12))
-    way = WayBack(adapted, _adding(adapted))
     with torch.no_grad():
-        with way.learning() as count:
-
-            def counted(model: Any, batch: Any) -> torch.Tensor:
-                count(tokens_of(batch))
-                return objective(model, batch)
-
-            fed = taken(adapted, given[:FOR_A], counted, fill=True)
+        way, fed = _learned(adapted, given[:FOR_A], objective)
         walks = {
             "stream": _begun(adapted, given[0], objective, 1e-3, fed),
             "maps": _begun(adapted, given[0], objective, 1e-3, fed, way),

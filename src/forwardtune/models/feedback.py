@@ -138,14 +138,7 @@ def start_from_feedback(
         raise InputError(f"feedback takes a positive number of steps and rate, got {steps} and {rate}")
     given = iter(batches)
     first = list(islice(given, FOR_A))
-    way = WayBack(model, _adding(model))
-    with way.learning() as count:
-
-        def counted(model: Any, batch: Any) -> Any:
-            count(tokens_of(batch))
-            return losses(model, batch) if losses is not None else model(**batch).loss
-
-        fed = taken(model, first, counted, fill=True)
+    way, fed = _learned(model, first, losses)
     walk = _begun(model, first[0], losses, rate, fed, way)
     if watched is not None:
         walk.seen(watched())
@@ -162,6 +155,18 @@ def start_from_feedback(
     for b in walk.b():
         b.grad = None
     return model
+
+
+def _learned(model: Any, batches: list[Any], losses: Any) -> tuple[WayBack, set[Any]]:
+    """How errors come back, and the layers whose A was taken, from the same forward passes."""
+    way = WayBack(model, _adding(model))
+    with way.learning() as count:
+
+        def counted(model: Any, batch: Any) -> Any:
+            count(tokens_of(batch))
+            return losses(model, batch) if losses is not None else model(**batch).loss
+
+        return way, taken(model, batches, counted, fill=True)
 
 
 def bytes_of_maps(model: Any) -> int:
