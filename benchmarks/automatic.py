@@ -1,6 +1,7 @@
 """How much of what the best learning rate of a grid gains do automatic settings gain?
 
     python benchmarks/automatic.py runs/automatic-minilm runs/automatic-smollm2-135m --output docs/results/automatic
+    python benchmarks/automatic.py runs/automatic-feedback --output docs/results/automatic-feedback
 
 The folders are those of ``sweeps/automatic-*.yaml``, finished or not: a seed counts where all its runs of a task are done. A run gains
 the development loss of the untuned model less the lowest that it measured, or nothing where none was lower: the weights that it keeps
@@ -25,7 +26,6 @@ from forwardtune.files import write_json
 from forwardtune.paper.sweep import SweepFolder
 from forwardtune.paper.sweep.plan import Run, label, show
 
-MODES = ("Full", "LoRA")
 UNTUNED, AUTO = "Untuned", "auto"
 # Gains below this share of the untuned loss are noise of a few examples: their ratio means nothing.
 SLIGHT = 0.01
@@ -218,13 +218,14 @@ def summary(rows: list[dict[str, Any]]) -> str:
 
 def draw(found: list[Cell], path: Path) -> None:
     """Gain over learning rate, a panel for each cell; the automatic runs as a level."""
-    columns = len(MODES)
+    modes = list(dict.fromkeys(cell.mode for cell in found))
+    columns = len(modes)
     tasks = list(dict.fromkeys(cell.task for cell in found))
     figure = Figure(figsize=(4.2 * columns, 1.9 * len(tasks)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(tasks), columns, squeeze=False)
     for cell in found:
-        panel = axes[tasks.index(cell.task)][MODES.index(cell.mode)]
+        panel = axes[tasks.index(cell.task)][modes.index(cell.mode)]
         xs = [float(rate) for rate in cell.rates]
         for seed_index in range(len(cell.seeds)):
             panel.plot(xs, [cell.gains(rate)[seed_index] for rate in cell.rates], ".", color=GREY, alpha=0.5, ms=4)

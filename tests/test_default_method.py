@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from forwardtune import replay
+from forwardtune.cli.dev import usual_patience
 from forwardtune.config import describe
 from forwardtune.errors import InputError
 from forwardtune.models import load_model, tune
@@ -216,3 +217,27 @@ def test_a_run_of_late_matrices_learns_and_replays(tmp_path: Path) -> None:
     for (name, a), b in zip(model.named_parameters(), tuned.parameters(), strict=True):
         assert torch.equal(a, b), name
     assert weights(setting.model) == before != weights(tmp_path / "run")
+
+
+ENDS = [
+    ({}, 5), ({"method": "feedback", "lr": "auto"}, 5), ({"lr": 1e-2}, None), ({"eval_steps": 3}, None),
+    ({"dev_examples": 0}, None), ({"method": "feedback", "objective": "f1"}, None), ({"method": "mezo"}, None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("given", "patience"), ENDS, ids=str)
+def test_what_says_nothing_of_rates_may_end_early(given: dict[str, Any], patience: int | None) -> None:
+    assert usual_patience(describe("train", {**PLAIN, **given})) == patience
+
+
+def test_a_walk_that_left_nothing_to_gain_ends_the_run(tmp_path: Path) -> None:
+    setting = Setting(save_tiny_model(tmp_path / "model", "llama"), write_task(tmp_path / "task"))
+    done(*setting.train(tmp_path / "run", method=None, lr=None, eps=None, steps=100))
+    metrics = read(tmp_path / "run")
+    assert metrics["stopped"] == "patience"
+    lines = [json.loads(line) for line in (tmp_path / "run" / "dev.jsonl").read_text().splitlines()]
+    best = min(lines, key=lambda line: line["dev"]["loss"])
+    assert sum(line["step"] > best["step"] for line in lines) == 5
+    assert metrics["steps"] == lines[-1]["step"] < 100
+    assert metrics["best_step"] == best["step"]
+    assert "is complete" in cli(*setting.resume(tmp_path / "run")).err

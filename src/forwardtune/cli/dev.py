@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from ..config import AUTO
+from ..config import AUTO, Train
 from ..run_folder import read_lines
 from . import say
 from .results import write_lines
@@ -17,6 +17,9 @@ from .session import Session
 
 if TYPE_CHECKING:
     from .callbacks import Monitor
+
+# Measurements without improvement after which a run ends behind a walk along the errors. Where there are labels, it was near its end before its first step (docs/feedback.md).
+_BEHIND_THE_WALK = 5
 
 
 class DevWatcher(TrainerCallback):
@@ -79,7 +82,7 @@ class DevWatcher(TrainerCallback):
         best = self.measure(step, model)
         in_vain = sum(line["step"] > best["step"] for line in self.lines)
         if self._patience is not None and not last and in_vain >= self._patience:
-            say(f"{in_vain} measurements without improvement: stopping after step {step}")
+            say(f"{in_vain} measurements without improvement (--patience): stopping after step {step}")
             self.gave_up = control.should_training_stop = True
 
     def measure(self, step: int, model: Any) -> dict[str, Any]:
@@ -100,6 +103,12 @@ class DevWatcher(TrainerCallback):
         best = self.best
         assert best is not None
         return best
+
+
+def usual_patience(options: Train) -> int | None:
+    """The patience of a run that says nothing of it, of rates and of measurements: a walk along the errors may have left nothing to gain."""
+    says_nothing = options.lr == AUTO and options.eval_steps is None and options.dev_examples != 0
+    return _BEHIND_THE_WALK if says_nothing and options.method == "feedback" and options.objective == "loss" else None
 
 
 def dev_metric(session: Session) -> str:

@@ -43,7 +43,7 @@ from . import methods, say, tuned
 from .callbacks import Trained
 from .card import write_card
 from .costs import evaluation_steps, measure, measured_examples, seconds_behind, steps_of_budget, steps_of_epochs
-from .dev import may_watch_by_loss
+from .dev import may_watch_by_loss, usual_patience
 from .options import ask, flag
 from .predicted import Examined, examine, read_before, show_classes, write_predictions
 from .results import move_aside, new_folder, peak_memory, plain, table, write_json, write_lines
@@ -154,6 +154,8 @@ def run(parsed: argparse.Namespace) -> int:
         if options.lora_init in FROM_EXAMPLES:
             start_peak = session.peak_of(partial(tuned.start_from_examples, session))
         tuned.keep_first(session.model, folder / INITIAL)
+    if options.patience is None and log is None:
+        options.patience = usual_patience(options)
     options.eval_steps = evaluation_steps(options, options.steps)
     inference_peak = session.inference_peak()
     trained = methods.METHODS[options.method](session, whole_folder, log, {**settings(options), **described})

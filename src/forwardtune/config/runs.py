@@ -348,7 +348,11 @@ class Train(MeZOSettings, Data):
         free=True,
     )
     patience: int | None = option(
-        None, "stop after so many of these without improvement", shown="never", bounds=POSITIVE, free=True
+        None,
+        "stop after so many of these without improvement",
+        shown="never; feedback with lr auto and no eval-steps 5",
+        bounds=POSITIVE,
+        free=True,
     )
     save_steps: int | None = _of_mezo(
         None, "also save a checkpoint every so many steps", shown="none", bounds=POSITIVE, free=True
