@@ -24,6 +24,7 @@ from forwardtune import StratifiedSampler
 from forwardtune.evaluation import evaluate, find_layout, prepare, training_objective
 from forwardtune.models import load_model, start_from_feedback, tune
 from forwardtune.models.feedback import FOR_A, _begun, _gradient, _learned
+from forwardtune.models.tuning import LATE_ATTENTION, LATE_DOWN
 from forwardtune.tasks import get_task, load_splits
 from forwardtune.tasks.encoding import Encoder
 
@@ -41,6 +42,7 @@ class Task:
         self.splits = {split: encoder(self.task, found.examples) for split, found in splits.items()}
         self.layout = find_layout(model, tokenizer, self.splits["train"])
         self.batch = BATCH.get(name, 16)
+        self.targets = [LATE_DOWN, *([] if self.task.fixed_answers else [LATE_ATTENTION])]  # as train has it
 
     def batches(self, seed: int, steps: int) -> Any:
         """Minibatches of a walk."""
@@ -63,7 +65,7 @@ def walk(task: Task, model: Any, key: dict[str, Any]) -> dict[str, Any]:
         task.tokenizer,
         "lora",
         lora_rank=key["rank"],
-        lora_targets=["late-down"],
+        lora_targets=task.targets,
         freeze_a=True,
         seed=key["seed"],
     )
@@ -83,8 +85,10 @@ def walk(task: Task, model: Any, key: dict[str, Any]) -> dict[str, Any]:
 
 
 def cosines(task: Task, model: Any) -> dict[str, Any]:
-    """Of each layer the cosine of G with the gradient of B, over 12 minibatches of the untuned model: along the stream as it is, and by the maps of 16 others."""
-    adapted = tune(model, task.tokenizer, "lora", lora_targets=["late-down"], freeze_a=True, seed=0)
+    """Of each layer the cosine of G with the gradient of B, over 12 minibatches of the untuned model: along the stream as it is, by the maps of 16 others, and by these of
+    queries and values."""
+    targets = [LATE_DOWN, LATE_ATTENTION]
+    adapted = tune(model, task.tokenizer, "lora", lora_targets=targets, freeze_a=True, seed=0)
     objective, given = training_objective(task.task), list(task.batches(0, FOR_A + 12))
     with torch.no_grad():
         way, fed = _learned(adapted, given[:FOR_A], objective)
@@ -92,28 +96,41 @@ def cosines(task: Task, model: Any) -> dict[str, Any]:
             "stream": _begun(adapted, given[0], objective, 1e-3, fed),
             "maps": _begun(adapted, given[0], objective, 1e-3, fed, way),
         }
-    b = [layer.lora_B["default"].weight for layer in walks["maps"].layers]
-    sums: dict[str, list[Any]] = {name: [0.0] * len(b) for name in ("true", *walks)}
+    names = {module: name for name, module in adapted.named_modules()}
+    layers = {
+        "down": walks["maps"].layers,
+        **{
+            kind: [layer for block in walks["maps"].blocks for layer in block.layers if names[layer].endswith(kind)]
+            for kind in ("q_proj", "v_proj")
+        },
+    }
+    sums: dict[tuple[str, str], list[Any]] = {}
     for batch in given[FOR_A:]:
-        found = {"true": list(torch.autograd.grad(objective(adapted, batch).mean(), b))}
+        b = {kind: [layer.lora_B["default"].weight for layer in own] for kind, own in layers.items()}
+        every = [weight for own in b.values() for weight in own]
+        true = iter(torch.autograd.grad(objective(adapted, batch).mean(), every))
+        found = {("true", kind): [next(true) for _ in own] for kind, own in b.items()}
         for name, walk in walks.items():
             with torch.no_grad():
                 _gradient(adapted, walk, batch, objective)
-            found[name] = [weight.grad for weight in b]
-        for name, gradients in found.items():
-            sums[name] = [a + g for a, g in zip(sums[name], gradients, strict=True)]
-    names = {module: name for name, module in adapted.named_modules()}
-    layers = [int(re.findall(r"\.(\d+)\.", names[layer])[0]) for layer in walks["maps"].layers]
+            found |= {
+                (name, kind): [weight.grad for weight in own]
+                for kind, own in b.items()
+                if kind == "down" or walk.blocks
+            }
+        for key, gradients in found.items():
+            sums[key] = [a + g for a, g in zip(sums.get(key, [0.0] * len(gradients)), gradients, strict=True)]
+    numbers = [int(re.findall(r"\.(\d+)\.", names[layer])[0]) for layer in layers["down"]]
     of = {
-        name: [
+        name if kind == "down" else kind: [
             round(float(torch.cosine_similarity(g.flatten(), t.flatten(), 0)), 3)
-            for g, t in zip(own, sums["true"], strict=True)
+            for g, t in zip(own, sums["true", kind], strict=True)
         ]
-        for name, own in sums.items()
+        for (name, kind), own in sums.items()
         if name != "true"
     }
     adapted.unload()
-    return {"layers": layers, **of}
+    return {"layers": numbers, **of}
 
 
 def main() -> None:

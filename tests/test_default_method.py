@@ -17,7 +17,7 @@ from forwardtune.config import describe
 from forwardtune.errors import InputError
 from forwardtune.models import load_model, tune
 from forwardtune.models.late import late_down, late_mlp
-from forwardtune.trajectory import read_log
+from forwardtune.trajectory import Log, read_log
 from support import save_tiny_model, tiny_model
 from support.command import STEPS, Setting, cli, done, read, weights, write_task
 
@@ -124,10 +124,19 @@ def test_who_says_how_the_method_shall_be_gets_the_papers(given: dict[str, Any],
     assert run.assignment == given.get("assignment", "shared" if method == "mezo" else "example")
     assert run.tune == given.get("tune", {"feedback": "lora", "forward": "late-mlp", "mezo": "all"}[method])
     if method == "feedback":
-        assert (run.lora_targets, run.lora_init, run.freeze_a, run.rank) == ("late-down", "feedback", True, 0)
+        assert (run.lora_targets, run.lora_init, run.freeze_a, run.rank) == (
+            "late-down",
+            "feedback",
+            True,
+            0,
+        )
     elif run.tune == "lora":
         assert run.lora_targets is None
         assert not run.freeze_a
+
+
+def adapted_layers(log: Log) -> set[str]:
+    return {re.sub(r".*\.(\w+)\.lora_B.*", r"\1", tensor["name"]) for tensor in log.header["tensors"]}
 
 
 def test_a_run_by_default_learns_and_replays(tmp_path: Path) -> None:
@@ -137,7 +146,7 @@ def test_a_run_by_default_learns_and_replays(tmp_path: Path) -> None:
     assert read(tmp_path / "run")["method"] == "feedback"
     log = read_log(tmp_path / "run" / "steps.jsonl")
     assert log.header["assignment"] == "example"
-    assert all(".mlp.down_proj.lora_B." in tensor["name"] for tensor in log.header["tensors"])
+    assert adapted_layers(log) == {"down_proj"}
     done("replay", tmp_path / "run", "--model", setting.model, "--output-dir", tmp_path / "again")
     adapter = "adapter_model.safetensors"
     assert (tmp_path / "again" / adapter).read_bytes() == (tmp_path / "run" / adapter).read_bytes()
@@ -171,8 +180,12 @@ def test_free_text_starts_from_the_errors_too(tmp_path: Path) -> None:
     ran = done(*of_text.train(tmp_path / "run", method=None, feedback_steps=3, steps=2))
     assert "starting from 3 minibatches' errors" in ran.err
     assert read(tmp_path / "run")["method"] == "feedback"
-    assert any(b.any() for name, b in load_file(tmp_path / "run" / "initial.safetensors").items() if ".lora_B." in name)
+    begun = load_file(tmp_path / "run" / "initial.safetensors")
+    assert all(b.any() for name, b in begun.items() if ".lora_B." in name)
+    assert adapted_layers(read_log(tmp_path / "run" / "steps.jsonl")) == {"down_proj", "q_proj", "v_proj"}
     done(*of_text.resume(tmp_path / "run", steps=3))
+    done(*of_text.train(tmp_path / "named", method="feedback", lora_targets="late-down", feedback_steps=3, steps=2))
+    assert adapted_layers(read_log(tmp_path / "named" / "steps.jsonl")) == {"down_proj"}
 
 
 def test_the_walk_lowers_the_loss_and_the_steps_raise_an_objective_of_text(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from forwardtune.cli.session import Session
 from forwardtune.errors import InputError
 from forwardtune.models import load_model, start_from_errors, start_from_feedback, tune
 from forwardtune.models.error_directions import taken
-from forwardtune.models.feedback import _begun, _step
+from forwardtune.models.feedback import _begun, _gradient, _learned, _step
 from forwardtune.points.side_path import ROUGH, TOLERANCE, tolerance
 from forwardtune.trajectory import read_log
 from support.command import STEPS, Setting, cli, done, write_task
@@ -234,11 +234,26 @@ def test_what_cannot_start_so_is_refused() -> None:
         tune(support.tiny_model(), support.tokenizer(), "lora", lora_init="feedback")
 
 
-def test_layers_behind_attention_add_to_the_stream_and_others_keep_b_at_zero() -> None:
-    model = adapted(targets=["o_proj", "q_proj", "down_proj"])
+def test_every_layer_of_late_blocks_learns_and_those_before_keep_b_at_zero() -> None:
+    """Errors reach no further back than the first layer that adds to the stream."""
+    model = adapted(targets=[r"layers\.1\..*o_proj", "q_proj", "v_proj", "up_proj", r"layers\.1\..*down_proj"])
     start_from_feedback(model, batches(8), choice, steps=8)
     for name, b in b_of(model).items():
-        assert bool(b.any()) == ("q_proj" not in name), name
+        assert bool(b.any()) == (".layers.1." in name), name
+
+
+def test_what_lies_inside_a_block_goes_downhill_too() -> None:
+    model, given = adapted(targets=[*DOWN["llama"], "q_proj", "v_proj"], dtype=torch.float64), batches(16)
+    with torch.no_grad():
+        way, fed = _learned(model, given, choice)
+        walk = _begun(model, given[0], choice, 1e-2, fed, way)
+    inside = [b for block in walk.blocks for b in block.b()]
+    assert len(inside) == 4
+    true = torch.autograd.grad(choice(model, given[1]).mean(), inside)
+    with torch.no_grad():
+        assert _gradient(model, walk, given[1], choice)
+    for b, expected in zip(inside, true, strict=True):
+        assert torch.cosine_similarity(b.grad.flatten().double(), expected.flatten().double(), 0) > 0.5
 
 
 def test_tune_starts_from_batches_with_labels() -> None:

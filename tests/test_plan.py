@@ -96,7 +96,7 @@ def asked_for(**changes: object) -> Any:
     """A session as far as its time goes."""
     options = argparse.Namespace(
         lr="auto", eps=1e-3, no_before=False, eval_steps=None, dev_examples=None, batch_size=16, average="none",
-        estimator="spsa", probes=1, probes_rise=0, normalize="none", assignment="shared", time_budget=1000.0, tune="all",
+        estimator="spsa", probes=1, probes_rise=0, normalize="none", assignment="shared", time_budget=1000.0, tune="all", lora_targets=None,
     )  # fmt: skip
     vars(options).update(changes)
     return argparse.Namespace(options=options, splits={"test": [0] * 50, "dev": [0] * 20})
@@ -164,6 +164,8 @@ def test_a_walk_along_the_errors_is_counted() -> None:
         assert passes_of_walk(
             asked_for(tune="lora", lora_init="feedback", feedback_steps=steps).options
         ) == pytest.approx(passes)
+    attention = asked_for(tune="lora", lora_init="feedback", lora_targets="late-down,late-attention").options
+    assert passes_of_walk(attention) == pytest.approx(100 * 1.5 + 16 * 5 / 3)
     assert passes_of_walk(asked_for(tune="lora", lora_init="eva").options) == 0
 
 

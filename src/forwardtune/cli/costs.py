@@ -21,11 +21,13 @@ from ..averages import NONE, candidates
 from ..config import AUTO, Train
 from ..durations import duration
 from ..errors import InputError
+from ..evaluation import prepare
 from ..forgetting import TOKENS, read_general, token_losses
 from ..method.estimators import get_estimator
 from ..method.rule import History, Rule
-from ..models.feedback import FOR_A, WATCHES, bytes_of_maps
+from ..models.feedback import FOR_A, WATCHES, bytes_of_maps, bytes_of_reads
 from ..models.late import LATE
+from ..models.tuning import LATE_ATTENTION
 from ..noise import Count, Noise, Update
 from ..optimizer import MeZO
 from ..parameters import TunedTensor
@@ -109,7 +111,8 @@ def measure(session: Session) -> Cost:
     optimizer.step()
     peak += sum(m.nbytes for moments in optimizer.history.moments.values() for m in moments)
     if passes_of_walk(options):
-        peak = max(peak, inference + bytes_of_maps(model))
+        tokens = prepare(model, session.tokenizer, session.longest, session.layout)["input_ids"].numel()
+        peak = max(peak, inference + bytes_of_maps(model) + bytes_of_reads(model, tokens))
     fill_window(optimizer)
     draw, train = random.Random(options.seed), session.splits["train"]
     steps, updates = [], []
@@ -223,9 +226,12 @@ def seconds_of_run(steps: int, cost: Cost, session: Session) -> float:
 
 
 def passes_of_walk(options: Train) -> float:
-    """Forward passes of the walk that LoRA starts from: its steps, and the minibatches that A is taken from, in which late layers run twice."""
-    walks = options.tune == "lora" and options.lora_init == "feedback"
-    return options.feedback_steps + (1 + LATE) * min(FOR_A, options.feedback_steps) if walks else 0
+    """Forward passes of the walk that LoRA starts from: its steps, and the minibatches that A is taken from, in which late layers run twice. Attention of late layers is about
+    a quarter of them, and its derivative takes as much as three passes."""
+    if options.tune != "lora" or options.lora_init != "feedback":
+        return 0
+    step = 1 + LATE * 3 / 4 if LATE_ATTENTION in (options.lora_targets or "") else 1
+    return options.feedback_steps * step + (1 + LATE) * min(FOR_A, options.feedback_steps)
 
 
 def seconds_behind(steps: int, cost: Cost, session: Session) -> float:

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..method.estimators import get_estimator, groups_of
-from ..models.feedback import bytes_of_maps
+from ..models.feedback import bytes_of_maps, bytes_of_reads
 from ..models.way_back import SHARE
 from ..noise import Noise, Update
 from ..objectives import logits_at
@@ -77,7 +77,9 @@ def estimate(model: Any, inputs: dict[str, Tensor], options: Any) -> Estimate:
     moments = 0 if options.rule_state == "window" else _MOMENTS.get(options.rule, 0) * count
     if offload == "cpu" or (offload and str(options.device).startswith("cuda")):  # moments live where weights do
         weights, moments = weights + on_the_way(p.nbytes for p in model.parameters()), 0
-    walk = min(bytes_of_maps(model), int(SHARE * weights)) if passes_of_walk(options) else 0
+    walk = 0
+    if passes_of_walk(options):
+        walk = min(bytes_of_maps(model), int(SHARE * weights)) + bytes_of_reads(model, inputs["input_ids"].numel())
     queries = len(
         get_estimator(options.estimator, 1.0, options.probes, options.normalize, options.assignment).queries()
     )

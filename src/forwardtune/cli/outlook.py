@@ -66,7 +66,8 @@ class Outlook:
             dtype, width, count = model.dtype, config.hidden_size, config.num_hidden_layers
             try:
                 with redirect_stderr(io.StringIO()):
-                    model = tuned.prepare_model(model, tokenizer, options=run, first=None, given=row.settings)
+                    task = None if self.session is None else self.session.task
+                    model = tuned.prepare_model(model, tokenizer, task, options=run, first=None, given=row.settings)
                     found[number] = estimate(model, inputs, run)
                 row.peak = base + found[number].bytes
             except InputError as error:

@@ -143,7 +143,7 @@ def open_session(
     *wanted: str,
     shots: int = 0,
     calibrate: bool = False,
-    prepare_model: Callable[[Any, Any], Any] | None = None,
+    prepare_model: Callable[[Any, Any, Task], Any] | None = None,
     resumed: Log | None = None,
     workers: Alone | None = None,
     folder: str | Path | None = None,
@@ -155,7 +155,7 @@ def open_session(
         wanted: the splits to encode.
         shots: demonstrations before every prompt, drawn from the training split.
         calibrate: encode the test examples without content too.
-        prepare_model: ``(model, tokenizer) -> model`` with what is to be tuned.
+        prepare_model: ``(model, tokenizer, task) -> model`` with what is to be tuned.
         resumed: the log of the run that goes on, with the number of threads that it had.
         workers: the processes that share the run; they must have the same data.
         folder: where weights may be kept on disk; by default where temporary files are.
@@ -178,7 +178,7 @@ def open_session(
     splits = {name: split.worded_for(kind) for name, split in splits.items()}
     if prepare_model is not None:
         load_kernels(model.device)  # before memory is measured
-        model = prepare_model(model, tokenizer)
+        model = prepare_model(model, tokenizer, task)
         keep_offloaded(model)
     room = context_length(model)  # a prefix takes some of it
     if room < 1:

@@ -26,9 +26,11 @@ from ..models import (
     tune,
 )
 from ..models.feedback import FOR_A
+from ..models.tuning import LATE_ATTENTION
 from ..names import FROM_EXAMPLES
 from ..objectives import logits_at
 from ..strata import StratifiedSampler
+from ..tasks import Task
 from ..tasks.encoded import Encoded
 from ..trajectory import Log
 from ..trajectory.updates import Trajectory
@@ -44,6 +46,7 @@ _BATCHES = {"eva": 8, "errors": 32}
 def prepare_model(
     model: Any,
     tokenizer: Any,
+    task: Task | None = None,
     *,
     options: Train,
     first: Path | None,
@@ -54,7 +57,8 @@ def prepare_model(
     """The model with what is to be tuned. An adapter takes its first weights from the file, if there is one.
 
     Args:
-        given: the settings that somebody gave. If the method is none of them, the model decides on it, and the options change with it.
+        given: the settings that somebody gave. If the method is none of them, the model decides on it, and the options change with it; so does the task on which layers
+            LoRA adapts where it starts from the errors.
         tensors: names of the tuned tensors of the run that goes on; None: the model shows what text enters.
         frozen: takes the names of the parts that it does not enter.
 
@@ -62,7 +66,7 @@ def prepare_model(
         InputError: Adam cannot tune it; or the file is damaged, or of another adapter.
     """
     if given is not None:
-        _suit(options, model, given)
+        _suit(options, model, task, given)
     model = tune(
         model,
         tokenizer,
@@ -109,15 +113,18 @@ def prepare_model(
     return model
 
 
-def _suit(options: Any, model: Any, given: Mapping[str, Any]) -> None:
-    """Where nobody named the method: ``forward``, for a model that has no place for ``feedback``."""
-    if options.method != "feedback" or "method" in given:
+def _suit(options: Any, model: Any, task: Task | None, given: Mapping[str, Any]) -> None:
+    """Where nobody named the method: ``forward``, for a model that has no place for ``feedback``. Where nobody named the layers: those of attention, too, for answers that are
+    texts of their own, whose words attention takes from the prompt; where there are labels they bring nothing (docs/feedback.md)."""
+    if options.method != "feedback":
         return
-    why = lacks_place(model)
+    why = lacks_place(model) if "method" not in given else None
     if why is not None:
         command = next(name for name, kind in COMMANDS.items() if kind is type(options))
         vars(options).update(vars(describe(command, {**given, "method": "forward"}, spell=flag)))
         say(f"{why}: the method is forward")
+    elif task is not None and not task.fixed_answers and given.get("lora_targets") is None:
+        options.lora_targets = f"{options.lora_targets},{LATE_ATTENTION}"
 
 
 def start_from_examples(session: Session) -> None:

@@ -297,8 +297,8 @@ class Train(MeZOSettings, Data):
     lora_targets: str | None = option(
         None,
         "names of the layers to adapt, or patterns of them, by commas; all-linear: all but the head; late-down: those behind late feed-forward blocks; "
-        "experts: those in one tensor",
-        shown="query and value projections; feedback late-down",
+        "late-attention: query and value projections of late layers; experts: those in one tensor",
+        shown="query and value projections; feedback late-down, for free text late-attention too",
         only={"tune": ("lora",)},
         defaults={"feedback": "late-down"},
     )

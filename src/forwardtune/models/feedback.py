@@ -6,8 +6,9 @@ forward passes show (:mod:`.way_back`). With it the gradient of ``B`` in ``W + s
 
     G = s sum_t (e_t M)^T (A x_t)^T,        e_t: the gradient at the last layer's output, x_t: the layer's input, over the tokens t with an error
 
-(exact in the last layer, where M is I). A step costs one forward pass, half of a step of MeZO, and no memory of activations. The direction is biased, so a walk
-along it is watched on examples of which it learns nothing, and forward passes along random directions go on from where it ends.
+(exact in the last layer, where M is I). Of what lies inside a block, such as queries and values, it takes the block's own derivative, too (:mod:`.blocks`). A step
+costs one forward pass, half of a step of MeZO, and attention of late layers twice; no layer keeps its activations. The direction is biased, so a walk along it is
+watched on examples of which it learns nothing, and forward passes along random directions go on from where it ends.
 
 Source: feedback that reaches layers without a backward pass is direct feedback alignment (Nokland, 2016), with random matrices in the place of the stream;
 that layers share a stream which the head can read is the "logit lens" (nostalgebraist, 2020).
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
+from .blocks import Block, able, blocks_of, noting
 from .error_directions import taken, untuned
 from .late import adding_to_stream, late_down
 from .principal import lora_layers, tokens_of
@@ -37,6 +39,8 @@ FOR_A = 16
 WATCHES = 4
 # After a stretch that made the loss worse, the rate is divided by this.
 _SLOWER = 3.0
+# By how much a step changes what a layer inside a block gives, as a share of that, times the rate.
+_INSIDE = 0.5
 
 
 def lacks_place(model: Any) -> str | None:
@@ -56,25 +60,28 @@ class _Walk:
 
     Attributes:
         layers: LoRA layers that add to the stream, in the order in which they are called.
-        optimizer: Adam over their B, in float32.
+        blocks: those that others lie in.
+        optimizer: Adam over B of all of them, in float32. Its groups have a ``size``, by which the rate is multiplied.
+        rate: of the next step, but for its fall.
         maps: by layer the matrix by which an error behind the last one's part of the row comes back (:mod:`.way_back`); where there is none, as it is.
         end: the layer of the row that the last one is part of.
         best: B where the watched loss was lowest, and that loss.
-        rate: of the next step, but for its fall.
     """
 
     layers: list[Any]
+    blocks: list[Block]
     optimizer: torch.optim.Adam
+    rate: float
     maps: Mapping[Any, Tensor] = field(default_factory=dict)
     end: Any = None
     best: tuple[list[Tensor], float] = ([], math.inf)
-    rate: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.rate = self.optimizer.defaults["lr"]
 
     def b(self) -> list[Tensor]:
-        return [b.weight for layer in self.layers for b in layer.lora_B.values()]
+        return [b for group in self.optimizer.param_groups for b in group["params"]]
+
+    def back_at(self, at: Any, error: Tensor) -> Tensor:
+        """An error behind the end as it comes back to what a layer gives, or a layer of the row reads."""
+        return error @ self.maps[at].to(error.device) if at in self.maps else error
 
     def seen(self, loss: float) -> None:
         """The loss after a stretch, or before the first. A worse one, or none, is undone, and what follows is slower."""
@@ -145,7 +152,8 @@ def start_from_feedback(
     stretch = -(-steps // WATCHES)
     done = 0
     for batch in islice(chain(first, given), steps):
-        walk.optimizer.param_groups[0]["lr"] = walk.rate * (1 - done / steps)
+        for group in walk.optimizer.param_groups:
+            group["lr"] = walk.rate * group["size"] * (1 - done / steps)
         _step(model, walk, batch, losses)
         done += 1
         if watched is not None and (done % stretch == 0 or done == steps):
@@ -170,30 +178,44 @@ def _learned(model: Any, batches: list[Any], losses: Any) -> tuple[WayBack, set[
 
 
 def bytes_of_maps(model: Any) -> int:
-    """What the walk takes beside the memory of inference: the matrices by which errors come back."""
+    """Of what the walk takes beside the memory of inference: the matrices by which errors come back."""
     return WayBack(model, _adding(model)).bytes(model.config.get_text_config().hidden_size)
+
+
+def bytes_of_reads(model: Any, tokens: int) -> int:
+    """The rest of it: what blocks read of a minibatch of so many tokens."""
+    layers, adding = lora_layers(model), _adding(model)
+    blocks = blocks_of(model, [layer for layer in layers if layer not in adding], WayBack(model, adding).row)
+    return len(blocks) * tokens * model.config.get_text_config().hidden_size * model.dtype.itemsize
 
 
 @torch.no_grad()
 def _begun(model: Any, batch: Any, losses: Any, rate: float, fed: Collection[Any], way: WayBack | None = None) -> _Walk:
     """Which layers add to the stream, of those whose A was taken, and how long a step is."""
-    layers = lora_layers(model)
-    with _watched(model, layers, None) as seen:
+    layers, adding = lora_layers(model), _adding(model)
+    inside = blocks_of(
+        model, [layer for layer in layers if layer not in adding and layer in fed], way.row if way else ()
+    )
+    with _watched(model, layers, None) as seen, noting(inside):
         _losses(model, batch, losses)
     adapted = [layer for layer in dict.fromkeys(seen.order) if layer in seen.sizes]
-    adding = _adding(model)
     into = [layer for layer in adapted if layer in adding and layer in fed]
     if not into:
         raise InputError(
             "errors come back along the stream that layers add to, and no layer with an adapter does: choose late-down as the targets of LoRA, or "
             "start it in another way"
         )
+    inside = able(inside, model.config.get_text_config().hidden_size)
     size = math.sqrt(sum(seen.sizes[layer] ** 2 for layer in into)) / len(into)
-    every = [b.weight for layer in into for b in layer.lora_B.values()]
-    for b in every:
+    sizes = [(layer, size) for layer in into]
+    sizes += [(layer, _INSIDE * seen.sizes[layer]) for block in inside for layer in block.layers]
+    groups: list[dict[str, Any]] = [
+        {"params": [b.weight for b in layer.lora_B.values()], "size": own} for layer, own in sizes
+    ]
+    for b in (b for group in groups for b in group["params"]):
         b.zero_()
-    optimizer = torch.optim.Adam(every, lr=rate * size)
-    return _Walk(into, optimizer) if way is None else _Walk(into, optimizer, way.maps(into[-1]), way.end(into[-1]))
+    optimizer = torch.optim.Adam(groups)
+    return _Walk(into, inside, optimizer, rate, way.maps(into[-1]) if way else {}, way.end(into[-1]) if way else None)
 
 
 def _adding(model: Any) -> list[Any]:
@@ -221,7 +243,7 @@ def _step(model: Any, walk: _Walk, batch: Any, losses: Any) -> None:
 def _gradient(model: Any, walk: _Walk, batch: Any, losses: Any) -> bool:
     """G of every B, as its gradient, from one forward pass; whether there is one."""
     last = walk.layers[-1]
-    with _watched(model, walk.layers, last, walk.end) as seen, torch.enable_grad():
+    with _watched(model, walk.layers, last, walk.end) as seen, noting(walk.blocks), torch.enable_grad():
         loss = _losses(model, batch, losses)
         if not bool(loss.isfinite()) or seen.last is None:
             return False
@@ -232,7 +254,7 @@ def _gradient(model: Any, walk: _Walk, batch: Any, losses: Any) -> bool:
     if not bool(errors.isfinite().all() and far.isfinite().all()):
         return False
     for layer in walk.layers:
-        e = errors if layer is last else far @ walk.maps[layer].to(far.device) if layer in walk.maps else far
+        e = errors if layer is last else walk.back_at(layer, far)
         for name, b in layer.lora_B.items():
             read = seen.read.get((layer, name))
             if read is None or read.flatten(0, -2).shape[0] != len(found):
@@ -240,6 +262,8 @@ def _gradient(model: Any, walk: _Walk, batch: Any, losses: Any) -> bool:
                 continue
             x = read.flatten(0, -2)[at.to(read.device)].float()
             b.weight.grad = (layer.scaling[name] * (e.to(x.device).T @ x)).to(b.weight)
+    for block in walk.blocks:
+        block.gradient(walk.back_at(block.end, far), at, len(found))
     return True
 
 

@@ -32,7 +32,7 @@ def late_mlp(model: Any) -> list[str]:
     Raises:
         InputError: the model has no layers in a row.
     """
-    layers, pairs = _late(model), _pairs(model)
+    layers, pairs = late(model), _pairs(model)
     matrices = [
         (name, parameter)
         for name, parameter in model.named_parameters()
@@ -53,7 +53,7 @@ def late_down(model: Any) -> list[str]:
     Raises:
         InputError: the model has no layers in a row, or no such linear layers.
     """
-    layers = _late(model)
+    layers = late(model)
     found = [
         name for name in adding_to_stream(model) if name.startswith(layers) and not re.search(r"attn|attention", name)
     ]
@@ -86,7 +86,7 @@ def adding_to_stream(model: Any) -> list[str]:
     return found
 
 
-def _late(model: Any) -> tuple[str, ...]:
+def late(model: Any) -> tuple[str, ...]:
     """What the names in all layers but the first third begin with."""
     layers = row_of_layers(model)
     if not layers:

@@ -19,7 +19,7 @@ from ..parameters import dtype_name
 from .error_directions import start_from_errors
 from .feedback import start_from_feedback
 from .kinds import is_adapted, model_kind
-from .late import late_down, late_mlp
+from .late import late, late_down, late_mlp
 from .prefix import add_prefix
 from .principal import start_from_inputs
 from .quantised import is_quantised, is_quantised_layer, keep_as_stored, storage_of, with_weights
@@ -28,7 +28,7 @@ MODES = ("all", "late-mlp", "lora", "prefix")
 #: As peft calls every linear layer but the vocabulary head, as a target of LoRA.
 ALL_LINEAR = "all-linear"
 #: The same of the layers that write what feed-forward blocks found, all but the first third (:mod:`.late`).
-LATE_DOWN = "late-down"
+LATE_DOWN, LATE_ATTENTION = "late-down", "late-attention"
 
 # How libraries name the query and value projections, or the one that holds both, where peft has no default. Latent attention (MLA)
 # projects values from a latent.
@@ -86,7 +86,7 @@ def tune(
         tokenizer: its tokenizer; ``prefix`` draws tokens from it.
         lora_targets: last parts of the names of the modules to adapt, patterns that are found in whole names (``re.search``), ``all-linear``,
             which is every linear layer but the head, ``late-down``, the linear layers of all layers but the first third that lead from a
-            feed-forward block back to the width of the model, or last parts of the names of tensors that hold a slice for every expert, all of which
+            feed-forward block back to the width of the model, ``late-attention``, the query and value projections of these layers, or last parts of the names of tensors that hold a slice for every expert, all of which
             are ``experts``; by default the modules that ``peft`` adapts in this architecture, else the query and value projections by
             their usual names. A tied head gets a copy of its weights, as merging would move the embedding too; a warning says so.
         lora_init: what A is at first; B is zero. ``default`` and ``gaussian`` are random, peft's; of each layer's inputs ``eva`` takes the principal
@@ -253,26 +253,40 @@ def _tied(model: nn.Module) -> list[list[str]]:
 
 def _lora_targets(model: nn.Module, given: Sequence[str] | None) -> list[str] | str:
     """Which modules get LoRA: those given, peft's default for the architecture, or the usual names."""
-    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
-
     layers = [name for name, module in model.named_modules() if _is_linear(module)]
     advice = f"Layers are {_some(layers)}: give the last parts of such names as LoRA targets"
     if ALL_LINEAR in (given or ()):
         head: Any = getattr(model, "get_output_embeddings", lambda: None)()
         return sorted({name.rpartition(".")[2] for name in layers if model.get_submodule(name) is not head})
-    meant = [name for target in given or () for name in (late_down(model) if target == LATE_DOWN else [target])]
+    sets = {LATE_DOWN: late_down, LATE_ATTENTION: _late_attention}
+    meant = [name for target in given or () for name in (sets[target](model) if target in sets else [target])]
+    if given and not meant:
+        raise InputError(f"{type(model).__name__} has no query and value projections in late layers. {advice}")
     given = [name for target in meant for name in _named(target, layers)]
     for target in given:
         if not matching(model, [target]):
             near = nearest(target, {name.rpartition(".")[2] for name in layers}) or "."
             raise InputError(f"no linear layer is called {target!r}{near} {advice}")
-    default = given or DEFAULTS.get(getattr(model.config, "model_type", ""))
+    if found := given or _projections(model):
+        return found
+    raise InputError(f"no query and value projections were found in {type(model).__name__}. {advice}")
+
+
+def _projections(model: nn.Module) -> list[str] | str | None:
+    """What peft adapts in this architecture, else the usual names of query and value projections."""
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
+
+    default = DEFAULTS.get(getattr(model.config, "model_type", ""))
     if default:
         return default if isinstance(default, str) else list(default)
-    for usual in _PROJECTIONS:
-        if all(matching(model, [name]) for name in usual):
-            return usual
-    raise InputError(f"no query and value projections were found in {type(model).__name__}. {advice}")
+    return next((usual for usual in _PROJECTIONS if all(matching(model, [name]) for name in usual)), None)
+
+
+def _late_attention(model: nn.Module) -> list[str]:
+    """Names of those of them that lie in attention, in all layers but the first third; none in a model without."""
+    layers, names = set(matching(model, _projections(model) or [])), late(model)
+    found = [name for name, module in model.named_modules() if module in layers and name.startswith(names)]
+    return [name for name in found if re.search(r"attn|attention", name)]
 
 
 def _named(target: str, layers: Sequence[str]) -> list[str]:

@@ -122,6 +122,12 @@ class WayBack:
         self._again = False
         self._counted: Tensor | None = None
 
+    @property
+    def row(self) -> list[nn.Module]:
+        """The layers of the row from the first to the last that one of the layers is part of."""
+        places = self._place.values()
+        return [end for _, end in self._row[min(places, default=0) : max(places, default=-1) + 1]]
+
     def end(self, layer: nn.Module) -> nn.Module | None:
         """Of the row the layer that this one is part of: errors behind it are those that come back."""
         return self._row[self._place[layer]][1] if layer in self._place else None
@@ -153,7 +159,8 @@ class WayBack:
                 handle.remove()
 
     def maps(self, last: nn.Module) -> dict[nn.Module, Tensor]:
-        """By layer M, shape (width, width), float32: an error e behind the end of ``last`` comes back to what the layer gives as ``e M``. A layer that is left out has I.
+        """By layer M, shape (width, width), float32: an error e behind the end of ``last`` comes back to what the layer gives as ``e M``; by layer of the row that for
+        what it reads. One that is left out has I.
 
         What was learned is used up.
         """
@@ -165,6 +172,8 @@ class WayBack:
                 if back is not None:
                     found[layer] = back
             m = _times(m, self._through.pop(k, None))
+            if m is not None:
+                found[self._row[k][1]] = m
         return found
 
     def _look(self, k: int, end: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

@@ -1,0 +1,143 @@
+"""Blocks of attention that run once more by themselves: their derivative is the model's, and what cannot be asked is left out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import support
+from forwardtune.models import start_from_feedback, tune
+from forwardtune.models.blocks import Block, able, blocks_of, noting
+from forwardtune.models.feedback import _adding, bytes_of_reads
+from forwardtune.models.late import row_of_layers
+from forwardtune.models.principal import lora_layers
+
+FAMILIES = {
+    "llama": ["q_proj", "v_proj"], "opt": ["q_proj", "k_proj"], "bert": ["query", "value"], "gpt2": ["c_attn"],
+    "gpt_neox": ["query_key_value"], "gemma3": ["q_proj", "k_proj", "v_proj"],
+}  # fmt: skip
+
+
+def adapted(family: str, targets: list[str], dtype: torch.dtype = torch.float64) -> Any:
+    model = tune(support.tiny_model(family, dtype), support.tokenizer(), "lora", lora_rank=3, lora_targets=targets)
+    generator, own = torch.Generator().manual_seed(0), torch.promote_types(dtype, torch.float32)
+    with torch.no_grad():
+        for layer in lora_layers(model):
+            for a, b in zip(layer.lora_A.values(), layer.lora_B.values(), strict=True):
+                a.weight.data = a.weight.to(own)
+                b.weight.data = 0.1 * torch.randn(b.weight.shape, generator=generator).to(own)
+    return model
+
+
+def batch(rows: int = 3, length: int = 9) -> dict[str, Tensor]:
+    tokens, mask = support.token_batch(rows, length=length, seed=1), torch.ones(rows, length, dtype=torch.int64)
+    mask[1, :4] = 0  # padding
+    return {"input_ids": tokens, "attention_mask": mask}
+
+
+def of(model: Any) -> list[Block]:
+    return blocks_of(model, lora_layers(model), [model.get_submodule(name) for name in row_of_layers(model)])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_with_the_true_error_it_is_the_true_gradient(family: str) -> None:
+    model, given = adapted(family, FAMILIES[family]), batch()
+    blocks = of(model)
+    assert [block.end for block in blocks] == [model.get_submodule(name) for name in row_of_layers(model)]
+    outputs: dict[nn.Module, Tensor] = {}
+
+    def keep(module: nn.Module, _: Any, output: Any) -> None:
+        outputs[module] = output[0] if isinstance(output, tuple) else output
+
+    hooks = [block.module.register_forward_hook(keep) for block in blocks]
+    loss = model(**given).logits[:, -1].float().logsumexp(-1).sum()
+    for hook in hooks:
+        hook.remove()
+    for block in blocks:
+        out = outputs[block.module]
+        error, *true = torch.autograd.grad(loss, [out, *block.b()], retain_graph=True)
+        with torch.no_grad(), noting([block]):
+            model(**given)
+        flat = error.flatten(0, -2).float()
+        at = flat.abs().amax(1).nonzero()[:, 0]
+        block.gradient(flat[at], at, len(flat))
+        for b, expected in zip(block.b(), true, strict=True):
+            assert expected.any()
+            torch.testing.assert_close(b.grad, expected, rtol=1e-4, atol=1e-9)
+            assert b.requires_grad
+        assert block.called is None  # nothing is kept
+
+
+def test_half_precision_holds_small_errors() -> None:
+    model = adapted("llama", ["q_proj", "v_proj"], torch.float16)
+    blocks = of(model)
+    found = []
+    for size in (1.0, 1e-9):
+        with torch.no_grad(), noting(blocks[:1]):
+            model(**batch())
+        blocks[0].gradient(torch.full((1, 32), size), torch.tensor([6]), batch()["input_ids"].numel())
+        found.append([b.grad.float() for b in blocks[0].b()])
+    for large, small in zip(*found, strict=True):
+        assert large.any()
+        torch.testing.assert_close(small * 1e9, large, rtol=1e-3, atol=1e-6)
+
+
+def test_a_cache_is_left_out() -> None:
+    model, given = adapted("llama", ["q_proj"]), batch()
+    blocks = of(model)
+    with torch.no_grad(), noting(blocks):
+        out = model(**given, use_cache=True)
+    length = out.past_key_values.get_seq_length()
+    blocks[0].gradient(torch.ones(1, 32), torch.tensor([5]), given["input_ids"].numel())
+    assert blocks[0].b()[0].grad.any()
+    assert out.past_key_values.get_seq_length() == length
+
+
+class Once(torch.autograd.Function):
+    """A kernel without a backward pass."""
+
+    @staticmethod
+    def forward(_: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+
+def test_what_has_no_derivative_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    targets = [r"mlp\.down_proj", "v_proj"]
+    model = tune(support.tiny_model("llama"), support.tokenizer(), "lora", lora_targets=targets, freeze_a=True)
+    projection = model.base_model.model.model.layers[0].self_attn.o_proj
+    monkeypatch.setattr(projection, "forward", lambda x: F.linear(Once.apply(x), projection.weight))
+    given = [{**batch(), "labels": batch()["input_ids"]}] * 3
+    start_from_feedback(model, given, steps=3)
+    moved = {name: bool(p.any()) for name, p in model.named_parameters() if ".lora_B." in name}
+    assert not moved["base_model.model.model.layers.0.self_attn.v_proj.lora_B.default.weight"]
+    assert sum(moved.values()) == len(moved) - 1
+
+
+def test_a_block_that_did_not_run_on_these_tokens_takes_no_step() -> None:
+    model = adapted("llama", ["q_proj"])
+    blocks = of(model)
+    blocks[0].gradient(torch.ones(1, 32), torch.tensor([5]), 27)
+    assert blocks[0].b()[0].grad is None
+    assert able(blocks, 32) == []
+    with torch.no_grad(), noting(blocks):
+        model(**batch())
+    blocks[0].gradient(torch.ones(1, 32), torch.tensor([5]), 26)
+    assert blocks[0].b()[0].grad is None
+    assert able(blocks, 32) == blocks[1:]  # asked already, the first one has nothing left
+
+
+def test_what_blocks_read_is_counted() -> None:
+    targets = [r"mlp\.down_proj", "q_proj", "v_proj"]
+    model = tune(support.tiny_model("llama"), support.tokenizer(), "lora", lora_targets=targets)
+    others = [layer for layer in lora_layers(model) if layer not in _adding(model)]
+    blocks = blocks_of(model, others, [model.get_submodule(name) for name in row_of_layers(model)])
+    assert len(blocks) == len(row_of_layers(model))
+    assert all(len(block.layers) == 2 for block in blocks)
+    with torch.no_grad(), noting(blocks):
+        model(**batch())
+    kept = sum(block.called[1]["hidden_states"].nbytes for block in blocks)
+    assert bytes_of_reads(model, batch()["input_ids"].numel()) == kept
