@@ -164,7 +164,8 @@ def test_a_walk_along_the_errors_is_counted() -> None:
         assert passes_of_walk(
             asked_for(tune="lora", lora_init="feedback", feedback_steps=steps).options
         ) == pytest.approx(passes)
-    attention = asked_for(tune="lora", lora_init="feedback", lora_targets="late-down,late-attention").options
+    late = {"lora_targets": "late-down,late-attention", "feedback_steps": 100}
+    attention = asked_for(tune="lora", lora_init="feedback", **late).options
     assert passes_of_walk(attention) == pytest.approx(100 * 1.5 + 16 * 5 / 3)
     assert passes_of_walk(asked_for(tune="lora", lora_init="eva").options) == 0
 
