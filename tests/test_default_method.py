@@ -57,7 +57,26 @@ def test_late_down_leads_back_to_the_width(family: str) -> None:
     assert sum("lora_A" in name for name, _ in adapted.named_parameters()) == 2
 
 
+ATTENTION = {
+    "llama": {"self_attn.q_proj", "self_attn.v_proj"}, "opt": {"self_attn.q_proj", "self_attn.v_proj"}, "gpt2": {"attn.c_attn"},
+    "gpt_neox": {"attention.query_key_value"}, "bert": {"attention.self.query", "attention.self.value"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ATTENTION)
+def test_late_attention_is_queries_and_values(family: str) -> None:
+    adapted = tune(tiny_model(family), None, "lora", lora_targets=["late-attention"])
+    names = [name for name, _ in adapted.named_parameters() if "lora_A" in name]
+    assert {
+        name.split(".0.", 1)[1].removesuffix(".lora_A.default.weight") for name in names if ".0." in name
+    } == ATTENTION[family]
+    both = tune(tiny_model(family), None, "lora", lora_targets=["late-down", "late-attention"])
+    assert sum("lora_A" in name for name, _ in both.named_parameters()) == len(names) + 2
+
+
 def test_models_without_such_layers_say_so() -> None:
+    with pytest.raises(InputError, match="has no query and value projections in late layers. Layers are"):
+        tune(tiny_model("mamba"), None, "lora", lora_targets=["late-attention"])
     with pytest.raises(InputError, match="which late-down stands for: name the targets"):
         tune(tiny_model("mixtral"), None, "lora", lora_targets=["late-down"])
 
