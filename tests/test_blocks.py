@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 
 import support
 from forwardtune.models import start_from_feedback, tune
 from forwardtune.models.blocks import Block, able, blocks_of, noting
-from forwardtune.models.feedback import _adding, bytes_of_reads
+from forwardtune.models.feedback import _adding, _begun, _gradient, _learned, bytes_of_reads
 from forwardtune.models.late import row_of_layers
 from forwardtune.models.principal import lora_layers
+from forwardtune.models.way_back import WayBack
 
 FAMILIES = {
     "llama": ["q_proj", "v_proj"], "opt": ["q_proj", "k_proj"], "bert": ["query", "value"], "gpt2": ["c_attn"],
@@ -111,10 +114,82 @@ def test_what_has_no_derivative_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch
     projection = model.base_model.model.model.layers[0].self_attn.o_proj
     monkeypatch.setattr(projection, "forward", lambda x: F.linear(Once.apply(x), projection.weight))
     given = [{**batch(), "labels": batch()["input_ids"]}] * 3
-    start_from_feedback(model, given, steps=3)
+    with pytest.warns(
+        UserWarning, match="1 of 2 blocks have no derivative by themselves .*: B of LoRA in them starts at zero"
+    ):
+        start_from_feedback(model, given, steps=3)
     moved = {name: bool(p.any()) for name, p in model.named_parameters() if ".lora_B." in name}
     assert not moved["base_model.model.model.layers.0.self_attn.v_proj.lora_B.default.weight"]
     assert sum(moved.values()) == len(moved) - 1
+
+
+def test_a_gradient_that_is_not_finite_is_none() -> None:
+    model = adapted("llama", ["q_proj"])
+    block = of(model)[0]
+    with torch.no_grad(), noting([block]):
+        model(**batch())
+    block.gradient(torch.full((1, 32), torch.nan), torch.tensor([5]), batch()["input_ids"].numel())
+    assert block.b()[0].grad is None
+
+
+def test_out_of_memory_is_no_kernel_without_a_derivative(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted("llama", ["q_proj"])
+    blocks = of(model)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    with torch.no_grad(), noting(blocks):
+        model(**batch())
+    monkeypatch.setattr(blocks[1].module, "forward", full)
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        able(blocks, 32)
+
+
+def behind_norms() -> Any:
+    """A model with norms between what its blocks give and the stream."""
+    config = transformers.Olmo2Config(
+        vocab_size=320,
+        hidden_size=32,
+        num_hidden_layers=4,
+        intermediate_size=48,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.Olmo2ForCausalLM(config).eval()
+        for name, p in model.named_parameters():
+            p.data.mul_(3 if p.ndim > 1 else 1)
+            if re.search("post_(attention|feedforward)_layernorm", name):
+                p.data.copy_(torch.exp(torch.randn(p.shape)))
+    return tune(model, None, "lora", lora_targets=["late-down", "late-attention"], freeze_a=True)
+
+
+def test_norms_behind_a_block_are_learned(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator, given = torch.Generator().manual_seed(1), []
+    for _ in range(24):
+        tokens = torch.randint(5, 320, (6, 12), generator=generator)
+        given.append({"input_ids": tokens, "labels": torch.where(torch.arange(12) < 9, -100, tokens)})
+
+    def cosines() -> Tensor:
+        model = behind_norms()
+        with torch.no_grad():
+            way, fed = _learned(model, given[:16], None)
+            walk = _begun(model, given[0], None, 1e-2, fed, way)
+        b = [b for block in walk.blocks for b in block.b()]
+        true, found = [0.0] * len(b), [0.0] * len(b)
+        for some in given[16:]:
+            true = [t + g for t, g in zip(true, torch.autograd.grad(model(**some).loss, b), strict=True)]
+            with torch.no_grad():
+                assert _gradient(model, walk, some, None)
+            found = [f + w.grad for f, w in zip(found, b, strict=True)]
+        return torch.stack([F.cosine_similarity(t.flatten(), f.flatten(), 0) for t, f in zip(true, found, strict=True)])
+
+    learned = cosines()
+    monkeypatch.setattr(WayBack, "follow", lambda *_: None)
+    assert learned.mean() > cosines().mean() + 0.1
+    assert learned.min() > 0.1
 
 
 def test_a_block_that_did_not_run_on_these_tokens_takes_no_step() -> None:
@@ -122,12 +197,14 @@ def test_a_block_that_did_not_run_on_these_tokens_takes_no_step() -> None:
     blocks = of(model)
     blocks[0].gradient(torch.ones(1, 32), torch.tensor([5]), 27)
     assert blocks[0].b()[0].grad is None
-    assert able(blocks, 32) == []
+    with pytest.warns(UserWarning, match="2 of 2 blocks have no derivative"):
+        assert able(blocks, 32) == []
     with torch.no_grad(), noting(blocks):
         model(**batch())
     blocks[0].gradient(torch.ones(1, 32), torch.tensor([5]), 26)
     assert blocks[0].b()[0].grad is None
-    assert able(blocks, 32) == blocks[1:]  # asked already, the first one has nothing left
+    with pytest.warns(UserWarning, match="1 of 2 blocks have no derivative"):
+        assert able(blocks, 32) == blocks[1:]  # asked already, the first one has nothing left
 
 
 def test_what_blocks_read_is_counted() -> None:

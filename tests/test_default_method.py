@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from forwardtune.config import describe
 from forwardtune.errors import InputError
 from forwardtune.models import load_model, tune
 from forwardtune.models.late import late_down, late_mlp
+from forwardtune.tasks import get_task
 from forwardtune.trajectory import Log, read_log
 from support import save_tiny_model, tiny_model
 from support.command import STEPS, Setting, cli, done, read, weights, write_task
@@ -75,7 +77,7 @@ def test_late_attention_is_queries_and_values(family: str) -> None:
 
 
 def test_models_without_such_layers_say_so() -> None:
-    with pytest.raises(InputError, match="has no query and value projections in late layers. Layers are"):
+    with pytest.raises(InputError, match=r"has no query and value projections in late layers\. Layers are"):
         tune(tiny_model("mamba"), None, "lora", lora_targets=["late-attention"])
     with pytest.raises(InputError, match="which late-down stands for: name the targets"):
         tune(tiny_model("mixtral"), None, "lora", lora_targets=["late-down"])
@@ -252,14 +254,15 @@ def test_a_run_of_late_matrices_learns_and_replays(tmp_path: Path) -> None:
 
 
 ENDS = [
-    ({}, 5), ({"method": "feedback", "lr": "auto"}, 5), ({"lr": 1e-2}, None), ({"eval_steps": 3}, None),
-    ({"dev_examples": 0}, None), ({"method": "feedback", "objective": "f1"}, None), ({"method": "mezo"}, None),
+    ({}, 5), ({"method": "feedback", "lr": "auto"}, 5), ({"lr": 1e-2}, None), ({"eval_steps": 3}, None), ({"average": "last:5"}, None),
+    ({"dev_examples": 0}, None), ({"method": "feedback", "objective": "f1"}, None), ({"method": "mezo"}, None), ({"task": "squad"}, None),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("given", "patience"), ENDS, ids=str)
 def test_what_says_nothing_of_rates_may_end_early(given: dict[str, Any], patience: int | None) -> None:
-    assert usual_patience(describe("train", {**PLAIN, **given})) == patience
+    task = get_task(given.get("task", "sst2"))
+    assert usual_patience(describe("train", {**PLAIN, **given}), task) == patience
 
 
 def test_a_walk_that_left_nothing_to_gain_ends_the_run(tmp_path: Path) -> None:
@@ -272,4 +275,18 @@ def test_a_walk_that_left_nothing_to_gain_ends_the_run(tmp_path: Path) -> None:
     assert sum(line["step"] > best["step"] for line in lines) == 5
     assert metrics["steps"] == lines[-1]["step"] < 100
     assert metrics["best_step"] == best["step"]
-    assert "is complete" in cli(*setting.resume(tmp_path / "run")).err
+    assert "(more --steps and a larger --patience would extend it)" in cli(*setting.resume(tmp_path / "run")).err
+    adapter = (tmp_path / "run" / "adapter_model.safetensors").read_bytes()
+    log = read_log(tmp_path / "run" / "steps.jsonl")
+    assert log.steps > best["step"] == log.rollbacks[-1].to  # so what replay rebuilds are the weights that were kept
+    done("replay", tmp_path / "run", "--model", setting.model, "--output-dir", tmp_path / "again")
+    assert (tmp_path / "again" / "adapter_model.safetensors").read_bytes() == adapter
+
+    shutil.copytree(tmp_path / "run", tmp_path / "killed")  # when it had ended, and was measured
+    (tmp_path / "killed" / "metrics.json").unlink()
+    done(*setting.resume(tmp_path / "killed"))
+    assert read(tmp_path / "killed")["steps"] == log.steps
+    assert (tmp_path / "killed" / "adapter_model.safetensors").read_bytes() == adapter
+
+    done(*setting.resume(tmp_path / "run", steps=120, patience=1000))
+    assert read(tmp_path / "run")["steps"] == 120

@@ -205,7 +205,7 @@ class Run:
         *,
         last: Callable[[], Any],
         held: Callable[[], bool] = lambda: False,
-        **measured: Callable[..., Any],
+        **measured: Any,
     ) -> None:
         self._session, self._trainer, self._peak = session, trainer, 0
         self._monitor = Monitor(session, last, held)

@@ -120,6 +120,7 @@ def _run_mezo(session: Session, folder: Path, log: Log | None, settings: dict[st
         held=lambda: trainer.mezo.held is not None,
         report=automatic.measured,
         is_due=automatic.has_jumped,
+        since=done if log and log.end else 0,
     )
     with warnings.catch_warnings():
         if options.objective != "loss":  # an accuracy often stands still: advise() says it, with what to do

@@ -100,8 +100,18 @@ def run(parsed: argparse.Namespace) -> int:
         workers.wait()  # whoever makes a folder in it comes later
     metrics = read_json(folder / METRICS) if log else {}
     if log and "test" in metrics and log.end and is_done(options, log, metrics):
-        say(f"the run in {folder} is complete after {log.steps} steps: nothing to do (more --steps would extend it)")
+        patient = " and a larger --patience" if metrics.get("stopped") == "patience" else ""
+        say(
+            f"the run in {folder} is complete after {log.steps} steps: nothing to do (more --steps{patient} would extend it)"
+        )
         return _report(metrics, folder, options.method, parsed.json)
+    if (
+        log
+        and log.end
+        and "test" not in metrics
+        and not asked.settings.keys() & {"steps", "epochs", "time_budget", "patience"}
+    ):
+        options.steps = log.steps  # a kill came behind the last one
 
     frozen: list[str] = []
     prepare = partial(
@@ -155,7 +165,7 @@ def run(parsed: argparse.Namespace) -> int:
             start_peak = session.peak_of(partial(tuned.start_from_examples, session))
         tuned.keep_first(session.model, folder / INITIAL)
     if options.patience is None and log is None:
-        options.patience = usual_patience(options)
+        options.patience = usual_patience(options, session.task)
     options.eval_steps = evaluation_steps(options, options.steps)
     inference_peak = session.inference_peak()
     trained = methods.METHODS[options.method](session, whole_folder, log, {**settings(options), **described})

@@ -114,8 +114,8 @@ def prepare_model(
 
 
 def _suit(options: Any, model: Any, task: Task | None, given: Mapping[str, Any]) -> None:
-    """Where nobody named the method: ``forward``, for a model that has no place for ``feedback``. Where nobody named the layers: those of attention, too, for answers that are
-    texts of their own, whose words attention takes from the prompt; where there are labels they bring nothing (docs/feedback.md)."""
+    """Where nobody named the method: ``forward``, for a model that has no place for ``feedback``. Where nobody named the layers: those of attention, too, for text that is
+    written, whose words attention takes from the prompt; where there are labels they bring nothing (docs/feedback.md)."""
     if options.method != "feedback":
         return
     why = lacks_place(model) if "method" not in given else None
@@ -123,7 +123,7 @@ def _suit(options: Any, model: Any, task: Task | None, given: Mapping[str, Any])
         command = next(name for name, kind in COMMANDS.items() if kind is type(options))
         vars(options).update(vars(describe(command, {**given, "method": "forward"}, spell=flag)))
         say(f"{why}: the method is forward")
-    elif task is not None and not task.fixed_answers and given.get("lora_targets") is None:
+    elif task is not None and task.free_text and given.get("lora_targets") is None:
         options.lora_targets = f"{options.lora_targets},{LATE_ATTENTION}"
 
 

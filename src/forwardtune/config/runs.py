@@ -350,7 +350,7 @@ class Train(MeZOSettings, Data):
     patience: int | None = option(
         None,
         "stop after so many of these without improvement",
-        shown="never; feedback with lr auto and no eval-steps 5",
+        shown="never; 5 for labels with feedback, unless lr, eval-steps, objective or average is given",
         bounds=POSITIVE,
         free=True,
     )

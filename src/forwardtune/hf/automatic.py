@@ -153,10 +153,11 @@ class Automatic(TrainerCallback):
         if metrics and name in metrics and not resumed:
             self.measured(state.global_step, metrics[name])
 
-    def measured(self, step: int, loss: float) -> None:
-        """The loss on held-out examples after a step was measured, lower is better; after step 0 that of the untuned model."""
+    def measured(self, step: int, loss: float, *, is_last: bool = False) -> None:
+        """The loss on held-out examples after a step was measured, lower is better; after step 0 that of the untuned model. With the last one the run goes back to its best
+        point."""
         if self._driver is not None:
-            self._driver.measured(step, loss)
+            self._driver.measured(step, loss, is_last=is_last)
 
 
 def _held_out_dataset(trainer: Any) -> Any:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import warn
 from .late import row_of_layers
 
 
@@ -71,7 +72,7 @@ class Block:
             for b, had in zip(self.b(), before, strict=True):
                 b.requires_grad_(had)
         for b, g in zip(self.b(), found, strict=True):
-            b.grad = g if g is None else g * size.to(g)
+            b.grad = None if g is None or not bool(g.isfinite().all()) else g * size.to(g)
 
 
 def blocks_of(model: nn.Module, layers: Iterable[Any], ends: Sequence[nn.Module]) -> list[Block]:
@@ -110,16 +111,28 @@ def noting(blocks: Iterable[Block]) -> Iterator[None]:
 
 
 def able(blocks: Iterable[Block], width: int) -> list[Block]:
-    """Those of the blocks that were just watched which run by themselves and have a derivative."""
-    found = []
+    """Those of the blocks that were just watched which run by themselves and have a derivative; a warning says of the others that there are some."""
+    blocks, found = list(blocks), []
+    why = ""
     for block in blocks:
         tokens = block.called[2].numel() // width if block.called is not None else 0
         try:
             block.gradient(torch.zeros(1, width), torch.zeros(1, dtype=torch.int64), tokens)
-        except (ArithmeticError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError):
-            continue  # kernels without a backward pass, or what reads more than the stream, such as keys of another layer
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # kernels without a backward pass, or what reads more than the stream, such as keys of another layer
+            why = (
+                f" ({type(error).__name__}: {str(error).splitlines()[0]})"
+                if str(error)
+                else f" ({type(error).__name__})"
+            )
+            continue
         if all(b.grad is not None for b in block.b()):
             found.append(block)
+    if len(found) < len(blocks):
+        warn(
+            f"{len(blocks) - len(found)} of {len(blocks)} blocks have no derivative by themselves{why}: B of LoRA in them starts at zero"
+        )
     return found
 
 

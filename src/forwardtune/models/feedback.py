@@ -17,7 +17,7 @@ that layers share a stream which the head can read is the "logit lens" (nostalge
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from .blocks import Block, able, blocks_of, noting
 from .error_directions import taken, untuned
-from .late import adding_to_stream, late_down
+from .late import adding_to_stream, expert_stacks, late_down
 from .principal import lora_layers, tokens_of
 from .way_back import WayBack
 
@@ -48,10 +48,11 @@ def lacks_place(model: Any) -> str | None:
     if getattr(model, "get_output_embeddings", lambda: None)() is None:
         return f"{type(model).__name__} has no vocabulary head that errors could come from"
     try:
-        late_down(model)
+        found = {name.rpartition(".")[2] for name in late_down(model)}
     except InputError:
         return f"{type(model).__name__} has no linear layers that lead from a feed-forward block back"
-    return None
+    stacks = {name.rpartition(".")[2] for name in expert_stacks(model)}
+    return f"{type(model).__name__} has experts in one tensor of the same name" if found & stacks else None
 
 
 @dataclass
@@ -168,6 +169,7 @@ def start_from_feedback(
 def _learned(model: Any, batches: list[Any], losses: Any) -> tuple[WayBack, set[Any]]:
     """How errors come back, and the layers whose A was taken, from the same forward passes."""
     way = WayBack(model, _adding(model))
+    way.follow(block.module for block in _inside(model, way))
     with way.learning() as count:
 
         def counted(model: Any, batch: Any) -> Any:
@@ -184,18 +186,15 @@ def bytes_of_maps(model: Any) -> int:
 
 def bytes_of_reads(model: Any, tokens: int) -> int:
     """The rest of it: what blocks read of a minibatch of so many tokens."""
-    layers, adding = lora_layers(model), _adding(model)
-    blocks = blocks_of(model, [layer for layer in layers if layer not in adding], WayBack(model, adding).row)
+    blocks = _inside(model, WayBack(model, _adding(model)))
     return len(blocks) * tokens * model.config.get_text_config().hidden_size * model.dtype.itemsize
 
 
 @torch.no_grad()
-def _begun(model: Any, batch: Any, losses: Any, rate: float, fed: Collection[Any], way: WayBack | None = None) -> _Walk:
+def _begun(model: Any, batch: Any, losses: Any, rate: float, fed: set[Any], way: WayBack | None = None) -> _Walk:
     """Which layers add to the stream, of those whose A was taken, and how long a step is."""
     layers, adding = lora_layers(model), _adding(model)
-    inside = blocks_of(
-        model, [layer for layer in layers if layer not in adding and layer in fed], way.row if way else ()
-    )
+    inside = [block for block in _inside(model, way) if fed.issuperset(block.layers)] if way else []
     with _watched(model, layers, None) as seen, noting(inside):
         _losses(model, batch, losses)
     adapted = [layer for layer in dict.fromkeys(seen.order) if layer in seen.sizes]
@@ -210,12 +209,18 @@ def _begun(model: Any, batch: Any, losses: Any, rate: float, fed: Collection[Any
     sizes = [(layer, size) for layer in into]
     sizes += [(layer, _INSIDE * seen.sizes[layer]) for block in inside for layer in block.layers]
     groups: list[dict[str, Any]] = [
-        {"params": [b.weight for b in layer.lora_B.values()], "size": own} for layer, own in sizes
+        {"params": [b.weight for b in layer.lora_B.values()], "size": own, "lr": rate * own} for layer, own in sizes
     ]
     for b in (b for group in groups for b in group["params"]):
         b.zero_()
     optimizer = torch.optim.Adam(groups)
     return _Walk(into, inside, optimizer, rate, way.maps(into[-1]) if way else {}, way.end(into[-1]) if way else None)
+
+
+def _inside(model: Any, way: WayBack) -> list[Block]:
+    """The blocks that the other LoRA layers lie in."""
+    adding = _adding(model)
+    return blocks_of(model, [layer for layer in lora_layers(model) if layer not in adding], way.row)
 
 
 def _adding(model: Any) -> list[Any]:
@@ -263,7 +268,8 @@ def _gradient(model: Any, walk: _Walk, batch: Any, losses: Any) -> bool:
             x = read.flatten(0, -2)[at.to(read.device)].float()
             b.weight.grad = (layer.scaling[name] * (e.to(x.device).T @ x)).to(b.weight)
     for block in walk.blocks:
-        block.gradient(walk.back_at(block.end, far), at, len(found))
+        place = block.module if block.module in walk.maps else block.end
+        block.gradient(walk.back_at(place, far), at, len(found))
     return True
 
 
@@ -285,7 +291,7 @@ def _watched(model: Any, layers: list[Any], last: Any, end: Any = None) -> Itera
         if layer is not last:
             return None
         seen.last = output.detach().requires_grad_()
-        return seen.last
+        return seen.last.clone()  # models add to it in its place
 
     def behind(_: Any, __: Any, output: Any) -> None:
         output = output[0] if isinstance(output, tuple) else output

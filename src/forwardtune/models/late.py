@@ -112,3 +112,14 @@ def row_of_layers(model: nn.Module) -> list[str]:
         if isinstance(module, nn.ModuleList) and not re.search("vis|image|audio|expert", name)
     }
     return max(rows.values(), key=len, default=[])
+
+
+def expert_stacks(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The tensors that hold a matrix for every expert, by name."""
+    return {
+        f"{prefix}.{name}": parameter
+        for prefix, module in model.named_modules()
+        if not isinstance(module, nn.modules.conv._ConvNd)
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim == 3 and parameter.is_floating_point()
+    }

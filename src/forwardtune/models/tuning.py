@@ -19,7 +19,7 @@ from ..parameters import dtype_name
 from .error_directions import start_from_errors
 from .feedback import start_from_feedback
 from .kinds import is_adapted, model_kind
-from .late import late, late_down, late_mlp
+from .late import expert_stacks, late, late_down, late_mlp
 from .prefix import add_prefix
 from .principal import start_from_inputs
 from .quantised import is_quantised, is_quantised_layer, keep_as_stored, storage_of, with_weights
@@ -205,17 +205,6 @@ def _add_lora(model: Any, rank: int, alpha: float, targets: Sequence[str] | None
     model.requires_grad_(False)
     with _wrapping(seed), with_weights(model):
         return peft.get_peft_model(model, config)
-
-
-def expert_stacks(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The tensors that hold a matrix for every expert, by name."""
-    return {
-        f"{prefix}.{name}": parameter
-        for prefix, module in model.named_modules()
-        if not isinstance(module, nn.modules.conv._ConvNd)
-        for name, parameter in module.named_parameters(recurse=False)
-        if parameter.ndim == 3 and parameter.is_floating_point()
-    }
 
 
 def _behind_layers(name: str) -> str:

@@ -124,10 +124,10 @@ class SearchDriver:
         """Whether this is the last of the steps that a line search took together."""
         return self._plan.searches and step == self._plan.held
 
-    def measured(self, step: int, loss: float) -> None:
+    def measured(self, step: int, loss: float, *, is_last: bool = False) -> None:
         """The held-out loss after a step was measured, lower is better; after step 0 that of the untuned model."""
         if self._point is not None:
-            self._search.measured(step, loss)
+            self._search.measured(step, loss, is_last=is_last)
 
     def stop(self) -> None:
         """The run ends here, for now or for good: steps that are held back were not taken."""

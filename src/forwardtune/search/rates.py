@@ -116,8 +116,9 @@ class RateSearch:
         if len(self._held) == self.plan.held:
             self._choose()
 
-    def measured(self, step: int, loss: float) -> None:
-        """The held-out loss after a step was measured, lower is better; after step 0 that of the untuned model."""
+    def measured(self, step: int, loss: float, *, is_last: bool = False) -> None:
+        """The held-out loss after a step was measured, lower is better; after step 0 that of the untuned model. The run may end there before its last planned step."""
+        is_last = is_last or step >= self._steps
         if step == 0:
             self._note_untuned(loss)
         if self._guard is None or step <= self._measured:
@@ -125,7 +126,7 @@ class RateSearch:
         self._measured = step
         before = self._guard.lr
         self._run.note({"held_out": plain(loss)})
-        self._follow(self._guard.measured(step, loss, is_last=step >= self._steps), step)
+        self._follow(self._guard.measured(step, loss, is_last=is_last), step, is_last=is_last)
         if self._guard.lr != before:
             self._run.set_rate(self._guard.lr)
 
@@ -217,12 +218,13 @@ class RateSearch:
         if self._measures and planned and step > self._measured:
             self.measured(step, self._run.measure())
 
-    def _follow(self, decision: GoBack | None, step: int) -> None:
+    def _follow(self, decision: GoBack | None, step: int, *, is_last: bool = False) -> None:
         if decision is None:
             return
         why = {"diverged": "the loss left its range", "worse": "worse than before"}[decision.why]
-        then = "where the run ends" if step >= self._steps else f"learning rate {decision.lr:.1e}"
-        again = (decision.why, decision.step) == self._went_back and step < self._steps
+        is_last = is_last or step >= self._steps
+        then = "where the run ends" if is_last else f"learning rate {decision.lr:.1e}"
+        again = (decision.why, decision.step) == self._went_back and not is_last
         self._run.announce(
             f"{decision.why} again: {then}" if again else f"{why}: back to the weights of step {decision.step}, {then}"
         )
