@@ -450,7 +450,9 @@ def test_an_adapter_starts_from_the_errors_on_the_device(dtype):
     from forwardtune.models import start_from_feedback, tune
     from forwardtune.objectives import logits_at
 
-    model = tune(tiny_model("llama", dtype).to(CUDA), None, "lora", lora_targets=["late-down"], freeze_a=True)
+    model = tune(
+        tiny_model("llama", dtype).to(CUDA), None, "lora", lora_targets=["late-down", "late-attention"], freeze_a=True
+    )
     tokens = token_batch(32, 8, seed=1).to(CUDA)
     batches = [{"input_ids": some, "positions": torch.arange(4, device=CUDA) * 8 + 7} for some in tokens.chunk(8)]
 
