@@ -206,7 +206,8 @@ def test_a_rank_that_does_not_come_is_named() -> None:
     first, _, last = ranks(3, lambda rank: Ranks(1.0), missing=(1,))
     assert isinstance(first, InputError)
     assert "rank 1 of 3 did not come within 1 s" in str(first)
-    assert "rank 1" in str(last)
+    # Who looks a moment later finds the store gone with rank 0.
+    assert "rank 1 of 3 did not come" in str(last) or "has given up waiting: see its message" in str(last)
     assert time.monotonic() - began < 10
 
 

@@ -50,6 +50,8 @@ def join(launch: Launch, timeout: float) -> None:
         dist.init_process_group(
             backend, store=store, rank=launch.rank, world_size=launch.count, timeout=timedelta(seconds=timeout)
         )
+        # Nobody goes on before all have met: a rank that fails at once would take the store along, at which others still look for each other.
+        dist.all_reduce(torch.zeros(()))
     except RuntimeError as error:
         raise WorkerError(f"a process of the run is gone while they meet ({str(error).splitlines()[0]})") from None
 
