@@ -2,6 +2,7 @@
 
     python benchmarks/feedback.py --data FOLDER                                  # the 135M model on two tasks, the default walk, three seeds
     python benchmarks/feedback.py --data FOLDER --tasks sst2 sst5 squad --cosines --output feedback-cosines   # how right its directions are
+    python benchmarks/feedback.py --data FOLDER --tasks squad --cosines --output feedback-cosines-attention   # those of queries and values, too
     python benchmarks/feedback.py --data FOLDER --tasks sst2 --rates 4e-3 8e-3 1.6e-2 --ranks 8 16 --seeds 0 --output feedback-rates
 
 FOLDER holds a folder of data for every task. Loss and metric of the development and the test split, untuned and behind the walk (of text that is
