@@ -43,7 +43,7 @@ class Task:
         self.splits = {split: encoder(self.task, found.examples) for split, found in splits.items()}
         self.layout = find_layout(model, tokenizer, self.splits["train"])
         self.batch = BATCH.get(name, 16)
-        self.targets = [LATE_DOWN, *([] if self.task.fixed_answers else [LATE_ATTENTION])]  # as train has it
+        self.targets = [LATE_DOWN, *([LATE_ATTENTION] if self.task.free_text else [])]  # as train has it
 
     def batches(self, seed: int, steps: int) -> Any:
         """Minibatches of a walk."""

@@ -18,6 +18,7 @@ from forwardtune.models.feedback import _adding, _begun, _gradient, _learned, by
 from forwardtune.models.late import row_of_layers
 from forwardtune.models.principal import lora_layers
 from forwardtune.models.way_back import WayBack
+from support.models import SIZES
 
 FAMILIES = {
     "llama": ["q_proj", "v_proj"], "opt": ["q_proj", "k_proj"], "bert": ["query", "value"], "gpt2": ["c_attn"],
@@ -148,14 +149,7 @@ def test_out_of_memory_is_no_kernel_without_a_derivative(monkeypatch: pytest.Mon
 
 def behind_norms() -> Any:
     """A model with norms between what its blocks give and the stream."""
-    config = transformers.Olmo2Config(
-        vocab_size=320,
-        hidden_size=32,
-        num_hidden_layers=4,
-        intermediate_size=48,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
+    config = transformers.Olmo2Config(**{**SIZES, "num_hidden_layers": 4})
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = transformers.Olmo2ForCausalLM(config).eval()
@@ -190,6 +184,18 @@ def test_norms_behind_a_block_are_learned(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(WayBack, "follow", lambda *_: None)
     assert learned.mean() > cosines().mean() + 0.1
     assert learned.min() > 0.1
+
+
+def test_what_a_block_adds_to_the_stream_comes_back_as_what_its_layer_reads() -> None:
+    targets = [r"mlp\.down_proj", "q_proj"]
+    model = tune(support.tiny_model("llama"), support.tokenizer(), "lora", lora_targets=targets, freeze_a=True)
+    given = [{**batch(), "labels": batch()["input_ids"]}] * 3
+    with torch.no_grad():
+        way, _fed = _learned(model, given, None)
+        maps = way.maps(model.base_model.model.model.layers[1].mlp.down_proj)
+    for block in of(model):
+        assert block.module not in maps
+    assert of(model)[1].end in maps
 
 
 def test_a_block_that_did_not_run_on_these_tokens_takes_no_step() -> None:

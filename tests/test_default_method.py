@@ -145,12 +145,7 @@ def test_who_says_how_the_method_shall_be_gets_the_papers(given: dict[str, Any],
     assert run.assignment == given.get("assignment", "shared" if method == "mezo" else "example")
     assert run.tune == given.get("tune", {"feedback": "lora", "forward": "late-mlp", "mezo": "all"}[method])
     if method == "feedback":
-        assert (run.lora_targets, run.lora_init, run.freeze_a, run.rank) == (
-            "late-down",
-            "feedback",
-            True,
-            0,
-        )
+        assert (run.lora_targets, run.lora_init, run.freeze_a, run.rank) == ("late-down", "feedback", True, 0)
     elif run.tune == "lora":
         assert run.lora_targets is None
         assert not run.freeze_a

@@ -11,18 +11,20 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import support
 from forwardtune.cli.session import Session
 from forwardtune.errors import InputError
-from forwardtune.models import load_model, start_from_errors, start_from_feedback, tune
+from forwardtune.models import lacks_place, load_model, start_from_errors, start_from_feedback, tune
 from forwardtune.models.error_directions import taken
 from forwardtune.models.feedback import _begun, _gradient, _learned, _step
 from forwardtune.points.side_path import ROUGH, TOLERANCE, tolerance
 from forwardtune.trajectory import read_log
 from support.command import STEPS, Setting, cli, done, write_task
+from support.models import SIZES
 
 pytestmark = pytest.mark.usefixtures("short_collections")
 
@@ -203,6 +205,28 @@ def test_other_families(family: str) -> None:
     before = mean_loss(model, given)
     start_from_feedback(model, given * 2, choice, steps=16, rate=0.2)
     assert mean_loss(model, given) < before
+
+
+def test_a_model_that_adds_to_the_last_output_in_its_place() -> None:
+    """Falcon adds what attention gave."""
+    sizes = {name: size for name, size in SIZES.items() if name not in ("intermediate_size", "num_key_value_heads")}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.FalconForCausalLM(transformers.FalconConfig(**sizes)).eval()
+    model = tune(model, support.tokenizer(), "lora", lora_targets=["late-down"], freeze_a=True)
+    start_from_feedback(model, batches(), choice, steps=6)
+    assert all(b.any() for b in b_of(model).values())
+
+
+def test_experts_in_one_tensor_of_the_same_name_are_no_place() -> None:
+    """peft would take the name for theirs."""
+    config = transformers.DeepseekV3Config(
+        **{**SIZES, "num_key_value_heads": 4}, q_lora_rank=8, kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=8,
+        first_k_dense_replace=1, n_routed_experts=4, n_group=1, topk_group=1, num_experts_per_tok=2, moe_intermediate_size=16,
+    )  # fmt: skip
+    why = lacks_place(transformers.DeepseekV3ForCausalLM(config))
+    assert why == "DeepseekV3ForCausalLM has experts in one tensor of the same name"
+    assert lacks_place(support.tiny_model("llama")) is None
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])

@@ -59,6 +59,7 @@ class Outlook:
         self.room = room if room is not None else memory.free(device) + base
         found: dict[int, Estimate] = {}
         runs = [described(asked, row.settings) for row in rows]
+        task = None if self.session is None else self.session.task
         for number, (row, run) in enumerate(zip(rows, runs, strict=True)):
             model = deepcopy(blank)
             tokenizer = None if self.session is None else self.session.tokenizer
@@ -66,7 +67,6 @@ class Outlook:
             dtype, width, count = model.dtype, config.hidden_size, config.num_hidden_layers
             try:
                 with redirect_stderr(io.StringIO()):
-                    task = None if self.session is None else self.session.task
                     model = tuned.prepare_model(model, tokenizer, task, options=run, first=None, given=row.settings)
                     found[number] = estimate(model, inputs, run)
                 row.peak = base + found[number].bytes

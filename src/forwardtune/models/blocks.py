@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ..errors import warn
 from .late import row_of_layers
+from .way_back import first_of, without_cache
 
 
 @dataclass
@@ -64,7 +65,7 @@ class Block:
             with torch.enable_grad():
                 for b in self.b():
                     b.requires_grad_(True)
-                given = _first(self.module(*args, **kwargs))
+                given = first_of(self.module(*args, **kwargs))
                 e = torch.zeros(tokens, errors.shape[1], device=given.device, dtype=given.dtype)
                 e[at.to(e.device)] = (errors / size).to(e)
                 found = torch.autograd.grad(given, self.b(), e.view(shape), allow_unused=True)
@@ -94,7 +95,7 @@ def noting(blocks: Iterable[Block]) -> Iterator[None]:
     """Inside, a forward pass notes what each block is called with. A cache is left out, as it has the tokens already."""
 
     def note(block: Block, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        given = _first(output)
+        given = first_of(output)
         if isinstance(given, Tensor):
             block.called = (
                 tuple(map(_plain, args)),
@@ -121,11 +122,7 @@ def able(blocks: Iterable[Block], width: int) -> list[Block]:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # kernels without a backward pass, or what reads more than the stream, such as keys of another layer
-            why = (
-                f" ({type(error).__name__}: {str(error).splitlines()[0]})"
-                if str(error)
-                else f" ({type(error).__name__})"
-            )
+            why = " (" + f"{type(error).__name__}: {error}".splitlines()[0].rstrip(": ") + ")"
             continue
         if all(b.grad is not None for b in block.b()):
             found.append(block)
@@ -137,10 +134,4 @@ def able(blocks: Iterable[Block], width: int) -> list[Block]:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach()
-    return None if hasattr(value, "get_seq_length") else value
-
-
-def _first(output: Any) -> Any:
-    return output[0] if isinstance(output, tuple) else output
+    return value.detach() if isinstance(value, Tensor) else without_cache(value)

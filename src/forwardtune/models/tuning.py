@@ -27,7 +27,7 @@ from .quantised import is_quantised, is_quantised_layer, keep_as_stored, storage
 MODES = ("all", "late-mlp", "lora", "prefix")
 #: As peft calls every linear layer but the vocabulary head, as a target of LoRA.
 ALL_LINEAR = "all-linear"
-#: The same of the layers that write what feed-forward blocks found, all but the first third (:mod:`.late`).
+#: The same of the layers that write what feed-forward blocks found, and of queries and values, all but the first third (:mod:`.late`).
 LATE_DOWN, LATE_ATTENTION = "late-down", "late-attention"
 
 # How libraries name the query and value projections, or the one that holds both, where peft has no default. Latent attention (MLA)
@@ -86,8 +86,8 @@ def tune(
         tokenizer: its tokenizer; ``prefix`` draws tokens from it.
         lora_targets: last parts of the names of the modules to adapt, patterns that are found in whole names (``re.search``), ``all-linear``,
             which is every linear layer but the head, ``late-down``, the linear layers of all layers but the first third that lead from a
-            feed-forward block back to the width of the model, ``late-attention``, the query and value projections of these layers, or last parts of the names of tensors that hold a slice for every expert, all of which
-            are ``experts``; by default the modules that ``peft`` adapts in this architecture, else the query and value projections by
+            feed-forward block back to the width of the model, ``late-attention``, the query and value projections of these, or last parts
+            of the names of tensors that hold a slice for every expert, all of which are ``experts``; by default the modules that ``peft`` adapts in this architecture, else the query and value projections by
             their usual names. A tied head gets a copy of its weights, as merging would move the embedding too; a warning says so.
         lora_init: what A is at first; B is zero. ``default`` and ``gaussian`` are random, peft's; of each layer's inputs ``eva`` takes the principal
             directions (:mod:`.principal`), ``errors`` those that go with the errors of the predictions (:mod:`.error_directions`). With ``feedback`` A

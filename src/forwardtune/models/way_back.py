@@ -88,10 +88,10 @@ class _Run:
     @torch.no_grad()
     def again(self, h: Tensor) -> Tensor:
         """What the layer makes of another stream. A cache, which has the tokens already, is left alone."""
-        kept = {name: None if hasattr(value, "get_seq_length") else value for name, value in self.kwargs.items()}
+        kept = {name: without_cache(value) for name, value in self.kwargs.items()}
         if self.args:
-            return _first(self.end(h, *self.args[1:], **kept))
-        return _first(self.end(**{**kept, "hidden_states": h}))
+            return first_of(self.end(h, *self.args[1:], **kept))
+        return first_of(self.end(**{**kept, "hidden_states": h}))
 
 
 class WayBack:
@@ -172,7 +172,7 @@ class WayBack:
 
     def maps(self, last: nn.Module) -> dict[nn.Module, Tensor]:
         """By layer M, shape (width, width), float32: an error e behind the end of ``last`` comes back to what the layer gives as ``e M``; by layer of the row that for
-        what it reads. One that is left out has I.
+        what it reads. One that is left out has I, and a block that of what its layer of the row reads.
 
         What was learned is used up.
         """
@@ -183,8 +183,9 @@ class WayBack:
                 back = _times(m, self._behind.pop(layer, None))
                 if back is not None:
                     found[layer] = back
-            for block in (block for block, place in self._blocks.items() if place == k and block in self._behind):
-                if (back := _times(m, self._behind.pop(block))) is not None:
+            for block in (block for block, place in self._blocks.items() if place == k and block not in self._added):
+                back = _times(m, self._behind.pop(block, None))
+                if back is not None:
                     found[block] = back
             m = _times(m, self._through.pop(k, None))
             if m is not None:
@@ -193,7 +194,7 @@ class WayBack:
 
     def _look(self, k: int, end: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """A layer of the row ran: let it run with noise on its input, and on what layers in it give."""
-        h, o = args[0] if args else kwargs.get("hidden_states"), _first(output)
+        h, o = args[0] if args else kwargs.get("hidden_states"), first_of(output)
         if self._again or not (isinstance(h, Tensor) and isinstance(o, Tensor) and h.shape == o.shape):
             return
         if k <= max(self._place.values()) - self._room // (4 * h.shape[-1] ** 2):
@@ -230,7 +231,7 @@ class WayBack:
 
     def _with_noise(self, layer: nn.Module, _: Any, output: Any) -> Any:
         """Add the noise that is meant for the layer, and note what of it the dtype can hold."""
-        given = _first(output)
+        given = first_of(output)
         if self._noise is None or self._noise[0] is not layer or given.numel() != self._noise[1].numel():
             return None
         noise = self._noise[1]
@@ -253,8 +254,14 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _first(output: Any) -> Any:
+def first_of(output: Any) -> Any:
+    """What a module gives beside whatever else it returns."""
     return output[0] if isinstance(output, tuple) else output
+
+
+def without_cache(value: Any) -> Any:
+    """An argument of a module that runs once more; a cache has the tokens already, so there is none."""
+    return None if hasattr(value, "get_seq_length") else value
 
 
 def _times(m: Tensor | None, mean: _Mean | None) -> Tensor | None:
