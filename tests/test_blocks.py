@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import support
 from forwardtune.models import start_from_feedback, tune
 from forwardtune.models.blocks import Block, able, blocks_of, noting
-from forwardtune.models.feedback import _adding, _begun, _gradient, _learned, bytes_of_reads
+from forwardtune.models.feedback import _begun, _gradient, _learned
 from forwardtune.models.late import row_of_layers
 from forwardtune.models.principal import lora_layers
 from forwardtune.models.way_back import WayBack
@@ -211,16 +211,3 @@ def test_a_block_that_did_not_run_on_these_tokens_takes_no_step() -> None:
     assert blocks[0].b()[0].grad is None
     with pytest.warns(UserWarning, match="1 of 2 blocks have no derivative"):
         assert able(blocks, 32) == blocks[1:]  # asked already, the first one has nothing left
-
-
-def test_what_blocks_read_is_counted() -> None:
-    targets = [r"mlp\.down_proj", "q_proj", "v_proj"]
-    model = tune(support.tiny_model("llama"), support.tokenizer(), "lora", lora_targets=targets)
-    others = [layer for layer in lora_layers(model) if layer not in _adding(model)]
-    blocks = blocks_of(model, others, [model.get_submodule(name) for name in row_of_layers(model)])
-    assert len(blocks) == len(row_of_layers(model))
-    assert all(len(block.layers) == 2 for block in blocks)
-    with torch.no_grad(), noting(blocks):
-        model(**batch())
-    kept = sum(block.called[1]["hidden_states"].nbytes for block in blocks)
-    assert bytes_of_reads(model, batch()["input_ids"].numel()) == kept

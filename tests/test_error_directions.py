@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import support
 from forwardtune.errors import InputError
-from forwardtune.models import load_model, start_from_errors, tune
+from forwardtune.models import error_directions, load_model, start_from_errors, tune
 from forwardtune.models.error_directions import _sketch
 from forwardtune.trajectory import read_log
 from support.command import STEPS, Setting, cli, done, write_task
@@ -160,6 +160,49 @@ def test_padding_and_batches_change_nothing() -> None:
     for name, a in models[0].items():
         other = models[1][name]
         assert torch.allclose((a @ other.T).square().sum(), (a @ a.T).square().sum(), rtol=1e-3), name
+
+
+def test_inputs_of_tokens_that_predict_nothing_are_not_kept() -> None:
+    """Where a batch says which tokens predict; what A becomes does not depend on it, nor on whether it is right."""
+    given = batches()
+    for batch in given:
+        batch["labels"] = batch["labels"].clone()
+        batch["labels"][:, :9] = -100
+    kept: list[int] = []
+    shown = error_directions._shown
+
+    def noted(*args: Any) -> Any:
+        found = shown(*args)
+        kept.extend(len(x) for _, x in found[0].inputs.values())
+        return found
+
+    def own(model: Any, batch: Any) -> Tensor:
+        return model(input_ids=batch["input_ids"], labels=batch.get("wanted", batch.get("labels"))).loss
+
+    cases = {
+        "labels": given,
+        "positions": [
+            {"input_ids": b["input_ids"], "wanted": b["labels"], "positions": (b["labels"].roll(-1, 1) != -100).flatten().nonzero()[:, 0].flip(0)}
+            for b in given
+        ],
+        "nothing": [{"input_ids": b["input_ids"], "wanted": b["labels"]} for b in given],
+        "others": [{"input_ids": b["input_ids"], "wanted": b["labels"], "labels": b["labels"].roll(3, 1)} for b in given],
+    }  # fmt: skip
+    rows = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(error_directions, "_shown", noted)
+        for name, some in cases.items():
+            kept.clear()
+            model = adapted(dtype=torch.float64)
+            start_from_errors(model, some, own)
+            rows[name] = rows_of(model), list(kept)
+    layers, whole = 2, 3 * 12  # of a batch of three rows
+    assert rows["nothing"][1] == [whole] * layers * 3
+    assert rows["labels"][1] == [3 * 4] * layers * 3  # three labels, and the token before the first
+    assert rows["positions"][1] == [3 * 3] * layers * 3
+    assert rows["others"][1].count(whole) == layers * 3  # once more
+    for name in ("labels", "positions", "others"):
+        assert all(torch.equal(a, rows["nothing"][0][layer]) for layer, a in rows[name][0].items()), name
 
 
 def test_layers_whose_tokens_are_not_the_heads_keep_their_a() -> None:

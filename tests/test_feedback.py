@@ -20,7 +20,7 @@ from forwardtune.cli.session import Session
 from forwardtune.errors import InputError
 from forwardtune.models import lacks_place, load_model, start_from_errors, start_from_feedback, tune
 from forwardtune.models.error_directions import taken
-from forwardtune.models.feedback import _begun, _gradient, _learned, _step
+from forwardtune.models.feedback import _begun, _gradient, _learned, _step, rehearsed
 from forwardtune.points.side_path import ROUGH, TOLERANCE, tolerance
 from forwardtune.trajectory import read_log
 from support.command import STEPS, Setting, cli, done, write_task
@@ -105,6 +105,32 @@ def test_coordinates_are_of_one_size() -> None:
         coordinates = layer.scaling["default"] * x @ layer.lora_A["default"].weight.double().T
         assert float(coordinates[:, 0].mean().abs()) == pytest.approx(1, rel=1e-3)
         torch.testing.assert_close(coordinates[:, 1:].std(0, correction=0), torch.ones(3).double(), rtol=0.1, atol=0)
+
+
+def test_a_rehearsal_leaves_the_adapter_as_it_was() -> None:
+    """Whatever the walk did to it, and where its losses fail on the way, too."""
+    model, given = adapted(), batches(3)
+    start_from_feedback(model, given, choice, steps=3)  # B is not zero
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    tuned = [name for name, p in model.named_parameters() if p.requires_grad]
+    seen: list[int] = []
+    ticks = iter(range(100))
+
+    def counted(model: Any, batch: Any) -> Tensor:
+        seen.append(len(batch["input_ids"]))
+        if len(seen) == 7:
+            raise RuntimeError("no room")
+        return choice(model, batch)
+
+    longest = {name: torch.cat([tensor] * 2) for name, tensor in given[0].items()}
+    first, step = rehearsed(model, longest, given[1:], counted, lambda: float(next(ticks)))
+    assert seen == [8, 8, 8, 4, 4]  # A and the way back, how long a step is, and steps
+    assert (first, step) == (1, 1)
+    with pytest.raises(RuntimeError, match="no room"):
+        rehearsed(model, longest, given[1:], counted, lambda: float(next(ticks)))
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == tuned
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_it_learns_in_forward_passes_and_asks_no_layer_for_a_gradient() -> None:

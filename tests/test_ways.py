@@ -14,11 +14,13 @@ from torch import nn
 
 import support
 from forwardtune.cli import ways
-from forwardtune.cli.estimates import _Live, estimate
+from forwardtune.cli.estimates import _Fused, _Live, estimate
 from forwardtune.config import describe
 from forwardtune.durations import bytes_of
 from forwardtune.errors import InputError
 from forwardtune.models import blank_model, tune
+from forwardtune.models.feedback import _begun, _learned, _step, step_by_shapes
+from forwardtune.objectives import logits_at
 from support.command import Setting, done, flags, message_of, process, write_task
 
 pytestmark = pytest.mark.usefixtures("short_collections")
@@ -87,6 +89,39 @@ def test_live_tensors_are_counted_and_weights_are_not() -> None:
         chain[1](kept)
         chain[1](kept)  # the first is gone by now
     assert live.peak == 4 * (40 + 10) * 4
+
+
+@pytest.mark.parametrize("targets", [["late-down"], ["late-down", "late-attention"]], ids=["down", "and attention"])
+def test_a_walk_by_shapes_is_as_large_as_one_of_numbers(targets: list[str]) -> None:
+    """Of live tensors, which a step of a real one counts."""
+
+    def walked(device: str) -> int:
+        config = transformers.LlamaConfig(
+            vocab_size=500, hidden_size=64, intermediate_size=160, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2
+        )  # fmt: skip
+        with torch.device(device):
+            model = transformers.LlamaForCausalLM(config).to(torch.bfloat16).eval()
+        model = tune(model, support.tokenizer(), "lora", lora_rank=4, lora_targets=targets, freeze_a=True)
+        ids = torch.arange(8 * 100).view(8, 100) % 90
+        batch = {"input_ids": ids.to(device), "positions": torch.arange(99, 800, 100), "labels": torch.zeros(8)}
+        known = (*model.parameters(), *model.buffers())
+        if device == "meta":
+            with _Live(known) as live, _Fused():
+                step_by_shapes(model, lambda: logits_at(model, batch))
+            return live.peak
+
+        def losses(model: Any, batch: Any) -> torch.Tensor:
+            return logits_at(model, batch).logsumexp(-1)
+
+        with torch.no_grad():
+            way, fed = _learned(model, [batch], losses)
+            walk = _begun(model, batch, losses, 1e-3, fed, way)
+            _step(model, walk, batch, losses)  # Adam's moments are there now
+            with _Live((*known, *walk.maps.values())) as live:
+                _step(model, walk, batch, losses)
+        return live.peak
+
+    assert walked("meta") == pytest.approx(walked("cpu"), rel=0.2)
 
 
 WEIGHTS = 1_100_048_384

@@ -21,11 +21,11 @@ from ..averages import NONE, candidates
 from ..config import AUTO, Train
 from ..durations import duration
 from ..errors import InputError
-from ..evaluation import prepare
+from ..evaluation import prepare, training_objective
 from ..forgetting import TOKENS, read_general, token_losses
 from ..method.estimators import get_estimator
 from ..method.rule import History, Rule
-from ..models.feedback import FOR_A, WATCHES, bytes_of_maps, bytes_of_reads
+from ..models.feedback import FOR_A, WATCHES, rehearsed
 from ..models.late import LATE
 from ..models.tuning import LATE_ATTENTION
 from ..noise import Count, Noise, Update
@@ -91,7 +91,7 @@ def measure(session: Session) -> Cost:
         trainer = methods.make_trainer(session, Path(folder), methods.make_objective(session), 1)
     optimizer = trainer.create_optimizer()
     assert isinstance(optimizer, MeZO)
-    optimizer.rule = rehearsed = Rehearsed(optimizer.rule)
+    optimizer.rule = rule = Rehearsed(optimizer.rule)
     optimizer.probes_rise = 0  # steps as they are behind the rise
     trainer.current_gradient_accumulation_steps = 1
 
@@ -110,25 +110,36 @@ def measure(session: Session) -> Cost:
     peak = max(memory.peak(device), now)  # the system may count them a page apart
     optimizer.step()
     peak += sum(m.nbytes for moments in optimizer.history.moments.values() for m in moments)
+    start = 0.0
     if passes_of_walk(options):
-        tokens = prepare(model, session.tokenizer, session.longest, session.layout)["input_ids"].numel()
-        peak = max(peak, inference + bytes_of_maps(model) + bytes_of_reads(model, tokens))
+        memory.reset_peak(device)
+        start = _walk(session)
+        peak = max(peak, memory.peak(device))
     fill_window(optimizer)
     draw, train = random.Random(options.seed), session.splits["train"]
     steps, updates = [], []
     for _ in range(_TIMED):
         examples = draw.sample(train, min(options.batch_size, len(train)))
-        rehearsed.seconds = rehearsed.seconds_beside = 0.0
+        rule.seconds = rule.seconds_beside = 0.0
         began = clock(device)
         estimate(examples)
         optimizer.step()
-        steps.append(clock(device) - began - rehearsed.seconds_beside)
-        updates.append(rehearsed.seconds)
+        steps.append(clock(device) - began - rule.seconds_beside)
+        updates.append(rule.seconds)
     evaluation = _evaluation(session)
     watched = _evaluation(session, loss_alone=True) if may_watch_by_loss(session) else None
     step, update = median(steps), median(updates)
-    start = passes_of_walk(options) * (step - update) / 2 / options.probes
     return Cost(step, update, evaluation, now, inference, peak, _general(session), layers, watched, start)
+
+
+def _walk(session: Session) -> float:
+    """Seconds of the walk that LoRA starts from. Some of it is done; the weights stay as they are."""
+    options, train, device = session.options, session.splits["train"], device_of(session.model)
+    draw = random.Random(options.seed)
+    some = [draw.sample(train, min(options.batch_size, len(train))) for _ in range(_TIMED - 1)]
+    longest, *usual = (prepare(session.model, session.tokenizer, e, session.layout) for e in (session.longest, *some))
+    first, step = rehearsed(session.model, longest, usual, training_objective(session.task), lambda: clock(device))
+    return first + step / _passes_of_a_step(options) * (passes_of_walk(options) - 1 - LATE)
 
 
 def _evaluation(session: Session, **how: Any) -> float:
@@ -226,12 +237,15 @@ def seconds_of_run(steps: int, cost: Cost, session: Session) -> float:
 
 
 def passes_of_walk(options: Train) -> float:
-    """Forward passes of the walk that LoRA starts from: its steps, and the minibatches that A is taken from, in which late layers run twice. Attention of late layers is about
-    a quarter of them, and its derivative takes as much as three passes."""
+    """Forward passes of the walk that LoRA starts from: its steps, and the minibatches that A is taken from, in which late layers run twice."""
     if options.tune != "lora" or options.lora_init != "feedback":
         return 0
-    step = 1 + LATE * 3 / 4 if LATE_ATTENTION in (options.lora_targets or "") else 1
-    return options.feedback_steps * step + (1 + LATE) * min(FOR_A, options.feedback_steps)
+    return options.feedback_steps * _passes_of_a_step(options) + (1 + LATE) * min(FOR_A, options.feedback_steps)
+
+
+def _passes_of_a_step(options: Train) -> float:
+    """Attention of late layers is about a quarter of them, and its derivative takes as much as three passes."""
+    return 1 + LATE * 3 / 4 if LATE_ATTENTION in (options.lora_targets or "") else 1
 
 
 def seconds_behind(steps: int, cost: Cost, session: Session) -> float:

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..method.estimators import get_estimator, groups_of
-from ..models.feedback import bytes_of_maps, bytes_of_reads
+from ..models.feedback import bytes_of_maps, step_by_shapes
 from ..models.way_back import SHARE
 from ..noise import Noise, Update
 from ..objectives import logits_at
@@ -79,12 +79,12 @@ def estimate(model: Any, inputs: dict[str, Tensor], options: Any) -> Estimate:
         weights, moments = weights + on_the_way(p.nbytes for p in model.parameters()), 0
     walk = 0
     if passes_of_walk(options):
-        walk = min(bytes_of_maps(model), int(SHARE * weights)) + bytes_of_reads(model, inputs["input_ids"].numel())
+        walk = min(bytes_of_maps(model), int(SHARE * weights)) + _walk(model, inputs)
     queries = len(
         get_estimator(options.estimator, 1.0, options.probes, options.normalize, options.assignment).queries()
     )
     return Estimate(
-        weights + activations + max(scratch + moments, walk),
+        weights + max(activations + scratch + moments, walk),
         products * queries / (2 if both else 1),
         queries,
         0 if both else count * queries,
@@ -129,13 +129,33 @@ def _forward(model: Any, inputs: dict[str, Tensor]) -> tuple[int, float]:
     return live.peak, counter.get_total_flops()
 
 
+def _walk(model: Any, inputs: dict[str, Tensor]) -> int:
+    """The most bytes of activations at once in a step of the walk that LoRA starts from."""
+    with _Live((*model.parameters(), *model.buffers())) as live, _Fused():
+        step_by_shapes(model, lambda: logits_at(model, inputs))
+    return live.peak
+
+
+class _Attention(torch.autograd.Function):
+    """What is kept for its derivative: what it reads, and what it gives."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        given = query.new_empty(*query.shape[:-1], value.shape[-1])
+        ctx.save_for_backward(query, key, value, given)
+        return given
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(read) for read in ctx.saved_tensors[:3])
+
+
 class _Fused(TorchFunctionMode):
     """Attention without a matrix of its weights, as the kernels of real devices compute it; and of a mask without values all is true."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
-            query, _, value = (*args, *(kwargs or {}).values())[:3]
-            return query.new_empty(*query.shape[:-1], value.shape[-1])
+            return _Attention.apply(*(*args, *(kwargs or {}).values())[:3])
         if func is Tensor.__bool__ and args[0].is_meta:
             return True
         return func(*args, **(kwargs or {}))

@@ -13,13 +13,12 @@ import torch
 
 from ..errors import InputError, warn
 from ..models import takes_lengths
+from ..models.principal import IGNORED
 from ..storage import device_of
 from ..tasks.batching import lengths_of
 from ..tasks.chat import TASK, ChatTask, form_of
 from ..tasks.chat_tokens import ChatTokens
 from ..tasks.tokens import padding_id
-
-IGNORED = -100
 
 
 def is_chat(dataset: Any, text_column: str, *, formatted: bool) -> bool:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..errors import InputError
+from ..models.principal import IGNORED
 
-_IGNORED = -100
 # So far may the mean over the tokens be from the model's own loss, as a share: models in half precision may compute it in that.
 _AGREES = {True: 1e-3, False: 3e-2}
 
@@ -68,8 +68,8 @@ def _by_token(logits: Tensor, labels: Tensor, moves: bool) -> tuple[Tensor, Tens
     """Cross-entropy of every label, and whether it counts; both of shape (batch, labels)."""
     if moves:
         logits, labels = logits[:, :-1], labels[:, 1:]
-    losses = F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), reduction="none", ignore_index=_IGNORED)
-    counted = (labels != _IGNORED).reshape(len(labels), -1)
+    losses = F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), reduction="none", ignore_index=IGNORED)
+    counted = (labels != IGNORED).reshape(len(labels), -1)
     return losses.view(counted.shape), counted
 
 

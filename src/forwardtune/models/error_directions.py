@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .principal import lora_layers, merged
+from .principal import IGNORED, lora_layers, merged
 
 # A direction counts from this share of the largest singular value on.
 _LEAST = 1e-2
@@ -93,10 +93,40 @@ class _Sums:
 
 @dataclass
 class _Seen:
-    """What one forward pass showed."""
+    """What one forward pass showed: by layer how many tokens it read and, of those at ``places``, the inputs, shape (places, width)."""
 
-    inputs: dict[Any, Tensor] = field(default_factory=dict)
+    places: Tensor | None
+    inputs: dict[Any, tuple[int, Tensor]] = field(default_factory=dict)
     head: Tensor | None = None
+
+
+def _predicting(batch: Mapping[str, Any]) -> Tensor | None:
+    """The tokens, one after the other, whose predictions a batch asks for, in their order; None: it does not say. The inputs of all others need not be kept until the
+    errors are known."""
+    found = batch.get("positions")
+    if found is None:
+        labels, ids = batch.get("labels"), batch.get("input_ids")
+        if not isinstance(labels, Tensor) or not isinstance(ids, Tensor) or labels.shape != ids.shape:
+            return None
+        wanted = labels != IGNORED
+        wanted[..., :-1] |= wanted[..., 1:].clone()  # a causal model predicts them from the token before
+        found = wanted.flatten().nonzero()[:, 0]
+    return found.unique() if isinstance(found, Tensor) else None
+
+
+def _shown(
+    model: Any, layers: list[Any], head: Any, batch: Any, losses: Any, places: Tensor | None
+) -> tuple[_Seen, Tensor, Tensor]:
+    """One forward pass: what layers read, the errors (tokens, hidden), and which tokens have one."""
+    with _watched(model, layers, head, places) as seen, torch.enable_grad():
+        loss = losses(model, batch) if losses is not None else model(**batch).loss
+        if seen.head is None or not (isinstance(loss, Tensor) and loss.requires_grad):
+            raise InputError(
+                "A starts from the errors of a loss that has a gradient, and this one has none: start LoRA in another way"
+            )
+        (found,) = torch.autograd.grad(loss.sum(), seen.head)
+    errors = found.flatten(0, -2)
+    return seen, errors, errors.abs().amax(1).nonzero()[:, 0]
 
 
 @torch.no_grad()
@@ -148,22 +178,18 @@ def taken(
     sums = {layer: _Sums(keep=2 * max(own) if fill else 0) for layer, own in ranks.items()}
     sketch: Tensor | None = None
     for batch in batches:
-        with _watched(model, layers, head) as seen, torch.enable_grad():
-            loss = losses(model, batch) if losses is not None else model(**batch).loss
-            if seen.head is None or not (isinstance(loss, Tensor) and loss.requires_grad):
-                raise InputError(
-                    "A starts from the errors of a loss that has a gradient, and this one has none: start LoRA in another way"
-                )
-            (found,) = torch.autograd.grad(loss.sum(), seen.head)
-        errors = found.flatten(0, -2)
-        at = errors.abs().amax(1).nonzero()[:, 0]
+        places = _predicting(batch)
+        seen, errors, at = _shown(model, layers, head, batch, losses, places)
+        others = torch.zeros(()) if places is None else ~torch.isin(at, places.to(at.device))
+        if bool(others.any()):  # losses of other tokens than the batch says
+            seen, errors, at = _shown(model, layers, head, batch, losses, None)
         at = at[:: -(-len(at) // _TOKENS) or 1]
         sketch = _sketch(errors.shape[1], max(max(own) for own in ranks.values())) if sketch is None else sketch
         s = errors[at].cpu().double() @ sketch
-        for layer, inputs in seen.inputs.items():
-            x = inputs.flatten(0, -2)
-            if len(x) == len(errors) and len(at):
-                sums[layer].add(x[at.to(x.device)].cpu().double(), s)
+        for layer, (count, inputs) in seen.inputs.items():
+            if count == len(errors) and len(at):
+                rows = at if seen.places is None else torch.searchsorted(seen.places.to(at.device), at)
+                sums[layer].add(inputs[rows.to(inputs.device)].cpu().double(), s)
     if not any(of.count for of in sums.values()):
         raise InputError(
             "no token with an error entered a layer with an adapter: give a few batches of the training examples"
@@ -183,9 +209,9 @@ def _sketch(hidden: int, rank: int) -> Tensor:
 
 
 @contextmanager
-def _watched(model: Any, layers: list[Any], head: Any) -> Iterator[_Seen]:
+def _watched(model: Any, layers: list[Any], head: Any, places: Tensor | None) -> Iterator[_Seen]:
     """Inside, a forward pass shows the inputs of the layers, and has a gradient from the head's input on alone."""
-    seen = _Seen()
+    seen, last = _Seen(places), -1 if places is None or not len(places) else int(places[-1])
 
     def cut(_: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         seen.head = inputs[0].detach().requires_grad_()
@@ -193,7 +219,11 @@ def _watched(model: Any, layers: list[Any], head: Any) -> Iterator[_Seen]:
 
     def note(layer: Any, inputs: tuple[Tensor, ...]) -> None:
         if torch.is_grad_enabled():  # not where a part of the model runs once more, beside the pass (:mod:`.way_back`)
-            seen.inputs[layer] = inputs[0].detach()
+            x = inputs[0].detach().flatten(0, -2)
+            if places is None:
+                seen.inputs[layer] = len(x), x
+            elif last < len(x):  # of the same tokens, maybe
+                seen.inputs[layer] = len(x), x[places.to(x.device)]
 
     handles = [layer.register_forward_pre_hook(note) for layer in layers]
     handles.append(head.register_forward_pre_hook(cut))

@@ -17,10 +17,11 @@ that layers share a stream which the head can read is the "logit lens" (nostalge
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, islice
+from statistics import median
 from typing import Any
 
 import torch
@@ -179,15 +180,54 @@ def _learned(model: Any, batches: list[Any], losses: Any) -> tuple[WayBack, set[
         return way, taken(model, batches, counted, fill=True)
 
 
+def rehearsed(
+    model: Any, longest: Any, usual: Sequence[Any], losses: Any, clock: Callable[[], float]
+) -> tuple[float, float]:
+    """What a walk takes, tried: memory is at its peak on the longest minibatch. The adapter is as it was when it is over.
+
+    Args:
+        clock: seconds, when what was asked of the device is done.
+
+    Returns:
+        Seconds in which A and the way back were learned from the longest minibatch, and of a step on a usual one.
+    """
+    layers = lora_layers(model)
+    adapter = [p for layer in layers for part in (layer.lora_A, layer.lora_B) for p in part.parameters()]
+    kept = [p.detach().clone() for p in adapter]
+    try:
+        began = clock()
+        way, fed = _learned(model, [longest], losses)
+        first = clock() - began
+        walk = _begun(model, longest, losses, 1e-3, fed, way)
+        steps = []
+        for batch in (longest, *usual):
+            began = clock()
+            _step(model, walk, batch, losses)
+            steps.append(clock() - began)
+        return first, median(steps[1:])
+    finally:
+        for p, before in zip(adapter, kept, strict=True):
+            p.data.copy_(before)
+            p.grad = None
+
+
 def bytes_of_maps(model: Any) -> int:
     """Of what the walk takes beside the memory of inference: the matrices by which errors come back."""
     return WayBack(model, _adding(model)).bytes(model.config.get_text_config().hidden_size)
 
 
-def bytes_of_reads(model: Any, tokens: int) -> int:
-    """The rest of it: what blocks read of a minibatch of so many tokens."""
+def step_by_shapes(model: Any, forward: Callable[[], Tensor]) -> None:
+    """The rest of it shows in this: a forward pass that gives logits, the gradient at the head, and each block once more. On the meta device, whose values say nothing."""
     blocks = _inside(model, WayBack(model, _adding(model)))
-    return len(blocks) * tokens * model.config.get_text_config().hidden_size * model.dtype.itemsize
+    layers = _adding(model)
+    with _watched(model, layers, layers[-1] if layers else None) as seen, noting(blocks), torch.enable_grad():
+        logits = forward()
+        if seen.last is None:
+            return
+        (error,) = torch.autograd.grad(logits.logsumexp(-1).sum(), seen.last)
+    at = torch.zeros(1, dtype=torch.int64, device=error.device)
+    for block in blocks:
+        block.gradient(error.flatten(0, -2)[:1].float(), at, error.flatten(0, -2).shape[0])
 
 
 @torch.no_grad()

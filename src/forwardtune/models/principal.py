@@ -20,6 +20,8 @@ from torch import Tensor
 
 from ..errors import InputError
 
+#: The label of a token that is not to be predicted, as torch's cross-entropy has it.
+IGNORED = -100
 # So many directions are kept from batch to batch, times the rank: what is thrown away early might have come to matter.
 _SPARE = 2
 # Tokens of a batch that a layer's directions are taken from, at most.
