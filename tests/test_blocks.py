@@ -17,6 +17,7 @@ from forwardtune.models.blocks import Block, able, blocks_of, noting
 from forwardtune.models.feedback import _begun, _gradient, _learned
 from forwardtune.models.late import row_of_layers
 from forwardtune.models.principal import lora_layers
+from forwardtune.models.shelf import Shelf
 from forwardtune.models.way_back import WayBack
 from support.models import SIZES
 
@@ -64,7 +65,7 @@ def test_with_the_true_error_it_is_the_true_gradient(family: str) -> None:
     for block in blocks:
         out = outputs[block.module]
         error, *true = torch.autograd.grad(loss, [out, *block.b()], retain_graph=True)
-        with torch.no_grad(), noting([block]):
+        with torch.no_grad(), noting([block], Shelf()):
             model(**given)
         flat = error.flatten(0, -2).float()
         at = flat.abs().amax(1).nonzero()[:, 0]
@@ -81,7 +82,7 @@ def test_half_precision_holds_small_errors() -> None:
     blocks = of(model)
     found = []
     for size in (1.0, 1e-9):
-        with torch.no_grad(), noting(blocks[:1]):
+        with torch.no_grad(), noting(blocks[:1], Shelf()):
             model(**batch())
         blocks[0].gradient(torch.full((1, 32), size), torch.tensor([6]), batch()["input_ids"].numel())
         found.append([b.grad.float() for b in blocks[0].b()])
@@ -93,7 +94,7 @@ def test_half_precision_holds_small_errors() -> None:
 def test_a_cache_is_left_out() -> None:
     model, given = adapted("llama", ["q_proj"]), batch()
     blocks = of(model)
-    with torch.no_grad(), noting(blocks):
+    with torch.no_grad(), noting(blocks, Shelf()):
         out = model(**given, use_cache=True)
     length = out.past_key_values.get_seq_length()
     blocks[0].gradient(torch.ones(1, 32), torch.tensor([5]), given["input_ids"].numel())
@@ -127,7 +128,7 @@ def test_what_has_no_derivative_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch
 def test_a_gradient_that_is_not_finite_is_none() -> None:
     model = adapted("llama", ["q_proj"])
     block = of(model)[0]
-    with torch.no_grad(), noting([block]):
+    with torch.no_grad(), noting([block], Shelf()):
         model(**batch())
     block.gradient(torch.full((1, 32), torch.nan), torch.tensor([5]), batch()["input_ids"].numel())
     assert block.b()[0].grad is None
@@ -140,7 +141,7 @@ def test_out_of_memory_is_no_kernel_without_a_derivative(monkeypatch: pytest.Mon
     def full(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("no room")
 
-    with torch.no_grad(), noting(blocks):
+    with torch.no_grad(), noting(blocks, Shelf()):
         model(**batch())
     monkeypatch.setattr(blocks[1].module, "forward", full)
     with pytest.raises(torch.OutOfMemoryError, match="no room"):
@@ -205,7 +206,7 @@ def test_a_block_that_did_not_run_on_these_tokens_takes_no_step() -> None:
     assert blocks[0].b()[0].grad is None
     with pytest.warns(UserWarning, match="2 of 2 blocks have no derivative"):
         assert able(blocks, 32) == []
-    with torch.no_grad(), noting(blocks):
+    with torch.no_grad(), noting(blocks, Shelf()):
         model(**batch())
     blocks[0].gradient(torch.ones(1, 32), torch.tensor([5]), 26)
     assert blocks[0].b()[0].grad is None

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ..errors import warn
 from .late import row_of_layers
+from .shelf import Shelf
 from .way_back import first_of, without_cache
 
 
@@ -91,17 +92,20 @@ def blocks_of(model: nn.Module, layers: Iterable[Any], ends: Sequence[nn.Module]
 
 
 @contextmanager
-def noting(blocks: Iterable[Block]) -> Iterator[None]:
-    """Inside, a forward pass notes what each block is called with. A cache is left out, as it has the tokens already."""
+def noting(blocks: Iterable[Block], shelf: Shelf) -> Iterator[None]:
+    """Inside, a forward pass notes what each block is called with: what has the shape of what it gives, which is its own, on the shelf. A cache is left out, as it has the
+    tokens already."""
 
     def note(block: Block, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         given = first_of(output)
         if isinstance(given, Tensor):
-            block.called = (
-                tuple(map(_plain, args)),
-                {name: _plain(value) for name, value in kwargs.items()},
-                given.shape,
-            )
+
+            def kept(name: str | int, value: Any) -> Any:
+                own = isinstance(value, Tensor) and value.shape == given.shape
+                return shelf.keep((block.module, name), value) if own else _plain(value)
+
+            noted = tuple(kept(*pair) for pair in enumerate(args)), {n: kept(n, value) for n, value in kwargs.items()}
+            block.called = (*noted, given.shape)
 
     handles = [block.module.register_forward_hook(partial(note, block), with_kwargs=True) for block in blocks]
     try:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from .principal import IGNORED, lora_layers, merged
+from .shelf import Shelf
 
 # A direction counts from this share of the largest singular value on.
 _LEAST = 1e-2
@@ -115,10 +116,10 @@ def _predicting(batch: Mapping[str, Any]) -> Tensor | None:
 
 
 def _shown(
-    model: Any, layers: list[Any], head: Any, batch: Any, losses: Any, places: Tensor | None
+    model: Any, layers: list[Any], head: Any, batch: Any, losses: Any, shelf: Shelf, places: Tensor | None
 ) -> tuple[_Seen, Tensor, Tensor]:
     """One forward pass: what layers read, the errors (tokens, hidden), and which tokens have one."""
-    with _watched(model, layers, head, places) as seen, torch.enable_grad():
+    with _watched(model, layers, head, shelf, places) as seen, torch.enable_grad():
         loss = losses(model, batch) if losses is not None else model(**batch).loss
         if seen.head is None or not (isinstance(loss, Tensor) and loss.requires_grad):
             raise InputError(
@@ -177,12 +178,13 @@ def taken(
         raise InputError("the model has no vocabulary head whose errors A could start from: start LoRA in another way")
     sums = {layer: _Sums(keep=2 * max(own) if fill else 0) for layer, own in ranks.items()}
     sketch: Tensor | None = None
+    shelf = Shelf()
     for batch in batches:
         places = _predicting(batch)
-        seen, errors, at = _shown(model, layers, head, batch, losses, places)
+        seen, errors, at = _shown(model, layers, head, batch, losses, shelf, places)
         others = torch.zeros(()) if places is None else ~torch.isin(at, places.to(at.device))
         if bool(others.any()):  # losses of other tokens than the batch says
-            seen, errors, at = _shown(model, layers, head, batch, losses, None)
+            seen, errors, at = _shown(model, layers, head, batch, losses, shelf, None)
         at = at[:: -(-len(at) // _TOKENS) or 1]
         sketch = _sketch(errors.shape[1], max(max(own) for own in ranks.values())) if sketch is None else sketch
         s = errors[at].cpu().double() @ sketch
@@ -209,7 +211,7 @@ def _sketch(hidden: int, rank: int) -> Tensor:
 
 
 @contextmanager
-def _watched(model: Any, layers: list[Any], head: Any, places: Tensor | None) -> Iterator[_Seen]:
+def _watched(model: Any, layers: list[Any], head: Any, shelf: Shelf, places: Tensor | None) -> Iterator[_Seen]:
     """Inside, a forward pass shows the inputs of the layers, and has a gradient from the head's input on alone."""
     seen, last = _Seen(places), -1 if places is None or not len(places) else int(places[-1])
 
@@ -221,9 +223,9 @@ def _watched(model: Any, layers: list[Any], head: Any, places: Tensor | None) ->
         if torch.is_grad_enabled():  # not where a part of the model runs once more, beside the pass (:mod:`.way_back`)
             x = inputs[0].detach().flatten(0, -2)
             if places is None:
-                seen.inputs[layer] = len(x), x
+                seen.inputs[layer] = len(x), shelf.keep(layer, x)
             elif last < len(x):  # of the same tokens, maybe
-                seen.inputs[layer] = len(x), x[places.to(x.device)]
+                seen.inputs[layer] = len(x), shelf.keep(layer, x[places.to(x.device)])
 
     handles = [layer.register_forward_pre_hook(note) for layer in layers]
     handles.append(head.register_forward_pre_hook(cut))

@@ -27,11 +27,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import memory
 from ..errors import InputError
 from .blocks import Block, able, blocks_of, noting
 from .error_directions import taken, untuned
 from .late import adding_to_stream, expert_stacks, late_down
 from .principal import lora_layers, tokens_of
+from .shelf import Shelf
 from .way_back import WayBack
 
 #: A is taken from so many batches.
@@ -65,6 +67,7 @@ class _Walk:
         blocks: those that others lie in.
         optimizer: Adam over B of all of them, in float32. Its groups have a ``size``, by which the rate is multiplied.
         rate: of the next step, but for its fall.
+        shelf: keeps what a forward pass shows.
         maps: by layer the matrix by which an error behind the last one's part of the row comes back (:mod:`.way_back`); where there is none, as it is.
         end: the layer of the row that the last one is part of.
         best: B where the watched loss was lowest, and that loss.
@@ -74,6 +77,7 @@ class _Walk:
     blocks: list[Block]
     optimizer: torch.optim.Adam
     rate: float
+    shelf: Shelf
     maps: Mapping[Any, Tensor] = field(default_factory=dict)
     end: Any = None
     best: tuple[list[Tensor], float] = ([], math.inf)
@@ -220,7 +224,12 @@ def step_by_shapes(model: Any, forward: Callable[[], Tensor]) -> None:
     """The rest of it shows in this: a forward pass that gives logits, the gradient at the head, and each block once more. On the meta device, whose values say nothing."""
     blocks = _inside(model, WayBack(model, _adding(model)))
     layers = _adding(model)
-    with _watched(model, layers, layers[-1] if layers else None) as seen, noting(blocks), torch.enable_grad():
+    shelf = Shelf()
+    with (
+        _watched(model, layers, layers[-1] if layers else None, shelf) as seen,
+        noting(blocks, shelf),
+        torch.enable_grad(),
+    ):
         logits = forward()
         if seen.last is None:
             return
@@ -235,7 +244,8 @@ def _begun(model: Any, batch: Any, losses: Any, rate: float, fed: set[Any], way:
     """Which layers add to the stream, of those whose A was taken, and how long a step is."""
     layers, adding = lora_layers(model), _adding(model)
     inside = [block for block in _inside(model, way) if fed.issuperset(block.layers)] if way else []
-    with _watched(model, layers, None) as seen, noting(inside):
+    shelf = Shelf()
+    with _watched(model, layers, None, shelf) as seen, noting(inside, shelf):
         _losses(model, batch, losses)
     adapted = [layer for layer in dict.fromkeys(seen.order) if layer in seen.sizes]
     into = [layer for layer in adapted if layer in adding and layer in fed]
@@ -254,7 +264,9 @@ def _begun(model: Any, batch: Any, losses: Any, rate: float, fed: set[Any], way:
     for b in (b for group in groups for b in group["params"]):
         b.zero_()
     optimizer = torch.optim.Adam(groups)
-    return _Walk(into, inside, optimizer, rate, way.maps(into[-1]) if way else {}, way.end(into[-1]) if way else None)
+    memory.trim()  # of what lies around the shelf
+    maps, end = (way.maps(into[-1]), way.end(into[-1])) if way else ({}, None)
+    return _Walk(into, inside, optimizer, rate, shelf, maps, end)
 
 
 def _inside(model: Any, way: WayBack) -> list[Block]:
@@ -288,7 +300,8 @@ def _step(model: Any, walk: _Walk, batch: Any, losses: Any) -> None:
 def _gradient(model: Any, walk: _Walk, batch: Any, losses: Any) -> bool:
     """G of every B, as its gradient, from one forward pass; whether there is one."""
     last = walk.layers[-1]
-    with _watched(model, walk.layers, last, walk.end) as seen, noting(walk.blocks), torch.enable_grad():
+    watched = _watched(model, walk.layers, last, walk.shelf, walk.end)
+    with watched as seen, noting(walk.blocks, walk.shelf), torch.enable_grad():
         loss = _losses(model, batch, losses)
         if not bool(loss.isfinite()) or seen.last is None:
             return False
@@ -314,13 +327,13 @@ def _gradient(model: Any, walk: _Walk, batch: Any, losses: Any) -> bool:
 
 
 @contextmanager
-def _watched(model: Any, layers: list[Any], last: Any, end: Any = None) -> Iterator[_Seen]:
+def _watched(model: Any, layers: list[Any], last: Any, shelf: Shelf, end: Any = None) -> Iterator[_Seen]:
     """Inside, a forward pass shows what every B reads and, of a layer ``end``, what it gives, and has a gradient from the output of the last layer on alone."""
     seen = _Seen()
 
     def note(layer: Any, name: str) -> Callable[..., None]:
         def of(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            seen.read[layer, name] = inputs[0].detach()
+            seen.read[layer, name] = shelf.keep((layer, name), inputs[0])
 
         return of
 
