@@ -21,7 +21,7 @@ from forwardtune.models.late import late_down, late_mlp
 from forwardtune.tasks import get_task
 from forwardtune.trajectory import Log, read_log
 from support import save_tiny_model, tiny_model
-from support.command import STEPS, Setting, cli, done, read, weights, write_task
+from support.command import STEPS, Setting, cli, done, read, refused, weights, write_task
 
 # Of two layers, the second two thirds are both; so each name is one of layer 0.
 MATRICES = {
@@ -202,6 +202,13 @@ def test_free_text_starts_from_the_errors_too(tmp_path: Path) -> None:
     done(*of_text.resume(tmp_path / "run", steps=3))
     done(*of_text.train(tmp_path / "named", method="feedback", lora_targets="late-down", feedback_steps=3, steps=2))
     assert adapted_layers(read_log(tmp_path / "named" / "steps.jsonl")) == {"down_proj"}
+
+
+def test_layers_that_add_nothing_to_the_stream_alone_are_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    setting = Setting(save_tiny_model(tmp_path / "model", "llama"), write_task(tmp_path / "task"))
+    with refused(tmp_path, "no layer with an adapter does: choose late-down") as ran:
+        ran(cli(*setting.train(tmp_path / "run", method="feedback", lora_targets="late-attention")))
+    done(*setting.train(tmp_path / "run", method="mezo", tune="lora", lora_targets="late-attention", steps=2))
 
 
 def test_the_walk_lowers_the_loss_and_the_steps_raise_an_objective_of_text(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from ..models import (
     start_from_inputs,
     tune,
 )
-from ..models.feedback import FOR_A
+from ..models.feedback import FOR_A, refuse_no_layer
 from ..models.tuning import LATE_ATTENTION
 from ..names import FROM_EXAMPLES
 from ..objectives import logits_at
@@ -94,6 +94,8 @@ def prepare_model(
     say(f"tuning {sum(p.numel() for p in tuned.values()):,} weights in {len(tuned)} tensors ({options.tune})")
     if options.tune == "lora":
         say(_adapted(model))
+        if options.lora_init == "feedback":
+            refuse_no_layer(model)
     if options.method == "adam" and any(p.dtype == torch.float16 for p in tuned.values()):
         raise InputError("Adam cannot tune float16 weights: choose --dtype float32 or bfloat16, or --tune lora")
     if first is not None and first.is_file() and options.tune in ("lora", "prefix"):

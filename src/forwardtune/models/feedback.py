@@ -40,6 +40,10 @@ from .way_back import WayBack
 FOR_A = 16
 #: The walk is watched so often, and before it begins.
 WATCHES = 4
+_NO_LAYER = (
+    "errors come back along the stream that layers add to, and no layer with an adapter does: choose late-down as the targets of LoRA, or start it in "
+    "another way"
+)
 # After a stretch that made the loss worse, the rate is divided by this.
 _SLOWER = 3.0
 # By how much a step changes what a layer inside a block gives, as a share of that, times the rate.
@@ -56,6 +60,12 @@ def lacks_place(model: Any) -> str | None:
         return f"{type(model).__name__} has no linear layers that lead from a feed-forward block back"
     stacks = {name.rpartition(".")[2] for name in expert_stacks(model)}
     return f"{type(model).__name__} has experts in one tensor of the same name" if found & stacks else None
+
+
+def refuse_no_layer(model: Any) -> None:
+    """Raises InputError where LoRA cannot start so, since none of its layers adds to the stream."""
+    if not _adding(model):
+        raise InputError(_NO_LAYER)
 
 
 @dataclass
@@ -250,10 +260,7 @@ def _begun(model: Any, batch: Any, losses: Any, rate: float, fed: set[Any], way:
     adapted = [layer for layer in dict.fromkeys(seen.order) if layer in seen.sizes]
     into = [layer for layer in adapted if layer in adding and layer in fed]
     if not into:
-        raise InputError(
-            "errors come back along the stream that layers add to, and no layer with an adapter does: choose late-down as the targets of LoRA, or "
-            "start it in another way"
-        )
+        raise InputError(_NO_LAYER)
     inside = able(inside, model.config.get_text_config().hidden_size)
     size = math.sqrt(sum(seen.sizes[layer] ** 2 for layer in into)) / len(into)
     sizes = [(layer, size) for layer in into]
