@@ -23,6 +23,7 @@ import support
 from forwardtune import MeZO, noise
 from forwardtune.noise import DIRECTIONS, GAUSSIAN, RADEMACHER, Direction, Fold, LowRank, Noise, Update, definition
 from forwardtune.noise.definition import Strips, Terms
+from support.interpreter import hurry
 from support.process import python
 from test_noise import (
     EVERYTHING,
@@ -70,6 +71,7 @@ def load_interpreted() -> ModuleType:
         spec.loader.exec_module(module)
         return module
 
+    hurry()
     module = load("gpu")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
