@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from forwardtune.cli.session import Session
 from forwardtune.trajectory import read_log, replay
-from support.command import FREE_TEXT, REVIEWS, done, process, read, write_jsonl, write_task
+from support.command import FREE_TEXT, REVIEWS, cli, done, read, write_jsonl, write_task
 from support.logs import log_lines
+from support.ranks import forked
 
 STEPS, DEV = 60, 90
 
@@ -37,6 +38,16 @@ def command(model: Path, task: Path, folder: Path) -> list[object]:
         "train", "--model", model, "--task", task, "--steps", STEPS, "--batch-size", 2, "--device", "cpu", "--no-before",
         "--method", "forward", "--output-dir", folder,
     ]  # fmt: skip
+
+
+def killed_after(steps: int, folder: Path, *arguments: object) -> None:
+    """Run a command in a process that is killed when the log in its folder tells of so many steps."""
+    running = forked(lambda: cli(*arguments).code)
+    log = folder / "steps.jsonl"
+    while running.is_alive() and (not log.exists() or log.read_bytes().count(b'"step":') < steps):
+        time.sleep(0.002)
+    running.kill()
+    running.join()
 
 
 @pytest.fixture(scope="module")
@@ -91,12 +102,7 @@ def test_a_killed_run_ends_with_the_same_bits(
     whole: Path, tiny_folder: Path, task: Path, tmp_path: Path, after: int
 ) -> None:
     folder = tmp_path / "run"
-    running = process(*command(tiny_folder, task, folder))
-    log = folder / "steps.jsonl"
-    while running.poll() is None and (not log.exists() or log.read_bytes().count(b'"step":') < after):
-        time.sleep(0.002)
-    running.kill()
-    running.communicate()
+    killed_after(after, folder, *command(tiny_folder, task, folder))
     done("train", "--output-dir", folder, "--resume")
     for name in ("steps.jsonl", "dev.jsonl"):
         assert log_lines(folder / name) == log_lines(whole / name)
@@ -146,12 +152,7 @@ def test_nothing_is_written_beside_the_steps_unless_asked(tiny_folder: Path, tmp
     assert complete == [metrics["best_step"]]
     # A run that is resumed goes on as it began.
     stopped = tmp_path / "stopped"
-    running = process(*command(tiny_folder, task, stopped), "--seed", 3)
-    log = stopped / "steps.jsonl"
-    while running.poll() is None and (not log.exists() or log.read_bytes().count(b'"step":') < 30):
-        time.sleep(0.002)
-    running.kill()
-    running.communicate()
+    killed_after(30, stopped, *command(tiny_folder, task, stopped), "--seed", 3)
     done("train", "--output-dir", stopped, "--resume")
     assert log_lines(stopped / "dev.jsonl") == few
     assert read(stopped)["dev"] == metrics["dev"]

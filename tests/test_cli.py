@@ -24,6 +24,7 @@ from forwardtune import MeZO, StepLog
 from forwardtune.trajectory import read_log, replay
 from support.command import FREE_TEXT, STEPS, Setting, cli, done, files, process, read, refused, weights, write_task
 from support.logs import log_lines
+from support.ranks import forked
 
 ABSENT_DEVICE = "mps" if torch.cuda.is_available() else "cuda"
 
@@ -190,9 +191,14 @@ def test_save_steps_leaves_checkpoints_that_load(setting: Setting, finished: Pat
 
 def wait_for_steps(log: Path, steps: int, running: subprocess.Popen[str]) -> None:
     """Until the log holds its header and so many steps."""
-    while not log.exists() or log.read_bytes().count(b"\n") < 1 + steps:
+    while not log_holds(log, steps):
         assert running.poll() is None, running.communicate()[1]
         time.sleep(0.002)
+
+
+def log_holds(log: Path, steps: int) -> bool:
+    """Whether a log holds its header and so many steps."""
+    return log.exists() and log.read_bytes().count(b"\n") >= 1 + steps
 
 
 def assert_ends_like_an_uninterrupted_run(setting: Setting, run: Path) -> None:
@@ -231,9 +237,12 @@ def test_killed_again_and_again(setting: Setting, tmp_path: Path) -> None:
     run = tmp_path / "run"
     arguments = setting.train(run, steps=10**6)
     for steps in (0, 4, 9):
-        with process(*arguments) as running:
-            wait_for_steps(run / "steps.jsonl", steps, running)
-            running.kill()
+        running = forked(lambda arguments=arguments: cli(*arguments).code)
+        while not log_holds(run / "steps.jsonl", steps):
+            assert running.is_alive()
+            time.sleep(0.002)
+        running.kill()
+        running.join()
         arguments = setting.resume(run)
     assert_ends_like_an_uninterrupted_run(setting, run)
 

@@ -20,8 +20,9 @@ from forwardtune.noise import Noise
 from forwardtune.optimizer import InterruptedUpdateError
 from forwardtune.storage import OnDisk, home_of, storage_named
 from forwardtune.trajectory import read_log
-from support.command import done, message_of, process, write_jsonl
+from support.command import cli, done, message_of, write_jsonl
 from support.offload import Beside, interrupting, tuned
+from support.ranks import forked
 from support.trainers import quiet_config
 
 pytestmark = pytest.mark.usefixtures("short_collections")
@@ -236,17 +237,17 @@ def test_a_lora_adapter_over_an_offloaded_base(place: Path, tmp_path: Path) -> N
 def test_a_killed_process_leaves_nothing_and_resumes_to_the_same_bits(place: Path, tmp_path: Path) -> None:
     steps = 400
     whole = [*asked(place, "--offload", "disk", "--no-before", steps=steps, method="forward"), "--output-dir"]
-    child = process("train", *whole, tmp_path / "killed")
+    child = forked(lambda: cli("train", *whole, tmp_path / "killed").code)
     log = tmp_path / "killed" / "steps.jsonl"
     until = time.monotonic() + 600
     while not (log.exists() and log.read_bytes().count(b"\n") > 20):
-        if child.poll() is not None or time.monotonic() > until:
+        if not child.is_alive() or time.monotonic() > until:
             child.kill()
-            pytest.fail(child.communicate()[1])
+            pytest.fail("it ended, or wrote no steps")
         time.sleep(0.01)
-    child.send_signal(signal.SIGKILL)
-    child.communicate()
-    assert child.returncode == -signal.SIGKILL
+    child.kill()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
     taken = read_log(log).steps
     assert 0 < taken < steps
     assert not [path for path in (tmp_path / "killed").rglob("*") if path.stat().st_size > 100_000]
