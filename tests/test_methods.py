@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import random
 import shutil
 import signal
 import statistics
 import threading
+import time
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -21,7 +24,7 @@ from forwardtune.evaluation import sign_test
 from forwardtune.models import load_model, tune
 from forwardtune.trajectory import read_log
 from support.command import REVIEWS, STEPS, Ran, Setting, cli, done, files, flags, refused, write_task
-from support.process import python
+from support.ranks import forked
 
 pytestmark = pytest.mark.usefixtures("short_collections")
 
@@ -367,67 +370,41 @@ def test_run_that_begins_again_begins_with_its_own_adapter(settings, run_of, tmp
     assert_same_run(run, whole)
 
 
-# The parent imports once and forks a process for each attempt; it computes nothing itself, so that forking is safe.
-SURVIVOR = """
-    import gc, json, os, random, signal, sys, time
-    from pathlib import Path
+def killed_until_it_ends(rng: random.Random, train: list[object], run: Path, whole: Path) -> int:
+    """Kill a run at random moments, measured by what it has written, and resume it each time. How many kills it took."""
 
-    import torch
-    import forwardtune.paper.baselines, forwardtune.hf.trainer, peft
-    from forwardtune.cli import main
-
-    torch.set_num_threads(1)
-    gc.collect()
-    gc.freeze()
-
-    def attempt(arguments):
-        child = os.fork()
-        if child:
-            return child
-        try:
-            os._exit(main(arguments))
-        finally:
-            os._exit(9)
-
-    def size(folder):
+    def size(folder: Path) -> int:
         names = ("metrics.json", "outcomes.json", "initial.safetensors", "steps.jsonl", "dev.jsonl")
         return sum((folder / name).stat().st_size for name in names if (folder / name).exists())
 
-    rng, kills = random.Random(0), 0
-    for train, run, whole in json.loads(sys.argv[1]):
-        assert os.waitpid(attempt([*train, "--output-dir", whole]), 0)[1] == 0
-        run, whole = Path(run), Path(whole)
-        while True:
-            begun = (run / "steps.jsonl").exists()
-            again = ["train", "--resume"] if begun else train
-            child = attempt([*again, "--output-dir", str(run)])
-            target = size(run) + rng.uniform(0.1, 0.9) * size(whole)
-            while size(run) < target and (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
-                time.sleep(0.0005)
-            if size(run) < target:
-                assert ended[1] == 0, ended
-                break
-            os.kill(child, signal.SIGKILL)
-            if (status := os.waitpid(child, 0)[1]) != signal.SIGKILL:  # it had just ended
-                assert status == 0, status
-                break
-            kills += 1
-    print(kills)
-"""
+    for kills in itertools.count():
+        begun = (run / "steps.jsonl").exists()
+        arguments = [*(["train", "--resume"] if begun else train), "--output-dir", run]
+        attempt = forked(lambda arguments=arguments: cli(*arguments).code)
+        target = size(run) + rng.uniform(0.1, 0.9) * size(whole)
+        while (grown := size(run)) < target and attempt.is_alive():
+            time.sleep(0.0005)
+        if grown >= target:
+            attempt.kill()
+        attempt.join()
+        if attempt.exitcode != -signal.SIGKILL:  # it had just ended
+            assert attempt.exitcode == 0
+            return kills
+    raise AssertionError
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
 def test_every_mode_survives_kill_9(settings, tmp_path):
     """Killed again and again in whatever it does, a run ends as one that was left alone."""
-    plan = []
-    for kind, mode in (("causal", "all"), ("causal", "lora"), ("causal", "prefix"), ("masked", "part")):
+    rng, kills, modes = random.Random(0), 0, (("causal", "all"), ("causal", "lora"), ("causal", "prefix"), ("masked", "part"))
+    for kind, mode in modes:
         changes = {**options(kind, "mezo", mode), "eval_steps": 4, "steps": 22}
-        arguments = settings[kind].train(tmp_path, **changes, output_dir=None)
-        plan.append(([*map(str, arguments)], str(tmp_path / mode), str(tmp_path / f"{mode}-whole")))
-    kills = python(SURVIVOR, json.dumps(plan), OMP_NUM_THREADS="1").splitlines()[-1]
-    assert int(kills) >= len(plan)
-    for _, run, whole in plan:
-        assert_same_run(Path(run), Path(whole))
+        train = settings[kind].train(tmp_path, **changes, output_dir=None)
+        run, whole = tmp_path / mode, tmp_path / f"{mode}-whole"
+        done(*train, "--output-dir", whole)
+        kills += killed_until_it_ends(rng, train, run, whole)
+        assert_same_run(run, whole)
+    assert kills >= len(modes)
 
 
 @pytest.mark.parametrize("method", list(RATES))

@@ -354,11 +354,12 @@ def test_consecutive_modules_and_updates_share_launches(through_noise, monkeypat
     monkeypatch.setattr(gpu, "perturber", perturber)
 
     def run(device: torch.device) -> tuple[Any, list[float]]:
-        model = support.tiny_model("gpt2", torch.bfloat16).to(device)
+        sizes = {"vocab_size": 64, "hidden_size": 16, "max_position_embeddings": 16}  # an interpreter takes its time
+        model = support.tiny_model("gpt2", torch.bfloat16, **sizes).to(device)
         optimizer = support.trusted(
             MeZO(model, lr=1e-2, eps=1e-2, perturbation="scratch", weight_decay=0.1, move="all")
         )
-        batch = support.token_batch().to(device)
+        batch = support.token_batch().remainder(64).to(device)
         closure = support.closure_for(model, batch)
         losses = []
         for _ in range(2):

@@ -149,7 +149,7 @@ def moment(draw: random.Random, log: Path) -> Callable[[], bool]:
 
 def test_kills_of_random_ranks_at_random_moments_lose_nothing(setting: Setting, tmp_path: Path) -> None:
     """The launcher starts the group again after each, with two ranks or three. ``FORWARDTUNE_KILLS`` says how many kills."""
-    kills, draw = int(os.environ.get("FORWARDTUNE_KILLS", "12")), random.Random(0)
+    kills, draw = int(os.environ.get("FORWARDTUNE_KILLS", "8")), random.Random(0)
     changes = {"steps": 10 + 20 * kills, "parts": 2, "eval_steps": 25, "rule": "momentum", "no_before": True}
     changes |= {"worker_timeout": "20s"}
     done(*setting.train(tmp_path / "one", **changes))

@@ -45,13 +45,14 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
-def tiny_model(family: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
-    """A randomly initialised model of a real architecture, in evaluation mode; the global random state is kept."""
+def tiny_model(family: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, **changes: int) -> Any:
+    """A randomly initialised model of a real architecture, in evaluation mode; the global random state is kept. Changes are those of
+    its configuration."""
     transformers = pytest.importorskip("transformers", reason="needs transformers")
     config_class, model_class, settings = FAMILIES[family]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = getattr(transformers, model_class)(getattr(transformers, config_class)(**settings))
+        model = getattr(transformers, model_class)(getattr(transformers, config_class)(**settings | changes))
     return model.to(dtype).eval()
 
 
