@@ -44,13 +44,11 @@ def random_state_untouched():
     assert torch.equal(before, torch.random.get_rng_state())
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def short_collections():
-    """Trainer collects garbage at every start; what was imported once need not be looked through each time."""
+    """What was imported once need not be looked through at every collection, of which a Trainer, and a model that is loaded, bring some."""
     gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

@@ -21,8 +21,6 @@ from support.logs import log_lines
 from support.trainers import KilledError
 from test_automatic import DATA, OPPOSED, SAME, make, opposed, wanted
 
-pytestmark = pytest.mark.usefixtures("short_collections")
-
 COURSES: dict[str, dict[str, Any]] = {
     "rises and falls": {"data": DATA, "max_steps": 90},
     "a schedule": {"data": DATA, "max_steps": 90, "lr_scheduler_type": "linear"},

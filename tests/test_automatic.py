@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,6 @@ DATA = [{"input_ids": row, "labels": row} for row in support.token_batch(24, 6).
 SAME = DATA[:1] * 24
 # Held out is what training makes worse.
 OPPOSED = SAME[:16] + [{**SAME[0], "labels": [0] * 6}] * 8
-
-pytestmark = pytest.mark.usefixtures("short_collections")
 
 
 def wanted(model: Any, inputs: Any) -> torch.Tensor:
@@ -114,14 +113,24 @@ def test_a_killed_run_resumes_to_the_same_lines(whole: Path, tmp_path: Path, aft
     assert log_lines(tmp_path) == log_lines(whole)
 
 
+EVALUATED = {"eval_strategy": "steps", "eval_steps": 6, "data": DATA}
+
+
+@pytest.fixture(scope="module")
+def whole_evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("evaluated")
+    run(folder, **EVALUATED)
+    return folder
+
+
 @pytest.mark.parametrize("after", [0, 8, 13])
-def test_a_killed_run_that_trainer_evaluates_resumes_to_the_same_lines(tmp_path: Path, after: int) -> None:
-    evaluated = {"eval_strategy": "steps", "eval_steps": 6, "data": DATA}
-    run(tmp_path / "whole", **evaluated)
+def test_a_killed_run_that_trainer_evaluates_resumes_to_the_same_lines(
+    whole_evaluated: Path, tmp_path: Path, after: int
+) -> None:
     with pytest.raises(KilledError):
-        run(tmp_path / "killed", callbacks=[Kill(after, at_begin=True)], **evaluated)
-    run(tmp_path / "killed", resume=True, **evaluated)
-    assert log_lines(tmp_path / "killed") == log_lines(tmp_path / "whole")
+        run(tmp_path, callbacks=[Kill(after, at_begin=True)], **EVALUATED)
+    run(tmp_path, resume=True, **EVALUATED)
+    assert log_lines(tmp_path) == log_lines(whole_evaluated)
 
 
 def test_the_rate_rises_and_falls_with_held_out_losses(tmp_path: Path) -> None:
@@ -304,18 +313,26 @@ def test_weights_that_are_worse_than_the_untuned_ones_are_not_kept(
     support.assert_same_bits(again, support.snapshot(support.tiny_model()))
 
 
+@pytest.fixture(scope="module", params=[{}, {"eval_strategy": "steps", "eval_steps": 6}], ids=["own", "evaluated"])
+def going_back(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A folder with a run that ends untuned, and with what one in progress has beside its log; and what was asked for."""
+    asked = {"data": OPPOSED, "objective": opposed, **request.param}
+    folder = tmp_path_factory.mktemp("going-back")
+    run(folder / "whole", **asked)
+    with pytest.raises(KilledError):
+        run(folder / "killed", callbacks=[Kill(STEPS - 1, at_begin=True)], **asked)
+    return folder, asked
+
+
 @pytest.mark.parametrize("lost", [1, 2, 3])
-@pytest.mark.parametrize("evaluated", [{}, {"eval_strategy": "steps", "eval_steps": 6}])
-def test_a_kill_at_the_end_changes_nothing(tmp_path: Path, lost: int, evaluated: dict[str, Any]) -> None:
+def test_a_kill_at_the_end_changes_nothing(going_back: tuple[Path, dict[str, Any]], tmp_path: Path, lost: int) -> None:
     """Before the end line, before the way back, and before the last measurement."""
-    asked = {"data": OPPOSED, "objective": opposed, **evaluated}
-    run(tmp_path / "whole", **asked)
-    with pytest.raises(KilledError):  # leaves what a run in progress has beside its log
-        run(tmp_path / "killed", callbacks=[Kill(STEPS - 1, at_begin=True)], **asked)
-    written = (tmp_path / "whole" / "steps.jsonl").read_bytes().splitlines(keepends=True)
+    folder, asked = going_back
+    shutil.copytree(folder / "killed", tmp_path / "killed")
+    written = (folder / "whole" / "steps.jsonl").read_bytes().splitlines(keepends=True)
     (tmp_path / "killed" / "steps.jsonl").write_bytes(b"".join(written[:-lost]))
     trainer = run(tmp_path / "killed", resume=True, **asked)
-    assert log_lines(tmp_path / "killed") == log_lines(tmp_path / "whole")
+    assert log_lines(tmp_path / "killed") == log_lines(folder / "whole")
     assert not (tmp_path / "killed" / RETURN_POINT).exists()
     support.assert_same_bits(trainer.model, support.snapshot(support.tiny_model()))
 

@@ -28,8 +28,6 @@ from forwardtune.tasks.batching import collate
 from forwardtune.tasks.encoding import Encoded, Encoder
 from support.examples import CHOICE, TOKENIZER, sharp_model, tokens
 
-pytestmark = pytest.mark.usefixtures("short_collections")
-
 MASKED = Task("masked", "{text} [MASK]", "label", {"0": "a", "1": "b"}, "accuracy")
 FREE = Task("free", "{text}", "answer", None, "exact_match", max_new_tokens=6)
 WEAK = (1e4,)  # hardly a penalty: what can be separated is separated

@@ -29,9 +29,6 @@ from support.ranks import forked
 ABSENT_DEVICE = "mps" if torch.cuda.is_available() else "cuda"
 
 
-pytestmark = pytest.mark.usefixtures("short_collections")
-
-
 @pytest.fixture(scope="module")
 def setting(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Setting:
     return Setting(tiny_folder, write_task(tmp_path_factory.mktemp("task")))

@@ -17,8 +17,6 @@ from forwardtune.trajectory import read_log
 from support.command import Setting, cli, done, refused, write_task
 from test_refusals import ABSENT, named
 
-pytestmark = pytest.mark.usefixtures("short_collections")
-
 
 @pytest.fixture(scope="module")
 def setting(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Setting:

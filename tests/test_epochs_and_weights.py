@@ -17,7 +17,6 @@ from forwardtune.tasks.weights import class_weights
 from forwardtune.trajectory import read_log
 from support.command import FREE_TEXT, Setting, cli, done, message_of, read, weights, write_task
 
-pytestmark = pytest.mark.usefixtures("short_collections")
 CHOICE = Task("t", "{text}", "label", {"spam": "a", "ham": "b", "1": "c"}, "accuracy")
 LABELS = [0, 1, 1, 1, 2, 2, 1, 1]
 

@@ -21,8 +21,6 @@ from forwardtune.models.error_directions import _sketch
 from forwardtune.trajectory import read_log
 from support.command import STEPS, Setting, cli, done, write_task
 
-pytestmark = pytest.mark.usefixtures("short_collections")
-
 RANK, TARGETS = 4, [r"mlp\.down_proj"]
 ERRORS = {
     "tune": "lora",

@@ -26,8 +26,6 @@ from forwardtune.trajectory import read_log
 from support.command import STEPS, Setting, cli, done, write_task
 from support.models import SIZES
 
-pytestmark = pytest.mark.usefixtures("short_collections")
-
 RANK = 4
 DOWN = {"llama": [r"mlp\.down_proj"], "opt": ["fc2"], "gpt_neox": ["dense_4h_to_h"], "bert": [r"\d\.output\.dense"]}
 

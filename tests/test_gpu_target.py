@@ -232,7 +232,16 @@ def test_the_tests_need_neither_numba_nor_peft_nor_datasets(gpu, tmp_path):
     command = load("stages").PYTEST
     names = ["test_a_step_reads and sign", "test_half_words", "test_tensors_past"]
     done = subprocess.run(
-        [sys.executable, *command, "-n", "2", "tests/test_noise_gpu.py", "tests/test_cuda.py", "-k", " or ".join(names)],
+        [
+            sys.executable,
+            *command,
+            "-n",
+            "2",
+            "tests/test_noise_gpu.py",
+            "tests/test_cuda.py",
+            "-k",
+            " or ".join(names),
+        ],
         cwd=ROOT,
         env=gpu.environment(str(tmp_path)) | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT / 'src'}"},
         capture_output=True,

@@ -19,8 +19,6 @@ from forwardtune.cli.commands import make_parser
 from forwardtune.trajectory import read_log
 from support.command import STEPS, Setting, cli, done, files, refused, weights, write_task
 
-pytestmark = pytest.mark.usefixtures("short_collections")
-
 
 @pytest.fixture(scope="module")
 def setting(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Setting:

@@ -27,8 +27,6 @@ from support.command import FREE_TEXT, Setting, cli, done, read, weights, write_
 from support.examples import CHOICE, TOKENIZER, encoded, inputs_of, naive_scores, sharp_model, talking_model, tokens
 from support.trainers import QUIET
 
-pytestmark = pytest.mark.usefixtures("short_collections")
-
 FREE = Task("free", "{text}", "answer", None, "f1", loss="likelihood", stop="", max_new_tokens=6)
 DROP = Task("drop", "{text}", "answer", None, "drop_f1", loss="likelihood", stop="", max_new_tokens=6)
 BARE = Task("bare", "{text}", "", None, "reward", loss="none", stop="", max_new_tokens=6)

@@ -246,11 +246,14 @@ def test_tensors_that_share_a_launch_have_the_bits_that_each_has_alone(kernels, 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:overflow:RuntimeWarning")  # from NumPy
 @pytest.mark.parametrize(
     "shapes",
-    [[(26, 40)], [(4, 4), (48, 1), (3, 2736), (1, 16), (64, 64)], [(17, 256), (2, 200), (35, 272), (16, 128)]],
+    # Some that are swept as they lie; and some in tiles, of which the third has two across and more than a program takes down.
+    [[(26, 40)], [(4, 4), (48, 1), (3, 2736), (1, 16), (64, 64)], [(5, 256), (2, 200), (35, 272), (4, 128)]],
     ids=len,
 )
-@pytest.mark.parametrize("rank", [1, 3])
-@every_dtype
+# The dtype decides how a sum is stored, the rank how it is made: neither needs all of the other.
+@pytest.mark.parametrize(
+    ("dtype", "rank"), [(torch.float32, 1), (torch.bfloat16, 3), (torch.float16, 1), (torch.float32, 3)], ids=str
+)
 def test_matrices_that_share_a_launch_have_the_bits_that_each_has_alone(kernels, dtype, rank, shapes):
     updates = run_of_updates()[:4]
     terms = sum(len(item.terms) for item in updates)

@@ -19,7 +19,6 @@ from forwardtune.storage import Offloaded, OnDisk, home_of, is_offloaded
 from support.offload import HOMES, Beside, tuned
 from support.process import python
 
-pytestmark = pytest.mark.usefixtures("short_collections")
 pytest.importorskip("transformers", reason="needs transformers")
 
 

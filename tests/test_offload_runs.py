@@ -25,7 +25,6 @@ from support.offload import Beside, interrupting, tuned
 from support.ranks import forked
 from support.trainers import quiet_config
 
-pytestmark = pytest.mark.usefixtures("short_collections")
 pytest.importorskip("transformers", reason="needs transformers")
 
 

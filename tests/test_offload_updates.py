@@ -25,7 +25,6 @@ from forwardtune.trajectory import ReturnPoint, keep_base
 from support import assert_same_bits, snapshot
 from support.offload import Beside, interrupting, tuned
 
-pytestmark = pytest.mark.usefixtures("short_collections")
 pytest.importorskip("transformers", reason="needs transformers")
 
 PIECE = 1536  # bytes: matrices of the tiny models come in several pieces, which end within rows

@@ -26,8 +26,6 @@ from forwardtune.storage import home_of
 from forwardtune.trajectory import read_log
 from support.command import cli, flags, read, write_jsonl
 
-pytestmark = pytest.mark.usefixtures("short_collections")
-
 
 @dataclass
 class Built:

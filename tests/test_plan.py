@@ -36,8 +36,6 @@ from forwardtune.noise import Noise
 from forwardtune.trajectory import read_log
 from support.command import Setting, cli, done, message_of, read, write_task
 
-pytestmark = pytest.mark.usefixtures("short_collections")
-
 
 @pytest.fixture(scope="module")
 def setting(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Setting:

@@ -18,8 +18,6 @@ from forwardtune.cli import predict
 from forwardtune.predictions import by_class, calibration_error
 from support.command import FREE_TEXT, Setting, cli, done, read, refused, write_jsonl, write_task
 
-pytestmark = pytest.mark.usefixtures("short_collections")
-
 
 @pytest.fixture(scope="module")
 def setting(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Setting:

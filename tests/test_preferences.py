@@ -31,8 +31,6 @@ from forwardtune.trajectory import read_log
 from support.command import Setting, cli, done, message_of, read, weights, write_jsonl
 from support.examples import CLOSE, TOKENIZER, every_layout, inputs_of, sharp_model
 
-pytestmark = pytest.mark.usefixtures("short_collections")
-
 EOS = TOKENIZER.eos_token_id
 TASK = Task("pairs", "{text}", "", None, "accuracy", loss="preference", preference=("good", "bad"), beta=0.7)
 PAIRS = [

@@ -24,8 +24,6 @@ from forwardtune.trajectory import read_log
 from support.command import STEPS, Setting, done, message_of, read, write_task
 from support.trainers import Kill, KilledError, quiet_config
 
-pytestmark = pytest.mark.usefixtures("short_collections")
-
 RANK, WIDTH = 4, support.SIZES["hidden_size"]
 EVA = {"tune": "lora", "lora_rank": RANK, "lora_init": "eva", "freeze_a": True, "lr": 1e-1, "eps": 1e-2}
 

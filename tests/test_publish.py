@@ -20,8 +20,6 @@ from forwardtune.models import load_model
 from forwardtune.trajectory import read_log
 from support.command import REVIEWS, Setting, cli, done, read, refused, write_task
 
-pytestmark = pytest.mark.usefixtures("short_collections")
-
 
 @pytest.fixture(scope="module")
 def setting(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Setting:

@@ -33,8 +33,6 @@ from support.command import FREE_TEXT, Setting, cli, done, message_of, read, wei
 from support.examples import TOKENIZER, talking_model
 from support.trainers import QUIET
 
-pytestmark = pytest.mark.usefixtures("short_collections")
-
 EXAMPLES = [Example(f"Q{i}:", row={"name": f"n{i}", "age": 10 + i, "prompts": "a column"}) for i in range(3)]
 COMPLETIONS = ["zero", "one", "the second"]
 TASK = Task("said", "{text}", "", None, "reward", loss="none", stop="", max_new_tokens=6)

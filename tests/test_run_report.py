@@ -21,8 +21,6 @@ from forwardtune.run_folder import RunFolder
 from forwardtune.trajectory import read_log
 from support.command import Setting, cli, done, read, refused, write_jsonl, write_task
 
-pytestmark = pytest.mark.usefixtures("short_collections")
-
 EVIL = '<script>alert(1)</script> & "quotes" {{ 7 * 7 }} it\'s'
 
 

@@ -21,8 +21,6 @@ import support
 from forwardtune.cli.talk import side_by_side
 from support.command import Setting, cli, done, refused, write_task
 
-pytestmark = pytest.mark.usefixtures("short_collections")
-
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 TOKENS = 12
 

@@ -37,9 +37,6 @@ STEPS = 7
 DATA = [{"input_ids": row, "labels": row} for row in support.token_batch(12, 6).tolist()]
 
 
-pytestmark = pytest.mark.usefixtures("short_collections")
-
-
 def squares(model: Any, inputs: Any) -> torch.Tensor:
     """An objective with one loss an example, shape (batch,)."""
     return model(input_ids=inputs["input_ids"]).logits.float().pow(2).mean(dim=(1, 2)) * 100

@@ -24,8 +24,6 @@ from forwardtune.objectives import logits_at
 from support.command import Setting, done, flags, message_of, process, write_task
 from support.process import python
 
-pytestmark = pytest.mark.usefixtures("short_collections")
-
 
 @pytest.fixture(scope="module")
 def setting(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Setting:

@@ -27,8 +27,6 @@ from support.logs import log_lines
 from support.ranks import free_port, ranks, ranks_with_a_kill
 from support.trainers import quiet_config
 
-pytestmark = pytest.mark.usefixtures("short_collections")
-
 
 @pytest.fixture(scope="module")
 def setting(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Setting:
