@@ -133,7 +133,7 @@ def test_curvature_by_forward_passes_drowns_in_rounding_when_eps_is_small(tmp_pa
 
 @pytest.mark.real_model
 def test_curvature_of_a_trained_model(tmp_path, models_dir):
-    result = run(effective_rank, tmp_path, "--model", models_dir / "stories260k")
+    result = run(effective_rank, tmp_path, "--model", models_dir / "stories260k", "--batch-size", 2)
     check_effective_rank(result)
     assert result["stable_rank"][2] < 20  # of 260,032
 
