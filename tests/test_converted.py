@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,8 @@ import support
 from forwardtune import MeZO
 from forwardtune.errors import InputError
 from forwardtune.models import converted, load_model
+from forwardtune.parameters import TunedParameters
+from support.ranks import ranks
 
 gguf = pytest.importorskip("gguf")
 
@@ -247,30 +248,19 @@ def test_what_killed_processes_left_is_removed_when_it_is_old(file: Path, cache:
     assert (cache / "partial-new").exists()
 
 
-LOAD = """
-import sys
-from forwardtune.models import load_model
-from forwardtune.parameters import TunedParameters
-model, _ = load_model(sys.argv[1])
-input()
-for _ in range(3):
-    print(TunedParameters.from_groups([{"params": list(model.parameters())}], model).digest())
-    model, _ = load_model(sys.argv[1])
-"""
-
-
 def test_processes_that_convert_and_clean_up_at_once_do_not_disturb_each_other(file: Path, cache: Path) -> None:
     support.write_gguf(other := file.with_name("other.gguf"), seed=1)
-    command = [sys.executable, "-c", LOAD, str(file)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    children = [
-        subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    printed = [child.communicate("\n", timeout=300)[0].split() for child in children]
-    assert all(child.returncode == 0 for child in children)
-    assert len({digest for lines in printed for digest in lines}) == 1
-    assert all(len(lines) == 3 for lines in printed)
+
+    def work(rank: int) -> list[str]:
+        found = []
+        for _ in range(3):
+            model, _ = load_model(str(file))
+            found.append(TunedParameters.from_groups([{"params": list(model.parameters())}], model).digest())
+        return found
+
+    printed = ranks(2, work, within=300)
+    assert all(isinstance(digests, list) for digests in printed), printed
+    assert len({digest for digests in printed for digest in digests}) == 1
     assert len(entries(cache)) == 1
     load_model(str(other))
     assert len(entries(cache)) == 2
