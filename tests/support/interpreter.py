@@ -11,7 +11,10 @@ def hurry() -> None:
     from triton.language import core
     from triton.runtime import interpreter
 
-    builder, slow, patched = interpreter.interpreter_builder, interpreter._get_np_dtype, interpreter._patch_lang
+    names = ("interpreter_builder", "_get_np_dtype", "_patch_lang")
+    if not all(hasattr(interpreter, name) for name in names):
+        return  # another version, which is as slow as it is
+    builder, slow, patched = (getattr(interpreter, name) for name in names)
     if getattr(slow, "remembers", False):
         return
     if builder.options.sanitize_overflow and not builder.options.debug:
