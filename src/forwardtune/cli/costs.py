@@ -21,7 +21,6 @@ from ..averages import NONE, candidates
 from ..config import AUTO, Train
 from ..durations import duration
 from ..errors import InputError
-from ..evaluation import prepare, training_objective
 from ..forgetting import TOKENS, read_general, token_losses
 from ..method.estimators import get_estimator
 from ..method.rule import History, Rule
@@ -36,6 +35,7 @@ from ..storage import at_home_afterwards, device_of
 from . import methods
 from .dev import may_watch_by_loss
 from .session import Session
+from .tuned import input_of_walk, losses_of_walk
 
 # Steps that are timed, after one that warms up.
 _TIMED = 3
@@ -137,8 +137,8 @@ def _walk(session: Session) -> float:
     options, train, device = session.options, session.splits["train"], device_of(session.model)
     draw = random.Random(options.seed)
     some = [draw.sample(train, min(options.batch_size, len(train))) for _ in range(_TIMED - 1)]
-    longest, *usual = (prepare(session.model, session.tokenizer, e, session.layout) for e in (session.longest, *some))
-    first, step = rehearsed(session.model, longest, usual, training_objective(session.task), lambda: clock(device))
+    longest, *usual = (input_of_walk(session, examples) for examples in (session.longest, *some))
+    first, step = rehearsed(session.model, longest, usual, *losses_of_walk(session), lambda: clock(device))
     return first + step / _passes_of_a_step(options) * (passes_of_walk(options) - 1 - LATE)
 
 

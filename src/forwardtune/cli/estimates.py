@@ -20,6 +20,7 @@ from ..models.feedback import bytes_of_maps, step_by_shapes
 from ..models.way_back import SHARE
 from ..noise import Noise, Update
 from ..objectives import logits_at
+from ..objectives.prompts import TOKENS
 from ..storage import on_the_way
 from .costs import clock, passes_of_walk
 
@@ -79,7 +80,7 @@ def estimate(model: Any, inputs: dict[str, Tensor], options: Any) -> Estimate:
         weights, moments = weights + on_the_way(p.nbytes for p in model.parameters()), 0
     walk = 0
     if passes_of_walk(options):
-        walk = min(bytes_of_maps(model), int(SHARE * weights)) + _walk(model, inputs)
+        walk = min(bytes_of_maps(model), int(SHARE * weights)) + _walk(model, inputs, options)
     queries = len(
         get_estimator(options.estimator, 1.0, options.probes, options.normalize, options.assignment).queries()
     )
@@ -129,8 +130,11 @@ def _forward(model: Any, inputs: dict[str, Tensor]) -> tuple[int, float]:
     return live.peak, counter.get_total_flops()
 
 
-def _walk(model: Any, inputs: dict[str, Tensor]) -> int:
+def _walk(model: Any, inputs: dict[str, Tensor], options: Any) -> int:
     """The most bytes of activations at once in a step of the walk that LoRA starts from."""
+    if options.prompt_loss_weight:
+        beside = torch.zeros(options.batch_size * TOKENS, dtype=torch.int64, device=inputs["positions"].device)
+        inputs = {**inputs, "positions": torch.cat([inputs["positions"], beside])}
     with _Live((*model.parameters(), *model.buffers())) as live, _Fused():
         step_by_shapes(model, lambda: logits_at(model, inputs))
     return live.peak

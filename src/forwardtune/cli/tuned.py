@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ from ..models import (
 from ..models.feedback import FOR_A, refuse_no_layer
 from ..models.tuning import LATE_ATTENTION
 from ..names import FROM_EXAMPLES
-from ..objectives import logits_at
+from ..objectives import WithPrompts, logits_at, refuse_prompts
 from ..strata import StratifiedSampler
 from ..tasks import Task
 from ..tasks.encoded import Encoded
@@ -39,6 +41,8 @@ from .options import flag
 from .progress import bar
 from .session import Session
 
+# Weight of the loss over prompts in the walk, where text is written.
+_PROMPTS = 0.3
 # Minibatches of the training examples from which A of LoRA starts.
 _BATCHES = {"eva": 8, "errors": 32}
 
@@ -67,6 +71,8 @@ def prepare_model(
     """
     if given is not None:
         _suit(options, model, task, given)
+        if options.prompt_loss_weight and task is not None:
+            refuse_prompts(model, task)
     model = tune(
         model,
         tokenizer,
@@ -117,7 +123,7 @@ def prepare_model(
 
 def _suit(options: Any, model: Any, task: Task | None, given: Mapping[str, Any]) -> None:
     """Where nobody named the method: ``forward``, for a model that has no place for ``feedback``. Where nobody named the layers: those of attention, too, for text that is
-    written, whose words attention takes from the prompt; where there are labels they bring nothing (docs/feedback.md)."""
+    written, whose words attention takes from the prompt; where there are labels they bring nothing (docs/feedback.md). So it is with a loss over prompts."""
     if options.method != "feedback":
         return
     why = lacks_place(model) if "method" not in given else None
@@ -125,8 +131,11 @@ def _suit(options: Any, model: Any, task: Task | None, given: Mapping[str, Any])
         command = next(name for name, kind in COMMANDS.items() if kind is type(options))
         vars(options).update(vars(describe(command, {**given, "method": "forward"}, spell=flag)))
         say(f"{why}: the method is forward")
-    elif task is not None and task.free_text and given.get("lora_targets") is None:
-        options.lora_targets = f"{options.lora_targets},{LATE_ATTENTION}"
+    elif task is not None and task.free_text:
+        if given.get("lora_targets") is None:
+            options.lora_targets = f"{options.lora_targets},{LATE_ATTENTION}"
+        if given.get("prompt_loss_weight") is None:
+            options.prompt_loss_weight = _PROMPTS
 
 
 def start_from_examples(session: Session) -> None:
@@ -159,11 +168,11 @@ def _walked(session: Session) -> Any:
     order = chain.from_iterable(repeat(sampler))
     some = (train[i] for i in islice(order, options.feedback_steps * options.batch_size))
     losses: list[float] = []
-    objective = training_objective(session.task)
+    objective, lowered = losses_of_walk(session)
 
-    def counted(model: Any, batch: Any) -> torch.Tensor:
+    def counted(losses: Any, model: Any, batch: Any) -> torch.Tensor:
         progress.update()
-        return objective(model, batch)
+        return losses(model, batch)
 
     def watched() -> float:
         losses.append(session.evaluate("start", "dev", loss_alone=True)["loss"])
@@ -172,19 +181,33 @@ def _walked(session: Session) -> Any:
     say(f"starting from {options.feedback_steps} minibatches' errors, a forward pass each")
     with bar(options.feedback_steps + min(FOR_A, options.feedback_steps) + 1, "errors", "pass") as progress:
         model = start_from_feedback(
-            session.model, _minibatches(session, some), counted, steps=options.feedback_steps,
-            watched=watched if "dev" in session.splits else None,
+            session.model, _minibatches(session, some), partial(counted, objective), lowered=partial(counted, lowered),
+            steps=options.feedback_steps, watched=watched if "dev" in session.splits else None,
         )  # fmt: skip
     if losses:
         say(f"  dev loss {losses[0]:.4f} -> {min(losses):.4f}")
     return model
 
 
+def losses_of_walk(session: Session) -> tuple[Any, Any]:
+    """Those that A starts from, and those that the steps lower."""
+    objective, weight = training_objective(session.task), session.options.prompt_loss_weight
+    return objective, WithPrompts(session.task, weight, session.options.seed) if weight else objective
+
+
+def input_of_walk(session: Session, examples: Sequence[Encoded]) -> dict[str, Any]:
+    """A minibatch; where prompts are learned from, too, each stands by itself."""
+    layout = session.layout
+    if session.options.prompt_loss_weight and layout is not None:
+        layout = replace(layout, begun=False)
+    return prepare(session.model, session.tokenizer, examples, layout)
+
+
 def _minibatches(session: Session, examples: Iterable[Encoded]) -> Iterator[dict[str, Any]]:
     """Of the options' size, as model inputs."""
     some = iter(examples)
     while batch := list(islice(some, session.options.batch_size)):
-        yield prepare(session.model, session.tokenizer, batch, session.layout)
+        yield input_of_walk(session, batch)
 
 
 def _adapted(model: Any) -> str:

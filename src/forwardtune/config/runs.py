@@ -308,6 +308,13 @@ class Train(MeZOSettings, Data):
         bounds=POSITIVE,
         only={"lora_init": ("feedback",)},
     )
+    prompt_loss_weight: float | None = option(
+        None,
+        "of the walk's steps: weight of the loss of a few tokens of each prompt, beside that of the answer",
+        shown="0.3 for free text, 0 with labels",
+        bounds=FINITE,
+        only={"lora_init": ("feedback",)},
+    )
     lora_init: str = option(
         "default",
         "what A of LoRA is at first: random (default, gaussian), or of each layer's inputs the principal directions (eva), or those that go with the "

@@ -131,6 +131,7 @@ def start_from_feedback(
     batches: Iterable[Mapping[str, Any]],
     losses: Callable[[Any, Any], Tensor] | None = None,
     *,
+    lowered: Callable[[Any, Any], Tensor] | None = None,
     steps: int = 100,
     rate: float = 8e-3,
     watched: Callable[[], float] | None = None,
@@ -149,6 +150,8 @@ def start_from_feedback(
         model: with a LoRA adapter on layers that add to the stream, such as ``late-down``; changed in place. Its base may be quantised.
         batches: model inputs, with what the losses need. One that has no finite loss is left out.
         losses: ``(model, batch) -> losses``, with a gradient; by default the model's own, ``model(**batch).loss``. Their mean is lowered.
+        lowered: losses in their place that the steps lower; A starts from the errors of ``losses`` alone. With those of some tokens of the prompts beside those of the
+            answers (:class:`forwardtune.objectives.WithPrompts`) general text loses less.
         steps: at most; fewer if there are fewer batches.
 
     Returns:
@@ -170,7 +173,7 @@ def start_from_feedback(
     for batch in islice(chain(first, given), steps):
         for group in walk.optimizer.param_groups:
             group["lr"] = walk.rate * group["size"] * (1 - done / steps)
-        _step(model, walk, batch, losses)
+        _step(model, walk, batch, lowered or losses)
         done += 1
         if watched is not None and (done % stretch == 0 or done == steps):
             walk.seen(watched())
@@ -195,7 +198,7 @@ def _learned(model: Any, batches: list[Any], losses: Any) -> tuple[WayBack, set[
 
 
 def rehearsed(
-    model: Any, longest: Any, usual: Sequence[Any], losses: Any, clock: Callable[[], float]
+    model: Any, longest: Any, usual: Sequence[Any], losses: Any, lowered: Any, clock: Callable[[], float]
 ) -> tuple[float, float]:
     """What a walk takes, tried: memory is at its peak on the longest minibatch. The adapter is as it was when it is over.
 
@@ -216,7 +219,7 @@ def rehearsed(
         steps = []
         for batch in (longest, *usual):
             began = clock()
-            _step(model, walk, batch, losses)
+            _step(model, walk, batch, lowered)
             steps.append(clock() - began)
         return first, median(steps[1:])
     finally:

@@ -17,10 +17,11 @@ from .likelihood import (
     task_scores,
 )
 from .mixture import TaskObjective
+from .prompts import WithPrompts, refuse_prompts
 from .rewards import Reward, RewardError, load_reward
 
 __all__ = [
-    "GREEDY", "Context", "Reward", "RewardError", "Sampling", "TaskObjective", "Written", "generate", "learnt_tokens", "load_reward",
-    "logits_at", "option_cross_entropy", "option_likelihoods", "option_scores", "preference_margins", "score_loss",
+    "GREEDY", "Context", "Reward", "RewardError", "Sampling", "TaskObjective", "WithPrompts", "Written", "generate", "learnt_tokens", "load_reward",
+    "logits_at", "option_cross_entropy", "option_likelihoods", "option_scores", "preference_margins", "refuse_prompts", "score_loss",
     "target_likelihood", "task_scores", "write",
 ]  # fmt: skip
