@@ -19,6 +19,7 @@ from forwardtune import StratifiedSampler, config
 from forwardtune.cli import methods
 from forwardtune.cli.dev import DevWatcher
 from forwardtune.cli.session import Session, open_session
+from forwardtune.cli.tuned import losses_of_walk
 from forwardtune.hf.config import MeZOConfig
 from forwardtune.hf.trainer import MeZOTrainer
 from forwardtune.paper.baselines import AdamTrainer
@@ -133,6 +134,7 @@ CASES: dict[str, dict[str, tuple[Any, See, Any]]] = {
         "lora_targets": ("late-down", lambda b: {n.split(".")[-1] for n in b.lora.target_modules}, {"down_proj"}),
         "lora_init": ("feedback", lambda b: all(p.any() for n, p in b.trainer.model.named_parameters() if "lora_B" in n), True),
         "feedback_steps": (3, lambda b: b.metrics["settings"]["feedback_steps"], 3),
+        "prompt_loss_weight": (0.2, lambda b: losses_of_walk(b.session)[1]._weight, 0.2),
         "lr": (1e-3, lambda b: b.trainer.args.learning_rate, 1e-3),
         "steps": (2, lambda b: b.mezo.next_step, 2),
     },
