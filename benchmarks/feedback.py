@@ -4,6 +4,7 @@
     python benchmarks/feedback.py --data FOLDER --tasks sst2 sst5 squad --cosines --output feedback-cosines   # how right its directions are
     python benchmarks/feedback.py --data FOLDER --tasks squad --cosines --output feedback-cosines-attention   # those of queries and values, too
     python benchmarks/feedback.py --data FOLDER --tasks sst2 --rates 4e-3 8e-3 1.6e-2 --ranks 8 16 --seeds 0 --output feedback-rates
+    python benchmarks/feedback.py --data FOLDER --tasks squad --prompts 0 0.1 0.3 --general-text FILE --output feedback-prompts   # losses over prompts
 
 FOLDER holds a folder of data for every task. Loss and metric of the development and the test split, untuned and behind the walk (of text that is
 written the loss alone), seconds of a step of the walk, and of a forward pass over the same minibatch.
@@ -14,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from itertools import chain, islice, repeat
+from itertools import chain, islice, product, repeat
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ from machine import HERE, parser, write
 
 from forwardtune import StratifiedSampler
 from forwardtune.evaluation import evaluate, find_layout, prepare, training_objective
+from forwardtune.forgetting import compared, read_general, token_losses
 from forwardtune.models import load_model, start_from_feedback, tune
 from forwardtune.models.feedback import FOR_A, _begun, _gradient, _learned
 from forwardtune.models.tuning import LATE_ATTENTION, LATE_DOWN
+from forwardtune.objectives import WithPrompts
 from forwardtune.tasks import get_task, load_splits
 from forwardtune.tasks.encoding import Encoder
 
@@ -35,8 +38,8 @@ BATCH, TRAIN, DEV, TEST, LENGTH = {"squad": 8}, 1000, 64, {"squad": 100}, 256
 class Task:
     """A task's examples for a model."""
 
-    def __init__(self, name: str, data: str, model: Any, tokenizer: Any) -> None:
-        self.task, self.model, self.tokenizer = get_task(name), model, tokenizer
+    def __init__(self, name: str, data: str, model: Any, tokenizer: Any, general: Any = None) -> None:
+        self.task, self.model, self.tokenizer, self.general = get_task(name), model, tokenizer, general
         sizes = {"train_examples": TRAIN, "dev_examples": DEV, "test_examples": TEST.get(name, 600)}
         splits = load_splits(self.task, data_dir=str(Path(data) / name), **sizes)
         encoder = Encoder(tokenizer, LENGTH)
@@ -78,9 +81,14 @@ def walk(task: Task, model: Any, key: dict[str, Any]) -> dict[str, Any]:
 
     began = time.process_time()
     batches = task.batches(key["seed"], key["steps"])
-    start_from_feedback(adapted, batches, objective, steps=key["steps"], rate=key["rate"], watched=watched)
+    lowered = WithPrompts(task.task, key["prompts"], key["seed"]) if key["prompts"] else None
+    how = {"steps": key["steps"], "rate": key["rate"]}
+    start_from_feedback(adapted, batches, objective, lowered=lowered, watched=watched, **how)
     seconds = time.process_time() - began
     row = {**key, "dev": dev, "test": task.measure(adapted, "test"), "processor_seconds": seconds}
+    if task.general is not None:
+        text, before = task.general
+        row["general_text"] = compared(before, token_losses(adapted, task.tokenizer, text))
     adapted.unload()
     return json.loads(json.dumps(row))
 
@@ -143,6 +151,8 @@ def main() -> None:
     options.add_argument("--ranks", type=int, nargs="+", default=[8])
     options.add_argument("--steps", type=int, nargs="+", default=[100])
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    options.add_argument("--prompts", type=float, nargs="+", default=[0.0], help="weights of the loss over prompts")
+    options.add_argument("--general-text", help="how much of it is forgotten; packaged: the one in the package")
     options.add_argument("--threads", type=int, default=1)
     options.add_argument("--output", default="feedback")
     options.add_argument(
@@ -158,16 +168,20 @@ def main() -> None:
         print(json.dumps(found))
         write(given.output, found)
         return
+    general = None
+    if given.general_text is not None:
+        text = read_general(given.general_text)
+        general = text, token_losses(model, tokenizer, text)
     for name in given.tasks:
-        task = Task(name, given.data, model, tokenizer)
+        task = Task(name, given.data, model, tokenizer, general)
         if not any(row["task"] == name and row["steps"] == 0 for row in rows):
             rows.append(
                 {"task": name, "steps": 0, "dev": [task.measure(model, "dev")], "test": task.measure(model, "test")}
             )
             print(name, "untuned", rows[-1]["test"], flush=True)
         for seed in given.seeds:
-            for rank, steps, rate in ((k, n, lr) for k in given.ranks for n in given.steps for lr in given.rates):
-                key = {"task": name, "rank": rank, "steps": steps, "rate": rate, "seed": seed}
+            for rank, steps, rate, prompts in product(given.ranks, given.steps, given.rates, given.prompts):
+                key = {"task": name, "rank": rank, "steps": steps, "rate": rate, "seed": seed, "prompts": prompts}
                 if any(key.items() <= row.items() for row in rows):
                     continue
                 rows.append(walk(task, model, key))
