@@ -121,11 +121,11 @@ def test_a_rehearsal_leaves_the_adapter_as_it_was() -> None:
         return choice(model, batch)
 
     longest = {name: torch.cat([tensor] * 2) for name, tensor in given[0].items()}
-    first, step = rehearsed(model, longest, given[1:], counted, lambda: float(next(ticks)))
+    first, step = rehearsed(model, longest, given[1:], counted, counted, lambda: float(next(ticks)))
     assert seen == [8, 8, 8, 4, 4]  # A and the way back, how long a step is, and steps
     assert (first, step) == (1, 1)
     with pytest.raises(RuntimeError, match="no room"):
-        rehearsed(model, longest, given[1:], counted, lambda: float(next(ticks)))
+        rehearsed(model, longest, given[1:], counted, counted, lambda: float(next(ticks)))
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert [name for name, p in model.named_parameters() if p.requires_grad] == tuned
     assert all(p.grad is None for p in model.parameters())
