@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import memory
 from ..errors import InputError
 from .principal import IGNORED, lora_layers, merged
 from .shelf import Shelf
@@ -180,6 +181,7 @@ def taken(
     sketch: Tensor | None = None
     shelf = Shelf()
     for batch in batches:
+        memory.trim_between(model.device)
         places = _predicting(batch)
         seen, errors, at = _shown(model, layers, head, batch, losses, shelf, places)
         others = torch.zeros(()) if places is None else ~torch.isin(at, places.to(at.device))

@@ -303,6 +303,7 @@ def _losses(model: Any, batch: Any, losses: Any) -> Tensor:
 
 def _step(model: Any, walk: _Walk, batch: Any, losses: Any) -> None:
     """One forward pass, and a step of Adam along what it says."""
+    memory.trim_between(model.device)
     if _gradient(model, walk, batch, losses):
         walk.optimizer.step()
 
