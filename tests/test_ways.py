@@ -247,7 +247,7 @@ REAL = {"model": "smollm2-135m", "task": "reviews", "dtype": "bfloat16", "device
 
 
 OFF = {
-    "LoRA that starts from the errors": 0.1,
+    "LoRA that starts from the errors": 0.15,  # what a walk leaves in the heap differs between runs
     "all weights": 0.1,
     "LoRA over int8": 0.15,  # what the quantiser leaves in the heap differs between runs
 }

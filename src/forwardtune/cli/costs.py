@@ -87,6 +87,12 @@ def measure(session: Session) -> Cost:
     memory.trim()  # what loading left behind is no part of what is held
     now = memory.now(device)
     inference = session.inference_peak()
+    start, peak_of_walk = 0.0, 0
+    if passes_of_walk(options):  # before the steps, as in a run: what those leave behind is no part of it
+        memory.trim()
+        memory.reset_peak(device)
+        start, peak_of_walk = _walk(session), memory.peak(device)
+        memory.trim()
     with tempfile.TemporaryDirectory() as folder:  # Trainer wants one
         trainer = methods.make_trainer(session, Path(folder), methods.make_objective(session), 1)
     optimizer = trainer.create_optimizer()
@@ -110,11 +116,7 @@ def measure(session: Session) -> Cost:
     peak = max(memory.peak(device), now)  # the system may count them a page apart
     optimizer.step()
     peak += sum(m.nbytes for moments in optimizer.history.moments.values() for m in moments)
-    start = 0.0
-    if passes_of_walk(options):
-        memory.reset_peak(device)
-        start = _walk(session)
-        peak = max(peak, memory.peak(device))
+    peak = max(peak, peak_of_walk)
     fill_window(optimizer)
     draw, train = random.Random(options.seed), session.splits["train"]
     steps, updates = [], []
