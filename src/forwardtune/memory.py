@@ -54,8 +54,7 @@ def now(device: str | torch.device = "cpu") -> int:
 
 
 def trim_between(device: str | torch.device) -> None:
-    """:func:`trim` between passes over minibatches, each of another size, of which a C library keeps a little more every time: a third of a pass's memory after twenty. Where
-    tensors are on an accelerator there is nothing to return."""
+    """:func:`trim` between passes over minibatches of many sizes, of each of which a C library keeps a little more. Where tensors are on an accelerator there is nothing to return."""
     if torch.device(device).type == "cpu":
         trim()
 

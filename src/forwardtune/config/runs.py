@@ -311,7 +311,7 @@ class Train(MeZOSettings, Data):
     prompt_loss_weight: float | None = option(
         None,
         "of the walk's steps: weight of the loss of a few tokens of each prompt, beside that of the answer",
-        shown="0.3 for free text, 0 with labels",
+        shown="0; feedback 0.3 for free text",
         bounds=FINITE,
         only={"lora_init": ("feedback",)},
     )
